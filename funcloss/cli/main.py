@@ -1,0 +1,55 @@
+"""The shell around the commands: what each is called, and how errors leave."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from funcloss.cli.evaluate import evaluate
+from funcloss.cli.predict import predict
+from funcloss.cli.train import INTERRUPTED, train
+from funcloss.cli.version import Version
+from funcloss.errors import FunclossError
+
+
+def _group(version: Version = False) -> None:
+    """Loss functions for mistakes that do not cost the same."""
+
+
+def _app(**settings: Any) -> typer.Typer:
+    names = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(pretty_exceptions_enable=False, context_settings=names, **settings)
+
+
+app = _app(no_args_is_help=True, callback=_group)
+for command in (train, evaluate, predict):
+    app.command()(command)
+
+train_app = _app(add_completion=False)
+train_app.command()(train)
+
+
+def main() -> None:
+    """Run ``funcloss``."""
+    _run(app)
+
+
+def main_train() -> None:
+    """Run ``funcloss-train``."""
+    _run(train_app)
+
+
+def _run(program: Callable[[], Any]) -> None:
+    """Run a command; what a user can mend leaves as one line on stderr, never as a traceback."""
+    try:
+        program()
+    except FunclossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,260 @@
+"""What a training can be asked for: one table of options, read from TOML and the command line.
+
+Nothing here loads torch, so that ``--help`` answers at once.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from funcloss.errors import ConfigError
+
+
+class Option(NamedTuple):
+    """What the table says of one option, beside its type and default."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # low itself is refused
+
+
+TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
+DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
+_MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
+_LOSSES = ("cross_entropy", "nll", "squared_error")
+_REDUCTIONS = ("mean", "weighted_mean", "sum")
+
+
+class TrainConfig(NamedTuple):
+    """Everything that decides a training. The defaults reach 98 % on MNIST in under two minutes."""
+
+    dataset: Annotated[
+        str,
+        Option("Data set; auto: MNIST, else its 5,000-digit sample.", ("auto", *DATASETS)),
+    ] = "auto"
+    data_dir: Annotated[
+        str, Option("Folder of the data; else $FUNCLOSS_DATA_DIR, else a cache folder.")
+    ] = ""
+    val_fraction: Annotated[
+        float, Option("Part of the training set held out for validation.", low=0, high=0.9)
+    ] = 0.1
+    image_size: Annotated[
+        int, Option("Resize images to this height and width; 0: as the model needs.", low=0)
+    ] = 0
+    pixel_mean: Annotated[
+        tuple[float, ...], Option("Mean a channel, pixels in 0..1; none: the data set's own.")
+    ] = ()
+    pixel_std: Annotated[
+        tuple[float, ...],
+        Option("Standard deviation a channel; none: the data set's own.", low=0, above=True),
+    ] = ()
+    model: Annotated[str, Option("Network.", _MODELS)] = "fast-cnn"
+    loss: Annotated[str, Option("Loss to minimise.", _LOSSES)] = "cross_entropy"
+    class_weight: Annotated[
+        dict[str, float],
+        Option("Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.", low=0),
+    ] = {}  # noqa: RUF012 - never written to
+    reduction: Annotated[
+        str, Option("From values to a scalar: over examples, over weights, or sum.", _REDUCTIONS)
+    ] = "mean"
+    optimizer: Annotated[str, Option("Optimiser.", ("sgd", "adam", "adamw"))] = "adam"
+    learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
+    momentum: Annotated[float, Option("Momentum of sgd.", low=0, high=0.9999)] = 0.9
+    dampening: Annotated[float, Option("Dampening of sgd's momentum.", low=0, high=1)] = 0.0
+    nesterov: Annotated[bool, Option("Nesterov's form of sgd's momentum.")] = False
+    betas: Annotated[
+        tuple[float, ...], Option("Decays of adam and adamw, two numbers.", low=0, high=0.999999)
+    ] = (0.7, 0.9)
+    eps: Annotated[float, Option("Added to adam's denominator.", low=0)] = 1e-8
+    weight_decay: Annotated[float, Option("Weight decay.", low=0)] = 0.0
+    clip_norm: Annotated[float, Option("Clip gradients to this norm; 0: never.", low=0)] = 0.0
+    schedule: Annotated[
+        str, Option("Learning rate over time.", ("constant", "step", "cosine", "one-cycle"))
+    ] = "one-cycle"
+    warmup: Annotated[
+        float, Option("Part of the steps that one-cycle warms up.", low=0, high=0.99, above=True)
+    ] = 0.3
+    decay_every: Annotated[int, Option("Epochs between two decays of step.", low=1)] = 1
+    decay_factor: Annotated[float, Option("Factor of a decay of step.", low=0, high=1)] = 0.1
+    epochs: Annotated[int, Option("Passes over the training set.", low=0)] = 3
+    batch_size: Annotated[int, Option("Examples a step.", low=1)] = 128
+    seed: Annotated[int, Option("Seed of everything random.", low=0, high=2**63 - 1)] = 0
+    device: Annotated[str, Option("Where to train.", ("auto", "cpu", "cuda", "mps"))] = "auto"
+    compile: Annotated[
+        str, Option("Compile the step; auto: where it is paid back.", ("auto", "on", "off"))
+    ] = "auto"
+    amp: Annotated[str, Option("Mixed precision, on CUDA.", ("off", "bf16"))] = "off"
+    threads: Annotated[int, Option("CPU threads; 0: torch's choice.", low=0, high=1024)] = 0
+    log_every: Annotated[int, Option("Steps between two logged losses.", low=1)] = 50
+    tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
+
+
+class Field(NamedTuple):
+    """One row of the table: a field of :class:`TrainConfig` and what is said of it."""
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+
+
+def fields() -> tuple[Field, ...]:
+    """Return the table of options, in order.
+
+    Example:
+        >>> fields()[0].name, fields()[0].default
+        ('dataset', 'auto')
+    """
+    rows = []
+    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+        kind, option = get_args(hint)
+        rows.append(Field(name, kind, TrainConfig._field_defaults[name], option))
+    return tuple(rows)
+
+
+def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
+    """Check layers of options, each over the one before, and make a configuration of them.
+
+    Args:
+        layers: Options by name, as a TOML file has them; a later layer wins.
+
+    Returns:
+        The configuration, defaults where no layer says otherwise.
+
+    Raises:
+        ConfigError: an option is unknown, of the wrong type, not among its choices or out of range,
+            or two options clash.
+
+    Example:
+        >>> make_config({"epochs": 5}, {"epochs": 2}).epochs
+        2
+    """
+    known = {field.name: field for field in fields()}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}{_did_you_mean(name, list(known))}")
+            values[name] = _checked(known[name], value)
+    config = TrainConfig(**values)
+    _check_together(config)
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read options from a TOML file; the table ``[run]`` that a run folder adds is left out.
+
+    Args:
+        path: A TOML file, such as the ``config.toml`` of a run folder.
+
+    Returns:
+        Options by name, not yet checked.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML.
+    """
+    try:
+        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    options.pop("run", None)
+    return options
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of the recipes that come with the package.
+
+    Example:
+        >>> recipe_names()
+        ('article', 'fast', 'lenet5-fashion')
+    """
+    folder = resources.files("funcloss") / "recipes"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.is_file()))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the options of a recipe.
+
+    Args:
+        name: One of :func:`recipe_names`.
+
+    Returns:
+        Options by name.
+
+    Raises:
+        ConfigError: there is no such recipe.
+
+    Example:
+        >>> read_recipe("article")["batch_size"]
+        32
+    """
+    if name not in recipe_names():
+        raise ConfigError(
+            f"no recipe {name!r}{_did_you_mean(name, recipe_names())}; "
+            f"there are {', '.join(recipe_names())}"
+        )
+    text = (resources.files("funcloss") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def _checked(field: Field, value: Any) -> Any:
+    """Return ``value`` as the type of its field, or say what is wrong with it."""
+    name, option = field.name, field.option
+    if get_origin(field.type) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list of numbers, got {value!r}")
+        return tuple(_number(name, option, item, float) for item in value)
+    if get_origin(field.type) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table of numbers, got {value!r}")
+        return {str(k): _number(f"{name} {k}", option, v, float) for k, v in value.items()}
+    if field.type in (int, float):
+        return _number(name, option, value, field.type)
+    if not isinstance(value, field.type):
+        raise ConfigError(f"{name} must be a {field.type.__name__}, got {value!r}")
+    if option.choices and value not in option.choices:
+        choices = ", ".join(option.choices)
+        guess = _did_you_mean(value, option.choices)
+        raise ConfigError(f"{name} must be one of {choices}; got {value!r}{guess}")
+    return value
+
+
+def _number(name: str, option: Option, value: Any, kind: type) -> Any:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name} must be {what}, got {value!r}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    low = value > option.low if option.above else value >= option.low
+    if not low or value > option.high:
+        bounds = [f"{'above' if option.above else 'at least'} {option.low:g}"]
+        bounds += [f"at most {option.high:g}"] if option.high < math.inf else []
+        raise ConfigError(f"{name} must be {' and '.join(bounds)}, got {value}")
+    return kind(value)
+
+
+def _check_together(config: TrainConfig) -> None:
+    if len(config.betas) != 2:
+        raise ConfigError(f"betas must be two numbers, got {len(config.betas)}")
+    if bool(config.pixel_mean) != bool(config.pixel_std):
+        raise ConfigError("pixel_mean and pixel_std must be given together")
+    if config.nesterov and (not config.momentum or config.dampening):
+        raise ConfigError("nesterov needs momentum above 0 and dampening 0")
+    if config.reduction == "weighted_mean" and not config.class_weight:
+        raise ConfigError("reduction weighted_mean needs a class_weight: without one it is mean")
+    if config.amp != "off" and config.device in ("cpu", "mps"):
+        raise ConfigError(f"amp {config.amp} needs device cuda, got {config.device}")
+
+
+def _did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

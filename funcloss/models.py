@@ -1,0 +1,226 @@
+"""Small networks, each a plain ``nn.Module`` from images to logits."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from einops.layers.torch import Rearrange
+from torch import nn
+
+InputShape = tuple[int, int, int]  # channels, height, width
+
+
+def linear(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Module:
+    """Softmax classifier, ``W x + b``.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        classes: Number of classes.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Example:
+        >>> linear()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    channels, height, width = input_shape
+    return _stack(flatten=_flatten(), fc=nn.Linear(channels * height * width, classes))
+
+
+def mlp(
+    input_shape: InputShape = (1, 28, 28), classes: int = 10, *, hidden: int = 256
+) -> nn.Module:
+    """Two hidden layers of rectified units.
+
+    Args:
+        input_shape: Channels, height and width of an image.
+        classes: Number of classes.
+        hidden: Units in each hidden layer.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Example:
+        >>> mlp(classes=3)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 3])
+    """
+    channels, height, width = input_shape
+    return _stack(
+        flatten=_flatten(),
+        fc1=nn.Linear(channels * height * width, hidden),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(hidden, hidden),
+        relu2=nn.ReLU(),
+        fc3=nn.Linear(hidden, classes),
+    )
+
+
+def article_cnn(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Module:
+    """The MNIST network of the costly-nine tutorial: 21,840 parameters, dropout twice.
+
+    The tutorial ends in a log-softmax; this ends in logits, which under cross-entropy are the same.
+
+    Args:
+        input_shape: Channels, height and width of an image, at least 16 by 16.
+        classes: Number of classes.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Raises:
+        ValueError: the images are too small for its convolutions.
+
+    Example:
+        >>> article_cnn()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+
+    References:
+        The basic MNIST example of PyTorch, 2017.
+    """
+    features: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(input_shape[0], 10, 5),
+        "pool1": nn.MaxPool2d(2),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(10, 20, 5),
+        "drop2": nn.Dropout2d(),
+        "pool2": nn.MaxPool2d(2),
+        "relu2": nn.ReLU(),
+        "flatten": _flatten(),
+    }
+    size = _size_of("article_cnn", features, input_shape)
+    return _stack(
+        **features,
+        fc1=nn.Linear(size, 50),
+        relu3=nn.ReLU(),
+        drop3=nn.Dropout(),
+        fc2=nn.Linear(50, classes),
+    )
+
+
+def lenet5(input_shape: InputShape = (1, 32, 32), classes: int = 10) -> nn.Module:
+    """LeNet-5 with max pooling and rectified units, on 32 by 32 images: 61,706 parameters.
+
+    Args:
+        input_shape: Channels, height and width of an image, at least 32 by 32.
+        classes: Number of classes.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Raises:
+        ValueError: the images are too small for its convolutions.
+
+    Example:
+        >>> lenet5()(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 10])
+
+    References:
+        LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document
+        recognition", 1998.
+    """
+    features: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(input_shape[0], 6, 5),
+        "pool1": nn.MaxPool2d(2),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(6, 16, 5),
+        "pool2": nn.MaxPool2d(2),
+        "relu2": nn.ReLU(),
+        "conv3": nn.Conv2d(16, 120, 5),
+        "relu3": nn.ReLU(),
+        "flatten": _flatten(),
+    }
+    size = _size_of("lenet5", features, input_shape)
+    return _stack(**features, fc1=nn.Linear(size, 84), relu4=nn.ReLU(), fc2=nn.Linear(84, classes))
+
+
+def fast_cnn(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Module:
+    """A network that learns MNIST to 99 % in one epoch, under the ``fast`` recipe.
+
+    Args:
+        input_shape: Channels, height and width of an image, at least 12 by 12.
+        classes: Number of classes.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Raises:
+        ValueError: the images are too small for its convolutions.
+
+    Example:
+        >>> fast_cnn()(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    features: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(input_shape[0], 24, 5),
+        "pool1": nn.MaxPool2d(2),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(24, 32, 3),
+        "pool2": nn.MaxPool2d(2),
+        "relu2": nn.ReLU(),
+        "flatten": _flatten(),
+    }
+    size = _size_of("fast_cnn", features, input_shape)
+    return _stack(
+        **features, fc1=nn.Linear(size, 256), relu3=nn.ReLU(), fc2=nn.Linear(256, classes)
+    )
+
+
+def cifar_cnn(input_shape: InputShape = (3, 32, 32), classes: int = 10) -> nn.Module:
+    """Three padded 3 by 3 convolutions of 64 with pooling and a hidden layer of 512.
+
+    Args:
+        input_shape: Channels, height and width of an image, at least 8 by 8.
+        classes: Number of classes.
+
+    Returns:
+        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+
+    Raises:
+        ValueError: the images are too small for its pooling.
+
+    Example:
+        >>> cifar_cnn()(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    features: dict[str, nn.Module] = {}
+    channels = input_shape[0]
+    for i in (1, 2, 3):
+        features[f"conv{i}"] = nn.Conv2d(channels, 64, 3, padding=1)
+        features[f"pool{i}"] = nn.MaxPool2d(2)
+        features[f"relu{i}"] = nn.ReLU()
+        channels = 64
+    features["flatten"] = _flatten()
+    size = _size_of("cifar_cnn", features, input_shape)
+    return _stack(
+        **features, fc1=nn.Linear(size, 512), relu4=nn.ReLU(), fc2=nn.Linear(512, classes)
+    )
+
+
+MODELS: dict[str, Callable[[InputShape, int], nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "article-cnn": article_cnn,
+    "lenet5": lenet5,
+    "fast-cnn": fast_cnn,
+    "cifar-cnn": cifar_cnn,
+}
+
+
+def _stack(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _flatten() -> Rearrange:
+    return Rearrange("n c h w -> n (c h w)")
+
+
+def _size_of(name: str, features: dict[str, nn.Module], input_shape: InputShape) -> int:
+    """Return how many features an image becomes, found without computing any."""
+    shapes_only = copy.deepcopy(_stack(**features)).to("meta").eval()
+    try:
+        return shapes_only(torch.zeros(1, *input_shape, device="meta")).shape[1]
+    except RuntimeError:
+        shape = "×".join(map(str, input_shape))
+        raise ValueError(f"{name}: images of {shape} are too small for its convolutions") from None

@@ -1,0 +1,404 @@
+"""Optimisers and schedules as pure functions: memory travels in the arguments.
+
+An optimiser is a pair: ``init(params)`` gives the memory of step 0, ``update(grads, memory, params,
+learning_rate)`` gives what to add to the params and the memory of the next step. Nothing is written
+in place, so a step can be mapped over learning rates, compiled, and differentiated through. Each
+takes the same steps as its twin in ``torch.optim``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcloss.typing import Grads, Params
+
+OptState = Any  # a NamedTuple of tensors and dicts of tensors, each optimiser's own
+Schedule = Callable[[Int[Tensor, ""]], Tensor]  # number of the step -> factor on the learning rate
+
+
+class Optimizer(NamedTuple):
+    """An init/update pair; ``update`` gives the step to add and the memory after it."""
+
+    init: Callable[[Params], OptState]
+    update: Callable[[Grads, OptState, Params, Tensor], tuple[Params, OptState]]
+
+
+class SGDState(NamedTuple):
+    """What :func:`sgd` remembers between steps."""
+
+    step: Int[Tensor, ""]
+    velocity: Params  # keys and shapes of params; empty without momentum
+
+
+def sgd(
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> Optimizer:
+    """Stochastic gradient descent, step for step ``torch.optim.SGD``.
+
+    With ``d = g + weight_decay * p``: ``v = d`` at the first step, then ``v = momentum * v +
+    (1 - dampening) * d``; the step is ``-learning_rate * v``, with Nesterov ``-learning_rate *
+    (d + momentum * v)``.
+
+    Args:
+        momentum: Part of the velocity that survives a step, in ``[0, 1)``; 0 keeps no velocity.
+        dampening: Part of the gradient that does not enter the velocity.
+        weight_decay: L2 penalty on the params, added to the gradient.
+        nesterov: Look ahead; needs momentum and no dampening.
+
+    Returns:
+        The init/update pair.
+
+    Raises:
+        ValueError: ``momentum`` is not in ``[0, 1)``, ``weight_decay`` is negative, or ``nesterov``
+            is asked for without momentum or with dampening.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> optimizer = sgd(momentum=0.9)
+        >>> grads = {"w": torch.tensor([2.0])}
+        >>> step, memory = optimizer.update(
+        ...     grads, optimizer.init(params), params, torch.tensor(0.1))
+        >>> step["w"]
+        tensor([-0.2000])
+
+    References:
+        Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in
+        deep learning", 2013.
+    """
+    _check_range("sgd", "momentum", momentum, 1.0)
+    _check_range("sgd", "weight_decay", weight_decay)
+    if nesterov and (momentum == 0.0 or dampening != 0.0):
+        raise ValueError("sgd: nesterov needs momentum above 0 and dampening 0")
+
+    def init(params: Params) -> SGDState:
+        velocity = {name: torch.zeros_like(p) for name, p in params.items()} if momentum else {}
+        return SGDState(_first_step(params), velocity)
+
+    def update(
+        grads: Grads, state: SGDState, params: Params, learning_rate: Tensor
+    ) -> tuple[Params, SGDState]:
+        if weight_decay:
+            grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
+        velocity, steps = {}, grads
+        if momentum:
+            fresh = grads
+            if dampening:  # from the second step on: torch's first velocity is the whole gradient
+                kept = torch.where(state.step == 0, 1.0, 1.0 - dampening)
+                fresh = {name: kept.to(g) * g for name, g in grads.items()}
+            velocity = {
+                name: torch.add(g, state.velocity[name], alpha=momentum)
+                for name, g in fresh.items()
+            }
+            steps = velocity
+        if nesterov:
+            steps = {name: g + momentum * velocity[name] for name, g in grads.items()}
+        down = -learning_rate
+        moves = {name: down.to(d) * d for name, d in steps.items()}
+        return moves, SGDState(state.step + 1, velocity)
+
+    return Optimizer(init, update)
+
+
+class AdamState(NamedTuple):
+    """What :func:`adam` and :func:`adamw` remember between steps."""
+
+    step: Int[Tensor, ""]
+    first: Params  # running mean of the gradients
+    second: Params  # running mean of their squares
+
+
+def adam(
+    *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+) -> Optimizer:
+    """Adam, step for step ``torch.optim.Adam``.
+
+    ``m = b1 * m + (1 - b1) * g``, ``v = b2 * v + (1 - b2) * g^2``; the step is ``-learning_rate *
+    m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)``.
+
+    Args:
+        betas: Decay of the two running means, each in ``[0, 1)``.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty on the params, added to the gradient.
+
+    Returns:
+        The init/update pair.
+
+    Raises:
+        ValueError: a beta is not in ``[0, 1)``, or ``eps`` or ``weight_decay`` is negative.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> optimizer = adam()
+        >>> grads = {"w": torch.tensor([2.0])}
+        >>> step, memory = optimizer.update(
+        ...     grads, optimizer.init(params), params, torch.tensor(0.1))
+        >>> step["w"]
+        tensor([-0.1000])
+
+    References:
+        Kingma and Ba, "Adam: a method for stochastic optimization", 2015.
+    """
+    _check_adam("adam", betas, eps, weight_decay)
+
+    def update(
+        grads: Grads, state: AdamState, params: Params, learning_rate: Tensor
+    ) -> tuple[Params, AdamState]:
+        if weight_decay:
+            grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
+        return _adam_moves(grads, state, learning_rate, betas, eps)
+
+    return Optimizer(_adam_init, update)
+
+
+def adamw(
+    *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+) -> Optimizer:
+    """Adam with decoupled weight decay, step for step ``torch.optim.AdamW``.
+
+    The step is Adam's plus ``-learning_rate * weight_decay * p``: the decay does not pass through
+    the running means.
+
+    Args:
+        betas: Decay of the two running means, each in ``[0, 1)``.
+        eps: Added to the denominator.
+        weight_decay: Part of the params taken away per unit of learning rate.
+
+    Returns:
+        The init/update pair.
+
+    Raises:
+        ValueError: a beta is not in ``[0, 1)``, or ``eps`` or ``weight_decay`` is negative.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> optimizer = adamw(weight_decay=0.5)
+        >>> grads = {"w": torch.tensor([2.0])}
+        >>> step, memory = optimizer.update(
+        ...     grads, optimizer.init(params), params, torch.tensor(0.1))
+        >>> step["w"]
+        tensor([-0.1500])
+
+    References:
+        Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+    """
+    _check_adam("adamw", betas, eps, weight_decay)
+
+    def update(
+        grads: Grads, state: AdamState, params: Params, learning_rate: Tensor
+    ) -> tuple[Params, AdamState]:
+        moves, state = _adam_moves(grads, state, learning_rate, betas, eps)
+        if weight_decay:
+            decay = -learning_rate * weight_decay
+            moves = {name: move + decay.to(move) * params[name] for name, move in moves.items()}
+        return moves, state
+
+    return Optimizer(_adam_init, update)
+
+
+def _adam_init(params: Params) -> AdamState:
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    return AdamState(_first_step(params), zeros, {name: z.clone() for name, z in zeros.items()})
+
+
+def _adam_moves(
+    grads: Grads, state: AdamState, learning_rate: Tensor, betas: tuple[float, float], eps: float
+) -> tuple[Params, AdamState]:
+    b1, b2 = betas
+    step = state.step + 1
+    size = -learning_rate / _bias(b1, step, learning_rate.dtype)
+    spread = _bias(b2, step, learning_rate.dtype).rsqrt()
+    first = {name: torch.lerp(m, grads[name], 1.0 - b1) for name, m in state.first.items()}
+    second = {
+        name: torch.addcmul(b2 * v, grads[name], grads[name], value=1.0 - b2)
+        for name, v in state.second.items()
+    }
+    moves = {
+        name: size.to(m) * m / (_sqrt(second[name]) * spread.to(m) + eps)
+        for name, m in first.items()
+    }
+    return moves, AdamState(step, first, second)
+
+
+def _bias(beta: float, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``1 - beta^step`` to full precision, which the difference has not in float32."""
+    return -torch.expm1(step.to(dtype) * (math.log(beta) if beta else -math.inf))
+
+
+def _sqrt(square: Tensor) -> Tensor:
+    """Return the square root, with gradient 0 at 0 (a unit that never fired), not infinity."""
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _first_step(params: Params) -> Tensor:
+    device = next((p.device for p in params.values()), None)
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def global_norm(tree: Params) -> Float[Tensor, ""]:
+    """Euclidean norm of all entries of a dict of tensors together, ``sqrt(sum(x^2))``.
+
+    Args:
+        tree: Tensors by name, at least one.
+
+    Returns:
+        The norm, a scalar, with gradient 0 where all entries are 0.
+
+    Example:
+        >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        tensor(5.)
+    """
+    return _sqrt(torch.stack([x.square().sum() for x in tree.values()]).sum())
+
+
+def clip_by_global_norm(grads: Grads, max_norm: float | Tensor) -> Grads:
+    """Scale ``grads`` down to a global norm of at most ``max_norm``, as torch's clip_grad_norm_.
+
+    Args:
+        grads: Gradients by name.
+        max_norm: The largest norm allowed, positive.
+
+    Returns:
+        ``grads * min(1, max_norm / (norm + 1e-6))``, keys and shapes of ``grads``.
+
+    Example:
+        >>> clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, 1.0)["w"]
+        tensor([0.6000, 0.8000])
+
+    References:
+        Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
+        2013.
+    """
+    scale = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.0)
+    return {name: scale.to(g) * g for name, g in grads.items()}
+
+
+def constant() -> Schedule:
+    """Return the schedule that leaves the learning rate as it is, factor 1.
+
+    Example:
+        >>> constant()(torch.tensor(7))
+        tensor(1.)
+    """
+    return lambda step: torch.ones((), device=step.device)
+
+
+def step_decay(*, every: int, factor: float = 0.1) -> Schedule:
+    """Return ``factor ** (step // every)``, as ``torch.optim.lr_scheduler.StepLR``.
+
+    Args:
+        every: Steps between two decays, at least 1.
+        factor: What each decay multiplies the learning rate by.
+
+    Returns:
+        The schedule, from the number of the step to a factor.
+
+    Raises:
+        ValueError: ``every`` is less than 1.
+
+    Example:
+        >>> step_decay(every=10, factor=0.5)(torch.tensor(25))
+        tensor(0.2500)
+    """
+    if every < 1:
+        raise ValueError(f"step_decay: every must be at least 1, got {every}")
+    return lambda step: factor ** (step // every).to(torch.float32)
+
+
+def cosine(*, steps: int, final: float = 0.0) -> Schedule:
+    """Return half a cosine from 1 to ``final``, as ``torch.optim.lr_scheduler.CosineAnnealingLR``.
+
+    ``final + (1 - final) * (1 + cos(pi * step / steps)) / 2``, and ``final`` after ``steps``.
+
+    Args:
+        steps: Length of the training in steps, at least 1.
+        final: Factor at the end.
+
+    Returns:
+        The schedule, from the number of the step to a factor.
+
+    Raises:
+        ValueError: ``steps`` is less than 1.
+
+    Example:
+        >>> cosine(steps=10)(torch.tensor(5))
+        tensor(0.5000)
+
+    References:
+        Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017.
+    """
+    if steps < 1:
+        raise ValueError(f"cosine: steps must be at least 1, got {steps}")
+
+    def schedule(step: Tensor) -> Tensor:
+        return _anneal(1.0, final, (step / steps).clamp(max=1.0))
+
+    return schedule
+
+
+def one_cycle(
+    *, steps: int, warmup: float = 0.3, start: float = 1 / 25, final: float = 1 / 250_000
+) -> Schedule:
+    """Return a warm-up from ``start`` to 1, then a decay to ``final``, each half a cosine.
+
+    As ``torch.optim.lr_scheduler.OneCycleLR(max_lr=learning_rate, cycle_momentum=False)``.
+
+    Args:
+        steps: Length of the training in steps, at least 2.
+        warmup: Part of the steps that warms up, in ``(0, 1)``.
+        start: Factor at the first step.
+        final: Factor at the last step.
+
+    Returns:
+        The schedule, from the number of the step to a factor.
+
+    Raises:
+        ValueError: ``steps`` is less than 2, or ``warmup`` is not between 0 and 1.
+
+    Example:
+        >>> schedule = one_cycle(steps=100, warmup=0.5)
+        >>> [round(schedule(torch.tensor(step)).item(), 4) for step in (0, 49, 99)]
+        [0.04, 1.0, 0.0]
+
+    References:
+        Smith and Topin, "Super-convergence: very fast training of neural networks using large
+        learning rates", 2018.
+    """
+    if steps < 2:
+        raise ValueError(f"one_cycle: steps must be at least 2, got {steps}")
+    if not 0.0 < warmup < 1.0:
+        raise ValueError(f"one_cycle: warmup must be between 0 and 1, got {warmup}")
+    # A peak off the ends, so that neither half has length 0 in a run of a few steps.
+    peak = min(max(warmup * steps - 1.0, 0.5), steps - 1.5)
+
+    def schedule(step: Tensor) -> Tensor:
+        rise = _anneal(start, 1.0, (step / peak).clamp(max=1.0))
+        fall = _anneal(1.0, final, ((step - peak) / (steps - 1.0 - peak)).clamp(0.0, 1.0))
+        return torch.where(step <= peak, rise, fall)
+
+    return schedule
+
+
+def _anneal(begin: float, end: float, part: Tensor) -> Tensor:
+    """Return half a cosine from ``begin`` at ``part`` 0 to ``end`` at 1."""
+    return end + (begin - end) * (1.0 + torch.cos(math.pi * part)) / 2.0
+
+
+def _check_range(name: str, what: str, value: float, below: float = math.inf) -> None:
+    if not 0.0 <= value < below:
+        raise ValueError(f"{name}: {what} must be in [0, {below}), got {value}")
+
+
+def _check_adam(name: str, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    for beta in betas:
+        _check_range(name, "betas", beta, 1.0)
+    _check_range(name, "eps", eps)
+    _check_range(name, "weight_decay", weight_decay)

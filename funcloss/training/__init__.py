@@ -1,0 +1,70 @@
+"""Training: the stateless step, the loop around it, and the run folder that keeps it all."""
+
+from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
+from funcloss.training.compilation import Compiled, prepare
+from funcloss.training.evaluation import Evaluation, confusion_matrix, evaluate
+from funcloss.training.loop import Epoch, Progress, epoch_order, fit
+from funcloss.training.objective import (
+    make_forward,
+    mean_of,
+    sum_of,
+    supervised,
+    weighted_mean_of,
+)
+from funcloss.training.run import (
+    EpochReport,
+    Event,
+    LoadedRun,
+    Note,
+    Outcome,
+    Started,
+    load,
+    resume,
+    train,
+)
+from funcloss.training.step import TrainState, init_state, make_train_step
+from funcloss.training.use import (
+    Guess,
+    Judgement,
+    evaluate_run,
+    predict_files,
+    write_predictions,
+)
+
+__all__ = [
+    "Compiled",
+    "Epoch",
+    "EpochReport",
+    "Evaluation",
+    "Event",
+    "Guess",
+    "Judgement",
+    "LoadedRun",
+    "Note",
+    "Outcome",
+    "Progress",
+    "Started",
+    "TrainState",
+    "confusion_matrix",
+    "epoch_order",
+    "evaluate",
+    "evaluate_run",
+    "fit",
+    "flatten",
+    "init_state",
+    "load",
+    "load_tensors",
+    "make_forward",
+    "make_train_step",
+    "mean_of",
+    "predict_files",
+    "prepare",
+    "restore",
+    "resume",
+    "save_tensors",
+    "sum_of",
+    "supervised",
+    "train",
+    "weighted_mean_of",
+    "write_predictions",
+]

@@ -1,0 +1,110 @@
+"""States and models as safetensors files: plain tensors and a header of text, nothing that runs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from funcloss._files import replacing
+from funcloss.errors import RunError
+from funcloss.training.step import TrainState, preferred_layout
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a header to ``path``, whole or not at all.
+
+    Args:
+        path: The file to make or replace.
+        tensors: Tensors by name, on any device.
+        header: What JSON can hold, by name.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = {name: json.dumps(value) for name, value in header.items()}
+    with replacing(path) as beside:
+        beside.write_bytes(save(plain, metadata=text))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Tensors by name, on the CPU, and the header.
+
+    Raises:
+        RunError: the file cannot be read or is not of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise RunError(f"cannot read {path}: {error}") from None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested NamedTuples and dicts by path.
+
+    Args:
+        tree: A tensor, or a NamedTuple or dict of trees.
+        prefix: What the paths begin with.
+
+    Returns:
+        Tensors by path, the names on the way joined by slashes.
+
+    Example:
+        >>> list(flatten({"params": {"w": torch.zeros(1)}, "step": torch.tensor(0)}))
+        ['params/w', 'step']
+    """
+    if isinstance(tree, Tensor):
+        return {prefix: tree}
+    branches = tree if isinstance(tree, dict) else tree._asdict()
+    paths = ((f"{prefix}/{name}" if prefix else name, branch) for name, branch in branches.items())
+    return {path: leaf for place, branch in paths for path, leaf in flatten(branch, place).items()}
+
+
+def restore(template: TrainState, tensors: Mapping[str, Tensor]) -> TrainState:
+    """Return a state of the form of ``template`` from the tensors that :func:`flatten` gave.
+
+    Args:
+        template: A state of the same model and optimiser.
+        tensors: Tensors by path.
+
+    Returns:
+        The state, on the device and in the memory layout of ``template``.
+
+    Raises:
+        RunError: a tensor is missing, of another shape or dtype, or belongs nowhere.
+    """
+    expected = flatten(template)
+    for path in expected.keys() | tensors.keys():
+        if path not in tensors or path not in expected:
+            where = "has no" if path not in tensors else "has an unknown"
+            raise RunError(f"the checkpoint {where} tensor {path}: it is of another model")
+        want, got = expected[path], tensors[path]
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise RunError(
+                f"the checkpoint's {path} is {got.dtype} {tuple(got.shape)}, the model's "
+                f"{want.dtype} {tuple(want.shape)}: it is of another model"
+            )
+    return _fill(template, tensors)
+
+
+def _fill(template: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    if isinstance(template, Tensor):
+        return preferred_layout(tensors[prefix].to(template.device))
+    branches = template if isinstance(template, dict) else template._asdict()
+    filled = {
+        name: _fill(branch, tensors, f"{prefix}/{name}" if prefix else name)
+        for name, branch in branches.items()
+    }
+    return filled if isinstance(template, dict) else type(template)(**filled)

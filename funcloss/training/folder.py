@@ -1,0 +1,140 @@
+"""The files of a run folder, and what must hold of them."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from funcloss import __version__
+from funcloss._files import write_text
+from funcloss.config import TrainConfig, make_config, read_toml
+from funcloss.errors import ConfigError, RunError
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise ``ConfigError`` unless a new run may be made at ``path``.
+
+    Args:
+        path: The run folder to make.
+        overwrite: A run that is there already may go; anything else never.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or not (path / CONFIG).exists():
+        raise ConfigError(f"{path} is there and is not a run folder: name another one")
+    if not overwrite:
+        raise ConfigError(
+            f"{path} holds a run already: resume it, overwrite it or name another folder"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Return what must be the same for two runs to be the same to the bit."""
+    return {
+        "funcloss": __version__,
+        "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each part of the environment that is not what it was."""
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in now
+        if before.get(name) != now.get(name)
+    ]
+
+
+def write_config(folder: Path, config: TrainConfig, run: dict[str, Any]) -> None:
+    """Write the resolved configuration, with the table ``[run]`` of what was found on the way."""
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config._asdict().items()
+    }
+    write_text(folder / CONFIG, tomli_w.dumps({**options, "run": run}))
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Read the resolved configuration of a run.
+
+    Raises:
+        RunError: ``folder`` is not a run folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        return make_config(read_toml(folder / CONFIG))
+    except ConfigError as error:
+        raise RunError(f"{folder / CONFIG}: {error}") from None
+
+
+def append_record(folder: Path, record: dict[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with (folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write {folder / METRICS}: {error.strerror}") from None
+
+
+def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``, without a last line that a kill cut short."""
+    records = []
+    if (folder / METRICS).exists():
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if up_to_step is None or record["step"] <= up_to_step:
+                records.append(record)
+    return records
+
+
+def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write ``metrics.jsonl`` anew."""
+    write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def fresh_name(parent: Path, stem: str) -> Path:
+    """Return a path under ``parent`` that is not there yet."""
+    path, n = parent / stem, 1
+    while path.exists():
+        n += 1
+        path = parent / f"{stem}-{n}"
+    return path
+
+
+def command_line() -> str:
+    """Return the command that made this process, for whoever reads the run later."""
+    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -1,0 +1,162 @@
+"""What a step minimises: a model, a loss and a reduction, as one pure function."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from funcloss.combinators import class_weighted, class_weights_of, from_logits, one_hot_targets
+from funcloss.keys import keyed_randomness
+from funcloss.losses import cross_entropy, nll, squared_error
+from funcloss.reduction import mean, weighted_mean
+from funcloss.typing import Batch, Buffers, Hyper, LossFn, Metrics, Objective, Params
+
+Criterion = Callable[[Tensor, Batch, Hyper], Tensor]  # predictions, batch, hyper -> scalar
+Forward = Callable[[Params, Buffers, Tensor], tuple[Tensor, Buffers]]
+
+LOSSES: dict[str, LossFn] = {  # of logits and labels
+    "cross_entropy": cross_entropy,
+    "nll": from_logits(nll),
+    "squared_error": one_hot_targets(squared_error),
+}
+
+
+def mean_of(loss: LossFn) -> Criterion:
+    """Return the mean over the examples that count, ``sum(loss) / sum(where)``.
+
+    Args:
+        loss: A loss; it is given everything in ``hyper`` but the learning rate, by name.
+
+    Returns:
+        A criterion ``(predictions, batch, hyper) -> scalar``.
+    """
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        return mean(_values(loss, predictions, batch, hyper), where=batch.where)
+
+    return criterion
+
+
+def sum_of(loss: LossFn) -> Criterion:
+    """Return the sum over the examples that count, ``sum(loss)``; as :func:`mean_of` otherwise."""
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        return _values(loss, predictions, batch, hyper).sum()
+
+    return criterion
+
+
+def weighted_mean_of(loss: LossFn) -> Criterion:
+    """Return torch's mean over class weights, ``sum(w[label] * loss) / sum(w[label])``.
+
+    Args:
+        loss: An unweighted loss; ``hyper["class_weights"]`` is kept for the mean.
+
+    Returns:
+        A criterion ``(predictions, batch, hyper) -> scalar``.
+    """
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        options = dict(hyper)
+        class_weights = options.pop("class_weights")
+        values = _values(loss, predictions, batch, options)
+        weights = class_weights_of(class_weights, batch.targets, batch.where)
+        return weighted_mean(values, weights, where=batch.where)
+
+    return criterion
+
+
+def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False) -> Criterion:
+    """Return the criterion that a configuration names.
+
+    Args:
+        loss: A key of ``LOSSES``.
+        reduction: ``mean``, ``weighted_mean`` or ``sum``.
+        weighted: Whether ``hyper`` holds ``class_weights``.
+
+    Returns:
+        A criterion ``(logits, batch, hyper) -> scalar``.
+    """
+    chosen = LOSSES[loss]
+    if reduction == "weighted_mean":
+        return weighted_mean_of(chosen)
+    reduced = {"mean": mean_of, "sum": sum_of}[reduction]
+    return reduced(class_weighted(chosen) if weighted else chosen)
+
+
+def _values(loss: LossFn, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+    options = {name: value for name, value in hyper.items() if name != "learning_rate"}
+    return loss(predictions, batch.targets, where=batch.where, **options)
+
+
+def make_forward(model: nn.Module) -> Forward:
+    """Return ``model`` as a pure function of its tensors, in the mode it is in now.
+
+    Args:
+        model: Any module. It is copied without its tensors and never touched again.
+
+    Returns:
+        ``(params, buffers, inputs) -> (predictions, buffers)``. The buffers that come back are
+        new: what a module writes to its own, in place or by assignment, is in them.
+    """
+    skeleton = copy.deepcopy(model).to("meta")
+    aliases = _aliases(model)
+
+    def forward(params: Params, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
+        tensors = {**params, **{name: b.clone() for name, b in buffers.items()}}
+        tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+        # tie_weights=False: the aliases are above, and torch would write to a copy of the dict.
+        predictions = functional_call(skeleton, tensors, (inputs,), tie_weights=False)
+        return predictions, {name: tensors[name] for name in buffers}
+
+    return forward
+
+
+def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False) -> Objective:
+    """Return the objective of predicting a batch's targets from its inputs.
+
+    Args:
+        model: Any module, in the mode to train it in.
+        criterion: From predictions, batch and hyper to the scalar to minimise.
+        bfloat16: Run the model, not the loss, in bfloat16 where that is safe (autocast).
+
+    Returns:
+        ``(params, buffers, batch, keys, hyper) -> (loss, (buffers, metrics))``, pure; dropout draws
+        from ``keys``.
+
+    Example:
+        >>> from funcloss.models import linear
+        >>> objective = supervised(linear((1, 2, 2), 3), mean_of(cross_entropy))
+        >>> params = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
+        >>> batch = Batch(torch.ones(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))
+        >>> loss, _ = objective(params, {}, batch, torch.arange(5), {})
+        >>> loss
+        tensor(1.0986)
+    """
+    forward = make_forward(model)
+
+    def objective(
+        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+    ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
+        precision = torch.autocast(batch.inputs.device.type, torch.bfloat16)
+        with keyed_randomness(keys), precision if bfloat16 else nullcontext():
+            predictions, buffers = forward(params, buffers, batch.inputs)
+        if bfloat16:
+            predictions = predictions.float()
+        return criterion(predictions, batch, hyper), (buffers, {})
+
+    return objective
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tied tensors, each with the name that the state has."""
+    first: dict[Tensor, str] = {}
+    aliases = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if first.setdefault(tensor, name) != name:
+                aliases[name] = first[tensor]
+    return aliases

@@ -1,0 +1,157 @@
+"""A trained model in use: on a data set, on image files."""
+
+import csv
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from funcloss._files import replacing
+from funcloss.data import Dataset, load_dataset, moved, normalised, resized, take
+from funcloss.errors import ConfigError, DataError
+from funcloss.training.evaluation import Evaluation, evaluate
+from funcloss.training.objective import make_criterion, make_forward
+from funcloss.training.run import LoadedRun, load
+from funcloss.training.setup import input_shape, make_hyper, resolve_device
+from funcloss.training.step import preferred_layout
+
+
+class Judgement(NamedTuple):
+    """How a run's model does on a part of a data set."""
+
+    evaluation: Evaluation
+    labels: Tensor  # of the examples, in the order of ``evaluation.logits``
+    classes: tuple[str, ...]
+    dataset: str
+    note: str
+
+
+class Guess(NamedTuple):
+    """What a model says of one image."""
+
+    label: str  # name of the class
+    probability: float
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    dataset: str = "",
+    part: str = "test",
+    data_dir: str = "",
+    device: str = "auto",
+) -> Judgement:
+    """Evaluate a run's model on a part of a data set.
+
+    Args:
+        run_dir: A run folder.
+        dataset: Name of a data set with as many classes; empty: the one that was trained on.
+        part: ``test``, ``validation`` or ``train``, split as in the training.
+        data_dir: Folder of the data; empty: that of the run.
+        device: Where to run the model.
+
+    Returns:
+        The evaluation, under the loss and costs of the run.
+
+    Raises:
+        ConfigError: the data set does not fit the model, the part is empty or the device absent.
+        DataError: the data cannot be had.
+        RunError: the run cannot be read.
+    """
+    run = load(run_dir)
+    config = run.config
+    device = resolve_device(device)
+    data = load_dataset(
+        dataset or config.dataset, data_dir or config.data_dir, val_fraction=config.val_fraction
+    )
+    data = moved(_fitted(data, run), device)
+    examples = {"train": data.train, "validation": data.validation, "test": data.test}[part]
+    if not len(examples.labels):
+        raise ConfigError(f"{data.name} has no {part} part: the run held out none")
+    tensors = {
+        name: preferred_layout(t.to(device)) for name, t in {**run.params, **run.buffers}.items()
+    }
+    evaluation = evaluate(
+        make_forward(run.model),
+        tensors,
+        {},
+        partial(take, data, examples),
+        len(examples.labels),
+        make_criterion(config.loss, config.reduction, weighted=bool(config.class_weight)),
+        make_hyper(config, run.classes, device),
+    )
+    return Judgement(evaluation, examples.labels.cpu(), data.classes, data.name, data.note)
+
+
+def _fitted(data: Dataset, run: LoadedRun) -> Dataset:
+    """Return the data at the size and scale that the model was trained for."""
+    channels, height, _ = run.input_shape
+    if len(data.classes) != len(run.classes) or input_shape(data)[0] != channels:
+        raise ConfigError(
+            f"the model tells {len(run.classes)} classes on {channels}-channel images, {data.name} "
+            f"has {len(data.classes)} on {input_shape(data)[0]}-channel images"
+        )
+    if data.test.images.shape[1] != height:
+        data = resized(data, height)
+    return data._replace(mean=run.mean, std=run.std)
+
+
+def write_predictions(path: Path, judgement: Judgement) -> None:
+    """Write a CSV file with a line an example: index, truth, prediction, its probability.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    probabilities, guesses = judgement.evaluation.logits.softmax(-1).max(-1)
+    columns = (judgement.labels.tolist(), guesses.tolist(), probabilities.tolist())
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("index", "label", "prediction", "probability"))
+        for i, (label, guess, probability) in enumerate(zip(*columns, strict=True)):
+            names = judgement.classes[label], judgement.classes[guess]
+            writer.writerow((i, *names, f"{probability:.6f}"))
+
+
+def predict_files(run_dir: Path, paths: Sequence[Path], *, invert: bool = False) -> list[Guess]:
+    """Say which class each image file shows.
+
+    Args:
+        run_dir: A run folder.
+        paths: Image files; each is brought to the size and the channels of the training images.
+        invert: Swap dark and light first.
+
+    Returns:
+        A guess an image.
+
+    Raises:
+        DataError: a file cannot be read or is not an image.
+        RunError: the run cannot be read.
+    """
+    run = load(run_dir)
+    images = torch.stack([_read_image(path, run.input_shape, invert=invert) for path in paths])
+    with torch.no_grad():
+        logits = run.model(normalised(images, run.mean, run.std))
+    probabilities, guesses = logits.softmax(-1).max(-1)
+    return [
+        Guess(run.classes[guess], probability)
+        for guess, probability in zip(guesses.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+def _read_image(path: Path, shape: tuple[int, int, int], *, invert: bool) -> Tensor:
+    channels, height, width = shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not an image") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    if invert:
+        image = ImageOps.invert(image)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width, channels)

@@ -1,0 +1,34 @@
+"""The words that every room shares: the shapes of states, batches, losses and objectives."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+Params = dict[str, Tensor]  # trainable tensors by name, as ``named_parameters`` gives them
+Grads = Params  # the same keys and shapes
+Buffers = dict[str, Tensor]  # what is not trained: running statistics, frozen parameters
+Hyper = dict[str, Tensor]  # what may be swept: the learning rate, costs, a loss's options
+Metrics = dict[str, Tensor]
+
+# ``loss(predictions, targets, *, where=None, ...) -> Tensor``: one value an example, shape
+# ``(*batch)``; every option is a keyword. Which ones there are is each loss's own.
+LossFn = Callable[..., Tensor]
+
+
+class Batch(NamedTuple):
+    """Examples side by side, along the first axis of every field."""
+
+    inputs: Tensor  # (batch, *features)
+    targets: Tensor  # (batch,) labels, or (batch, ...) values
+    where: Tensor | None = None  # (batch,) bool: which examples count; None: all
+
+
+class Objective(Protocol):
+    """What a step minimises: a scalar, beside new buffers and metrics."""
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper, /
+    ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
+        """Return ``(loss, (buffers, metrics))``; ``keys`` holds one random key an example."""
+        ...
