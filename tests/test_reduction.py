@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, vmap
+from torch.testing import assert_close
+
+from funcloss import class_weighted, class_weights_of, losses, mean, weighted_mean
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.5])
+
+
+def batch(n=8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def test_mean_divides_by_the_examples_that_count():
+    values = torch.tensor([1.0, 2.0, torch.inf, 6.0])
+    where = torch.tensor([True, True, False, True])
+    assert mean(values, where=where) == 3.0
+    assert mean(values[where]) == 3.0
+
+
+def test_mean_of_half_precision_does_not_overflow_on_the_way():
+    values = torch.full((4000,), 60000.0, dtype=torch.float16)
+    assert mean(values, where=torch.ones(4000, dtype=torch.bool)) == 60000.0
+    assert mean(values, where=torch.ones(4000, dtype=torch.bool)).dtype == torch.float16
+    weights = torch.ones(4000, dtype=torch.float16)
+    assert weighted_mean(values, weights) == 60000.0
+
+
+def test_weighted_mean_is_torchs_division_and_mean_is_not():
+    logits, labels = batch()
+    values = losses.cross_entropy(logits, labels)
+    torchs = F.cross_entropy(logits, labels, weight=WEIGHTS)
+    assert_close(weighted_mean(values, class_weights_of(WEIGHTS, labels)), torchs)
+    ours = mean(class_weighted(losses.cross_entropy)(logits, labels, class_weights=WEIGHTS))
+    summed = F.cross_entropy(logits, labels, weight=WEIGHTS, reduction="sum")
+    assert_close(ours, summed / len(labels))
+
+
+def test_a_masked_weight_does_not_count():
+    values, weights = torch.tensor([1.0, 9.0, 4.0]), torch.tensor([2.0, torch.nan, 1.0])
+    where = torch.tensor([True, False, True])
+    assert weighted_mean(values, weights, where=where) == 2.0
+    gradient = grad(lambda v: weighted_mean(v, weights, where=where))(values)
+    assert_close(gradient, torch.tensor([2 / 3, 0.0, 1 / 3]))
+
+
+def test_at_batch_size_one_the_weight_acts_in_a_mean_and_cancels_in_torchs():
+    logits, labels = batch()
+
+    def with_mean(z, y):
+        return mean(class_weighted(losses.cross_entropy)(z, y, class_weights=WEIGHTS))
+
+    def as_torch(z, y):
+        return weighted_mean(losses.cross_entropy(z, y), class_weights_of(WEIGHTS, y))
+
+    plain = vmap(grad(lambda z, y: losses.cross_entropy(z, y)))(logits, labels)
+    single = logits[:, None], labels[:, None]
+    weighted = vmap(grad(with_mean))(*single).squeeze(1)
+    cancelled = vmap(grad(as_torch))(*single).squeeze(1)
+    assert_close(weighted, WEIGHTS[labels][:, None] * plain)
+    assert_close(cancelled, plain)
+
+
+def test_nothing_that_counts_is_nan():
+    assert mean(torch.ones(2), where=torch.zeros(2, dtype=torch.bool)).isnan()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mean(torch.ones(2).long()), TypeError, "mean: values must be floating point"),
+        (
+            lambda: mean(torch.ones(2), where=torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            r"mean: where must have shape \(2,\)",
+        ),
+        (
+            lambda: weighted_mean(torch.ones(2), torch.ones(3)),
+            ValueError,
+            r"weighted_mean: weights must have shape \(2,\) to match values, got \(3,\)",
+        ),
+        (
+            lambda: class_weights_of(torch.ones(2, 2), torch.zeros(2).long()),
+            ValueError,
+            r"class_weights must have shape \(classes,\), got \(2, 2\)",
+        ),
+        (
+            lambda: class_weights_of(torch.ones(2), torch.zeros(2)),
+            TypeError,
+            "labels must hold integer classes",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def published_loss(logits, labels):
+    """The costly-nine tutorial as published: the batch mean, a scalar, times a mask."""
+    scalar = F.cross_entropy(logits, labels)
+    return scalar + (scalar * (labels == 9)).mean()
+
+
+def meant_loss(logits, labels):
+    """The same as meant: every 9 counts twice."""
+    weights = torch.ones(10, dtype=logits.dtype)
+    weights[9] = 2.0
+    return mean(class_weighted(losses.cross_entropy)(logits, labels, class_weights=weights))
+
+
+def pull(loss, logits, labels):
+    """By what factor the gradient of each example exceeds that under the plain mean."""
+    plain = grad(lambda z: F.cross_entropy(z, labels))(logits)
+    return (grad(lambda z: loss(z, labels))(logits) / plain).mean(-1)
+
+
+def test_the_published_loss_weighs_all_examples_alike_and_the_meant_one_the_nines():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(32, 10, generator=generator, dtype=torch.float64)
+    labels = torch.arange(32) % 10
+    nine = labels == 9
+    published = pull(published_loss, logits, labels)
+    assert_close(published, torch.full_like(published, 1 + nine.double().mean().item()))
+    meant = pull(meant_loss, logits, labels)
+    assert_close(meant, torch.where(nine, 2.0, 1.0).double())
+
+
+@pytest.mark.parametrize(("size", "factor"), [(1, 2.0), (32, 1.029), (256, 1.004)])
+def test_across_random_batches_the_published_loss_weighs_a_nine_hardly_more(size, factor):
+    # An example's factor is 1 + (nines in its batch) / B: count them over random batches.
+    generator = torch.Generator().manual_seed(0)
+    nines = torch.rand(2_000_000 // size, size, generator=generator) < 0.1
+    weight = (1 + nines.double().mean(1, keepdim=True)).expand(nines.shape)
+    assert_close(
+        weight[nines].mean() / weight[~nines].mean(), torch.tensor(factor).double(),
+        atol=2e-3, rtol=0,
+    )  # fmt: skip
