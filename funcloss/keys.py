@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_STRIDE, _STEP_STRIDE = 0x3504F333, 0x1F83D9AB  # odd, below 2^30, unlike each other
 _MASK = 0xFFFFFFFF  # keys are 32 bits in int64: no product of _mix leaves 63 bits, none overflows
 
 
@@ -66,7 +67,7 @@ def fold_in(key: Int[Tensor, "*keys"], data: Int[Tensor, "*data"]) -> Int[Tensor
     References:
         Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
-    return _mix((key + data * 0x3504F333) & _MASK)  # an odd stride below 2^30
+    return _mix((key + data * _STRIDE) & _MASK)
 
 
 def example_keys(key: Int[Tensor, ""], step: Int[Tensor, ""], batch: int) -> Int[Tensor, " batch"]:
@@ -84,7 +85,8 @@ def example_keys(key: Int[Tensor, ""], step: Int[Tensor, ""], batch: int) -> Int
         >>> example_keys(make_key(0), torch.tensor(0), 4).shape
         torch.Size([4])
     """
-    return fold_in(fold_in(key, step), torch.arange(batch, device=key.device))
+    # One round for both counters: this runs at every step.
+    return fold_in(key + step * _STEP_STRIDE, torch.arange(batch, device=key.device))
 
 
 _BLOCK = 128  # words of each stream drawn at once: eager, an operation costs more than they do

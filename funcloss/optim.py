@@ -234,8 +234,7 @@ def _bias(beta: float, step: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sqrt(square: Tensor) -> Tensor:
     """Return the square root, with gradient 0 at 0 (a unit that never fired), not infinity."""
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _first_step(params: Params) -> Tensor:

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_shape, check_where
+from funcloss._precision import wide_dtype
 
 
 def mean(
@@ -33,7 +34,7 @@ def mean(
         return values.mean()
     kept = torch.where(where, values, 0.0)
     # Half precision would overflow in the sum though the mean is in range.
-    total = kept.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    total = kept.sum(dtype=wide_dtype(values))
     return (total / where.sum()).to(values.dtype)
 
 
@@ -71,6 +72,6 @@ def weighted_mean(
     check_where("weighted_mean", where, tuple(values.shape))
     if where is not None:
         values, weights = torch.where(where, values, 0.0), torch.where(where, weights, 0.0)
-    wide = torch.promote_types(values.dtype, torch.float32)
+    wide = wide_dtype(values)
     weights = weights.to(wide)
     return ((weights * values.to(wide)).sum() / weights.sum()).to(values.dtype)

@@ -1,5 +1,5 @@
 """The commands: ``funcloss`` and its short form ``funcloss-train``."""
 
-from funcloss.cli.main import main, main_train
+from funcloss.cli.app import main, main_train
 
 __all__ = ["main", "main_train"]

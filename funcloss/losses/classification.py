@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_class_labels
-from funcloss.losses._precision import widened
+from funcloss._precision import wide_dtype
 
 
 def cross_entropy(
@@ -43,7 +43,8 @@ def cross_entropy(
     if where is not None:
         # Mask the inputs too: masking the output alone leaves 0 * inf = NaN in the gradient.
         logits = torch.where(where[..., None], logits, 0.0)
-    return nll(widened(logits).log_softmax(-1), labels, where=where).to(logits.dtype)
+    log_probs = logits.log_softmax(-1, dtype=wide_dtype(logits))
+    return nll(log_probs, labels, where=where).to(logits.dtype)
 
 
 def nll(
@@ -82,5 +83,5 @@ def nll(
         log_probs = torch.where(where[..., None], log_probs, 0.0)
         labels = torch.where(where, labels, 0)
     # gather, because indexing with a 0-d label fails under vmap(grad).
-    loss = -log_probs.gather(-1, labels[..., None].long()).squeeze(-1)
+    loss = -log_probs.gather(-1, labels.unsqueeze(-1).long()).squeeze(-1)
     return loss if where is None else torch.where(where, loss, 0.0)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_shape, check_where
-from funcloss.losses._precision import widened
+from funcloss._precision import wide_dtype
 
 
 def squared_error(
@@ -42,7 +42,8 @@ def squared_error(
     shape = tuple(predictions.shape)
     check_shape("squared_error", "targets", targets, shape, f"predictions {shape}")
     check_where("squared_error", where, shape)
-    error = widened(predictions) - widened(targets)
+    wide = wide_dtype(predictions)
+    error = predictions.to(wide) - targets.to(wide)
     if where is not None:
         error = torch.where(where, error, 0.0)
     return error.square().to(predictions.dtype)

@@ -9,10 +9,11 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from funcloss.errors import RunError
-from funcloss.training.step import TrainState, TrainStep
-from funcloss.typing import Batch, Hyper
+from funcloss.training.loop import IndexedStep
+from funcloss.training.step import TrainState
 
 # Seconds to compile a step of a small network, and the part of a step's time that compiling saves:
 # on the low side of what scripts/bench_train.py finds, so that doubtful cases stay eager.
@@ -24,28 +25,22 @@ _PROBES = 5
 class Compiled(NamedTuple):
     """A step ready to run, and how it was made so."""
 
-    train_step: TrainStep
+    step_on: IndexedStep
     on: bool
     note: str  # one line for the user
     seconds: float  # that compiling took
 
 
 def prepare(
-    train_step: TrainStep,
-    mode: str,
-    state: TrainState,
-    batch: Batch,
-    hyper: Hyper,
-    steps: int,
+    step_on: IndexedStep, mode: str, state: TrainState, index: Tensor, steps: int
 ) -> Compiled:
     """Compile a step if asked to, or, on ``auto``, if its remaining steps will pay it back.
 
     Args:
-        train_step: A pure step; trying it changes nothing.
+        step_on: A pure step on the examples at an index; trying it changes nothing.
         mode: ``on``, ``off`` or ``auto``.
         state: A state to try it on.
-        batch: A batch to try it on.
-        hyper: What it takes.
+        index: Examples to try it on.
         steps: How many steps are to come.
 
     Returns:
@@ -55,41 +50,39 @@ def prepare(
         RunError: ``mode`` is ``on`` and the step cannot be compiled here.
     """
     if mode == "off" or steps == 0:
-        return Compiled(train_step, False, "eager", 0.0)
+        return Compiled(step_on, False, "eager", 0.0)
     if mode == "auto":
         device = state.key.device.type
-        eager = steps * _step_seconds(train_step, state, batch, hyper)
+        eager = steps * _step_seconds(step_on, state, index)
         gain, cost = eager * _SAVING.get(device, 0.0), _COST.get(device, math.inf)
         if gain <= cost:
-            return Compiled(train_step, False, f"eager, for a training of about {eager:.0f} s", 0.0)
+            return Compiled(step_on, False, f"eager, for a training of about {eager:.0f} s", 0.0)
     try:
-        compiled, seconds = _compiled(train_step, state, batch, hyper)
+        compiled, seconds = _compiled(step_on, state, index)
     except Exception as error:  # the compiler is not ours, and fails in its own ways
         reason = _why(error)
         if mode == "on":
             raise RunError(f"the step cannot be compiled: {reason}; compile off runs it") from None
-        return Compiled(train_step, False, f"eager, since compiling failed: {reason}", 0.0)
+        return Compiled(step_on, False, f"eager, since compiling failed: {reason}", 0.0)
     return Compiled(compiled, True, f"compiled in {seconds:.1f} s", seconds)
 
 
-def _compiled(
-    train_step: TrainStep, state: TrainState, batch: Batch, hyper: Hyper
-) -> tuple[TrainStep, float]:
-    compiled = torch.compile(train_step, fullgraph=True, dynamic=False)
+def _compiled(step_on: IndexedStep, state: TrainState, index: Tensor) -> tuple[IndexedStep, float]:
+    compiled = torch.compile(step_on, fullgraph=True, dynamic=False)
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's, about itself
         # Twice: strides that change after the first step compile anew now, not in the training.
-        after, _ = compiled(state, batch, hyper)
-        compiled(after, batch, hyper)
+        after, _ = compiled(state, index)
+        compiled(after, index)
     return compiled, time.perf_counter() - began
 
 
-def _step_seconds(train_step: TrainStep, state: TrainState, batch: Batch, hyper: Hyper) -> float:
+def _step_seconds(step_on: IndexedStep, state: TrainState, index: Tensor) -> float:
     times = []
     for _ in range(2 + _PROBES):
         began = time.perf_counter()
-        _, metrics = train_step(state, batch, hyper)
+        _, metrics = step_on(state, index)
         float(metrics["loss"])  # waits for the device
         times.append(time.perf_counter() - began)
     return statistics.median(times[2:])

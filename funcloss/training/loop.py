@@ -9,8 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from funcloss.keys import fold_in
-from funcloss.training.step import TrainState, TrainStep
-from funcloss.typing import Batch, Hyper
+from funcloss.training.step import TrainState
+from funcloss.typing import Metrics
+
+IndexedStep = Callable[[TrainState, Tensor], tuple[TrainState, Metrics]]
 
 
 class Progress(NamedTuple):
@@ -36,10 +38,8 @@ class Epoch(NamedTuple):
 
 def fit(
     state: TrainState,
-    train_step: TrainStep,
-    take: Callable[[Tensor], Batch],
+    step_on: IndexedStep,
     n: int,
-    hyper: Hyper,
     *,
     epochs: int,
     batch_size: int,
@@ -55,10 +55,10 @@ def fit(
 
     Args:
         state: Where to begin.
-        train_step: The step, compiled or not.
-        take: The batch of the examples at an index, ``(batch,)`` int64 on the device of the state.
+        step_on: ``(state, index) -> (state, metrics)``, the step on the examples at an index,
+            ``(batch,)`` int64 on the device of the state; compiled or not. Say
+            ``lambda state, index: train_step(state, take(dataset, examples, index), hyper)``.
         n: Number of training examples.
-        hyper: Learning rate and costs, all tensors.
         epochs: Number of the last epoch.
         batch_size: Examples a step.
         log_every: Steps between two reports; between them nothing is read from the device.
@@ -83,7 +83,7 @@ def fit(
         total, counted, stopped = 0.0, 0, False
         while position < per_epoch and not stopped:
             index = order[position * batch_size : (position + 1) * batch_size]
-            state, metrics = train_step(state, take(index), hyper)
+            state, metrics = step_on(state, index)
             losses.append(metrics["loss"])
             position, step = position + 1, step + 1
             stopped = should_stop()

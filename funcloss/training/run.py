@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from funcloss._files import folder_replacing, write_text
 from funcloss.config import TrainConfig
+from funcloss.data import take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import figures, folder
 from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
 from funcloss.training.compilation import prepare
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.loop import Epoch, Progress, fit
+from funcloss.training.loop import Epoch, IndexedStep, Progress, fit
 from funcloss.training.objective import Forward, make_forward
 from funcloss.training.setup import Setup, input_shape, make_model, make_setup
 from funcloss.training.step import TrainState
@@ -198,21 +199,21 @@ def load(run_dir: str | Path) -> LoadedRun:
     )
 
 
-def _prepared(setup: Setup, mode: str, state: TrainState, show: Show):
+def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[IndexedStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
     steps = config.epochs * _steps_an_epoch(setup) - int(state.step)
-    batch = setup.batch(setup.dataset.train, torch.arange(config.batch_size, device=config.device))
-    made = prepare(setup.train_step, mode, state, batch, setup.hyper, steps)
+    index = torch.arange(config.batch_size, device=config.device)
+    made = prepare(setup.step_on, mode, state, index, steps)
     show(Note(f"step: {made.note}"))
     config = config._replace(compile="on" if made.on else "off")
-    return made.train_step, setup._replace(config=config)
+    return made.step_on, setup._replace(config=config)
 
 
 def _run_from(
     setup: Setup,
     state: TrainState,
-    train_step,
+    step_on: IndexedStep,
     run_dir: Path,
     show: Show,
     should_stop: Callable[[], bool],
@@ -239,10 +240,8 @@ def _run_from(
             record(line | _scores(evaluations, setup.dataset.classes))
         for epoch in fit(
             state,
-            train_step,
-            partial(setup.batch, setup.dataset.train),
+            step_on,
             n,
-            setup.hyper,
             epochs=config.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,
@@ -270,7 +269,7 @@ def _evaluations(setup: Setup, forward: Forward, state: TrainState) -> dict[str,
             forward,
             state.params,
             state.buffers,
-            partial(setup.batch, examples),
+            partial(take, setup.dataset, examples),
             len(examples.labels),
             setup.criterion,
             setup.hyper,

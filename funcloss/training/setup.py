@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from funcloss import models, optim
 from funcloss.config import TrainConfig
-from funcloss.data import Dataset, Examples, data_folder, load_dataset, moved, resized, take
+from funcloss.data import Dataset, data_folder, load_dataset, moved, resized, take
 from funcloss.errors import ConfigError
 from funcloss.training.objective import Criterion, make_criterion, supervised
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
-from funcloss.typing import Batch, Hyper
+from funcloss.typing import Hyper, Metrics
 
 
 class Setup(NamedTuple):
@@ -25,9 +25,10 @@ class Setup(NamedTuple):
     train_step: TrainStep
     state: TrainState  # before the first step
 
-    def batch(self, examples: Examples, index: Tensor) -> Batch:
-        """Return the batch at ``index`` of a part of the data set."""
-        return take(self.dataset, examples, index)
+    def step_on(self, state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
+        """Take the step on the training examples at ``index``."""
+        batch = take(self.dataset, self.dataset.train, index)
+        return self.train_step(state, batch, self.hyper)
 
 
 def make_setup(config: TrainConfig) -> Setup:

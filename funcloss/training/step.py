@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from funcloss.keys import example_keys, make_key
-from funcloss.optim import Optimizer, OptState, Schedule, clip_by_global_norm, constant
+from funcloss.optim import Optimizer, OptState, Schedule, clip_by_global_norm
 from funcloss.typing import Batch, Buffers, Hyper, Metrics, Objective, Params
 
 
@@ -91,7 +91,6 @@ def make_train_step(
         >>> state.step
         tensor(1)
     """
-    schedule = schedule or constant()
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         keys = example_keys(state.key, state.step, batch.targets.shape[0])
@@ -100,7 +99,9 @@ def make_train_step(
         )
         if clip_norm:
             grads = clip_by_global_norm(grads, clip_norm)
-        learning_rate = hyper["learning_rate"] * schedule(state.step)
+        learning_rate = hyper["learning_rate"]
+        if schedule is not None:
+            learning_rate = learning_rate * schedule(state.step)
         moves, opt_state = optimizer.update(grads, state.opt_state, state.params, learning_rate)
         params = {name: p + moves[name] for name, p in state.params.items()}
         state = TrainState(params, buffers, opt_state, state.step + 1, state.key)

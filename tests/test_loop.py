@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from funcloss import losses, models, optim
+from funcloss.data import take
+from funcloss.keys import make_key
+from funcloss.training import (
+    confusion_matrix,
+    epoch_order,
+    evaluate,
+    fit,
+    flatten,
+    init_state,
+    make_forward,
+    make_train_step,
+    mean_of,
+    supervised,
+)
+from funcloss.typing import Batch
+
+HYPER = {"learning_rate": torch.tensor(0.05)}
+
+
+@pytest.fixture(scope="module")
+def training(sample):
+    torch.manual_seed(0)
+    model, optimizer = models.article_cnn(), optim.sgd(momentum=0.5)
+    step = make_train_step(supervised(model, mean_of(losses.cross_entropy)), optimizer)
+
+    def step_on(state, index):
+        return step(state, take(sample, sample.train, index), HYPER)
+
+    return init_state(model, optimizer), step_on
+
+
+def run(training, epochs=2, n=500, state=None, **options):
+    first, step_on = training
+    options = {"batch_size": 64, "log_every": 3} | options
+    return list(fit(state or first, step_on, n, epochs=epochs, **options))
+
+
+def same(a, b):
+    a, b = flatten(a), flatten(b)
+    return all(torch.equal(a[path], b[path]) for path in a)
+
+
+def test_epochs_come_one_by_one_with_the_state_after_them(training):
+    epochs = run(training)
+    assert [e.number for e in epochs] == [1, 2]
+    assert [e.step for e in epochs] == [7, 14]  # 500 // 64: the last partial batch is left out
+    assert [e.examples for e in epochs] == [448, 896]
+    assert all(e.finished for e in epochs)
+    assert epochs[-1].state.step == 14
+    assert epochs[1].loss < epochs[0].loss
+
+
+def test_stopped_anywhere_it_goes_on_as_if_it_had_not(training):
+    whole = run(training)[-1].state
+    for stop_at in (1, 6, 7, 8, 13):
+        seen = iter(range(1, 100))
+        part = run(training, should_stop=lambda s=seen, at=stop_at: next(s) >= at)
+        assert part[-1].step == stop_at
+        assert part[-1].finished == (stop_at == 7)
+        assert same(run(training, state=part[-1].state)[-1].state, whole)
+
+
+def test_reports_come_every_few_steps_and_average_them(training):
+    reports = []
+    epochs = run(training, on_progress=reports.append)
+    assert [r.step for r in reports] == [3, 6, 7, 9, 12, 14]
+    means = [r.loss for r in reports[:3]]
+    assert_close(epochs[0].loss, (3 * means[0] + 3 * means[1] + means[2]) / 7)
+
+
+def test_a_finished_training_has_no_more_epochs(training):
+    done = run(training)[-1].state
+    assert run(training, state=done) == []
+
+
+def test_too_few_examples_are_refused(training):
+    with pytest.raises(ValueError, match="a batch of 64 needs as many examples, got 63"):
+        run(training, n=63)
+
+
+def test_the_order_hangs_on_key_and_epoch_alone():
+    key, before = make_key(0), torch.get_rng_state()
+    orders = [epoch_order(key, epoch, 100) for epoch in range(3)]
+    assert torch.equal(orders[1], epoch_order(key, 1, 100))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], epoch_order(make_key(1), 0, 100))
+    assert all(torch.equal(o.sort().values, torch.arange(100)) for o in orders)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500, 9999])
+def test_an_evaluation_does_not_hang_on_the_size_of_its_batches(training, sample, batch_size):
+    state, _ = training
+
+    def take_(index):
+        return take(sample, sample.train, index)
+
+    model = models.article_cnn().eval()
+    n = 13 if batch_size == 1 else 500
+    made = evaluate(
+        make_forward(model),
+        state.params,
+        state.buffers,
+        take_,
+        n,
+        mean_of(losses.cross_entropy),
+        HYPER,
+        batch_size=batch_size,
+    )
+    batch = take_(torch.arange(n))
+    logits, _ = make_forward(model)(state.params, state.buffers, batch.inputs)
+    guesses = logits.argmax(-1)
+    assert_close(made.logits, logits)
+    assert_close(made.loss, losses.cross_entropy(logits, batch.targets).mean().item())
+    assert made.accuracy == pytest.approx((guesses == batch.targets).double().mean().item())
+    for c in range(10):
+        true, said = batch.targets == c, guesses == c
+        hits = (true & said).sum().double()
+        assert_close(made.recall[c], hits / true.sum(), equal_nan=True)
+        assert_close(made.precision[c], hits / said.sum(), equal_nan=True)
+        assert made.support[c] == true.sum()
+        assert made.confusion[c].tolist() == guesses[true].bincount(minlength=10).tolist()
+
+
+def test_scores_of_classes_that_do_not_occur_are_not_numbers():
+    def take_(index):
+        return Batch(torch.eye(3)[index], torch.tensor([0, 0, 1])[index])
+
+    made = evaluate(lambda p, b, x: (x, b), {"w": torch.zeros(1)}, {}, take_, 3,
+                    mean_of(losses.cross_entropy), {})  # fmt: skip
+    assert made.recall.isnan().tolist() == [False, False, True]
+    assert made.recall[:2].tolist() == [0.5, 0.0]
+    assert made.precision.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_nothing_to_evaluate_is_refused():
+    with pytest.raises(ValueError, match="there are no examples"):
+        evaluate(None, {}, {}, None, 0, None, {})
+
+
+def test_confusion_counts_every_pair():
+    labels, guesses = torch.randint(4, (2, 300)).unbind()
+    counts = confusion_matrix(labels, guesses, 4)
+    for i in range(4):
+        for j in range(4):
+            assert counts[i, j] == ((labels == i) & (guesses == j)).sum()

@@ -1,0 +1,483 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import funcloss
+from funcloss import training
+from funcloss.config import make_config, read_toml
+from funcloss.errors import ConfigError, DataError, RunError
+from funcloss.training import folder
+
+SMALL = {
+    "dataset": "mnist-sample",
+    "model": "article-cnn",
+    "optimizer": "sgd",
+    "learning_rate": 0.05,
+    "epochs": 2,
+    "batch_size": 100,
+    "log_every": 10,
+    "compile": "off",
+}
+
+
+def config(**options):
+    return make_config(SMALL, options)
+
+
+def weights(run):
+    return training.load_tensors(Path(run) / "checkpoint.safetensors")[0]
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, its summary and the events on the way."""
+    events = []
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    outcome = training.train(config(class_weight={"9": 2}), run, show=events.append)
+    return run, outcome, events
+
+
+def test_a_run_leaves_all_of_it_in_its_folder(finished):
+    run, outcome, _ = finished
+    assert outcome.finished
+    assert outcome.folder == run
+    assert sorted(f.name for f in run.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.toml",
+        "confusion.png",
+        "curves.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "predictions.png",
+        "summary.json",
+    ]
+    assert all((run / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in
+               ("curves", "predictions", "confusion"))  # fmt: skip
+
+
+def test_the_summary_says_what_was_reached(finished):
+    run, outcome, _ = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == outcome.summary
+    assert summary["test"]["accuracy"] > 0.75
+    assert list(summary["test"]["recall"]) == list("0123456789")
+    assert summary["test"]["n"] == summary["validation"]["n"] == 500
+    assert summary["class_weight"] == {"9": 2.0}
+    assert (summary["steps"], summary["examples"]) == (80, 8000)
+    assert summary["parameters"] == 21_840
+    assert "not comparable" in summary["dataset_note"]
+
+
+def test_every_report_and_epoch_is_a_line(finished):
+    run, _, events = finished
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [10, 20, 30, 40, 50, 60, 70, 80]
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    assert [(r["epoch"], r["step"], r["examples"]) for r in epochs] == [
+        (0, 0, 0),
+        (1, 40, 4000),
+        (2, 80, 8000),
+    ]
+    assert epochs[0]["test"]["accuracy"] < 0.4 < epochs[-1]["test"]["accuracy"]
+    assert isinstance(events[0], training.Note)
+    assert "not comparable" in events[0].text
+    assert sum(isinstance(e, training.Progress) for e in events) == 8
+    assert sum(isinstance(e, training.EpochReport) for e in events) == 2
+
+
+def test_the_resolved_configuration_makes_the_same_run_again(finished, tmp_path):
+    run, _, _ = finished
+    resolved = read_toml(run / "config.toml")
+    assert resolved["device"] in ("cpu", "cuda", "mps")
+    assert resolved["threads"] == torch.get_num_threads()
+    assert resolved["image_size"] == 28
+    training.train(make_config(resolved), tmp_path / "again")
+    assert same(run, tmp_path / "again")
+
+
+def test_a_run_loads_as_a_plain_model(finished, sample):
+    run, outcome, _ = finished
+    loaded = funcloss.load(run)
+    assert loaded.classes == sample.classes
+    assert loaded.input_shape == (1, 28, 28)
+    assert not loaded.model.training
+    with torch.no_grad():
+        logits = loaded.model(funcloss.data.normalised(sample.test.images, loaded.mean, loaded.std))
+    accuracy = (logits.argmax(-1) == sample.test.labels).double().mean()
+    assert_close(accuracy.item(), outcome.summary["test"]["accuracy"])
+    again = torch.func.functional_call(
+        loaded.model,
+        {**loaded.params, **loaded.buffers},
+        (funcloss.data.normalised(sample.test.images, loaded.mean, loaded.std),),
+    )
+    assert_close(again.detach(), logits)
+
+
+class StopAt:
+    """Ask to stop at a number of questions."""
+
+    def __init__(self, at):
+        self.at, self.asked = at, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked >= self.at
+
+
+@pytest.mark.parametrize("at", [1, 13, 40, 41, 79])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
+    whole, _, _ = finished
+    run = tmp_path / "run"
+    made = config(class_weight={"9": 2})
+    outcome = training.train(made, run, should_stop=StopAt(at))
+    assert not outcome.finished
+    assert not (run / "summary.json").exists()
+    assert training.resume(run).finished
+    assert same(run, whole)
+    steps = [r["step"] for r in folder.read_records(run) if r["kind"] == "epoch"]
+    assert steps == [0, 40, 80]
+
+
+def test_stopped_at_the_last_step_it_is_finished(tmp_path):
+    assert training.train(config(epochs=1), tmp_path / "run", should_stop=StopAt(40)).finished
+
+
+def test_resuming_twice_and_resuming_what_is_finished(tmp_path):
+    run = tmp_path / "run"
+    training.train(config(), run, should_stop=StopAt(5))
+    training.resume(run, should_stop=StopAt(30))
+    training.resume(run)
+    before = {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
+    notes = []
+    outcome = training.resume(run, show=notes.append)
+    assert outcome.finished
+    assert outcome.summary["steps"] == 80
+    assert "nothing to resume" in notes[0].text
+    assert {f.name: f.stat().st_mtime_ns for f in run.iterdir()} == before
+
+
+def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    training.train(config(), run, should_stop=StopAt(5))
+    real = folder.environment()
+    monkeypatch.setattr(folder, "environment", lambda: {**real, "torch": "1.0"})
+    notes = []
+    training.resume(run, show=notes.append)
+    warnings = [n.text for n in notes if isinstance(n, training.Note) and n.warning]
+    assert any(f"torch was {torch.__version__}, is 1.0" in text for text in warnings)
+
+
+def test_a_used_folder_is_not_overwritten_unless_asked_to(tmp_path, finished):
+    run, _, _ = finished
+    before = (run / "summary.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already: resume it, overwrite it or name"):
+        training.train(config(), run)
+    assert (run / "summary.json").read_bytes() == before
+    copy = tmp_path / "copy"
+    training.train(config(epochs=0), copy)
+    training.train(config(epochs=0, seed=7), copy, overwrite=True)
+    assert json.loads((copy / "summary.json").read_text())["seed"] == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("ten years")
+    for path in (tmp_path, precious):
+        with pytest.raises(ConfigError, match="is not a run folder"):
+            training.train(config(), path, overwrite=True)
+    assert precious.read_text() == "ten years"
+
+
+def test_a_failing_overwrite_loses_nothing(tmp_path):
+    run = tmp_path / "run"
+    training.train(config(epochs=0), run)
+    with pytest.raises(ConfigError, match="no class 'ten'"):
+        training.train(config(class_weight={"ten": 2}), run, overwrite=True)
+    assert (run / "summary.json").exists()
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    real = Path.write_bytes
+    left = [3]  # two files before the first step, one after the first epoch
+
+    def write_bytes(path, content):
+        left[0] -= 1
+        if left[0] < 0:
+            real(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(RunError, match="cannot write .*safetensors: No space left on device"):
+        training.train(config(), run)
+    assert not [f for f in run.iterdir() if f.name.startswith(".")]
+    assert int(weights(run)["step"]) == 40
+    monkeypatch.undo()
+    training.resume(run)
+    training.train(config(), tmp_path / "whole")
+    assert same(run, tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        training.train(config(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot make .*: (Not a directory|File exists)"):
+        training.train(config(epochs=0), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml"])
+def test_a_damaged_run_is_one_line(tmp_path, name):
+    run = tmp_path / "run"
+    training.train(config(), run, should_stop=StopAt(5))
+    (run / name).write_bytes((run / name).read_bytes()[:50])
+    with pytest.raises(RunError, match=name):
+        training.resume(run)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    training.train(config(), run, should_stop=StopAt(5))
+    training.train(config(model="mlp"), other, should_stop=StopAt(5))
+    (run / "checkpoint.safetensors").write_bytes((other / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(RunError, match="it is of another model"):
+        training.resume(run)
+
+
+def test_what_is_no_run_is_one_line(tmp_path):
+    for use in (training.resume, funcloss.load):
+        with pytest.raises(RunError, match="is not a run folder: it has no config.toml"):
+            use(tmp_path)
+
+
+REFUSED = [
+    ({"class_weight": {"ten": 2}}, "no class 'ten'; the classes are 0, 1, 2"),
+    ({"class_weight": {"10": 2}}, "no class '10'"),
+    ({"class_weight": dict.fromkeys("0123456789", 0)}, "every class weighs 0"),
+    ({"batch_size": 4001}, "batch_size 4001 is more than the 4,000 training examples"),
+    ({"image_size": 8}, "1×8×8 are too small for its convolutions: use a larger image_size"),
+    ({"pixel_mean": [0.1, 0.2], "pixel_std": [1, 1]}, "must have a number a channel: 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(o) for o, _ in REFUSED])
+def test_what_the_data_does_not_have_is_refused_before_anything_is_written(
+    tmp_path, options, message
+):
+    with pytest.raises(ConfigError, match=message):
+        training.train(config(**options), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_an_absent_device_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="device cuda is not on this machine"):
+        training.train(config(device="cuda"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="amp bf16 needs device cuda, and here it is"):
+        training.train(config(amp="bf16"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "linear", "loss": "squared_error", "learning_rate": 3e-4},
+        {
+            "model": "mlp",
+            "loss": "nll",
+            "optimizer": "adamw",
+            "weight_decay": 0.1,
+            "learning_rate": 0.01,
+        },
+        {"model": "lenet5", "schedule": "step", "nesterov": True, "clip_norm": 1.0},
+        {
+            "model": "cifar-cnn",
+            "schedule": "cosine",
+            "image_size": 16,
+            "optimizer": "adam",
+            "learning_rate": 0.003,
+        },
+        {"model": "linear", "class_weight": {"9": 5}, "reduction": "weighted_mean"},
+        {"model": "linear", "class_weight": {"9": 5}, "reduction": "sum", "learning_rate": 1e-4},
+        {
+            "model": "fast-cnn",
+            "val_fraction": 0.0,
+            "optimizer": "adam",
+            "schedule": "one-cycle",
+            "learning_rate": 0.01,
+        },
+        {"model": "linear", "pixel_mean": [0.5], "pixel_std": [0.5], "dampening": 0.1},
+    ],
+    ids=str,
+)
+def test_every_option_trains(tmp_path, options):
+    outcome = training.train(config(**{"epochs": 1, **options}), tmp_path / "run")
+    assert outcome.summary["test"]["accuracy"] > 0.5
+    assert ("validation" in outcome.summary) == (options.get("val_fraction") != 0.0)
+
+
+def test_a_cost_on_a_class_raises_its_recall(tmp_path):
+    recall = []
+    for weight in (1, 20):
+        made = config(model="linear", class_weight={"9": weight})
+        summary = training.train(made, tmp_path / f"{weight}").summary
+        recall.append(summary["test"]["recall"]["9"])
+    assert recall[1] > recall[0]
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    training.train(config(model="linear", tensorboard=True), run)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert [e.step for e in events.Scalars("accuracy/test")] == [0, 40, 80]
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'funcloss\[tensorboard\]'"):
+        training.train(config(tensorboard=True), tmp_path / "run")
+
+
+def test_evaluating_a_run_gives_what_its_summary_says(finished):
+    run, outcome, _ = finished
+    judged = training.evaluate_run(run)
+    assert judged.evaluation.accuracy == outcome.summary["test"]["accuracy"]
+    assert judged.evaluation.loss == pytest.approx(outcome.summary["test"]["loss"], rel=1e-5)
+    validation = training.evaluate_run(run, part="validation").evaluation
+    assert validation.accuracy == outcome.summary["validation"]["accuracy"]
+
+
+def test_a_run_can_be_judged_on_another_data_set(finished, data_dir):
+    run, _, _ = finished
+    judged = training.evaluate_run(run, dataset="mnist", data_dir=str(data_dir))
+    assert len(judged.labels) == 10_000
+    assert judged.evaluation.accuracy > 0.75
+    clothes = training.evaluate_run(run, dataset="fashion-mnist", data_dir=str(data_dir))
+    assert clothes.evaluation.accuracy < 0.4
+    assert clothes.classes[0] == "T-shirt/top"
+
+
+def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
+    from PIL import Image, ImageOps
+
+    run, _, _ = finished
+    logits = training.evaluate_run(run).evaluation.logits
+    sure = logits.softmax(-1).max(-1).values.topk(5).indices.tolist()
+    paths = []
+    for i in sure:
+        image = Image.fromarray(sample.test.images[i].squeeze().numpy())
+        image.resize((70, 70)).convert("RGB").save(tmp_path / f"{i}.png")
+        ImageOps.invert(image).save(tmp_path / f"{i}-dark.png")
+        paths.append(tmp_path / f"{i}.png")
+    guesses = training.predict_files(run, paths)
+    assert [g.label for g in guesses] == [str(int(logits[i].argmax())) for i in sure]
+    dark = [path.with_name(f"{path.stem}-dark.png") for path in paths]
+    assert [g.label for g in training.predict_files(run, dark, invert=True)] == [
+        g.label for g in guesses
+    ]
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(DataError, match="no.png is not an image"):
+        training.predict_files(run, [tmp_path / "no.png"])
+
+
+def start(run, *options):
+    command = [sys.executable, "-m", "funcloss", "train", "--run-dir", str(run), "--dataset"]
+    command += ["mnist-sample", "--model", "article-cnn", "--optimizer", "sgd", "--log-every", "5"]
+    return subprocess.Popen(
+        [*command, "--learning-rate", "0.05", "--compile", "off", "--batch-size", "20", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process, word):
+    for line in process.stdout:
+        if word in line:
+            return
+    pytest.fail(f"the command ended without {word!r}")
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    run = tmp_path / "run"
+    process = start(run, "--epochs", "3")
+    wait_for(process, "step 20 ")
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: funcloss-train --resume {run}" in rest
+    assert "Traceback" not in rest
+    assert 20 <= int(weights(run)["step"]) < 600
+    training.resume(run)
+    training.train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
+    assert same(run, tmp_path / "whole")
+
+
+def kill_and_resume(run, after, *options):
+    process = start(run, *options)
+    time.sleep(after)
+    process.kill()
+    process.communicate()
+    while not (run / "summary.json").exists():
+        if (run / "config.toml").exists():
+            training.load_tensors(run / "checkpoint.safetensors")  # whole at any moment
+            assert training.resume(run).finished
+        else:  # killed before there was a run: nothing but a hidden folder beside it
+            start(run, *options).communicate()
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    training.train(config(batch_size=20, log_every=5), tmp_path / "whole")
+    run = tmp_path / "run"
+    process = start(run, "--epochs", "2")
+    wait_for(process, "epoch 1/2")
+    process.kill()
+    process.communicate()
+    assert training.resume(run).finished
+    assert same(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_end_in_the_same_weights(tmp_path):
+    began = time.monotonic()
+    process = start(tmp_path / "whole", "--epochs", "4")
+    process.communicate()
+    seconds = time.monotonic() - began
+    moments = torch.rand(20, generator=torch.Generator().manual_seed(0)) * seconds
+    for i, after in enumerate(moments.tolist()):
+        run = tmp_path / f"run{i}"
+        kill_and_resume(run, after, "--epochs", "4")
+        assert same(run, tmp_path / "whole"), f"killed after {after:.2f} of {seconds:.2f} s"
+
+
+def test_no_file_is_left_open_to_everyone_or_half_written(finished):
+    run, _, _ = finished
+    assert not [f for f in run.iterdir() if f.name.startswith(".")]
+    assert os.stat(run).st_mode & 0o777 == 0o755
