@@ -62,6 +62,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
         Tensors by path, the names on the way joined by slashes.
 
     Example:
+        >>> import torch
         >>> list(flatten({"params": {"w": torch.zeros(1)}, "step": torch.tensor(0)}))
         ['params/w', 'step']
     """

@@ -45,7 +45,7 @@ def curves(records: Sequence[dict[str, Any]]) -> Figure:
 def predictions(
     images: Tensor, truths: Sequence[str], guesses: Sequence[str], *, columns: int = 3
 ) -> Figure:
-    """Images, each with the class that the model gives it, and the true one where they differ.
+    """Images, each with the class that the model gives it and the true one.
 
     Args:
         images: uint8, shape ``(n, height, width, channels)``, on the CPU.
@@ -64,7 +64,7 @@ def predictions(
     for axes, image, truth, guess in zip(grid.flat, images.numpy(), truths, guesses, strict=False):
         axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
         right = truth == guess
-        title = f"Prediction: {guess}" + ("" if right else f"\n(is {truth})")
+        title = f"Prediction: {guess}\nTruth: {truth}"
         axes.set_title(title, fontsize=10, color="black" if right else _RED)
     figure.tight_layout()
     return figure

@@ -1,0 +1,140 @@
+"""The package as its users meet it: what importing loads, what depends on what, the README."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import funcloss
+from funcloss.cli import app as shell
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "funcloss"
+
+# Each room may import from those before it, and from its own.
+ROOMS = [
+    {"errors", "typing", "_checks", "_precision", "_files", "config", "__init__"},
+    {"losses", "reduction"},
+    {"combinators", "keys"},
+    {"optim"},
+    {"models", "data"},
+    {"training"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def room_of(module: str) -> int:
+    name = module.removeprefix("funcloss").strip(".").split(".")[0] or "__init__"
+    return next(i for i, names in enumerate(ROOMS) if name in names)
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("funcloss"):
+            plain = node.module == "funcloss"
+            names |= {f"funcloss.{a.name}" for a in node.names} if plain else {node.module}
+    return {n for n in names if not n.startswith("funcloss.__version")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("it re-exports, when asked")
+    here = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    later = {name for name in imported(path) if room_of(name) > here}
+    assert not later
+
+
+def loaded_by(code: str) -> set[str]:
+    code += "; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_funcloss_loads_nothing_and_its_losses_load_torch_at_most():
+    assert "torch" not in loaded_by("import funcloss")
+    heavy = {"torchvision", "matplotlib", "typer", "rich", "einops", "PIL", "safetensors"}
+    modules = loaded_by("import funcloss; funcloss.losses.cross_entropy; funcloss.mean")
+    assert "torch" in modules
+    assert not heavy & modules
+    assert not [m for m in modules if m.startswith(("funcloss.training", "funcloss.data"))]
+
+
+def test_every_public_name_is_there_and_no_other():
+    for name in funcloss.__all__:
+        assert getattr(funcloss, name) is not None
+    assert set(funcloss.__all__) <= set(dir(funcloss))
+    with pytest.raises(AttributeError, match="has no attribute 'cross_entrpy'"):
+        _ = funcloss.cross_entrpy
+
+
+@pytest.mark.parametrize("name", ["losses", "data", "training", "optim", "keys", "models"])
+def test_what_is_public_is_documented(name):
+    module = getattr(funcloss, name)
+    public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+    for item in public:
+        thing = getattr(module, item)
+        if callable(thing) and getattr(thing, "__module__", "").startswith("funcloss"):
+            assert thing.__doc__, f"{name}.{item}"
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            if not line.startswith(("funcloss ", "funcloss-train")):
+                continue
+            words = shlex.split(line)
+            monkeypatch.setattr(sys, "argv", words)
+            program = shell.main_train if words[0] == "funcloss-train" else shell.main
+            with pytest.raises(SystemExit) as end:
+                program()
+            assert not end.value.code, capsys.readouterr().err
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_other_commands_of_the_readme_are_those_of_the_tests_themselves():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            if line.startswith("pip install"):
+                install, _ = line.split(" && ")
+                assert install.replace("pip install", "pip install -q") in ci
+            elif line.startswith("python "):
+                script = ROOT / shlex.split(line)[1]
+                done = subprocess.run([sys.executable, script, "--help"], capture_output=True,
+                                      text=True, check=True)  # fmt: skip
+                for option in re.findall(r"--[a-z-]+", line):
+                    assert option in done.stdout
+
+
+@pytest.mark.slow
+def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("FUNCLOSS_DATA_DIR", str(data_dir))
+    for line in (
+        f"scripts/accuracy.py --recipe fast=1 --runs {tmp_path / 'accuracy'}",
+        f"scripts/bench_train.py --rounds 1 --steps 2 --json {tmp_path / 'bench.json'}",
+    ):
+        subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, check=True)
+    assert (tmp_path / "bench.json").exists()
+
+
+def test_local_links_of_the_documents_lead_somewhere():
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if not target.startswith("https://"):
+                assert (ROOT / target).exists(), f"{document.name}: {target}"
