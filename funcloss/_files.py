@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +43,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def folder_replacing(path: Path) -> Iterator[Path]:
+def folder_replacing(path: Path, *, last: str) -> Iterator[Path]:
     """Give a folder beside ``path`` to fill; it becomes ``path`` if all went well.
 
     Args:
-        path: The folder to make or replace; a replaced one is removed last.
+        path: The folder to make or replace; a replaced one is removed last. An empty one stays
+            (it may be where a disk is mounted) and is filled.
+        last: The file without which the folder counts for nothing; it arrives last.
 
     Yields:
         The folder to fill.
@@ -54,21 +57,23 @@ def folder_replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: it cannot be made; what was at ``path`` is as it was.
     """
-    import shutil
-
+    path = path.resolve()
     beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         beside.chmod(0o755)
         yield beside
-        if path.exists():
+        if not path.exists():
+            beside.rename(path)
+        elif not any(path.iterdir()):
+            for file in sorted(beside.iterdir(), key=lambda file: file.name == last):
+                shutil.move(file, path / file.name)
+        else:
             old = beside.with_name(beside.name + "-old")
             path.rename(old)
             beside.rename(path)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            beside.rename(path)
     except OSError as error:
         raise RunError(f"cannot make {path}: {error.strerror or error}") from None
     finally:

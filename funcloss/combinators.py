@@ -1,9 +1,12 @@
 """Losses in, a loss out: each result is as pure as what it was made of."""
 
+# Annotations stay text: a combinator may be called, and its loss defined, in what is being traced.
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-from funcloss._checks import check_floating, check_labels, check_where
+from funcloss._checks import check_floating, check_labels, check_shape, check_where
 from funcloss.typing import LossFn
 
 
@@ -50,7 +53,8 @@ def class_weighted(loss: LossFn) -> LossFn:
         loss: A loss of ``(logits, labels)``.
 
     Returns:
-        A loss of ``(logits, labels)`` with the keyword ``class_weights``.
+        A loss of ``(logits, labels)`` with the keyword ``class_weights``. It raises ``ValueError``
+        if these do not have one entry a class, or if ``loss`` does not give one value an example.
 
     Example:
         >>> from funcloss.losses import cross_entropy
@@ -72,7 +76,10 @@ def class_weighted(loss: LossFn) -> LossFn:
         where: Tensor | None = None,
         **options,
     ) -> Tensor:
+        check_shape("class_weighted", "class_weights", class_weights, logits.shape[-1:], "logits")
         values = loss(logits, labels, where=where, **options)
+        # A loss that is reduced already would be weighted as a whole, which weighs no class.
+        check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
         return class_weights_of(class_weights, labels, where).to(values.dtype) * values
 
     return weighted

@@ -28,7 +28,7 @@ TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
 _MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
 _LOSSES = ("cross_entropy", "nll", "squared_error")
-_REDUCTIONS = ("mean", "weighted_mean", "sum")
+_REDUCTIONS = ("mean", "weighted_mean")
 
 
 class TrainConfig(NamedTuple):
@@ -42,10 +42,11 @@ class TrainConfig(NamedTuple):
         str, Option("Folder of the data; else $FUNCLOSS_DATA_DIR, else a cache folder.")
     ] = ""
     val_fraction: Annotated[
-        float, Option("Part of the training set held out for validation.", low=0, high=0.9)
+        float, Option("Part of the training set held out for validation.", low=0, high=0.8)
     ] = 0.1
     image_size: Annotated[
-        int, Option("Resize images to this height and width; 0: as the model needs.", low=0)
+        int,
+        Option("Resize images to this height and width; 0: as the model needs.", low=0, high=4096),
     ] = 0
     pixel_mean: Annotated[
         tuple[float, ...], Option("Mean a channel, pixels in 0..1; none: the data set's own.")
@@ -61,7 +62,7 @@ class TrainConfig(NamedTuple):
         Option("Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.", low=0),
     ] = {}  # noqa: RUF012 - never written to
     reduction: Annotated[
-        str, Option("From values to a scalar: over examples, over weights, or sum.", _REDUCTIONS)
+        str, Option("Divide by the examples, or by their class weights.", _REDUCTIONS)
     ] = "mean"
     optimizer: Annotated[str, Option("Optimiser.", ("sgd", "adam", "adamw"))] = "adam"
     learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
@@ -80,10 +81,10 @@ class TrainConfig(NamedTuple):
     warmup: Annotated[
         float, Option("Part of the steps that one-cycle warms up.", low=0, high=0.99, above=True)
     ] = 0.3
-    decay_every: Annotated[int, Option("Epochs between two decays of step.", low=1)] = 1
+    decay_every: Annotated[int, Option("Epochs between two decays of step.", low=1, high=1e6)] = 1
     decay_factor: Annotated[float, Option("Factor of a decay of step.", low=0, high=1)] = 0.1
-    epochs: Annotated[int, Option("Passes over the training set.", low=0)] = 3
-    batch_size: Annotated[int, Option("Examples a step.", low=1)] = 128
+    epochs: Annotated[int, Option("Passes over the training set.", low=0, high=1e6)] = 3
+    batch_size: Annotated[int, Option("Examples a step.", low=1, high=1e9)] = 128
     seed: Annotated[int, Option("Seed of everything random.", low=0, high=2**63 - 1)] = 0
     device: Annotated[str, Option("Where to train.", ("auto", "cpu", "cuda", "mps"))] = "auto"
     compile: Annotated[
@@ -91,7 +92,7 @@ class TrainConfig(NamedTuple):
     ] = "auto"
     amp: Annotated[str, Option("Mixed precision, on CUDA.", ("off", "bf16"))] = "off"
     threads: Annotated[int, Option("CPU threads; 0: torch's choice.", low=0, high=1024)] = 0
-    log_every: Annotated[int, Option("Steps between two logged losses.", low=1)] = 50
+    log_every: Annotated[int, Option("Steps between two logged losses.", low=1, high=1e9)] = 50
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
 
 
@@ -232,7 +233,7 @@ def _number(name: str, option: Option, value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
         what = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{name} must be {what}, got {value!r}")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
     low = value > option.low if option.above else value >= option.low
     if not low or value > option.high:

@@ -11,6 +11,10 @@ class DataError(FunclossError):
     """Data that cannot be found, fetched, read or trusted."""
 
 
+class UnavailableError(DataError):
+    """Data that is not here and cannot be fetched, which is no fault of the data's."""
+
+
 class RunError(FunclossError):
     """A run folder that cannot be written, read or resumed."""
 

@@ -8,8 +8,11 @@ from torch import Tensor
 Params = dict[str, Tensor]  # trainable tensors by name, as ``named_parameters`` gives them
 Grads = Params  # the same keys and shapes
 Buffers = dict[str, Tensor]  # what is not trained: running statistics, frozen parameters
-Hyper = dict[str, Tensor]  # what may be swept: the learning rate, costs, a loss's options
 Metrics = dict[str, Tensor]
+
+# What may be swept, all tensors: ``learning_rate``, a scalar, for the optimiser; the rest goes to
+# the loss by name: ``class_weights`` of shape ``(classes,)``, and each option that it has.
+Hyper = dict[str, Tensor]
 
 # ``loss(predictions, targets, *, where=None, ...) -> Tensor``: one value an example, shape
 # ``(*batch)``; every option is a keyword. Which ones there are is each loss's own.

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -61,12 +62,12 @@ def test_training_prints_plain_lines_when_piped(made):
 def test_what_to_try_next_can_be_tried(made, run_cli, tmp_path, monkeypatch):
     _, out, _ = made
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^  (funcloss(?:-train)? .*?)(?:   .*)?$", out, re.M)
-    assert len(commands) == 3
-    weighted = commands[0].replace("'", "").split()[1:]
-    code, _, _ = run_cli(*FAST, *weighted, program=shell.main_train)
+    commands = [shlex.split(line) for line in re.findall(r"^  (funcloss.*)$", out, re.M)]
+    assert [command[0] for command in commands] == ["funcloss-train", "funcloss-train", "funcloss"]
+    code, _, _ = run_cli(*commands[0][1:], program=shell.main_train)
     assert code == 0
-    code, table, _ = run_cli(*commands[2].split()[1:])
+    assert commands[1][1:] == ["--recipe", "article"]
+    code, table, _ = run_cli(*commands[2][1:])
     assert code == 0
     assert len(re.findall(r"^\d +50 +[\d.]+% +[\d.]+%$", table, re.M)) == 10
 
@@ -111,6 +112,9 @@ REFUSED = [
     (["train", "--config", "none.toml"], "cannot read none.toml: No such file"),
     (["train", "--epochs", "-1"], "epochs must be at least 0"),
     (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs"),
+    (["train", "--resume", "x", "--seed", "0", "--no-nesterov"], "leave out --nesterov, --seed"),
+    (["train", "--seed", "1" + 400 * "0"], "seed must be at least 0 and at most"),
+    (["evaluate", "RUN", "--device", "gpu"], "device gpu is not on this machine"),
     (["train", "--resume", "x", "--run-dir", "y", "--overwrite"], "leave out --run-dir, --overw"),
     (["evaluate", "x", "--split", "all"], "split must be one of test, validation, train"),
     (["evaluate", "x", "--dataset", "auto"], "dataset must be one of mnist, fashion-mnist"),
@@ -118,10 +122,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("args", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
-def test_a_bad_request_is_one_line_on_stderr_and_exit_code_2(run_cli, args, message, tmp_path,
+def test_a_bad_request_is_one_line_on_stderr_and_exit_code_2(made, run_cli, args, message, tmp_path,
                                                              monkeypatch):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_cli(*args)
+    code, out, err = run_cli(*[made[0] if a == "RUN" else a for a in args])
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")

@@ -19,7 +19,7 @@ from funcloss import data
 from funcloss.data import fetch as fetching
 from funcloss.data import sources
 from funcloss.data.files import read_idx
-from funcloss.errors import DataError
+from funcloss.errors import ConfigError, DataError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
     "t10k-images-idx3-ubyte",
@@ -221,7 +221,7 @@ def test_without_data_or_network_mnist_says_what_was_tried_and_the_ways_out(tmp_
         data.load_dataset("mnist", tmp_path)
     message = str(caught.value)
     assert f"train-images-idx3-ubyte.gz is not in {tmp_path}/MNIST/raw" in message
-    assert "there is no network: no answer from https://ossci-datasets" in message
+    assert "there is no network: no answer from http" in message
     assert f"put torchvision's files for MNIST into {tmp_path}" in message
     assert "train on the data set mnist-sample" in message
     assert list(tmp_path.iterdir()) == []
@@ -232,6 +232,18 @@ def test_without_data_or_network_auto_is_the_sample_and_says_so(tmp_path, no_net
     assert dataset.name == "mnist-sample"
     assert "there is no network" in dataset.note
     assert "not comparable" in dataset.note
+
+
+def test_with_a_part_of_mnist_and_no_network_auto_is_the_sample(data_dir, tmp_path, no_network):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    shutil.copy(data_dir / "MNIST" / "raw" / f"{NAMES[3]}.gz", raw)
+    assert data.load_dataset("auto", tmp_path).name == "mnist-sample"
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ConfigError, match="no data set 'mnits'; there are auto, mnist"):
+        data.load_dataset("mnits")
 
 
 def test_a_torchvision_that_does_not_match_is_one_line(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_reports_come_every_few_steps_and_average_them(training):
     reports = []
     epochs = run(training, on_progress=reports.append)
     assert [r.step for r in reports] == [3, 6, 7, 9, 12, 14]
+    assert [r.steps for r in reports] == [3, 3, 1, 2, 3, 2]
     means = [r.loss for r in reports[:3]]
     assert_close(epochs[0].loss, (3 * means[0] + 3 * means[1] + means[2]) / 7)
 
@@ -81,6 +82,12 @@ def test_a_finished_training_has_no_more_epochs(training):
 def test_too_few_examples_are_refused(training):
     with pytest.raises(ValueError, match="a batch of 64 needs as many examples, got 63"):
         run(training, n=63)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"log_every": 0}])
+def test_numbers_that_are_not_positive_are_refused(training, options):
+    with pytest.raises(ValueError, match="batch_size and log_every must be at least 1"):
+        run(training, **options)
 
 
 def test_the_order_hangs_on_key_and_epoch_alone():

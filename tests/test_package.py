@@ -133,6 +133,10 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
     assert (tmp_path / "bench.json").exists()
 
 
+def test_the_readme_is_finished():
+    assert "@@" not in README
+
+
 def test_local_links_of_the_documents_lead_somewhere():
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):

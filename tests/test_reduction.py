@@ -99,6 +99,19 @@ def test_a_wrong_request_is_refused(call, error, message):
         call()
 
 
+def test_a_loss_that_is_reduced_already_cannot_be_weighted():
+    logits, labels = batch()
+    scalar = class_weighted(lambda z, y, where: F.cross_entropy(z, y))
+    with pytest.raises(ValueError, match=r"what the loss gives must have shape \(8,\)"):
+        scalar(logits, labels, class_weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_weights_of_another_number_of_classes_are_refused(n):
+    with pytest.raises(ValueError, match=r"class_weights must have shape \(3,\) to match logits"):
+        class_weighted(losses.cross_entropy)(*batch(), class_weights=torch.ones(n))
+
+
 def published_loss(logits, labels):
     """The costly-nine tutorial as published: the batch mean, a scalar, times a mask."""
     scalar = F.cross_entropy(logits, labels)

@@ -38,8 +38,11 @@ def weights(run):
 
 
 def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    """Whether two runs ended in the same state and the same model."""
+    files = "checkpoint.safetensors", "model.safetensors"
+    pairs = [[training.load_tensors(Path(run) / file)[0] for run in (a, b)] for file in files]
+    return all(x.keys() == y.keys() and all(map(torch.equal, x.values(), y.values()))
+               for x, y in pairs)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,6 @@ def test_the_resolved_configuration_makes_the_same_run_again(finished, tmp_path)
     resolved = read_toml(run / "config.toml")
     assert resolved["device"] in ("cpu", "cuda", "mps")
     assert resolved["threads"] == torch.get_num_threads()
-    assert resolved["image_size"] == 28
     training.train(make_config(resolved), tmp_path / "again")
     assert same(run, tmp_path / "again")
 
@@ -150,6 +152,83 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     assert same(run, whole)
     steps = [r["step"] for r in folder.read_records(run) if r["kind"] == "epoch"]
     assert steps == [0, 40, 80]
+
+
+def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    made = config(model="linear", epochs=2)
+    training.train(made, tmp_path / "whole")
+    real = Path.replace
+    for at in range(1, 20):
+        left = [at]
+
+        def replace(path, target, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return real(path, target)
+
+        run = tmp_path / f"run{at}"
+        monkeypatch.setattr(Path, "replace", replace)
+        try:
+            training.train(made, run)
+        except Killed:
+            monkeypatch.undo()
+            if run.exists():
+                assert training.resume(run).finished
+        else:
+            monkeypatch.undo()
+            break
+        if run.exists():
+            assert same(run, tmp_path / "whole")
+            assert len(folder.read_records(run)) == len(folder.read_records(tmp_path / "whole"))
+    assert at > 10
+
+
+def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
+    training.train(config(), tmp_path / "whole")
+    training.train(config(), tmp_path / "run", should_stop=StopAt(39))
+    training.resume(tmp_path / "run")
+    whole, run = (folder.read_records(tmp_path / name) for name in ("whole", "run"))
+    for a, b in zip(*([r for r in rs if r["kind"] == "epoch"] for rs in (whole, run)), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-6)
+        assert a["test"] == b["test"]
+    seconds = sum(r["seconds"] for r in run if r["kind"] == "step")
+    assert folder.read_summary(tmp_path / "run")["train_seconds"] == pytest.approx(seconds)
+
+
+def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
+    notes = []
+    made = config(model="linear", learning_rate=1e38)
+    training.train(made, tmp_path / "run", show=notes.append)
+    said = [n for n in notes if isinstance(n, training.Note) and "the loss is nan" in n.text]
+    assert len(said) == 1
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    text += (tmp_path / "run" / "summary.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_an_empty_folder_is_filled_and_a_link_followed(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    training.train(config(epochs=0), Path("."))
+    training.train(config(epochs=0, seed=3), str(tmp_path / "link"), overwrite=True)
+    assert folder.read_summary(tmp_path / "here")["seed"] == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link"]
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(ConfigError, match="cannot use .* as run folder: File name too long"):
+        training.train(config(), tmp_path / ("x" * 300))
+
+
+def test_the_configuration_of_a_run_serves_another_model(tmp_path):
+    training.train(config(epochs=0, model="lenet5"), tmp_path / "a")
+    options = read_toml(tmp_path / "a" / "config.toml")
+    summary = training.train(make_config(options, {"model": "fast-cnn"}), tmp_path / "b").summary
+    assert summary["parameters"] == 215_194
 
 
 def test_stopped_at_the_last_step_it_is_finished(tmp_path):
@@ -250,13 +329,24 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         training.train(config(epochs=0), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml"])
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml", "summary.json"])
 def test_a_damaged_run_is_one_line(tmp_path, name):
     run = tmp_path / "run"
     training.train(config(), run, should_stop=StopAt(5))
-    (run / name).write_bytes((run / name).read_bytes()[:50])
+    (run / name).write_bytes((run / name).read_bytes()[:50] if name != "summary.json" else b"{")
     with pytest.raises(RunError, match=name):
         training.resume(run)
+
+
+def test_tensors_of_another_program_are_refused(tmp_path):
+    run = tmp_path / "run"
+    training.train(config(), run, should_stop=StopAt(5))
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        training.save_tensors(run / name, {"w": torch.zeros(1)}, {})
+    with pytest.raises(RunError, match="checkpoint.safetensors is not of a run: its header has no"):
+        training.resume(run)
+    with pytest.raises(RunError, match="model.safetensors is not of a run"):
+        funcloss.load(run)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -321,7 +411,6 @@ def test_an_absent_device_is_refused(tmp_path):
             "learning_rate": 0.003,
         },
         {"model": "linear", "class_weight": {"9": 5}, "reduction": "weighted_mean"},
-        {"model": "linear", "class_weight": {"9": 5}, "reduction": "sum", "learning_rate": 1e-4},
         {
             "model": "fast-cnn",
             "val_fraction": 0.0,

@@ -246,6 +246,28 @@ def test_the_mode_of_the_model_is_the_one_it_was_in(batch):
     assert torch.equal(first, still(state.params, state.buffers, batch.inputs)[0])
 
 
+@pytest.mark.parametrize(
+    ("hyper", "error", "message"),
+    [
+        ({}, KeyError, "hyper must hold learning_rate"),
+        (
+            {"learning_rate": 0.1},
+            TypeError,
+            "hyper\\['learning_rate'\\] must be a tensor, got a flo",
+        ),
+    ],
+)
+def test_hyper_is_checked(model, batch, hyper, error, message):
+    state = init_state(model, optim.sgd())
+    with pytest.raises(error, match=message):
+        make_step(model, optim.sgd())(state, batch, hyper)
+
+
+def test_a_negative_norm_to_clip_to_is_refused(model):
+    with pytest.raises(ValueError, match="clip_norm must be at least 0, got -1"):
+        make_step(model, optim.sgd(), clip_norm=-1.0)
+
+
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         init_state(nn.Flatten(), optim.sgd())

@@ -1,5 +1,6 @@
 """What the commands show: progress on a terminal, plain lines when piped, tables."""
 
+import shlex
 import sys
 
 from rich.console import Console
@@ -50,44 +51,44 @@ class TrainingConsole:
                     f"{config.threads} threads, step {step:,} of {steps:,}, into {folder}"
                 )
                 self._bar.add_task(config.model, total=steps, completed=step, loss="-", rate="-")
-            case training.Progress(step, _, loss, rate):
+            case training.Progress(step=step, loss=loss, images_per_second=rate):
                 for task in self._bar.task_ids:
                     self._bar.update(task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
                 if not self._out.is_terminal:
                     self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} images/s")
-            case training.EpochReport(epoch, epochs, evaluations):
+            case training.EpochReport(number, epochs, loss, seconds, evaluations):
                 parts = "  ".join(
                     f"{name} loss {scores.loss:.4f} accuracy {scores.accuracy:.2%}"
                     for name, scores in evaluations.items()
                 )
                 self._print(
-                    f"epoch {epoch.number}/{epochs}  training loss {epoch.loss:.4f}  {parts}  "
-                    f"{epoch.seconds:.1f} s"
+                    f"epoch {number}/{epochs}  training loss {loss:.4f}  {parts}  {seconds:.1f} s"
                 )
 
     def summary(self, outcome: "training.Outcome") -> None:
         """Show the result of a finished run, and what to try next."""
         test = outcome.summary["test"]
-        self._out.print(
+        print(
             f"test accuracy {test['accuracy']:.2%} on {test['n']:,} images of "
             f"{outcome.summary['dataset']}; run folder {outcome.folder}"
         )
         if self._quiet:
             return
-        worst = min((r, c) for c, r in test["recall"].items() if r is not None)
-        self._out.print(f"hardest class: {worst[1]}, recall {worst[0]:.2%}")
-        self._out.print("next:")
-        for line in (
-            f"  funcloss-train --class-weight '{worst[1]}=5'   make its mistakes cost five times",
-            "  funcloss-train --recipe article        a recipe: the tutorial's own training",
-            f"  funcloss evaluate {outcome.folder}   every class in a table",
-            f"  {outcome.folder}/curves.png            the loss while it learnt",
-        ):
-            self._out.print(line)
+        recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
+        run = shlex.quote(str(outcome.folder))
+        costly = f"--class-weight {shlex.quote(f'{hardest}=5')}"
+        print(f"hardest class: {hardest}, recall {recall:.2%}")
+        print("next:")
+        print("  # make its mistakes cost five times")
+        print(f"  funcloss-train --config {run}/config.toml {costly}")
+        print("  # train by a recipe: the tutorial's own network and steps")
+        print("  funcloss-train --recipe article")
+        print("  # see every class in a table, and the loss while it learnt in curves.png")
+        print(f"  funcloss evaluate {run}")
 
     def _print(self, text: str) -> None:
         if not self._quiet:
-            self._out.print(text, markup=False)
+            self._out.print(text, markup=False, emoji=False)
 
 
 def class_table(scores: "training.Evaluation", classes: tuple[str, ...]) -> Table:

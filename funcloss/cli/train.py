@@ -1,6 +1,7 @@
 """``funcloss train``, which is also ``funcloss-train``."""
 
 import inspect
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def train(
         else:
             outcome = training.resume(resume, data_dir=chosen.data_dir, **watch)
     if not outcome.finished:
-        print(f"stopped and saved; go on with: funcloss-train --resume {outcome.folder}")
+        folder = shlex.quote(str(outcome.folder))
+        print(f"stopped and saved; go on with: funcloss-train --resume {folder}")
         raise typer.Exit(INTERRUPTED)
     console.summary(outcome)
 
@@ -88,7 +90,8 @@ class _StopOnSignal:
 
 def _check_resume(given: dict[str, Any], **others: Any) -> None:
     """Raise if ``--resume`` comes with what the run folder decides."""
-    clash = [name for name, value in {**others, **given}.items() if value and name != "data_dir"]
+    clash = [name for name, value in others.items() if value]
+    clash += [name for name in given if name != "data_dir"]
     if clash:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
         raise ConfigError(f"--resume goes on with the run as it was: leave out {flags}")

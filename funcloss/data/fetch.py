@@ -6,10 +6,11 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from funcloss.data.files import check_md5
-from funcloss.errors import DataError
+from funcloss.errors import DataError, UnavailableError
 
 _ANSWER_SECONDS = 3.0  # for the first sign of life of a mirror
 _STALL_SECONDS = 20.0  # for the next bytes of a download
@@ -24,14 +25,14 @@ def fetch(urls: list[str], md5: str, target: Path) -> None:
         target: Where it goes; the folder is made.
 
     Raises:
-        DataError: no mirror answers, the download breaks off, the checksum is wrong, or the
+        UnavailableError: no mirror answers, the download breaks off, the checksum is wrong, or the
             folder cannot be written.
     """
     from torchvision.datasets.utils import download_url
 
     alive = answering(urls)
     if not alive:
-        raise DataError(f"there is no network: no answer from {' or '.join(urls)}")
+        raise UnavailableError(f"there is no network: no answer from {' or '.join(urls)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
@@ -39,9 +40,13 @@ def fetch(urls: list[str], md5: str, target: Path) -> None:
                 download_url(alive[0], folder, filename=target.name)
             check_md5(Path(folder) / target.name, md5)
             (Path(folder) / target.name).replace(target)
-    except OSError as error:
-        reason = error.strerror or getattr(error, "reason", None) or error
-        raise DataError(f"cannot fetch {alive[0]} to {target.parent}: {reason}") from None
+    except DataError:
+        raise UnavailableError(
+            f"what came from {alive[0]} is not the published file: it broke off or was altered"
+        ) from None
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        raise UnavailableError(f"cannot fetch {alive[0]} to {target.parent}: {reason}") from None
 
 
 def answering(urls: list[str], seconds: float = _ANSWER_SECONDS) -> list[str]:
@@ -57,7 +62,7 @@ def answering(urls: list[str], seconds: float = _ANSWER_SECONDS) -> list[str]:
             request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 alive[url] = answer.status < 400
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             alive[url] = False
 
     threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]

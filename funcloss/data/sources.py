@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcloss.config import DATASETS
 from funcloss.data.dataset import Dataset, Examples, make_dataset
 from funcloss.data.fetch import fetch
 from funcloss.data.files import check_md5, read_cifar, read_idx
-from funcloss.errors import DataError
+from funcloss.errors import ConfigError, DataError, UnavailableError
 
 _DIGITS = tuple("0123456789")
 
@@ -70,11 +71,14 @@ def load_dataset(name: str, data_dir: str | Path = "", *, val_fraction: float = 
         The data set on the CPU.
 
     Raises:
+        ConfigError: there is no data set of that name.
         DataError: it cannot be had; the message says what was tried and the ways out.
     """
     folder = data_folder(data_dir)
     if name == "auto":
         return _load_auto(folder, val_fraction)
+    if name not in DATASETS:
+        raise ConfigError(f"no data set {name!r}; there are auto, {', '.join(DATASETS)}")
     if name == "mnist-sample":
         return _load_sample(val_fraction)
     return _load_torchvision(name, folder, val_fraction)
@@ -92,9 +96,7 @@ def data_folder(data_dir: str | Path = "") -> Path:
 def _load_auto(folder: Path, val_fraction: float) -> Dataset:
     try:
         return _load_torchvision("mnist", folder, val_fraction)
-    except DataError as error:
-        if any(_raw_folder(folder, "MNIST").glob("*-ubyte*")):
-            raise  # files that are there but cannot be used deserve their own error
+    except UnavailableError as error:  # a damaged file of the user's is an error of its own
         reason = str(error).split(_WAYS_OUT)[0]
         dataset = _load_sample(val_fraction)
         return dataset._replace(note=f"{reason}; using {dataset.note}")
@@ -134,7 +136,7 @@ def _load_torchvision(name: str, folder: Path, val_fraction: float) -> Dataset:
         read = _read_cifar10 if name == "cifar10" else _read_mnist_like
         train, test = read(published, folder)
     except DataError as error:
-        raise DataError(
+        raise type(error)(
             f"{name}: {error}{_WAYS_OUT}put torchvision's files for {source.torchvision_class} "
             f"into {folder}, or train on the data set mnist-sample"
         ) from None
@@ -154,7 +156,7 @@ def _torchvision_datasets(name: str) -> ModuleType:
         from torchvision import datasets
     except Exception as error:  # a build for another torch fails in more ways than ImportError
         line = str(error).strip().splitlines()[-1]
-        raise DataError(
+        raise UnavailableError(
             f"{name} needs a torchvision that matches torch {torch.__version__} ({line}){_WAYS_OUT}"
             "pip install --upgrade torch torchvision, or train on the data set mnist-sample"
         ) from None
@@ -188,8 +190,8 @@ def _read_or_fetch_idx(published, folder: Path, archive: str, md5: str, dims: in
     urls = [mirror + archive for mirror in published.mirrors]
     try:
         fetch(urls, md5, home / archive)
-    except DataError as error:
-        raise DataError(f"{archive} is not in {home}, and {error}") from None
+    except UnavailableError as error:
+        raise UnavailableError(f"{archive} is not in {home}, and {error}") from None
     return read_idx(home / archive, dims)
 
 
@@ -200,8 +202,8 @@ def _read_cifar10(published, folder: Path) -> tuple[Examples, Examples]:
     else:
         try:
             fetch([published.url], published.tgz_md5, archive)
-        except DataError as error:
-            raise DataError(f"{archive.name} is not in {folder}, and {error}") from None
+        except UnavailableError as error:
+            raise UnavailableError(f"{archive.name} is not in {folder}, and {error}") from None
     parts = (published.train_list, published.test_list)
     train, test = (
         Examples(*read_cifar(archive, [f"{published.base_folder}/{file}" for file, _ in part]))

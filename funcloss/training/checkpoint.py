@@ -1,7 +1,7 @@
 """States and models as safetensors files: plain tensors and a header of text, nothing that runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         beside.write_bytes(save(plain, metadata=text))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, *, needs: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 
     Args:
         path: A safetensors file.
+        needs: What the header must hold.
 
     Returns:
         Tensors by name, on the CPU, and the header.
@@ -45,10 +48,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            text = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = {name: json.loads(value) for name, value in text.items()}
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
+    if missing := [name for name in needs if name not in header]:
+        raise RunError(f"{path} is not of a run: its header has no {' nor '.join(missing)}")
+    return tensors, header
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """The files of a run folder, and what must hold of them."""
 
 import json
+import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -28,8 +30,11 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         path: The run folder to make.
         overwrite: A run that is there already may go; anything else never.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
+    try:
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+    except OSError as error:
+        raise ConfigError(f"cannot use {path} as run folder: {error.strerror}") from None
     if not path.is_dir() or not (path / CONFIG).exists():
         raise ConfigError(f"{path} is there and is not a run folder: name another one")
     if not overwrite:
@@ -102,7 +107,7 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
     """
     try:
         with (folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
     except OSError as error:
         raise RunError(f"cannot write {folder / METRICS}: {error.strerror}") from None
 
@@ -123,7 +128,31 @@ def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[st
 
 def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write ``metrics.jsonl`` anew."""
-    write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(folder / METRICS, "".join(map(_line, records)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    plain = {k: defined(v) if isinstance(v, float) else v for k, v in record.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def defined(score: float) -> float | None:
+    """Return a number that JSON has, None for the others."""
+    return score if math.isfinite(score) else None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return ``summary.json``, None in a run that is not finished.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {folder / SUMMARY}: {error}") from None
 
 
 def fresh_name(parent: Path, stem: str) -> Path:
@@ -137,4 +166,4 @@ def fresh_name(parent: Path, stem: str) -> Path:
 
 def command_line() -> str:
     """Return the command that made this process, for whoever reads the run later."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -20,8 +20,10 @@ class Progress(NamedTuple):
 
     step: int  # steps done since the beginning of the training
     examples: int  # examples seen since the beginning of the training
-    loss: float  # mean over the steps since the last report
-    images_per_second: float
+    steps: int  # since the last report
+    loss: float  # mean over these
+    seconds: float  # of these
+    images_per_second: float  # over these
 
 
 class Epoch(NamedTuple):
@@ -30,10 +32,9 @@ class Epoch(NamedTuple):
     number: int  # from 1
     finished: bool  # False when the loop was told to stop within it
     state: TrainState
-    step: int
-    examples: int  # seen since the beginning of the training
-    loss: float  # mean over the steps of this call in the epoch; NaN without a step
-    seconds: float  # of training, reports included
+    step: int  # steps done since the beginning of the training
+    examples: int  # examples seen since the beginning of the training
+    loss: float  # mean over the steps of the epoch that this call made
 
 
 def fit(
@@ -69,8 +70,12 @@ def fit(
         Each epoch, with the state after it.
 
     Raises:
-        ValueError: there are fewer examples than a batch needs.
+        ValueError: there are fewer examples than a batch needs, or a number is not positive.
     """
+    if batch_size < 1 or log_every < 1:
+        raise ValueError(
+            f"fit: batch_size and log_every must be at least 1, got {batch_size} and {log_every}"
+        )
     per_epoch = n // batch_size
     if per_epoch == 0:
         raise ValueError(f"fit: a batch of {batch_size} needs as many examples, got {n}")
@@ -78,7 +83,7 @@ def fit(
     while step < epochs * per_epoch:
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(state.key, epoch, n).to(state.key.device)
-        began = reported = time.perf_counter()
+        reported = time.perf_counter()
         losses: list[Tensor] = []
         total, counted, stopped = 0.0, 0, False
         while position < per_epoch and not stopped:
@@ -88,12 +93,20 @@ def fit(
             position, step = position + 1, step + 1
             stopped = should_stop()
             if step % log_every == 0 or position == per_epoch or stopped:
-                recent = float(torch.stack(losses).double().sum())  # waits for the device
+                recent = float(torch.stack(losses).cpu().double().sum())  # waits for the device
                 now = time.perf_counter()
-                rate = len(losses) * batch_size / max(now - reported, 1e-9)
-                on_progress(Progress(step, step * batch_size, recent / len(losses), rate))
+                on_progress(
+                    Progress(
+                        step=step,
+                        examples=step * batch_size,
+                        steps=len(losses),
+                        loss=recent / len(losses),
+                        seconds=now - reported,
+                        images_per_second=len(losses) * batch_size / max(now - reported, 1e-9),
+                    )
+                )
                 total, counted = total + recent, counted + len(losses)
-                losses, reported = [], now
+                losses, reported = [], time.perf_counter()
         yield Epoch(
             number=epoch + 1,
             finished=position == per_epoch,
@@ -101,7 +114,6 @@ def fit(
             step=step,
             examples=step * batch_size,
             loss=total / counted,
-            seconds=time.perf_counter() - began,
         )
         if stopped:
             return

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from funcloss.losses import cross_entropy, nll, squared_error
 from funcloss.reduction import mean, weighted_mean
 from funcloss.typing import Batch, Buffers, Hyper, LossFn, Metrics, Objective, Params
 
-Criterion = Callable[[Tensor, Batch, Hyper], Tensor]  # predictions, batch, hyper -> scalar
+# (predictions, batch, hyper) -> scalar; an evaluation gives no inputs in its batch
+Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Forward = Callable[[Params, Buffers, Tensor], tuple[Tensor, Buffers]]
 
 LOSSES: dict[str, LossFn] = {  # of logits and labels
@@ -74,7 +74,7 @@ def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False
 
     Args:
         loss: A key of ``LOSSES``.
-        reduction: ``mean``, ``weighted_mean`` or ``sum``.
+        reduction: ``mean`` or ``weighted_mean``.
         weighted: Whether ``hyper`` holds ``class_weights``.
 
     Returns:
@@ -83,8 +83,7 @@ def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False
     chosen = LOSSES[loss]
     if reduction == "weighted_mean":
         return weighted_mean_of(chosen)
-    reduced = {"mean": mean_of, "sum": sum_of}[reduction]
-    return reduced(class_weighted(chosen) if weighted else chosen)
+    return mean_of(class_weighted(chosen) if weighted else chosen)
 
 
 def _values(loss: LossFn, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
@@ -104,10 +103,14 @@ def make_forward(model: nn.Module) -> Forward:
     """
     skeleton = copy.deepcopy(model).to("meta")
     aliases = _aliases(model)
+    written = {name for name, _ in model.named_buffers()}
 
     def forward(params: Params, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
-        tensors = {**params, **{name: b.clone() for name, b in buffers.items()}}
-        tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+        # What the module may write to is cloned; frozen parameters are not.
+        fresh = {name: b.clone() if name in written else b for name, b in buffers.items()}
+        tensors = {**params, **fresh}
+        for alias, name in aliases.items():
+            tensors[alias] = tensors[name]
         # tie_weights=False: the aliases are above, and torch would write to a copy of the dict.
         predictions = functional_call(skeleton, tensors, (inputs,), tie_weights=False)
         return predictions, {name: tensors[name] for name in buffers}
@@ -141,11 +144,13 @@ def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False
     def objective(
         params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        precision = torch.autocast(batch.inputs.device.type, torch.bfloat16)
-        with keyed_randomness(keys), precision if bfloat16 else nullcontext():
-            predictions, buffers = forward(params, buffers, batch.inputs)
-        if bfloat16:
-            predictions = predictions.float()
+        with keyed_randomness(keys):
+            if bfloat16:
+                with torch.autocast(batch.inputs.device.type, torch.bfloat16):
+                    predictions, buffers = forward(params, buffers, batch.inputs)
+                predictions = predictions.float()
+            else:
+                predictions, buffers = forward(params, buffers, batch.inputs)
         return criterion(predictions, batch, hyper), (buffers, {})
 
     return objective

@@ -21,7 +21,7 @@ from funcloss.training import figures, folder
 from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
 from funcloss.training.compilation import prepare
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.loop import Epoch, IndexedStep, Progress, fit
+from funcloss.training.loop import IndexedStep, Progress, fit
 from funcloss.training.objective import Forward, make_forward
 from funcloss.training.setup import Setup, input_shape, make_model, make_setup
 from funcloss.training.step import TrainState
@@ -45,10 +45,12 @@ class Started(NamedTuple):
 
 
 class EpochReport(NamedTuple):
-    """What the loop says of an epoch, beside the evaluations after it."""
+    """A finished epoch, stops within it included, and the evaluations after it."""
 
-    epoch: Epoch
-    epochs: int
+    number: int  # from 1
+    epochs: int  # how many there will be
+    loss: float  # mean over its steps
+    seconds: float  # of its steps
     evaluations: dict[str, Evaluation]  # by part of the data set
 
 
@@ -66,7 +68,7 @@ class Outcome(NamedTuple):
 
 def train(
     config: TrainConfig,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     *,
     overwrite: bool = False,
     show: Show = lambda event: None,
@@ -90,6 +92,7 @@ def train(
         RunError: the run folder cannot be written.
     """
     if run_dir is not None:
+        run_dir = Path(run_dir).expanduser()
         folder.check_free(run_dir, overwrite=overwrite)
     _check_tensorboard(config)
     setup = make_setup(config)
@@ -106,7 +109,7 @@ def train(
         "requested": {name: getattr(config, name) for name in ("dataset", "device", "compile")},
         "environment": folder.environment(),
     }
-    with folder_replacing(run_dir) as beside:
+    with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside, setup.config, run)
         _save(beside, setup, setup.state)
         folder.write_records(beside, [])
@@ -114,7 +117,7 @@ def train(
 
 
 def resume(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     data_dir: str = "",
     show: Show = lambda event: None,
@@ -136,11 +139,12 @@ def resume(
         DataError: the data cannot be had.
         RunError: the folder is not a run folder, or its files are not of one run.
     """
+    run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir)
-    if (run_dir / folder.SUMMARY).exists():
+    if (summary := folder.read_summary(run_dir)) is not None:
         show(Note(f"{run_dir} is finished: there is nothing to resume"))
-        return Outcome(run_dir, True, json.loads((run_dir / folder.SUMMARY).read_text()))
-    tensors, header = load_tensors(run_dir / folder.CHECKPOINT)
+        return Outcome(run_dir, True, summary)
+    tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     setup = make_setup(config._replace(data_dir=data_dir or config.data_dir))
@@ -177,9 +181,10 @@ def load(run_dir: str | Path) -> LoadedRun:
     Raises:
         RunError: the folder is not a run folder or its model cannot be read.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir)
-    tensors, header = load_tensors(run_dir / folder.MODEL)
+    needs = ("input_shape", "classes", "mean", "std")
+    tensors, header = load_tensors(run_dir / folder.MODEL, needs=needs)
     channels, height, width = header["input_shape"]
     model = make_model(config, (channels, height, width), len(header["classes"]))
     try:
@@ -203,6 +208,8 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[I
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
     steps = config.epochs * _steps_an_epoch(setup) - int(state.step)
+    if steps == 0:
+        return setup.step_on, setup
     index = torch.arange(config.batch_size, device=config.device)
     made = prepare(setup.step_on, mode, state, index, steps)
     show(Note(f"step: {made.note}"))
@@ -223,6 +230,7 @@ def _run_from(
     per_epoch = _steps_an_epoch(setup)
     show(Started(run_dir, config, int(state.step), config.epochs * per_epoch))
     forward = make_forward(setup.model.eval())
+    diverged = False
     with _scalars(run_dir, config.tensorboard) as add_scalars:
 
         def record(line: dict[str, Any]) -> None:
@@ -233,6 +241,11 @@ def _run_from(
             epoch = (progress.step - 1) // per_epoch + 1
             record({"kind": "step", "epoch": epoch} | progress._asdict())
             show(progress)
+            nonlocal diverged
+            if not diverged and not math.isfinite(progress.loss):
+                diverged = True
+                text = f"the loss is {progress.loss} at step {progress.step:,}"
+                show(Note(f"{text}: a smaller learning_rate may help", warning=True))
 
         evaluations = _evaluations(setup, forward, state)
         if not folder.read_records(run_dir):
@@ -251,14 +264,24 @@ def _run_from(
             state = epoch.state
             if epoch.finished:
                 evaluations = _evaluations(setup, forward, state)
+                loss, seconds = _of_epoch(folder.read_records(run_dir), epoch.number)
                 line = {"kind": "epoch", "epoch": epoch.number, "step": epoch.step}
-                line |= {"examples": epoch.examples, "loss": epoch.loss, "seconds": epoch.seconds}
+                line |= {"examples": epoch.examples, "loss": loss, "seconds": seconds}
                 record(line | _scores(evaluations, setup.dataset.classes))
-                show(EpochReport(epoch, config.epochs, evaluations))
+                report = EpochReport(epoch.number, config.epochs, loss, seconds, evaluations)
+                show(report)
             _save(run_dir, setup, state)
     if int(state.step) < config.epochs * per_epoch:
         return Outcome(run_dir, False, {})
+    _save(run_dir, setup, state)  # a kill may have parted the model from its checkpoint
     return Outcome(run_dir, True, _sum_up(run_dir, setup, state, evaluations))
+
+
+def _of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
+    """Return mean loss and seconds of an epoch's steps, those before a stop included."""
+    reports = [r for r in records if r["kind"] == "step" and r["epoch"] == number]
+    losses = [math.nan if r["loss"] is None else r["loss"] * r["steps"] for r in reports]
+    return sum(losses) / sum(r["steps"] for r in reports), sum(r["seconds"] for r in reports)
 
 
 def _evaluations(setup: Setup, forward: Forward, state: TrainState) -> dict[str, Evaluation]:
@@ -283,22 +306,18 @@ def _scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dic
     """Return what JSON can hold of evaluations, None where a score is not defined."""
 
     def by_class(scores: Tensor) -> dict[str, float | None]:
-        return {c: _defined(s) for c, s in zip(classes, scores.tolist(), strict=True)}
+        return {c: folder.defined(s) for c, s in zip(classes, scores.tolist(), strict=True)}
 
     return {
         name: {
             "n": int(scores.confusion.sum()),
-            "loss": _defined(scores.loss),
+            "loss": folder.defined(scores.loss),
             "accuracy": scores.accuracy,
             "recall": by_class(scores.recall),
             "precision": by_class(scores.precision),
         }
         for name, scores in evaluations.items()
     }
-
-
-def _defined(score: float) -> float | None:
-    return score if math.isfinite(score) else None
 
 
 def _save(run_dir: Path, setup: Setup, state: TrainState) -> None:

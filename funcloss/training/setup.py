@@ -95,7 +95,7 @@ def resolve_device(name: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next((device for device, is_there in there.items() if is_there), "cpu")
-    if not there.get(name, True):
+    if name != "cpu" and not there.get(name, False):
         raise ConfigError(f"device {name} is not on this machine: use cpu, or auto")
     return name
 
@@ -173,7 +173,6 @@ def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Datase
         dataset = dataset._replace(mean=mean, std=std)
     resolved = config._replace(
         dataset=dataset.name,
-        image_size=dataset.test.images.shape[1],
         class_weight=_by_name(config.class_weight, dataset.classes),
         threads=torch.get_num_threads(),
     )

@@ -73,6 +73,9 @@ def make_train_step(
         schedule: Factor on ``hyper["learning_rate"]`` by number of the step; None: 1.
         clip_norm: Largest global norm of the gradients; 0 clips nothing.
 
+    Raises:
+        ValueError: ``clip_norm`` is negative.
+
     Returns:
         ``train_step(state, batch, hyper) -> (state, metrics)``. It makes new tensors and touches
         none that it is given, nor torch's generator: called twice with the same arguments it gives
@@ -91,8 +94,11 @@ def make_train_step(
         >>> state.step
         tensor(1)
     """
+    if not clip_norm >= 0.0:
+        raise ValueError(f"make_train_step: clip_norm must be at least 0, got {clip_norm}")
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        _check_hyper(hyper)
         keys = example_keys(state.key, state.step, batch.targets.shape[0])
         grads, (loss, (buffers, metrics)) = grad_and_value(objective, has_aux=True)(
             state.params, state.buffers, batch, keys, hyper
@@ -108,6 +114,15 @@ def make_train_step(
         return state, {"loss": loss, **metrics}
 
     return train_step
+
+
+def _check_hyper(hyper: Hyper) -> None:
+    if "learning_rate" not in hyper:
+        raise KeyError(f"train_step: hyper must hold learning_rate, got {sorted(hyper)}")
+    for name, value in hyper.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"train_step: hyper[{name!r}] must be a tensor, got a {kind}")
 
 
 def _named_tensors(model: nn.Module):

@@ -38,7 +38,7 @@ class Guess(NamedTuple):
 
 
 def evaluate_run(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     dataset: str = "",
     part: str = "test",
@@ -69,7 +69,9 @@ def evaluate_run(
         dataset or config.dataset, data_dir or config.data_dir, val_fraction=config.val_fraction
     )
     data = moved(_fitted(data, run), device)
-    examples = {"train": data.train, "validation": data.validation, "test": data.test}[part]
+    examples = {"train": data.train, "validation": data.validation, "test": data.test}.get(part)
+    if examples is None:
+        raise ConfigError(f"part must be train, validation or test, got {part!r}")
     if not len(examples.labels):
         raise ConfigError(f"{data.name} has no {part} part: the run held out none")
     tensors = {
@@ -116,7 +118,9 @@ def write_predictions(path: Path, judgement: Judgement) -> None:
             writer.writerow((i, *names, f"{probability:.6f}"))
 
 
-def predict_files(run_dir: Path, paths: Sequence[Path], *, invert: bool = False) -> list[Guess]:
+def predict_files(
+    run_dir: str | Path, paths: Sequence[str | Path], *, invert: bool = False
+) -> list[Guess]:
     """Say which class each image file shows.
 
     Args:
@@ -142,13 +146,16 @@ def predict_files(run_dir: Path, paths: Sequence[Path], *, invert: bool = False)
     ]
 
 
-def _read_image(path: Path, shape: tuple[int, int, int], *, invert: bool) -> Tensor:
+def _read_image(path: str | Path, shape: tuple[int, int, int], *, invert: bool) -> Tensor:
     channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not an image") from None
+            picture = file.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white" if invert else "black")
+        flat = Image.alpha_composite(ground, picture).convert("L" if channels == 1 else "RGB")
+        image = flat.resize((width, height))
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise DataError(f"{path} is not an image, or not one of a sensible size") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     if invert:
