@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,19 @@ def test_the_other_commands_of_the_readme_are_those_of_the_tests_themselves():
                                       text=True, check=True)  # fmt: skip
                 for option in re.findall(r"--[a-z-]+", line):
                     assert option in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_has_all_of_it(tmp_path):
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w"]
+    subprocess.run([*pip, tmp_path / "a", ROOT], check=True)
+    (wheel,) = (tmp_path / "a").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for file in PACKAGE.rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            assert str(file.relative_to(ROOT)) in names
+    assert not [n for n in names if n.startswith(("tests", "scripts"))]
 
 
 @pytest.mark.slow

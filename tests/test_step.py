@@ -246,6 +246,21 @@ def test_the_mode_of_the_model_is_the_one_it_was_in(batch):
     assert torch.equal(first, still(state.params, state.buffers, batch.inputs)[0])
 
 
+def test_in_bfloat16_the_model_is_rounded_and_the_loss_is_not(batch):
+    model = models.mlp()
+    state = init_state(model, optim.sgd())
+    keys = example_keys(state.key, state.step, 32)
+    criterion = mean_of(losses.cross_entropy)
+    whole, _ = supervised(model, criterion)(state.params, {}, batch, keys, HYPER)
+    rounded, _ = supervised(model, criterion, bfloat16=True)(state.params, {}, batch, keys, HYPER)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(float(rounded - whole)) < 0.02
+    grads = grad(
+        lambda p: supervised(model, criterion, bfloat16=True)(p, {}, batch, keys, HYPER)[0]
+    )
+    assert all(g.dtype == torch.float32 for g in grads(state.params).values())
+
+
 @pytest.mark.parametrize(
     ("hyper", "error", "message"),
     [

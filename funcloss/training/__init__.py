@@ -14,11 +14,9 @@ from funcloss.training.objective import (
 from funcloss.training.run import (
     EpochReport,
     Event,
-    LoadedRun,
     Note,
     Outcome,
     Started,
-    load,
     resume,
     train,
 )
@@ -26,7 +24,9 @@ from funcloss.training.step import TrainState, init_state, make_train_step
 from funcloss.training.use import (
     Guess,
     Judgement,
+    LoadedRun,
     evaluate_run,
+    load,
     predict_files,
     write_predictions,
 )

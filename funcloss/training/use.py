@@ -8,16 +8,68 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcloss._files import replacing
+from funcloss.config import TrainConfig
 from funcloss.data import Dataset, load_dataset, moved, normalised, resized, take
-from funcloss.errors import ConfigError, DataError
+from funcloss.errors import ConfigError, DataError, RunError
+from funcloss.training import folder
+from funcloss.training.checkpoint import load_tensors
 from funcloss.training.evaluation import Evaluation, evaluate
 from funcloss.training.objective import make_criterion, make_forward
-from funcloss.training.run import LoadedRun, load
-from funcloss.training.setup import input_shape, make_hyper, resolve_device
+from funcloss.training.setup import input_shape, make_hyper, make_model, resolve_device
 from funcloss.training.step import preferred_layout
+from funcloss.typing import Buffers, Params
+
+
+class LoadedRun(NamedTuple):
+    """A trained model, and what is needed to use it."""
+
+    model: nn.Module  # in evaluation mode, with the weights of the run, on the CPU
+    params: Params  # the same weights, for functional_call
+    buffers: Buffers
+    classes: tuple[str, ...]
+    mean: Tensor  # of each channel, pixels in 0..1
+    std: Tensor
+    input_shape: tuple[int, int, int]  # channels, height, width
+    config: TrainConfig
+
+
+def load(run_dir: str | Path) -> LoadedRun:
+    """Return the model of a run, its class names and the scale of its inputs.
+
+    Args:
+        run_dir: A run folder, finished or not.
+
+    Returns:
+        The model as it was last saved. Its inputs are
+        ``funcloss.data.normalised(images, run.mean, run.std)``.
+
+    Raises:
+        RunError: the folder is not a run folder or its model cannot be read.
+    """
+    run_dir = Path(run_dir).expanduser()
+    config = folder.read_config(run_dir)
+    needs = ("input_shape", "classes", "mean", "std")
+    tensors, header = load_tensors(run_dir / folder.MODEL, needs=needs)
+    channels, height, width = header["input_shape"]
+    model = make_model(config, (channels, height, width), len(header["classes"]))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"{run_dir / folder.MODEL} is of another model: {error}") from None
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return LoadedRun(
+        model=model.eval(),
+        params={name: t for name, t in tensors.items() if name in trained},
+        buffers={name: t for name, t in tensors.items() if name not in trained},
+        classes=tuple(header["classes"]),
+        mean=torch.tensor(header["mean"]),
+        std=torch.tensor(header["std"]),
+        input_shape=(channels, height, width),
+        config=config,
+    )
 
 
 class Judgement(NamedTuple):

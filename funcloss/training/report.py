@@ -1,0 +1,124 @@
+"""What is said of a run: records, scalars, figures and the summary."""
+
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcloss._files import write_text
+from funcloss.config import TrainConfig
+from funcloss.errors import ConfigError
+from funcloss.training import figures, folder
+from funcloss.training.evaluation import Evaluation
+from funcloss.training.setup import Setup
+from funcloss.training.step import TrainState
+
+
+def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
+    """Return mean loss and seconds of an epoch's steps, those before a stop included."""
+    reports = [r for r in records if r["kind"] == "step" and r["epoch"] == number]
+    losses = [math.nan if r["loss"] is None else r["loss"] * r["steps"] for r in reports]
+    return sum(losses) / sum(r["steps"] for r in reports), sum(r["seconds"] for r in reports)
+
+
+def scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return what JSON can hold of evaluations, None where a score is not defined."""
+
+    def by_class(parts: Tensor) -> dict[str, float | None]:
+        return {c: folder.defined(s) for c, s in zip(classes, parts.tolist(), strict=True)}
+
+    return {
+        name: {
+            "n": int(judged.confusion.sum()),
+            "loss": folder.defined(judged.loss),
+            "accuracy": judged.accuracy,
+            "recall": by_class(judged.recall),
+            "precision": by_class(judged.precision),
+        }
+        for name, judged in evaluations.items()
+    }
+
+
+def sum_up(
+    run_dir: Path, setup: Setup, state: TrainState, evaluations: dict[str, Evaluation]
+) -> dict[str, Any]:
+    """Draw the figures and write the summary, which is the sign of a finished run."""
+    config, classes, test = setup.config, setup.dataset.classes, setup.dataset.test
+    records = folder.read_records(run_dir)
+    epochs = [r for r in records if r["kind"] == "epoch" and r["epoch"] > 0]
+    seconds = sum(r["seconds"] for r in epochs)
+    examples = int(state.step) * config.batch_size
+    shown = min(6, len(test.labels))
+    guesses = evaluations["test"].logits[:shown].argmax(-1).tolist()
+    truths = test.labels[:shown].tolist()
+    for name, figure in (
+        ("curves.png", figures.curves(records)),
+        ("confusion.png", figures.confusion(evaluations["test"].confusion, classes)),
+        (
+            "predictions.png",
+            figures.predictions(
+                test.images[:shown].cpu(),
+                [classes[i] for i in truths],
+                [classes[i] for i in guesses],
+            ),
+        ),
+    ):
+        figures.save_figure(figure, run_dir / name)
+    summary = {
+        "dataset": config.dataset,
+        "dataset_note": setup.dataset.note,
+        "model": config.model,
+        "parameters": sum(p.numel() for p in state.params.values()),
+        "loss": config.loss,
+        "reduction": config.reduction,
+        "class_weight": config.class_weight,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "steps": int(state.step),
+        "examples": examples,
+        "train_seconds": seconds,
+        "images_per_second": examples / seconds if seconds else None,
+        "device": config.device,
+        "compile": config.compile,
+        "threads": config.threads,
+        "torch": torch.__version__,
+        **scores(evaluations, classes),
+    }
+    write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+@contextlib.contextmanager
+def scalars(run_dir: Path, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that logs a record for TensorBoard, or does nothing."""
+    if not wanted:
+        yield lambda record: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(run_dir / "tensorboard") as writer:
+
+        def add(record: dict[str, Any]) -> None:
+            if record["kind"] == "step":
+                writer.add_scalar("loss/train", record["loss"], record["step"])
+                writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
+            for part in ("validation", "test"):
+                if part in record:
+                    for score in ("loss", "accuracy"):
+                        value = record[part][score]
+                        value = math.nan if value is None else value
+                        writer.add_scalar(f"{score}/{part}", value, record["step"])
+
+        yield add
+
+
+def check_tensorboard(config: TrainConfig) -> None:
+    """Raise ``ConfigError`` if TensorBoard is asked for and not installed."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard is not installed: pip install 'funcloss[tensorboard]'")
