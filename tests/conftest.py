@@ -33,9 +33,15 @@ def sample() -> data.Dataset:
     return data.load_dataset("mnist-sample")
 
 
+@pytest.fixture(scope="session")
+def _font_cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("matplotlib"))
+
+
 @pytest.fixture(autouse=True)
-def _no_surprises(monkeypatch, tmp_path_factory):
+def _no_surprises(monkeypatch, tmp_path_factory, _font_cache):
     """No test finds the data of whoever runs it, nor writes runs beside the project."""
+    monkeypatch.setenv("MPLCONFIGDIR", _font_cache)
     monkeypatch.delenv("FUNCLOSS_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
