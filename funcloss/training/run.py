@@ -152,7 +152,7 @@ def resume(
 def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[IndexedStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
-    steps = config.epochs * _steps_an_epoch(setup) - int(state.step)
+    steps = config.epochs * setup.per_epoch - int(state.step)
     if steps == 0:
         return setup.step_on, setup
     index = torch.arange(config.batch_size, device=config.device)
@@ -172,8 +172,7 @@ def _run_from(
 ) -> Outcome:
     """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
     config, n = setup.config, len(setup.dataset.train.labels)
-    per_epoch = _steps_an_epoch(setup)
-    show(Started(run_dir, config, int(state.step), config.epochs * per_epoch))
+    show(Started(run_dir, config, int(state.step), config.epochs * setup.per_epoch))
     forward = make_forward(setup.model.eval())
     diverged = False
     with report.scalars(run_dir, config.tensorboard) as add_scalars:
@@ -183,7 +182,7 @@ def _run_from(
             add_scalars(line)
 
         def on_progress(progress: Progress) -> None:
-            epoch = (progress.step - 1) // per_epoch + 1
+            epoch = (progress.step - 1) // setup.per_epoch + 1
             record({"kind": "step", "epoch": epoch} | progress._asdict())
             show(progress)
             nonlocal diverged
@@ -215,7 +214,7 @@ def _run_from(
                 record(line | report.scores(evaluations, setup.dataset.classes))
                 show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
             _save(run_dir, setup, state)
-    if int(state.step) < config.epochs * per_epoch:
+    if int(state.step) < config.epochs * setup.per_epoch:
         return Outcome(run_dir, False, {})
     _save(run_dir, setup, state)  # a kill may have parted the model from its checkpoint
     return Outcome(run_dir, True, report.sum_up(run_dir, setup, state, evaluations))
@@ -243,7 +242,7 @@ def _save(run_dir: Path, setup: Setup, state: TrainState) -> None:
     """Write the checkpoint to go on from, and the model to use."""
     config, dataset = setup.config, setup.dataset
     step = int(state.step)
-    header = {"step": step, "epoch": step // _steps_an_epoch(setup), "config": config._asdict()}
+    header = {"step": step, "epoch": step // setup.per_epoch, "config": config._asdict()}
     save_tensors(
         run_dir / folder.CHECKPOINT,
         flatten(state),
@@ -261,7 +260,3 @@ def _save(run_dir: Path, setup: Setup, state: TrainState) -> None:
             "input_shape": input_shape(dataset),
         },
     )
-
-
-def _steps_an_epoch(setup: Setup) -> int:
-    return len(setup.dataset.train.labels) // setup.config.batch_size

@@ -24,6 +24,7 @@ class Setup(NamedTuple):
     hyper: Hyper
     train_step: TrainStep
     state: TrainState  # before the first step
+    per_epoch: int  # steps of an epoch; the last partial batch is left out
 
     def step_on(self, state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
         """Take the step on the training examples at ``index``."""
@@ -77,6 +78,7 @@ def make_setup(config: TrainConfig) -> Setup:
         hyper=make_hyper(config, dataset.classes, device),
         train_step=train_step,
         state=init_state(model, optimizer, seed=config.seed),
+        per_epoch=per_epoch,
     )
 
 
