@@ -3,6 +3,8 @@
 Every message says who refuses, what was expected and what came.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,30 @@ def check_class_labels(name: str, logits: Tensor, labels: Tensor, where: Tensor 
     shape = tuple(logits.shape)
     check_shape(name, "labels", labels, shape[:-1], f"logits {shape}")
     check_where(name, where, shape[:-1])
+
+
+def check_number(
+    name: str,
+    what: str,
+    value: "float | Tensor",
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+) -> None:
+    """Raise ``ValueError`` unless a plain number lies in ``[low, high]``; a tensor may hold any.
+
+    ``above``: ``low`` itself is refused.
+    """
+    if isinstance(value, Tensor):
+        return
+    if not low <= value <= high or (above and value == low):
+        first = "(" if above or low == -math.inf else "["
+        last = ")" if high == math.inf else "]"
+        raise ValueError(f"{name}: {what} must be in {first}{low:g}, {high:g}{last}, got {value}")
+
+
+def check_per_class(name: str, what: str, tensor: Tensor, logits: Tensor) -> None:
+    """Raise unless ``tensor`` is floating point and has one entry a class of ``logits``."""
+    check_floating(name, what, tensor)
+    check_shape(name, what, tensor, tuple(logits.shape[-1:]), f"logits {tuple(logits.shape)}")

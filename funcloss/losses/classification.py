@@ -1,27 +1,33 @@
-"""Losses of one label an example."""
+"""Losses of one label an example, or of one distribution over the classes."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from funcloss._checks import check_class_labels
-from funcloss._precision import wide_dtype
+from funcloss._checks import check_number, check_per_class
+from funcloss.losses._shared import class_inputs, finished, of_label, one_hot, paired_inputs
 
 
 def cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
     *,
+    dim: int = -1,
+    label_smoothing: float | Tensor = 0.0,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """Cross-entropy of ``softmax(logits)`` and labels, ``-log_softmax(logits)[label]``, in nats.
+    r"""Cross-entropy of ``softmax(logits)`` and labels, ``-log_softmax(logits)[label]``, in nats.
 
-    Its gradient with respect to the logits is ``softmax(logits) - one_hot(label)``.
+    With ``label_smoothing`` :math:`\varepsilon` it is the cross-entropy to the distribution
+    ``(1 - eps) * one_hot(label) + eps / classes``. Its gradient with respect to the logits is
+    ``softmax(logits)`` less that distribution.
 
     Args:
         logits: Unnormalised log-probabilities, shape ``(*batch, classes)``. Log-probabilities
             are logits too: the softmax leaves them as they are.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        dim: Axis of the classes in ``logits``; 1 for torch's images ``(N, C, H, W)``.
+        label_smoothing: Part of the target spread over all classes, in ``[0, 1]``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -29,28 +35,73 @@ def cross_entropy(
 
     Raises:
         TypeError: ``logits`` is not floating point, ``labels`` is, or ``where`` is not boolean.
-        ValueError: ``labels`` or ``where`` does not have the shape of ``logits`` less its last
-            axis.
+        ValueError: ``labels`` or ``where`` does not have the shape of ``logits`` less its class
+            axis, or ``label_smoothing`` is outside its range.
 
     Example:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
 
     References:
+        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108; smoothing: Szegedy et
+        al., "Rethinking the inception architecture for computer vision", 2016.
+    """
+    check_number("cross_entropy", "label_smoothing", label_smoothing, low=0, high=1)
+    scores, labels = class_inputs("cross_entropy", logits, labels, where, dim=dim)
+    log_probs = scores.log_softmax(-1)
+    loss = -of_label(log_probs, labels)
+    if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1)
+    return finished(loss, where, logits)
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "*batch classes"],
+    targets: Float[Tensor, "*batch classes"],
+    *,
+    dim: int = -1,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Cross-entropy of ``softmax(logits)`` and a distribution, ``-sum(targets * log_softmax)``.
+
+    In nats. Its gradient with respect to the logits is ``softmax(logits) * sum(targets) -
+    targets``; at a one-hot target it is :func:`cross_entropy`. A logit of ``-inf`` may stand where
+    the target is 0.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        targets: Probabilities, the shape of ``logits``.
+        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
+        where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
+        ValueError: ``targets`` or ``where`` does not fit the shape of ``logits``.
+
+    Example:
+        >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]))
+        tensor([0.6931])
+
+    References:
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
-    check_class_labels("cross_entropy", logits, labels, where)
-    if where is not None:
-        # Mask the inputs too: masking the output alone leaves 0 * inf = NaN in the gradient.
-        logits = torch.where(where[..., None], logits, 0.0)
-    log_probs = logits.log_softmax(-1, dtype=wide_dtype(logits))
-    return nll(log_probs, labels, where=where).to(logits.dtype)
+    if dim != -1:
+        logits, targets = logits.movedim(dim, -1), targets.movedim(dim, -1)
+    names = ("logits", "targets")
+    scores, probs = paired_inputs("soft_cross_entropy", logits, targets, where, axes=1, names=names)
+    # 0 * -inf is NaN; 0 times the least number is 0.
+    log_probs = scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
+    return finished(-(probs * log_probs).sum(-1), where, logits)
 
 
 def nll(
     log_probs: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
     *,
+    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Negative log-likelihood of the labels, ``-log_probs[label]``, in nats.
@@ -61,6 +112,7 @@ def nll(
         log_probs: Log-probabilities, shape ``(*batch, classes)``. They are taken as they are: for
             unnormalised scores use :func:`cross_entropy`.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        dim: Axis of the classes in ``log_probs``; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -68,7 +120,7 @@ def nll(
 
     Raises:
         TypeError: ``log_probs`` is not floating point, ``labels`` is, or ``where`` is not boolean.
-        ValueError: ``labels`` or ``where`` does not have the shape of ``log_probs`` less its last
+        ValueError: ``labels`` or ``where`` does not have the shape of ``log_probs`` less its class
             axis.
 
     Example:
@@ -78,10 +130,157 @@ def nll(
     References:
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
-    check_class_labels("nll", log_probs, labels, where)
-    if where is not None:
-        log_probs = torch.where(where[..., None], log_probs, 0.0)
-        labels = torch.where(where, labels, 0)
-    # gather, because indexing with a 0-d label fails under vmap(grad).
-    loss = -log_probs.gather(-1, labels.unsqueeze(-1).long()).squeeze(-1)
-    return loss if where is None else torch.where(where, loss, 0.0)
+    scores, labels = class_inputs("nll", log_probs, labels, where, dim=dim)
+    return finished(-of_label(scores, labels), where, log_probs)
+
+
+def _log_of_others(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Return ``log(1 - p_label)`` as the sum of the others, which does not round to ``-inf``."""
+    label = one_hot(labels, log_probs.shape[-1])
+    return torch.where(label, torch.finfo(log_probs.dtype).min, log_probs).logsumexp(-1)
+
+
+def _finite_log_softmax(scores: Tensor) -> Tensor:
+    """Return ``log_softmax`` with the least number in place of ``-inf``."""
+    return scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
+
+
+def softmax_focal(
+    logits: Float[Tensor, "*batch classes"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    gamma: float | Tensor = 2.0,
+    alpha: Float[Tensor, " classes"] | None = None,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Focal loss of ``p = softmax(logits)``, ``-alpha_y * (1 - p_y)^gamma * log(p_y)``, in nats.
+
+    At ``gamma = 0`` it is :func:`cross_entropy`. Its gradient with respect to the logits is
+    ``alpha_y * ((1 - p_y)^gamma - gamma * p_y * (1 - p_y)^(gamma - 1) * log(p_y))`` times
+    ``p - one_hot(label)``.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        gamma: Focus on what is hard, not negative.
+        alpha: Cost of each true class, shape ``(classes,)``; None: all 1.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``alpha`` is not floating point, ``labels`` is, or ``where`` is not
+            boolean.
+        ValueError: a shape does not fit ``logits``, or ``gamma`` is negative.
+
+    Example:
+        >>> softmax_focal(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([0.7798, 0.7798])
+
+    References:
+        Lin et al., "Focal loss for dense object detection", 2017.
+    """
+    check_number("softmax_focal", "gamma", gamma, low=0)
+    scores, labels = class_inputs("softmax_focal", logits, labels, where)
+    log_probs = _finite_log_softmax(scores)
+    # As a power, (1 - p)^gamma has no finite derivative where p rounds to 1.
+    loss = (gamma * _log_of_others(log_probs, labels)).exp() * -of_label(log_probs, labels)
+    if alpha is not None:
+        check_per_class("softmax_focal", "alpha", alpha, logits)
+        loss = of_label(alpha.expand(scores.shape), labels) * loss
+    return finished(loss, where, logits)
+
+
+def poly1(
+    logits: Float[Tensor, "*batch classes"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    epsilon: float | Tensor = 1.0,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Poly-1 cross-entropy, ``-log(p_y) + epsilon * (1 - p_y)`` of ``p = softmax(logits)``.
+
+    In nats: the first coefficient of cross-entropy's series in ``1 - p_y`` is moved by ``epsilon``.
+    At ``epsilon = 0`` it is :func:`cross_entropy`. Its gradient with respect to the logits is
+    ``(1 + epsilon * p_y) * (p - one_hot(label))``.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        epsilon: Change of the first coefficient, -1 or more.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` is not floating point, ``labels`` is, or ``where`` is not boolean.
+        ValueError: ``labels`` or ``where`` does not have the shape of ``logits`` less its last
+            axis, or ``epsilon`` is below -1.
+
+    Example:
+        >>> poly1(torch.zeros(2, 4), torch.tensor([0, 3]), epsilon=2.0)
+        tensor([2.8863, 2.8863])
+
+    References:
+        Leng et al., "PolyLoss: a polynomial expansion perspective of classification loss
+        functions", 2022.
+    """
+    check_number("poly1", "epsilon", epsilon, low=-1)
+    scores, labels = class_inputs("poly1", logits, labels, where)
+    log_prob = of_label(scores.log_softmax(-1), labels)
+    return finished(-log_prob - epsilon * log_prob.expm1(), where, logits)
+
+
+def asymmetric_single_label(
+    logits: Float[Tensor, "*batch classes"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    gamma_pos: float | Tensor = 0.0,
+    gamma_neg: float | Tensor = 4.0,
+    label_smoothing: float | Tensor = 0.1,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Asymmetric loss of one label, ``-sum_k t_k * w_k * log(p_k)`` of ``p = softmax(logits)``.
+
+    The weight ``w`` is ``(1 - p_y)^gamma_pos`` at the label and ``p_k^gamma_neg`` elsewhere; ``t``
+    is the label smoothed, ``(1 - eps) * one_hot(label) + eps / classes``. In nats. With both gammas
+    0 it is :func:`cross_entropy`; without smoothing only the label counts, and it is
+    :func:`softmax_focal` at ``gamma_pos``. The weights are part of the gradient.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        gamma_pos: Focus of the label, not negative.
+        gamma_neg: Focus of the other classes, not negative.
+        label_smoothing: Part ``eps`` of the target spread over all classes, in ``[0, 1]``.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` is not floating point, ``labels`` is, or ``where`` is not boolean.
+        ValueError: ``labels`` or ``where`` does not have the shape of ``logits`` less its last
+            axis, or an option is outside its range.
+
+    Example:
+        >>> asymmetric_single_label(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([1.2827, 1.2827])
+
+    References:
+        Ridnik et al., "Asymmetric loss for multi-label classification", 2021: the single-label
+        form of its code.
+    """
+    name = "asymmetric_single_label"
+    check_number(name, "gamma_pos", gamma_pos, low=0)
+    check_number(name, "gamma_neg", gamma_neg, low=0)
+    check_number(name, "label_smoothing", label_smoothing, low=0, high=1)
+    scores, labels = class_inputs(name, logits, labels, where)
+    log_probs, classes = _finite_log_softmax(scores), scores.shape[-1]
+    label = one_hot(labels, classes)
+    log_others = _log_of_others(log_probs, labels).unsqueeze(-1)
+    weights = torch.where(label, gamma_pos * log_others, gamma_neg * log_probs).exp()
+    targets = (1 - label_smoothing) * label.to(scores.dtype) + label_smoothing / classes
+    return finished(-(targets * weights * log_probs).sum(-1), where, logits)

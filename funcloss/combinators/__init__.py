@@ -1,0 +1,53 @@
+"""Losses in, a loss out: each result is as pure as what it was made of."""
+
+from funcloss.combinators._combined import (
+    Combined,
+    Factor,
+    couples_examples,
+    factor_names,
+    name_of,
+    options_of,
+    passed_on,
+    taken,
+)
+from funcloss.combinators.targets import (
+    from_logits,
+    mixup,
+    one_hot_targets,
+    smoothed,
+    soft,
+    temperature,
+    where,
+)
+from funcloss.combinators.weighting import (
+    class_weighted,
+    class_weights_of,
+    parts,
+    sample_weighted,
+    scaled,
+    summed,
+)
+
+__all__ = [
+    "Combined",
+    "Factor",
+    "class_weighted",
+    "class_weights_of",
+    "couples_examples",
+    "factor_names",
+    "from_logits",
+    "mixup",
+    "name_of",
+    "one_hot_targets",
+    "options_of",
+    "parts",
+    "passed_on",
+    "sample_weighted",
+    "scaled",
+    "smoothed",
+    "soft",
+    "summed",
+    "taken",
+    "temperature",
+    "where",
+]

@@ -1,0 +1,272 @@
+"""What a loss is fed: other predictions, other targets, fewer examples."""
+
+# Annotations stay text: a combinator may be called, and its loss defined, in what is being traced.
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from funcloss._checks import (
+    check_floating,
+    check_labels,
+    check_number,
+    check_shape,
+    check_where,
+)
+from funcloss.combinators._combined import Combined, Factor, factor_names, passed_on, taken
+from funcloss.typing import LossFn
+
+
+def from_logits(loss: LossFn) -> LossFn:
+    """Return ``loss`` of log-probabilities as a loss of logits, ``loss(log_softmax(logits))``.
+
+    Args:
+        loss: A loss whose predictions are log-probabilities, such as :func:`funcloss.losses.nll`.
+
+    Returns:
+        The same loss of unnormalised logits, shape ``(*batch, classes)``.
+
+    Example:
+        >>> from funcloss.losses import nll
+        >>> from_logits(nll)(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([1.3863, 1.3863])
+    """
+
+    def of_logits(
+        logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options
+    ) -> Tensor:
+        check_where("from_logits", where, tuple(logits.shape[:-1]))
+        if where is not None:
+            logits = torch.where(where[..., None], logits, 0.0)
+        return loss(logits.log_softmax(-1), targets, where=where, **options)
+
+    return Combined(of_logits, "from_logits", loss)
+
+
+def one_hot_targets(loss: LossFn) -> LossFn:
+    """Return a loss of values as a loss of labels, ``sum_c loss(prediction_c, [c == label])``.
+
+    Args:
+        loss: A loss of real values and targets, such as :func:`funcloss.losses.squared_error`.
+
+    Returns:
+        A loss of predictions ``(*batch, classes)`` and labels ``(*batch)``: the targets are 1 at
+        the label and 0 elsewhere, and the values are summed over the classes.
+
+    Example:
+        >>> from funcloss.losses import squared_error
+        >>> one_hot_targets(squared_error)(torch.tensor([[0.0, 0.5, 0.0]]), torch.tensor([1]))
+        tensor([0.2500])
+
+    References:
+        Brier, "Verification of forecasts expressed in terms of probability", 1950, for
+        predictions that are probabilities.
+    """
+
+    def of_labels(
+        predictions: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options
+    ) -> Tensor:
+        check_labels("one_hot_targets", "labels", labels)
+        check_where("one_hot_targets", where, tuple(labels.shape))
+        classes = torch.arange(predictions.shape[-1], device=predictions.device)
+        targets = (labels[..., None] == classes).to(predictions.dtype)
+        every = None if where is None else where[..., None].expand(targets.shape)
+        return loss(predictions, targets, where=every, **options).sum(-1)
+
+    return Combined(of_labels, "one_hot_targets", loss)
+
+
+def temperature(loss: LossFn, value: Factor) -> LossFn:
+    """Return ``loss`` of predictions divided by a temperature, ``loss(predictions / value)``.
+
+    Above 1 it softens the softmax. The gradient shrinks with it: multiply by ``value ** 2``
+    (:func:`funcloss.scaled`) to keep its size, as distillation does.
+
+    Args:
+        loss: A loss of logits and whatever follows them.
+        value: A positive number, a scalar tensor, or the name of the option that brings it.
+
+    Returns:
+        A loss of the same data.
+
+    Raises:
+        ValueError: ``value`` is a number that is not positive.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> temperature(cross_entropy, 2.0)(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor([0.3133])
+
+    References:
+        Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017.
+    """
+    names = factor_names(value)
+    if not isinstance(value, str):
+        check_number("temperature", "value", value, low=0, above=True)
+
+    def at_temperature(predictions: Tensor, *targets: Tensor, **options) -> Tensor:
+        rest = passed_on(options, names, loss)
+        return loss(predictions / taken(value, options, predictions), *targets, **rest)
+
+    return Combined(at_temperature, "temperature", loss, takes=names)
+
+
+def soft(loss: LossFn) -> LossFn:
+    """Return a loss of labels as a loss of distributions, ``sum_k targets_k * loss(logits, k)``.
+
+    The expectation of the loss over a label drawn from the targets. It looks at each class once,
+    so it costs as many times the loss as there are classes; of cross-entropy alone
+    :func:`funcloss.losses.soft_cross_entropy` is the same at the price of one.
+
+    Args:
+        loss: A loss of logits ``(*batch, classes)`` and labels.
+
+    Returns:
+        A loss of logits and targets, both ``(*batch, classes)``.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> soft(cross_entropy)(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+        tensor([0.8133])
+    """
+
+    def of_targets(
+        logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options
+    ) -> Tensor:
+        check_floating("soft", "targets", targets)
+        check_shape("soft", "targets", targets, tuple(logits.shape), "logits")
+        check_where("soft", where, tuple(logits.shape[:-1]))
+        _check_classes_last("soft", options)
+        targets = targets.to(logits.dtype)
+        if where is not None:
+            targets = torch.where(where[..., None], targets, 0.0)
+        return (targets * _of_each_class(loss, logits, where, options)).sum(-1)
+
+    return Combined(of_targets, "soft", loss)
+
+
+def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
+    """Return a loss under smoothed labels, ``(1 - e) * loss(label) + e * mean_k loss(k)``.
+
+    Under class weights the order says what is weighted. ``class_weighted(smoothed(loss))``, the
+    order to prefer, gives the smoothed loss the weight of the true class, ``w[label] * ((1 - e) *
+    loss(label) + e * mean_k loss(k))``: an example costs what its class costs.
+    ``smoothed(class_weighted(loss))`` is what ``torch.nn.functional.cross_entropy`` does with
+    ``weight`` and ``label_smoothing``, ``(1 - e) * w[label] * loss(label) + e * mean_k w[k] *
+    loss(k)``: every example then pays a little for the costly classes that it is not.
+
+    It costs as many times the loss as there are classes; of cross-entropy alone, the option
+    ``label_smoothing`` is the same at the price of one.
+
+    Args:
+        loss: A loss of logits ``(*batch, classes)`` and labels.
+        smoothing: Part of the label spread over all classes, in ``[0, 1]``: a number, a scalar
+            tensor, or the name of the option that brings it.
+
+    Returns:
+        A loss of the same data.
+
+    Raises:
+        ValueError: ``smoothing`` is a number out of range.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> smoothed(cross_entropy, 0.5)(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor([0.6269])
+
+    References:
+        Szegedy et al., "Rethinking the inception architecture for computer vision", 2016.
+    """
+    names = factor_names(smoothing)
+    if not isinstance(smoothing, str):
+        check_number("smoothed", "smoothing", smoothing, low=0, high=1)
+
+    def of_smoothed(
+        logits: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options
+    ) -> Tensor:
+        part = taken(smoothing, options, logits)
+        _check_classes_last("smoothed", options)
+        rest = passed_on(options, names, loss)
+        of_label = loss(logits, labels, where=where, **rest)
+        return (1 - part) * of_label + part * _of_each_class(loss, logits, where, rest).mean(-1)
+
+    return Combined(of_smoothed, "smoothed", loss, takes=names)
+
+
+def mixup(loss: LossFn) -> LossFn:
+    """Return a loss of mixed examples, ``mix * loss(label) + (1 - mix) * loss(other_label)``.
+
+    Args:
+        loss: A loss of predictions and targets.
+
+    Returns:
+        A loss of predictions (of inputs mixed in the same proportion), targets and the targets of
+        what was mixed in, with the keyword ``mix``: a number, or one an example.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> logits, labels, others = torch.zeros(1, 2), torch.tensor([0]), torch.tensor([1])
+        >>> mixup(cross_entropy)(logits, labels, others, mix=0.7)
+        tensor([0.6931])
+
+    References:
+        Zhang, Cisse, Dauphin and Lopez-Paz, "mixup: beyond empirical risk minimization", 2018.
+    """
+
+    def of_mixed(
+        predictions: Tensor, targets: Tensor, others: Tensor, /, *, mix: float | Tensor, **options
+    ) -> Tensor:
+        check_number("mixup", "mix", mix, low=0, high=1)
+        first, second = (loss(predictions, t, **options) for t in (targets, others))
+        if isinstance(mix, Tensor):
+            if mix.dim():
+                check_shape("mixup", "mix", mix, tuple(first.shape), "the examples")
+            if options.get("where") is not None:
+                mix = torch.where(options["where"], mix, 0.0)
+            mix = mix.to(first.dtype)
+        return mix * first + (1 - mix) * second
+
+    return Combined(of_mixed, "mixup", loss, takes=("mix",))
+
+
+def where(loss: LossFn, counts: Callable[..., Tensor]) -> LossFn:
+    """Return a loss that counts only some examples; the others give 0, with zero gradient.
+
+    Reduce it with ``mean(values, where=counts(...))`` to divide by the number of those.
+
+    Args:
+        loss: A loss.
+        counts: From its data to which examples count, bool ``(*batch)``.
+
+    Returns:
+        A loss of the same data; with its own ``where`` an example counts if both say so.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> known = where(cross_entropy, lambda logits, labels: labels != -100)
+        >>> known(torch.zeros(2, 2), torch.tensor([1, -100]))
+        tensor([0.6931, 0.0000])
+    """
+
+    def of_some(*data: Tensor, where: Tensor | None = None, **options) -> Tensor:
+        some = counts(*data)
+        return loss(*data, where=some if where is None else some & where, **options)
+
+    return Combined(of_some, "where", loss)
+
+
+def _check_classes_last(name: str, options: dict) -> None:
+    if options.get("dim", -1) != -1:
+        raise TypeError(f"{name}: the classes must be the last axis: move them there, without dim")
+
+
+def _of_each_class(loss: LossFn, logits: Tensor, where: Tensor | None, options: dict) -> Tensor:
+    """Return the loss as if each class were the label, ``(*batch, classes)``."""
+    classes = logits.shape[-1]
+    shape = logits.shape
+    labels = torch.arange(classes, device=logits.device).expand(shape)
+    every = None if where is None else where[..., None].expand(shape)
+    rows = logits[..., None, :].expand(*shape, classes)
+    return loss(rows, labels, where=every, **options)

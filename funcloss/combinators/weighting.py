@@ -1,0 +1,239 @@
+"""How much an example, a class or a term counts."""
+
+# Annotations stay text: a combinator may be called, and its loss defined, in what is being traced.
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from funcloss._checks import check_floating, check_labels, check_shape, check_where
+from funcloss.combinators._combined import (
+    Combined,
+    Factor,
+    factor_names,
+    options_of,
+    passed_on,
+    taken,
+)
+from funcloss.typing import LossFn
+
+
+def class_weights_of(class_weights: Tensor, labels: Tensor, where: Tensor | None = None) -> Tensor:
+    """Weight of each example's class, ``class_weights[label]``, 0 where an example does not count.
+
+    Args:
+        class_weights: Cost of each true class, shape ``(classes,)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        where: Examples that count, shape ``(*batch)``; the labels of the others may be anything.
+
+    Returns:
+        Weights, shape ``(*batch)``, dtype of ``class_weights``.
+
+    Raises:
+        TypeError: ``class_weights`` is not floating point, or ``labels`` is.
+        ValueError: ``class_weights`` is not a vector.
+
+    Example:
+        >>> class_weights_of(torch.tensor([1.0, 5.0]), torch.tensor([1, 0, 1]))
+        tensor([5., 1., 5.])
+    """
+    check_floating("class_weights_of", "class_weights", class_weights)
+    check_labels("class_weights_of", "labels", labels)
+    check_where("class_weights_of", where, tuple(labels.shape))
+    if class_weights.dim() != 1:
+        got = tuple(class_weights.shape)
+        raise ValueError(f"class_weights_of: class_weights must have shape (classes,), got {got}")
+    if where is not None:
+        labels = torch.where(where, labels, 0)
+    weights = class_weights.gather(0, labels.reshape(-1).long()).reshape(labels.shape)
+    return weights if where is None else torch.where(where, weights, 0.0)
+
+
+def class_weighted(loss: LossFn) -> LossFn:
+    """Return ``class_weights[label] * loss``: each example at the cost of its true class.
+
+    The result takes one more keyword, ``class_weights`` of shape ``(classes,)``, which may be
+    mapped over and differentiated. Reduced with :func:`funcloss.mean`, the sum is divided by the
+    number of examples, so a weight acts also at batch size one; torch's division by the sum of
+    the weights is :func:`funcloss.weighted_mean`, on the unweighted loss.
+
+    Args:
+        loss: A loss of ``(logits, labels)``.
+
+    Returns:
+        A loss of ``(logits, labels)`` with the keyword ``class_weights``. It raises ``ValueError``
+        if these do not have one entry a class, or if ``loss`` does not give one value an example.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy
+        >>> weights = torch.tensor([1.0, 1.0, 5.0])
+        >>> class_weighted(cross_entropy)(torch.zeros(2, 3), torch.tensor([0, 2]),
+        ...                               class_weights=weights)
+        tensor([1.0986, 5.4931])
+
+    References:
+        Elkan, "The foundations of cost-sensitive learning", 2001.
+    """
+
+    def weighted(
+        logits: Tensor,
+        labels: Tensor,
+        /,
+        *,
+        class_weights: Tensor,
+        where: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        classes = (logits.shape[options.get("dim", -1)],)
+        check_shape("class_weighted", "class_weights", class_weights, classes, "logits")
+        values = loss(logits, labels, where=where, **options)
+        # A loss that is reduced already would be weighted as a whole, which weighs no class.
+        check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
+        return class_weights_of(class_weights, labels, where).to(values.dtype) * values
+
+    return Combined(weighted, "class_weighted", loss, takes=("class_weights",))
+
+
+def sample_weighted(loss: LossFn) -> LossFn:
+    """Return ``sample_weights * loss``: each example at its own importance.
+
+    The result takes one more keyword, ``sample_weights`` of the shape of the values, which may be
+    mapped over and differentiated.
+
+    Args:
+        loss: A loss.
+
+    Returns:
+        A loss with the keyword ``sample_weights``. It raises ``ValueError`` if these do not have
+        one entry an example, and ``TypeError`` if they are not floating point.
+
+    Example:
+        >>> from funcloss.losses import squared_error
+        >>> sample_weighted(squared_error)(torch.tensor([1.0, 2.0]), torch.zeros(2),
+        ...                                sample_weights=torch.tensor([3.0, 0.0]))
+        tensor([3., 0.])
+    """
+
+    def weighted(
+        *data: Tensor, sample_weights: Tensor, where: Tensor | None = None, **options
+    ) -> Tensor:
+        options = options if where is None else {**options, "where": where}
+        values = loss(*data, **options)
+        check_floating("sample_weighted", "sample_weights", sample_weights)
+        shape = tuple(values.shape)
+        check_shape("sample_weighted", "sample_weights", sample_weights, shape, "the values")
+        if where is not None:
+            sample_weights = torch.where(where, sample_weights, 0.0)
+        return sample_weights.to(values.dtype) * values
+
+    return Combined(weighted, "sample_weighted", loss, takes=("sample_weights",))
+
+
+def scaled(loss: LossFn, factor: Factor) -> LossFn:
+    """Return ``factor * loss``.
+
+    Args:
+        loss: A loss.
+        factor: A number, a scalar tensor, or the name of an option that brings it with each call
+            (from ``hyper``, in a training step).
+
+    Returns:
+        A loss of the same data, which takes the option that ``factor`` names, if it does.
+
+    Example:
+        >>> from funcloss.losses import squared_error
+        >>> half = scaled(squared_error, 0.5)
+        >>> half(torch.tensor([3.0]), torch.zeros(1))
+        tensor([4.5000])
+        >>> scaled(squared_error, "strength")(torch.tensor([3.0]), torch.zeros(1), strength=2.0)
+        tensor([18.])
+    """
+    names = factor_names(factor)
+
+    def of_scaled(*data: Tensor, **options) -> Tensor:
+        values = loss(*data, **passed_on(options, names, loss))
+        return taken(factor, options, values) * values
+
+    return Combined(of_scaled, "scaled", loss, takes=names)
+
+
+Terms = Mapping[str, tuple[Factor, LossFn]]
+
+
+def parts(terms: Terms) -> Callable[..., dict[str, Tensor]]:
+    """Return the terms of :func:`summed` one by one, weighted, to log them.
+
+    Args:
+        terms: ``(factor, loss)`` by name; a factor is a number, a scalar tensor or the name of the
+            option that brings it.
+
+    Returns:
+        ``(*data, **options) -> {name: factor * loss}``. Each loss is given those of the options
+        that it takes; ``where`` goes to all.
+
+    Raises:
+        ValueError: there is no term.
+
+    Example:
+        >>> from funcloss.losses import absolute_error, squared_error
+        >>> terms = {"square": (1.0, squared_error), "line": (0.5, absolute_error)}
+        >>> parts(terms)(torch.tensor([2.0]), torch.zeros(1))
+        {'square': tensor([4.]), 'line': tensor([1.])}
+    """
+    if not terms:
+        raise ValueError("summed, parts: there must be a term, got none")
+    takes = {name: options_of(loss) for name, (_, loss) in terms.items()}
+    known = frozenset(factor_names(*(f for f, _ in terms.values()))).union(*takes.values())
+
+    def of_parts(*data: Tensor, **options) -> dict[str, Tensor]:
+        for name in options:
+            if name not in known:
+                expected = ", ".join(sorted(known))
+                raise TypeError(f"summed: no term takes the option {name!r}; they take {expected}")
+        for name, names in takes.items():
+            if options.get("where") is not None and "where" not in names:
+                raise TypeError(f"summed: the term {name!r} takes no `where`, so it cannot mask")
+        values = {}
+        for name, (factor, loss) in terms.items():
+            own = {key: value for key, value in options.items() if key in takes[name]}
+            of_term = loss(*data, **own)
+            values[name] = taken(factor, options, of_term) * of_term
+        return values
+
+    return of_parts
+
+
+def summed(terms: Terms) -> LossFn:
+    """Return the sum of weighted losses, ``sum(factor * loss)``.
+
+    Args:
+        terms: ``(factor, loss)`` by name; a factor is a number, a scalar tensor or the name of the
+            option that brings it. The losses share their data; each is given those of the options
+            that it takes, an option of one name goes to all that take it.
+
+    Returns:
+        A loss of the same data, which takes all their options. :func:`parts` of the same terms
+        gives them unsummed.
+
+    Raises:
+        ValueError: there is no term.
+
+    Example:
+        >>> from funcloss.losses import cross_entropy, expected_cost
+        >>> loss = summed({"fit": (1.0, cross_entropy), "cost": ("price", expected_cost)})
+        >>> cost_matrix = torch.tensor([[0.0, 1.0], [4.0, 0.0]])
+        >>> loss(torch.zeros(1, 2), torch.tensor([1]), cost_matrix=cost_matrix, price=0.5)
+        tensor([1.6931])
+    """
+    each = parts(terms)
+    names = factor_names(*(factor for factor, _ in terms.values()))
+
+    def of_sum(*data: Tensor, **options) -> Tensor:
+        first, *others = each(*data, **options).values()
+        for values in others:
+            first = first + values
+        return first
+
+    return Combined(of_sum, "summed", *(loss for _, loss in terms.values()), takes=names)

@@ -1,0 +1,107 @@
+"""What every loss does on its way in and out: check, mask, widen; mask again, narrow."""
+
+import torch
+from torch import Tensor
+
+from funcloss._checks import check_class_labels, check_floating, check_shape, check_where
+from funcloss._precision import wide_dtype
+from funcloss.typing import LossFn
+
+SMALL = 1e-2  # below it a quotient of small numbers is left for its series
+
+
+def masked(tensor: Tensor, where: Tensor | None) -> Tensor:
+    """Return ``tensor`` with 0 in the place of every example that does not count.
+
+    Masking the output of a loss alone would leave ``0 * inf = NaN`` in its gradient.
+    """
+    if where is None:
+        return tensor
+    return torch.where(where.reshape(where.shape + (1,) * (tensor.dim() - where.dim())), tensor, 0)
+
+
+def class_inputs(
+    name: str, logits: Tensor, labels: Tensor, where: Tensor | None, *, dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """Check logits and labels; return them masked and wide, the axis ``dim`` of classes last."""
+    if dim != -1 and logits.dim() > 0:
+        logits = logits.movedim(dim, -1)
+    check_class_labels(name, logits, labels, where)
+    return masked(logits, where).to(wide_dtype(logits)), masked(labels, where).long()
+
+
+def paired_inputs(
+    name: str,
+    predictions: Tensor,
+    targets: Tensor,
+    where: Tensor | None,
+    *,
+    axes: int = 0,
+    names: tuple[str, str] = ("predictions", "targets"),
+) -> tuple[Tensor, Tensor]:
+    """Check two floating tensors of one shape; return them masked and wide.
+
+    ``axes`` is how many of the last axes belong to an example: 0 for values, 1 for distributions.
+    """
+    for what, tensor in zip(names, (predictions, targets), strict=True):
+        check_floating(name, what, tensor)
+    shape = tuple(predictions.shape)
+    if len(shape) < axes:
+        raise ValueError(f"{name}: {names[0]} must have {axes} axes or more, got shape {shape}")
+    check_shape(name, names[1], targets, shape, f"{names[0]} {shape}")
+    check_where(name, where, shape[: len(shape) - axes])
+    wide = wide_dtype(predictions)
+    return masked(predictions, where).to(wide), masked(targets, where).to(wide)
+
+
+def signed_inputs(
+    name: str, scores: Tensor, signs: Tensor, where: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Check scores and signs, floating or integer; return both masked and wide."""
+    if signs.is_complex() or signs.dtype == torch.bool:
+        raise TypeError(f"{name}: signs must hold -1 and +1, got {signs.dtype}")
+    if not signs.is_floating_point() and scores.is_floating_point():
+        signs = signs.to(scores.dtype)
+    return paired_inputs(name, scores, signs, where, names=("scores", "signs"))
+
+
+def finished(values: Tensor, where: Tensor | None, like: Tensor) -> Tensor:
+    """Return ``values``, 0 where an example does not count, in the dtype of ``like``."""
+    return masked(values, where).to(like.dtype)
+
+
+def of_label(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return ``scores[..., label]``; never by indexing, which fails under ``vmap(grad)``."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses this sum; the gradient of a gather it writes through memory.
+        return torch.where(one_hot(labels, scores.shape[-1]), scores, 0).sum(-1)
+    return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return whether each class is the label, bool ``(*batch, classes)``."""
+    return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
+
+
+def couples_examples(loss: LossFn) -> LossFn:
+    """Mark a loss whose value of one example depends on the others of its batch."""
+    loss.couples_examples = True  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def as_tensor(option: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(option, dtype=like.dtype, device=like.device)
+
+
+def box_cox(log_values: Tensor, power: float | Tensor) -> Tensor:
+    """Return ``(x^power - 1) / power`` of ``log(x)``; at ``power = 0`` the logarithm itself.
+
+    Smooth in both arguments. With ``power = 1 - t`` it is the tempered logarithm ``log_t(x)``.
+    """
+    power = as_tensor(power, log_values)
+    exponent = power * log_values
+    small = exponent.abs() < SMALL
+    x = torch.where(small, exponent, 0.0)
+    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+    far = torch.expm1(torch.where(small, -1.0, exponent)) / torch.where(small, 1.0, power)
+    return torch.where(small, log_values * series, far)

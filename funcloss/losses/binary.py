@@ -1,0 +1,309 @@
+"""Losses of independent yes-or-no questions, one of them or one a class."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+from torch.nn import functional as F
+
+from funcloss._checks import check_number, check_per_class
+from funcloss.losses._shared import finished, paired_inputs, signed_inputs
+
+_NAMES = ("logits", "targets")
+
+
+def _finite_log(values: Tensor) -> Tensor:
+    """Return the logarithm, and at 0 the least number in place of ``-inf``."""
+    positive = values > 0
+    # The inner where keeps 0 * inf = NaN out of the gradient.
+    return torch.where(
+        positive, torch.where(positive, values, 1).log(), torch.finfo(values.dtype).min
+    )
+
+
+def _log_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Return ``log(exp(first) + exp(second))``; logaddexp has NaN in its second derivative."""
+    return torch.stack(torch.broadcast_tensors(first, second)).logsumexp(0)
+
+
+def _check_broadcasts(name: str, what: str, tensor: Tensor, logits: Tensor) -> None:
+    """Raise unless ``tensor`` broadcasts against the last axes of ``logits``."""
+    got, shape = tuple(tensor.shape), tuple(logits.shape)
+    last = shape[max(0, len(shape) - len(got)) :]
+    if len(got) != len(last) or any(
+        size not in (1, axis) for size, axis in zip(got, last, strict=True)
+    ):
+        raise ValueError(f"{name}: {what} must broadcast to logits {shape}, got {got}")
+
+
+def binary_cross_entropy(
+    probabilities: Float[Tensor, "*batch"],
+    targets: Float[Tensor, "*batch"],
+    *,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Binary cross-entropy, ``-t log(p) - (1 - t) log(1 - p)``, in nats, elementwise.
+
+    Each logarithm is at least -100, as in ``torch.nn.functional.binary_cross_entropy``, so the
+    loss lies in ``[0, 100]``. Its gradient with respect to ``p`` is ``(p - t) / (p * (1 - p))``; a
+    logarithm at its bound gives 0 (torch bounds the divisor by 1e-12 instead). An example is one
+    probability. Where logits are at hand, :func:`binary_cross_entropy_with_logits` is exact.
+
+    Args:
+        probabilities: Probabilities of the class 1, in ``[0, 1]``, shape ``(*batch)``.
+        targets: 0 or 1, or a probability, shape ``(*batch)``.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``probabilities``.
+
+    Raises:
+        TypeError: ``probabilities`` or ``targets`` is not floating point, or ``where`` not boolean.
+        ValueError: the shapes differ.
+
+    Example:
+        >>> binary_cross_entropy(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([1.0, 0.0, 1.0]))
+        tensor([  0.6931,   0.2877, 100.0000])
+
+    References:
+        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90.
+    """
+    names = ("probabilities", "targets")
+    p, t = paired_inputs("binary_cross_entropy", probabilities, targets, where, names=names)
+    # Below the least normal number 1 / p would overflow.
+    yes = p > max(math.exp(-100), torch.finfo(p.dtype).tiny)
+    no = p < 1
+    log_yes = torch.where(yes, torch.where(yes, p, 1).log(), -100)
+    log_no = torch.where(no, torch.where(no, -p, 0).log1p(), -100)
+    return finished(-t * log_yes - (1 - t) * log_no, where, probabilities)
+
+
+def binary_cross_entropy_with_logits(
+    logits: Float[Tensor, "*batch"],
+    targets: Float[Tensor, "*batch"],
+    *,
+    pos_weight: float | Tensor = 1.0,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Binary cross-entropy of logits, ``-w t log_sigmoid(z) - (1 - t) log_sigmoid(-z)``.
+
+    In nats, elementwise: an example is one logit. At ``w = 1`` its gradient with respect to the
+    logit is ``sigmoid(z) - t``.
+
+    Args:
+        logits: Log-odds of the class 1, shape ``(*batch)``.
+        targets: 0 or 1, or a probability, shape ``(*batch)``.
+        pos_weight: Cost ``w`` of missing the class 1: a number, or a tensor that broadcasts against
+            the last axes of ``logits``, such as one entry a class.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
+        ValueError: the shapes differ, or ``pos_weight`` does not fit them or is negative.
+
+    Example:
+        >>> logits, targets = torch.zeros(2), torch.tensor([0.0, 1.0])
+        >>> binary_cross_entropy_with_logits(logits, targets, pos_weight=3.0)
+        tensor([0.6931, 2.0794])
+
+    References:
+        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90.
+    """
+    name = "binary_cross_entropy_with_logits"
+    check_number(name, "pos_weight", pos_weight, low=0)
+    z, t = paired_inputs(name, logits, targets, where, names=_NAMES)
+    if isinstance(pos_weight, Tensor):
+        _check_broadcasts(name, "pos_weight", pos_weight, logits)
+    loss = -pos_weight * t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
+    return finished(loss, where, logits)
+
+
+def multilabel_soft_margin(
+    logits: Float[Tensor, "*batch classes"],
+    targets: Float[Tensor, "*batch classes"],
+    *,
+    class_weights: Float[Tensor, " classes"] | None = None,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Mean over the classes of ``w_c`` times the binary cross-entropy of logit and target.
+
+    In nats, divided by the number of classes and not by the sum of the weights, as
+    ``torch.nn.functional.multilabel_soft_margin_loss`` does. Its gradient with respect to the
+    logits is ``w * (sigmoid(z) - t) / classes``.
+
+    Args:
+        logits: Log-odds of each class, shape ``(*batch, classes)``.
+        targets: 1 for each class that applies, else 0, the shape of ``logits``.
+        class_weights: Weight ``w`` of each class, shape ``(classes,)``; None: all 1.
+        where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: a tensor is not floating point, or ``where`` is not boolean.
+        ValueError: ``targets``, ``where`` or ``class_weights`` does not fit ``logits``.
+
+    Example:
+        >>> multilabel_soft_margin(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        tensor([0.6931])
+
+    References:
+        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90, for each class.
+    """
+    name = "multilabel_soft_margin"
+    z, t = paired_inputs(name, logits, targets, where, axes=1, names=_NAMES)
+    loss = -t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
+    if class_weights is not None:
+        check_per_class(name, "class_weights", class_weights, logits)
+        loss = class_weights * loss
+    return finished(loss.mean(-1), where, logits)
+
+
+def soft_margin(
+    scores: Float[Tensor, "*batch"],
+    signs: Num[Tensor, "*batch"],
+    *,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Logistic loss of a signed score, ``log(1 + exp(-sign * score))``, in nats.
+
+    Its gradient with respect to the score is ``-sign * sigmoid(-sign * score)``. It is
+    :func:`binary_cross_entropy_with_logits` at the target ``(sign + 1) / 2``.
+
+    Args:
+        scores: Signed scores, the log-odds of the class +1, shape ``(*batch)``.
+        signs: True classes, -1 or +1, floating or integer, shape ``(*batch)``.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``scores``.
+
+    Raises:
+        TypeError: ``scores`` is not floating point, ``signs`` is boolean, or ``where`` is not.
+        ValueError: the shapes differ.
+
+    Example:
+        >>> soft_margin(torch.tensor([0.0, 2.0]), torch.tensor([1, -1]))
+        tensor([0.6931, 2.1269])
+
+    References:
+        Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2009, eq. 10.18.
+    """
+    z, s = signed_inputs("soft_margin", scores, signs, where)
+    return finished(-F.logsigmoid(s * z), where, scores)
+
+
+def sigmoid_focal(
+    logits: Float[Tensor, "*batch"],
+    targets: Float[Tensor, "*batch"],
+    *,
+    gamma: float | Tensor = 2.0,
+    alpha: float | Tensor | None = None,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Focal loss of logits, ``(1 - p_t)^gamma`` times the binary cross-entropy, elementwise.
+
+    Here ``p_t = t * p + (1 - t) * (1 - p)`` with ``p = sigmoid(z)``. In nats; an example is one
+    logit. With ``alpha`` it is weighted by ``alpha`` at target 1 and by ``1 - alpha`` at 0. At
+    ``gamma = 0`` it is :func:`binary_cross_entropy_with_logits`. The focusing weight is part of the
+    gradient.
+
+    Args:
+        logits: Log-odds of the class 1, shape ``(*batch)``.
+        targets: 0 or 1, or a probability, shape ``(*batch)``.
+        gamma: Focus on what is hard, not negative.
+        alpha: Weight of the class 1, in ``[0, 1]``; None weighs nothing (torchvision's -1).
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
+        ValueError: the shapes differ, or ``gamma`` or ``alpha`` is outside its range.
+
+    Example:
+        >>> sigmoid_focal(torch.zeros(2), torch.tensor([0.0, 1.0]), alpha=0.25)
+        tensor([0.1300, 0.0433])
+
+    References:
+        Lin et al., "Focal loss for dense object detection", 2017.
+    """
+    check_number("sigmoid_focal", "gamma", gamma, low=0)
+    z, t = paired_inputs("sigmoid_focal", logits, targets, where, names=_NAMES)
+    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
+    # As a power, (1 - p_t)^gamma has no finite derivative where p_t rounds to 1.
+    log_wrong = _log_sum(_finite_log(t) + log_no, _finite_log(1 - t) + log_yes)
+    loss = (gamma * log_wrong).exp() * (-t * log_yes - (1 - t) * log_no)
+    if alpha is not None:
+        check_number("sigmoid_focal", "alpha", alpha, low=0, high=1)
+        loss = (alpha * t + (1 - alpha) * (1 - t)) * loss
+    return finished(loss, where, logits)
+
+
+def asymmetric(
+    logits: Float[Tensor, "*batch classes"],
+    targets: Float[Tensor, "*batch classes"],
+    *,
+    gamma_pos: float | Tensor = 0.0,
+    gamma_neg: float | Tensor = 4.0,
+    shift: float | Tensor = 0.05,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Asymmetric loss of many labels: negatives are focused more, easy ones not counted at all.
+
+    With ``p = sigmoid(z)`` and ``q = max(p - shift, 0)`` it is the sum over the classes of
+    ``-t (1 - p)^gamma_pos log(p) - (1 - t) q^gamma_neg log(1 - q)``, in nats, divided by nothing.
+    At ``shift = 0`` and equal gammas it is the sum of :func:`sigmoid_focal`. The focusing weights
+    are part of the gradient (the published code has a switch that detaches them), and no logarithm
+    is cut off (there, at 1e-8).
+
+    Args:
+        logits: Log-odds of each class, shape ``(*batch, classes)``.
+        targets: 1 for each class that applies, else 0, the shape of ``logits``.
+        gamma_pos: Focus of the targets of 1, not negative.
+        gamma_neg: Focus of the targets of 0, not negative.
+        shift: Probability below which a target of 0 costs nothing, in ``[0, 1]``.
+        where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
+        ValueError: ``targets`` or ``where`` does not fit the shape of ``logits``, or an option is
+            outside its range.
+
+    Example:
+        >>> asymmetric(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), gamma_neg=1.0)
+        tensor([0.9622])
+
+    References:
+        Ridnik et al., "Asymmetric loss for multi-label classification", 2021.
+    """
+    check_number("asymmetric", "gamma_pos", gamma_pos, low=0)
+    check_number("asymmetric", "gamma_neg", gamma_neg, low=0)
+    check_number("asymmetric", "shift", shift, low=0, high=1)
+    z, t = paired_inputs("asymmetric", logits, targets, where, axes=1, names=_NAMES)
+    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
+    positive = (gamma_pos * log_no).exp() * -log_yes
+    negative = _shifted_negative(z, log_yes, log_no, gamma_neg, shift)
+    return finished((t * positive + (1 - t) * negative).sum(-1), where, logits)
+
+
+def _shifted_negative(
+    z: Tensor, log_yes: Tensor, log_no: Tensor, gamma: float | Tensor, shift: float | Tensor
+) -> Tensor:
+    """Return ``-q^gamma log(1 - q)`` of ``q = max(sigmoid(z) - shift, 0)``."""
+    cut = shift.to(z.dtype) if isinstance(shift, Tensor) else torch.full_like(z, shift)
+    p = z.sigmoid()
+    counts = (p > cut) & (p > torch.finfo(z.dtype).tiny)
+    # log(q) = log(p) + log(1 - shift / p), finite also where nothing counts.
+    log_q = log_yes + torch.where(counts, -cut / torch.where(counts, p, 1), 0).log1p()
+    log_rest = _log_sum(log_no, _finite_log(cut))
+    return torch.where(counts, (gamma * log_q).exp() * -log_rest, 0)
