@@ -9,38 +9,88 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from funcloss import data, keys, losses, models, optim, training, typing
-    from funcloss.combinators import class_weighted, class_weights_of, from_logits, one_hot_targets
+    from funcloss import data, keys, laws, losses, models, objectives, optim, training, typing
+    from funcloss._custom_vjp import custom_vjp, from_numpy
+    from funcloss.combinators import (
+        class_weighted,
+        class_weights_of,
+        couples_examples,
+        from_logits,
+        mixup,
+        one_hot_targets,
+        options_of,
+        parts,
+        sample_weighted,
+        scaled,
+        smoothed,
+        soft,
+        summed,
+        temperature,
+        where,
+    )
+    from funcloss.modules import as_module, from_module
     from funcloss.reduction import mean, weighted_mean
     from funcloss.training import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "as_module",
     "class_weighted",
     "class_weights_of",
+    "couples_examples",
+    "custom_vjp",
     "data",
     "from_logits",
+    "from_module",
+    "from_numpy",
     "keys",
+    "laws",
     "load",
     "losses",
     "mean",
+    "mixup",
     "models",
+    "objectives",
     "one_hot_targets",
     "optim",
+    "options_of",
+    "parts",
+    "sample_weighted",
+    "scaled",
+    "smoothed",
+    "soft",
+    "summed",
+    "temperature",
     "training",
     "typing",
     "weighted_mean",
+    "where",
 ]
 
 _HOMES = {
+    "as_module": "modules",
     "class_weighted": "combinators",
     "class_weights_of": "combinators",
+    "couples_examples": "combinators",
+    "custom_vjp": "_custom_vjp",
     "from_logits": "combinators",
+    "from_module": "modules",
+    "from_numpy": "_custom_vjp",
     "load": "training",
     "mean": "reduction",
+    "mixup": "combinators",
     "one_hot_targets": "combinators",
+    "options_of": "combinators",
+    "parts": "combinators",
+    "sample_weighted": "combinators",
+    "scaled": "combinators",
+    "smoothed": "combinators",
+    "soft": "combinators",
+    "summed": "combinators",
+    "temperature": "combinators",
     "weighted_mean": "reduction",
+    "where": "combinators",
 }
 
 
