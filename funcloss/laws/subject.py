@@ -1,0 +1,109 @@
+"""What the laws are tried on: a loss, and the data that it is fed."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from funcloss.typing import LossFn
+
+CLASSES = 5  # of the data below
+Batch = tuple[Tensor, ...]  # data of a loss, examples along the first axis
+
+
+class Broken(Exception):  # noqa: N818 - a finding, not an error
+    """A law does not hold: what came, what should have come, for which data."""
+
+
+class NotApplicable(Exception):  # noqa: N818 - a finding, not an error
+    """A law does not apply, and why."""
+
+
+def shown(batch: Batch) -> str:
+    """Return data as a line: numbers where they are few, else shapes."""
+    return ", ".join(
+        str([round(v, 4) for v in x.flatten().tolist()] if x.dim() < 2 else _rows(x))
+        if x.numel() <= 20
+        else f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        for x in (x.detach() for x in batch)
+    )
+
+
+def _rows(x: Tensor) -> list:
+    return [[round(v, 4) for v in row.flatten().tolist()] for row in x]
+
+
+class Subject(NamedTuple):
+    """A loss, what it is fed, and which laws cannot hold for it."""
+
+    loss: LossFn  # loss(*data, where=..., **options)
+    data: Callable[[int, Generator], tuple[Tensor, ...]]  # n examples; floats are float64
+    options: Mapping[str, Tensor | float] = MappingProxyType({})  # given to every call
+    predictions: int = 1  # how many of the data come first and are differentiated
+    costs: tuple[str, ...] = ()  # options of which more must never make a mistake cheaper
+    reference: Callable[..., Tensor] | None = None  # (*data, **options) -> values, another way
+    extremes: tuple[float, ...] = (1e4, -1e4)  # predictions at which it must stay finite
+    minus_inf: bool = False  # whether the logit of a class that is not the label may be -inf
+    shift: bool | None = None  # whether a constant added to all logits must change nothing
+    limits: Mapping[str, str] = MappingProxyType({})  # law -> why it does not apply
+    classes: int = CLASSES
+    reduction: str = "none"  # what the loss does with its values: none, mean, sum or other
+    takes_where: bool = True
+    unbatched: bool = True  # whether it takes one example without a batch axis
+    stated: Mapping[int, float] = MappingProxyType({})  # what a class is said to weigh
+    batch_size: int = 32  # of the random batches across which a class's weight is measured
+
+    def __call__(self, *data: Tensor, **options: Tensor | float) -> Tensor:
+        """Return the loss under its options, or under those given here."""
+        return self.loss(*data, **{**self.options, **options})
+
+    def of_one(self, *example: Tensor) -> Tensor:
+        """Return the loss of one example without a batch axis, a scalar."""
+        if self.unbatched and self.reduction == "none":
+            return self(*example)
+        return self(*(x.unsqueeze(0) for x in example)).sum()
+
+
+def logits_and_labels(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return logits ``(n, CLASSES)`` and labels ``(n)``."""
+    logits = 3 * torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(CLASSES, (n,), generator=generator)
+
+
+def log_probs_and_labels(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities ``(n, CLASSES)`` and labels ``(n)``."""
+    logits, labels = logits_and_labels(n, generator)
+    return logits.log_softmax(-1), labels
+
+
+def logits_and_distributions(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return logits and distributions, both ``(n, CLASSES)``."""
+    logits = 3 * torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
+    targets = torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
+    return logits, targets.softmax(-1)
+
+
+def logits_and_multi_hot(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return logits and independent targets of 0 or 1, both ``(n, CLASSES)``."""
+    logits = 3 * torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
+    return logits, (torch.rand(n, CLASSES, generator=generator) > 0.5).double()
+
+
+def logits_and_bits(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return logits ``(n)`` and targets of 0 or 1 ``(n)``."""
+    logits = 3 * torch.randn(n, generator=generator, dtype=torch.float64)
+    return logits, (torch.rand(n, generator=generator) > 0.5).double()
+
+
+def scores_and_signs(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return scores ``(n)`` and signs of -1 or +1 ``(n)``, floating."""
+    logits, bits = logits_and_bits(n, generator)
+    return logits, 2 * bits - 1
+
+
+def values_and_targets(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return predictions and real targets, both ``(n)``."""
+    predictions, targets = torch.randn(2, n, generator=generator, dtype=torch.float64).unbind()
+    return predictions, targets
