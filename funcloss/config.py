@@ -27,7 +27,23 @@ class Option(NamedTuple):
 TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
 _MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
-_LOSSES = ("cross_entropy", "nll", "squared_error")
+_LOSSES = (  # of logits and labels, without an option that must be given
+    "cross_entropy",
+    "nll",
+    "squared_error",
+    "softmax_focal",
+    "poly1",
+    "asymmetric_single_label",
+    "multiclass_hinge",
+    "multi_margin",
+    "generalized_cross_entropy",
+    "symmetric_cross_entropy",
+    "normalized_cross_entropy",
+    "mean_absolute_error",
+    "bi_tempered",
+    "earth_mover",
+    "sord",
+)
 _REDUCTIONS = ("mean", "weighted_mean")
 
 

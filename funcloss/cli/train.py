@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_origin
 
 import typer
 
+from funcloss.cli.parsing import as_number, pairs
 from funcloss.cli.version import Version
 from funcloss.config import Field, fields, make_config, read_recipe, read_toml, recipe_names
 from funcloss.errors import ConfigError
@@ -100,35 +101,15 @@ def _check_resume(given: dict[str, Any], **others: Any) -> None:
 def _parsed(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of the command line as a TOML file would have them."""
     kinds = {field.name: get_origin(field.type) for field in fields()}
-    parse = {dict: _pairs, tuple: _numbers}
+    parse = {dict: pairs, tuple: _numbers}
     return {
         name: parse[kinds[name]](name, value) if kinds[name] in parse else value
         for name, value in given.items()
     }
 
 
-def _pairs(name: str, values: list[str]) -> dict[str, float]:
-    """Read ``CLASS=WEIGHT``, the last = being the one that counts."""
-    pairs: dict[str, float] = {}
-    for text in values:
-        key, equals, number = text.rpartition("=")
-        if not equals or not key:
-            raise ConfigError(f"{name} must be CLASS=WEIGHT, as in 9=5; got {text!r}")
-        if key in pairs:
-            raise ConfigError(f"{name}: class {key!r} is given twice")
-        pairs[key] = _number(name, number)
-    return pairs
-
-
 def _numbers(name: str, text: str) -> list[float]:
-    return [_number(name, part) for part in text.split(",")]
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{name}: {text!r} is not a number") from None
+    return [as_number(name, part) for part in text.split(",")]
 
 
 def _parameter(field: Field) -> inspect.Parameter:

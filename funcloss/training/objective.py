@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from funcloss import losses
 from funcloss.combinators import class_weighted, class_weights_of, from_logits, one_hot_targets
 from funcloss.keys import keyed_randomness
-from funcloss.losses import cross_entropy, nll, squared_error
 from funcloss.reduction import mean, weighted_mean
 from funcloss.typing import Batch, Buffers, Hyper, LossFn, Metrics, Objective, Params
 
@@ -18,9 +18,21 @@ Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Forward = Callable[[Params, Buffers, Tensor], tuple[Tensor, Buffers]]
 
 LOSSES: dict[str, LossFn] = {  # of logits and labels
-    "cross_entropy": cross_entropy,
-    "nll": from_logits(nll),
-    "squared_error": one_hot_targets(squared_error),
+    "cross_entropy": losses.cross_entropy,
+    "nll": from_logits(losses.nll),
+    "squared_error": one_hot_targets(losses.squared_error),
+    "softmax_focal": losses.softmax_focal,
+    "poly1": losses.poly1,
+    "asymmetric_single_label": losses.asymmetric_single_label,
+    "multiclass_hinge": losses.multiclass_hinge,
+    "multi_margin": losses.multi_margin,
+    "generalized_cross_entropy": losses.generalized_cross_entropy,
+    "symmetric_cross_entropy": losses.symmetric_cross_entropy,
+    "normalized_cross_entropy": losses.normalized_cross_entropy,
+    "mean_absolute_error": losses.mean_absolute_error,
+    "bi_tempered": losses.bi_tempered,
+    "earth_mover": losses.earth_mover,
+    "sord": losses.sord,
 }
 
 
@@ -132,7 +144,7 @@ def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False
 
     Example:
         >>> from funcloss.models import linear
-        >>> objective = supervised(linear((1, 2, 2), 3), mean_of(cross_entropy))
+        >>> objective = supervised(linear((1, 2, 2), 3), mean_of(losses.cross_entropy))
         >>> params = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
         >>> batch = Batch(torch.ones(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))
         >>> loss, _ = objective(params, {}, batch, torch.arange(5), {})
