@@ -1,11 +1,13 @@
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from funcloss import data
+from funcloss.cli import app as shell
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,3 +54,22 @@ def idx_bytes(tensor: torch.Tensor) -> bytes:
     """Return a uint8 tensor as a file of MNIST's format."""
     header = struct.pack(f">{1 + tensor.dim()}I", 0x800 + tensor.dim(), *tensor.shape)
     return header + tensor.numpy().tobytes()
+
+
+def call(*args, program=shell.main, capsys=None, monkeypatch=None):
+    """Run a command as its entry point does; return exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["funcloss", *map(str, args)])
+    code = 0
+    try:
+        program()
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def run_cli(capsys, monkeypatch):
+    def run(*args, **options):
+        return call(*args, capsys=capsys, monkeypatch=monkeypatch, **options)
+
+    return run

@@ -15,25 +15,6 @@ from funcloss.cli import app as shell
 FAST = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1"]
 
 
-def call(*args, program=shell.main, capsys=None, monkeypatch=None):
-    """Run a command as its entry point does; return exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["funcloss", *map(str, args)])
-    code = 0
-    try:
-        program()
-    except SystemExit as end:
-        code = end.code or 0
-    return code, *capsys.readouterr()
-
-
-@pytest.fixture
-def run_cli(capsys, monkeypatch):
-    def run(*args, **options):
-        return call(*args, capsys=capsys, monkeypatch=monkeypatch, **options)
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     run = tmp_path_factory.mktemp("cli") / "run"

@@ -1,0 +1,402 @@
+"""The laws: every loss keeps them, every law can be broken, and the published losses' verdicts."""
+
+import json
+import math
+
+import pytest
+import torch
+import tutorial_losses
+from torch import nn
+
+from funcloss import class_weighted, from_module, laws, losses, mean
+from funcloss.errors import ConfigError
+from funcloss.laws import LAWS, SUBJECTS, adapt, check, cost_effect, try_law
+from funcloss.laws.subject import values_and_targets
+
+QUICK = [name for name in LAWS if name != "inductor"]
+
+
+@pytest.mark.parametrize("law", QUICK)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_loss_keeps_every_law(name, law):
+    finding = try_law(law, SUBJECTS[name])
+    assert finding.verdict != "fail", finding.detail
+    assert finding.verdict == "pass" or finding.detail, "a law is skipped in silence"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_default_compiler_changes_nothing(name):
+    finding = try_law("inductor", SUBJECTS[name])
+    assert finding.verdict != "fail", finding.detail
+
+
+def test_every_loss_has_a_row_and_every_row_names_laws():
+    no_losses = {
+        "coral_decision", "corn_decision", "effective_number_weights", "one_sided_decision",
+        "over_batch", "sord_targets", "tempered_softmax",
+    }  # fmt: skip
+    tried = {name.split(",")[0] for name in SUBJECTS}
+    assert set(losses.__all__) - no_losses <= tried
+    for subject in SUBJECTS.values():
+        assert set(subject.limits) <= set(LAWS)
+        assert set(subject.costs) <= set(subject.options)
+        assert subject.reference is not None
+
+
+# -- every law can be broken ----------------------------------------------------------------------
+
+
+def of_labels(z, y, where=None):
+    return losses.cross_entropy(z, y, where=where)
+
+
+def minus_the_batch(z, y):
+    return losses.cross_entropy(z - z.mean(-2, keepdim=True), y)
+
+
+def detached(z, y):
+    return (z.detach() * losses.cross_entropy(z, y)[..., None]).sum(-1)
+
+
+def twice_detached(z, y):
+    """Its gradient is right, the gradient of that is not."""
+    still = z.detach()
+    slope = z.detach().softmax(-1) - torch.nn.functional.one_hot(y, z.shape[-1])
+    return losses.cross_entropy(still, y) + (slope * (z - still)).sum(-1)
+
+
+class WrongJvp(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z * z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * t * ctx.saved_tensors[0]
+
+
+class NotAGradient(torch.autograd.Function):
+    """Its backward is the gradient of no function: it turns the last axis."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z.square().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g[..., None] * ctx.saved_tensors[0].roll(1, -1)
+
+    @staticmethod
+    def jvp(ctx, t):
+        return (t * ctx.saved_tensors[0].roll(1, -1)).sum(-1)
+
+
+def with_item(z, y):
+    return losses.cross_entropy(z, y) * (1.0 if z.sum().item() > 0 else 2.0)
+
+
+def by_exp(z, y):
+    return (z.exp().sum(-1) / z.exp().gather(-1, y[..., None]).squeeze(-1)).log()
+
+
+def masked_by_zero(z, y, where=None):
+    values = losses.cross_entropy(z, y.clamp(max=z.shape[-1] - 1))
+    return values if where is None else values * where
+
+
+def in_double(z, y):
+    return losses.cross_entropy(z.double(), y)
+
+
+def in_place(z, y):
+    z.data.sub_(1.0)
+    return losses.cross_entropy(z, y)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, y):
+        self.calls += 1
+        return losses.cross_entropy(z, y)
+
+
+def by_class_index(z, y, class_weights):
+    return losses.cross_entropy(z, y) * (1 + y)
+
+
+def of_scores(z, y):
+    return -z.gather(-1, y[..., None]).squeeze(-1).exp()
+
+
+def divided(z, y, class_weights):
+    values = losses.cross_entropy(z, y)
+    return (class_weights[y] * values).sum() / class_weights[y].sum()
+
+
+def cheaper(z, y, class_weights):
+    return losses.cross_entropy(z, y) / class_weights.gather(0, y.reshape(-1)).reshape(y.shape)
+
+
+def off(z, y):
+    return losses.cross_entropy(z, y) + 1e-3
+
+
+BREAKERS = [
+    ("runs", tutorial_losses.float_labels, "raised RuntimeError"),
+    ("runs", tutorial_losses.published_sum_over_classes, "out of bounds"),
+    ("map over examples", minus_the_batch, "alone"),
+    ("map over examples", lambda z, y: z, "not one value an example"),
+    ("per-sample gradients", tutorial_losses.published_costly_nine, "mean of its examples"),
+    ("gradcheck", detached, "Jacobian mismatch"),
+    ("gradgradcheck", twice_detached, "mismatch|Numerical"),
+    ("jacrev = jacfwd", lambda z, y: WrongJvp.apply(z).sum(-1), "jacfwd, against jacrev"),
+    ("hessian", lambda z, y: NotAGradient.apply(z), "against its transpose"),
+    ("compile", with_item, "torch.compile of the value"),
+    ("compile", tutorial_losses.NumpyCrossEntropy, "torch.compile of vmap"),
+    ("extremes", by_exp, "at predictions of 10000"),
+    ("masked = dropped", masked_by_zero, "masked"),
+    ("dtype", in_double, "float16 in, torch.float64 out"),
+    ("pure", in_place, "it changed what it was given"),
+    ("pure", Counting, "it keeps a state: calls"),
+    ("class permutation", by_class_index, "after the classes changed places"),
+    ("weights", divided, "alone, an example of class weight"),
+    ("cost order", cheaper, "lowers the value"),
+    ("cost effect", tutorial_losses.published_costly_nine, "scales whole batches"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
+@pytest.mark.parametrize(("law", "loss", "detail"), BREAKERS)
+def test_every_law_can_be_broken(law, loss, detail):
+    subject = adapt(loss, classes=10 if "costly_nine" in str(loss) else 5).subject
+    finding = try_law(law, subject)
+    assert finding.verdict == "fail", finding
+    assert finding.advice
+    with pytest.raises(AssertionError, match=detail):
+        raise AssertionError(finding.detail)
+
+
+@pytest.mark.parametrize(
+    ("law", "change"),
+    [("reference", {"loss": off}), ("shift", {"loss": of_scores, "shift": True})],
+)
+def test_laws_that_only_the_catalogue_can_break(law, change):
+    assert try_law(law, SUBJECTS["cross_entropy"]._replace(**change)).verdict == "fail"
+
+
+def test_inductor_is_a_law_of_its_own():
+    assert {name for name, *_ in BREAKERS} | {"reference", "shift", "inductor"} == set(LAWS)
+
+
+def test_the_smallest_counter_example_is_shown():
+    finding = try_law("map over examples", adapt(minus_the_batch, classes=3).subject)
+    assert finding.detail.count("[") == 4  # two examples of three logits, and two labels
+
+
+def test_a_loss_that_does_not_run_says_so_once():
+    findings = check(adapt(tutorial_losses.float_labels).subject)
+    assert [f.verdict for f in findings].count("fail") == 1
+    assert "labels are integers" in findings[0].advice
+
+
+# -- the published losses -------------------------------------------------------------------------
+
+FUNCTORCH = {"per-sample gradients", "gradcheck", "jacrev = jacfwd", "hessian", "compile"}
+VERDICTS = [
+    ("published_costly_nine", "classification",
+     {"map over examples", "per-sample gradients", "cost effect"}),
+    ("meant_costly_nine", "classification", set()),
+    ("weighted_by_torch", "classification",
+     {"map over examples", "per-sample gradients", "dtype", "cost effect"}),
+    ("float_labels", "classification", {"runs"}),
+    ("WeightedL1", "regression", set()),
+    ("WeightedL1Function", "regression", FUNCTORCH),
+    ("published_sum_over_classes", "classification", {"runs"}),
+    ("meant_sum_over_classes", "classification", set()),
+    ("hand_made_cross_entropy", "classification", {"extremes"}),
+    ("NumpyCrossEntropy", "classification",
+     FUNCTORCH | {"gradgradcheck", "extremes", "dtype", "pure"}),
+    ("custom_mean_squared_error", "regression", set()),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
+@pytest.mark.parametrize(("name", "task", "broken"), VERDICTS)
+def test_the_published_losses_get_the_verdict_they_deserve(name, task, broken):
+    nine = {9: 2.0} if name.endswith(("nine", "torch")) else None
+    subject = adapt(getattr(tutorial_losses, name), task=task, class_weights=nine).subject
+    assert {f.law for f in check(subject) if f.verdict == "fail"} == broken
+
+
+@pytest.mark.parametrize("batch_size", [8, 32, 256])
+def test_the_published_cost_acts_across_batches_only_and_as_the_formula_says(batch_size):
+    subject = adapt(
+        tutorial_losses.published_costly_nine, class_weights={9: 2.0}, batch_size=batch_size
+    ).subject
+    effect = cost_effect(subject)
+    share = 0.1
+    expected = (batch_size + 1 + (batch_size - 1) * share) / (batch_size + (batch_size - 1) * share)
+    assert effect.within[9] == pytest.approx(1.0, abs=1e-6)
+    assert effect.across[9] == pytest.approx(expected, abs=2e-3)
+    assert effect.alone[9] == pytest.approx(2.0, abs=1e-6)
+
+
+def test_the_meant_cost_weighs_two_at_any_batch_size():
+    subject = adapt(tutorial_losses.meant_costly_nine, class_weights={9: 2.0}).subject
+    effect = cost_effect(subject)
+    for factors in (effect.within, effect.across, effect.alone):
+        torch.testing.assert_close(factors, torch.tensor([1.0] * 9 + [2.0]).double())
+
+
+def test_the_weights_of_torch_vanish_at_batch_size_one():
+    subject = adapt(tutorial_losses.weighted_by_torch, class_weights={9: 2.0}).subject
+    effect = cost_effect(subject)
+    assert effect.within[9] == pytest.approx(2.0, abs=1e-5)
+    assert 1.5 < effect.across[9] < 1.99
+    assert effect.alone[9] == pytest.approx(1.0, abs=1e-5)
+    assert "divided out" in try_law("cost effect", subject).detail
+
+
+def test_two_classes_and_their_costs():
+    def costly_positives(logits, targets):
+        return losses.binary_cross_entropy_with_logits(logits, targets, pos_weight=3.0)
+
+    effect = cost_effect(adapt(costly_positives, task="binary", class_weights={1: 3.0}).subject)
+    torch.testing.assert_close(effect.within, torch.tensor([1.0, 3.0]).double())
+
+
+# -- what a loss may be ---------------------------------------------------------------------------
+
+
+def reduced(z, y, class_weights):
+    return mean(class_weighted(losses.cross_entropy)(z, y, class_weights=class_weights))
+
+
+@pytest.mark.parametrize(
+    ("loss", "task", "kind"),
+    [
+        (lambda z, y: losses.cross_entropy(z, y), "", "function, one value an example"),
+        (reduced, "", "function, reduced by the mean"),
+        (nn.CrossEntropyLoss, "", "module, reduced by the mean"),
+        (nn.CrossEntropyLoss(reduction="sum"), "", "module, reduced by the sum"),
+        (lambda: nn.CrossEntropyLoss(reduction="none"), "", "module, one value an example"),
+        (nn.BCEWithLogitsLoss, "binary", "module, reduced by the mean"),
+        (nn.MSELoss, "regression", "module, reduced by the mean"),
+        (nn.TripletMarginLoss, "embedding", "module, reduced by the mean"),
+        (from_module(nn.L1Loss()), "regression", "function, one value an example"),
+        (class_weighted(losses.cross_entropy), "", "function, one value an example"),
+        (losses.triplet_margin, "", "loss of the catalogue"),
+    ],
+)
+def test_anything_that_is_meant_as_a_loss_is_tried(loss, task, kind):
+    adapted = adapt(loss, task=task, classes=4)
+    assert adapted.kind == kind
+    for law in ("runs", "map over examples", "gradcheck", "weights", "cost effect"):
+        finding = try_law(law, adapted.subject)
+        assert finding.verdict != "fail", finding
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (3, {}, "a loss must be a function, a module or an autograd.Function; got int"),
+        (lambda: 3, {}, "gave int, which is no loss"),
+        (lambda: 1 / 0, {}, "raised ZeroDivisionError"),
+        (of_labels, {"task": "ranking"}, "task must be one of classification, binary"),
+        (of_labels, {"class_weights": {12: 2.0}}, r"class weights must name classes in 0..9"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, options, message):
+    with pytest.raises(ConfigError, match=message):
+        adapt(loss, **options)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+PUBLISHED = "tests/tutorial_losses.py:published_costly_nine"
+
+
+def test_the_command_says_what_the_published_cost_does(run_cli):
+    code, out, err = run_cli("check", PUBLISHED, "--class-weight", "9=2")
+    assert code == 1
+    assert "class 9 weighs 1.00 of the others within a batch, 1.03 across" in out
+    assert "does not do what it says" in out
+    assert err == f"error: {PUBLISHED} breaks 3 of {len(QUICK)} laws\n"
+    lines = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert sum(line.startswith(("pass", "fail", "not applicable")) for line in lines) == len(QUICK)
+
+
+def test_the_command_passes_the_meant_loss_and_a_loss_of_the_catalogue(run_cli):
+    meant = "tests/tutorial_losses.py:meant_costly_nine"
+    code, out, err = run_cli("check", meant, "--class-weight", "9=2")
+    assert (code, err) == (0, "")
+    assert "9: 2.00" in out
+    code, out, err = run_cli("check", "funcloss.losses:triplet_margin")
+    assert (code, err) == (0, "")
+
+
+def test_the_command_prints_json(run_cli):
+    code, out, _ = run_cli(
+        "check", "torch.nn.functional:mse_loss", "--task", "regression", "--json"
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert report["kind"] == "function, reduced by the mean"
+    assert {entry["law"] for entry in report["laws"]} == set(QUICK)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere:loss"], "cannot import nowhere: ModuleNotFoundError"),
+        (["tests/none.py:loss"], "no file tests/none.py"),
+        (["funcloss.losses:cross_entrpy"], "did you mean cross_entropy?"),
+        (["cross_entropy"], "module:name or file.py:name"),
+        (["funcloss.losses:nll", "--task", "x"], "task must be one of"),
+        (["funcloss.losses:nll", "--class-weight", "nine=2"], "an index and a weight"),
+        (["funcloss.losses:nll", "--class-weight", "9"], "CLASS=WEIGHT"),
+        (["funcloss.losses:nll", "--class-weight", "3=-1"], "an index and a weight"),
+        (["funcloss.losses:__all__"], "a loss must be a function"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_try(args, message, run_cli):
+    code, out, err = run_cli("check", *args)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_file_that_fails_while_it_is_imported_is_named(tmp_path, run_cli):
+    file = tmp_path / "mine.py"
+    file.write_text("raise ValueError('no')\n")
+    code, out, err = run_cli("check", f"{file}:loss")
+    assert (code, out) == (2, "")
+    assert "ValueError: no" in err
+
+
+def test_a_subject_of_one_s_own():
+    subject = laws.Subject(losses.absolute_error, values_and_targets)
+    assert all(f.verdict != "fail" for f in check(subject))
+    assert math.isfinite(subject.extremes[0])

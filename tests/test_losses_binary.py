@@ -1,0 +1,283 @@
+"""Losses of yes-or-no questions: parity with torch and published code, limits, refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.func import grad, hessian
+from torch.testing import assert_close
+
+from funcloss.losses.binary import (
+    asymmetric,
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    multilabel_soft_margin,
+    sigmoid_focal,
+    soft_margin,
+)
+from funcloss.reduction import mean
+
+CLASSES = 4
+WEIGHTS = torch.tensor([1.0, 0.5, 3.0, 0.0])
+RANDOM = 3 * torch.randn(6, CLASSES, generator=Generator().manual_seed(0), dtype=torch.float64)
+BITS = (torch.rand(6, CLASSES, generator=Generator().manual_seed(1)) > 0.5).double()
+SOFT = torch.rand(6, CLASSES, generator=Generator().manual_seed(2), dtype=torch.float64)
+INPUTS = {
+    "random": RANDOM,
+    "zeros": torch.zeros_like(RANDOM),
+    "tiny": 1e-30 * RANDOM,
+    "large": 12 * RANDOM,
+    "far": torch.where(RANDOM > 0, 1e4, -1e4).double(),
+}
+TARGETS = {"bits": BITS, "soft": SOFT}
+DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6}
+REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": mean}
+
+
+def assert_agree(ours, theirs, x: Tensor, dtype: torch.dtype) -> None:
+    """Values and gradients agree, relative to max(1, |value|, |logit|)."""
+    x = x.to(dtype)
+    got, expected = ours(x), theirs(x)
+    size = max(1.0, float(x.abs().max()), float(expected.abs().max()))
+    assert_close(got, expected, rtol=0, atol=DTYPES[dtype] * size)
+    got, expected = (grad(lambda z: f(z).sum())(x) for f in (ours, theirs))  # noqa: B023
+    size = max(1.0, float(expected.abs().max()))
+    assert_close(got, expected, rtol=0, atol=DTYPES[dtype] * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_binary_cross_entropy_is_that_of_torch(weighted, reduction, targets, dtype):
+    """Torch's mean divides by the number of elements, also under weights."""
+    t = TARGETS[targets].to(dtype)
+    weights = WEIGHTS.to(dtype) if weighted else torch.ones(CLASSES, dtype=dtype)
+    assert_agree(
+        lambda p: REDUCTIONS[reduction](weights * binary_cross_entropy(p, t)),
+        lambda p: F.binary_cross_entropy(p, t, weights, reduction=reduction),
+        (RANDOM / 2).sigmoid(),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_probabilities_of_zero_and_one_cost_what_they_cost_in_torch(target, dtype):
+    p = torch.tensor([0.0, 1.0, 1e-37, 1e-30, 1e-7, 0.5, 1 - 1e-6], dtype=dtype)
+    t = torch.full_like(p, target)
+    got = binary_cross_entropy(p, t)
+    expected = F.binary_cross_entropy(p, t, reduction="none")
+    assert_close(got, expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+    assert grad(lambda p: binary_cross_entropy(p, t).sum())(p).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("pos_weight", [None, WEIGHTS])
+@pytest.mark.parametrize("weight", [None, WEIGHTS.flip(0)])
+def test_binary_cross_entropy_with_logits_is_that_of_torch(
+    weight, pos_weight, reduction, targets, inputs, dtype
+):
+    t = TARGETS[targets].to(dtype)
+    weight, pos_weight = (None if w is None else w.to(dtype) for w in (weight, pos_weight))
+    factor = 1.0 if weight is None else weight
+    option = {} if pos_weight is None else {"pos_weight": pos_weight}
+
+    def ours(z: Tensor) -> Tensor:
+        values = binary_cross_entropy_with_logits(z, t, **option)
+        return REDUCTIONS[reduction](factor * values)
+
+    def theirs(z: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            z, t, weight, pos_weight=pos_weight, reduction=reduction
+        )
+
+    assert_agree(ours, theirs, INPUTS[inputs], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_multilabel_soft_margin_is_that_of_torch(weights, reduction, inputs, dtype):
+    w, t = None if weights is None else weights.to(dtype), BITS.to(dtype)
+    assert_agree(
+        lambda z: REDUCTIONS[reduction](multilabel_soft_margin(z, t, class_weights=w)),
+        lambda z: F.multilabel_soft_margin_loss(z, t, w, reduction=reduction),
+        INPUTS[inputs],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", ["random", "zeros", "tiny", "large"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_soft_margin_is_that_of_torch(reduction, inputs, dtype):
+    """Not at 1e4, where torch's overflows: see the limits."""
+    signs = (2 * BITS - 1).to(dtype)
+    assert_agree(
+        lambda z: REDUCTIONS[reduction](soft_margin(z, signs)),
+        lambda z: F.soft_margin_loss(z, signs, reduction=reduction),
+        INPUTS[inputs],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, None), (2.0, 0.25), (1.0, 0.9), (3.5, None)])
+def test_sigmoid_focal_is_that_of_torchvision(gamma, alpha, reduction, targets, inputs, dtype):
+    from torchvision.ops import sigmoid_focal_loss
+
+    t = TARGETS[targets].to(dtype)
+    minus_one = -1 if alpha is None else alpha
+    assert_agree(
+        lambda z: REDUCTIONS[reduction](sigmoid_focal(z, t, gamma=gamma, alpha=alpha)),
+        lambda z: sigmoid_focal_loss(z, t, minus_one, gamma, reduction),
+        INPUTS[inputs],
+        dtype,
+    )
+
+
+def published_asymmetric(z: Tensor, t: Tensor, gamma_pos, gamma_neg, clip) -> Tensor:
+    """The code of Ridnik et al., without its cut of the logarithm, summed over the classes."""
+    yes = z.sigmoid()
+    no = (1 - yes + clip).clamp(max=1)
+    weight = (1 - yes * t - no * (1 - t)) ** (gamma_pos * t + gamma_neg * (1 - t))
+    return -((t * yes.log() + (1 - t) * no.log()) * weight).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [(0.0, 4.0, 0.05), (1.0, 4.0, 0.05), (2.0, 2.0, 0.3)])
+def test_asymmetric_is_that_of_the_published_code(options, dtype):
+    pos, neg, cut = options
+    t = BITS.to(dtype)
+    assert_agree(
+        lambda z: asymmetric(z, t, gamma_pos=pos, gamma_neg=neg, shift=cut),
+        lambda z: published_asymmetric(z, t, *options),
+        RANDOM,
+        dtype,
+    )
+
+
+def bce(z: Tensor, t: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(z, t)
+
+
+LIMITS = {
+    "focal, gamma 0": (lambda z, t: sigmoid_focal(z, t, gamma=0.0), bce),
+    "focal, tensor gamma 0": (lambda z, t: sigmoid_focal(z, t, gamma=torch.tensor(0.0)), bce),
+    "focal, alpha half": (
+        lambda z, t: 2 * sigmoid_focal(z, t, gamma=0.5, alpha=torch.tensor(0.5)),
+        lambda z, t: sigmoid_focal(z, t, gamma=0.5),
+    ),
+    "asymmetric, all options 0": (
+        lambda z, t: asymmetric(z, t, gamma_neg=0.0, shift=torch.tensor(0.0)),
+        lambda z, t: bce(z, t).sum(-1),
+    ),
+    "asymmetric, equal gammas": (
+        lambda z, t: asymmetric(z, t, gamma_pos=0.7, gamma_neg=0.7, shift=0.0),
+        lambda z, t: sigmoid_focal(z, t, gamma=0.7).sum(-1),
+    ),
+    "soft_margin": (lambda z, t: soft_margin(z, (2 * t - 1).long()), bce),
+    "multilabel": (multilabel_soft_margin, lambda z, t: bce(z, t).mean(-1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits(limit, inputs, dtype):
+    ours, other = (lambda z, f=f: f(z, BITS.to(z)) for f in LIMITS[limit])
+    assert_agree(ours, other, INPUTS[inputs], dtype)
+
+
+def at(p: float) -> Tensor:
+    return torch.tensor([p], dtype=torch.float64).logit()
+
+
+ONE, ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+KNOWN = {
+    # Lin et al. 2017, section 3.2: at gamma = 2, p_t = 0.9 costs 100 times less.
+    "focal": (sigmoid_focal(at(0.9), ONE), -0.01 * math.log(0.9)),
+    "focal of 0": (sigmoid_focal(at(0.9), ZERO, alpha=0.25), -0.75 * 0.81 * math.log(0.1)),
+    # Ridnik et al. 2021, eq. 5: below the shift a negative costs nothing.
+    "asymmetric, easy": (asymmetric(at(0.04), ZERO), 0.0),
+    "asymmetric, hard": (asymmetric(at(0.85), ZERO), -(0.8**4) * math.log(0.2)),
+    "asymmetric, yes": (asymmetric(at(0.85), ONE, gamma_pos=1.0), -0.15 * math.log(0.85)),
+    "soft target": (binary_cross_entropy(at(0.25).sigmoid(), 0 * ONE + 0.5), 0.8369882),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_known_values(case):
+    got, expected = KNOWN[case]
+    assert float(got) == pytest.approx(expected, rel=1e-7)
+
+
+SATURATED = {
+    "focal": lambda z, gamma, t: sigmoid_focal(z, t, gamma=gamma).sum(),
+    "asymmetric": lambda z, gamma, t: asymmetric(z, t, gamma_pos=gamma, gamma_neg=gamma),
+    "unshifted": lambda z, gamma, t: asymmetric(z, t, gamma_neg=gamma, shift=0.0),
+}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("loss", SATURATED)
+def test_focusing_is_smooth_where_the_sigmoid_saturates(loss, target, gamma):
+    z = torch.tensor([-1e4, -100.0, -90.0, -30.0, math.log(0.05 / 0.95), 0.0, 30.0, 100.0, 1e4])
+    t, gamma = torch.full_like(z, target), torch.tensor(gamma)
+    for gradient in grad(SATURATED[loss], (0, 1))(z, gamma, t):
+        assert gradient.isfinite().all()
+    assert hessian(SATURATED[loss])(z, gamma, t).isfinite().all()
+
+
+NAN = float("nan")
+ERRORS = [
+    (lambda: binary_cross_entropy(BITS.long(), BITS), TypeError, "probabilities must be floating"),
+    (
+        lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=torch.ones(3)),
+        ValueError,
+        r"pos_weight must broadcast to logits \(6, 4\), got \(3,\)",
+    ),
+    (
+        lambda: binary_cross_entropy_with_logits(RANDOM[0], BITS[0], pos_weight=torch.ones(6, 1)),
+        ValueError,
+        r"pos_weight must broadcast to logits \(4,\), got \(6, 1\)",
+    ),
+    (
+        lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=-1.0),
+        ValueError,
+        r"pos_weight must be in \[0, inf\), got -1",
+    ),
+    (
+        lambda: multilabel_soft_margin(RANDOM, BITS, class_weights=torch.ones(3)),
+        ValueError,
+        r"multilabel_soft_margin: class_weights must have shape \(4,\)",
+    ),
+    (lambda: soft_margin(RANDOM, BITS > 0), TypeError, "soft_margin: signs must hold"),
+    (lambda: sigmoid_focal(RANDOM, BITS[0]), ValueError, "sigmoid_focal: targets must have shape"),
+    (lambda: sigmoid_focal(RANDOM, BITS, gamma=NAN), ValueError, "gamma must be .* got nan"),
+    (lambda: sigmoid_focal(RANDOM, BITS, alpha=-1.0), ValueError, r"alpha must be in \[0, 1\]"),
+    (lambda: asymmetric(RANDOM, BITS, shift=1.5), ValueError, r"shift must be in \[0, 1\]"),
+    (lambda: asymmetric(RANDOM, BITS, gamma_neg=-1.0), ValueError, "asymmetric: gamma_neg must be"),
+    (
+        lambda: asymmetric(RANDOM, BITS, where=torch.ones(6, CLASSES, dtype=torch.bool)),
+        ValueError,
+        r"asymmetric: where must have shape \(6,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "match"), ERRORS)
+def test_refusals(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
