@@ -1,0 +1,73 @@
+"""Try every law on every loss of the catalogue and write the table of the documentation.
+
+    python scripts/laws_table.py            # writes docs/laws.md
+    python scripts/laws_table.py --check    # compares, and fails where the table is another
+
+Rows are tried side by side in processes of their own, since the default compiler is among the laws.
+"""
+
+import os
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from funcloss.laws import LAWS, SUBJECTS, try_law
+
+PAGE = Path(__file__).parent.parent / "docs" / "laws.md"
+SIGNS = {"pass": "✓", "fail": "✗"}
+HEAD = """# The laws, loss by loss
+
+What every loss of the catalogue must keep. `python scripts/laws_table.py` tries each law on each
+row and writes this page; the tests try the same laws, and `funcloss check module:name` tries them
+on a loss of yours. ✓: it holds. A number: it does not apply, for the reason below.
+
+"""
+
+
+def tried(name: str) -> list[tuple[str, str]]:
+    """Return a row's verdicts and reasons, law by law."""
+    findings = [try_law(law, SUBJECTS[name]) for law in LAWS]
+    for f in findings:
+        if f.verdict == "fail":
+            print(f"{name}: {f.law}: {f.detail}", file=sys.stderr)
+    return [(f.verdict, f.detail if f.verdict == "not applicable" else "") for f in findings]
+
+
+def page(rows: dict[str, list[tuple[str, str]]]) -> str:
+    """Return the page of all rows."""
+    reasons: dict[str, int] = {}
+    lines = ["| loss | " + " | ".join(LAWS) + " |", "|---" * (len(LAWS) + 1) + "|"]
+    for name, cells in rows.items():
+        shown = [
+            SIGNS.get(verdict) or str(reasons.setdefault(reason, len(reasons) + 1))
+            for verdict, reason in cells
+        ]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    laws = [f"- **{name}**: {law.meaning}." for name, law in LAWS.items()]
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    parts = ["\n".join(lines), "## The laws\n\n" + "\n".join(laws), "## Why one does not apply\n"]
+    return HEAD + "\n\n".join(parts) + "\n" + "\n".join(notes) + "\n"
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Compare, write nothing.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+) -> None:
+    with get_context("spawn").Pool(workers) as pool:
+        rows = dict(zip(SUBJECTS, pool.imap(tried, SUBJECTS), strict=True))
+    text = page(rows)
+    if check and text != PAGE.read_text():
+        sys.exit(f"{PAGE} is not what the laws give: run scripts/laws_table.py")
+    if not check:
+        PAGE.write_text(text)
+    failed = sum(verdict == "fail" for cells in rows.values() for verdict, _ in cells)
+    cells = len(SUBJECTS) * len(LAWS)
+    print(f"{len(SUBJECTS)} rows, {len(LAWS)} laws, {cells} cells, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
