@@ -23,8 +23,9 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
 
     .. math:: f(\bar x) + \tfrac12 (g(\bar x) + g(x)) \cdot (x - \bar x),
 
-    of value :math:`f`, gradient :math:`g` and Hessian :math:`\partial g`, exactly; third and higher
-    derivatives are not those of :math:`f`. ``forward`` is never differentiated and may be anything
+    of value :math:`f`, gradient :math:`g` and Hessian :math:`\partial g`, exactly, how the gradient
+    answers to a tensor that has none included; third and higher derivatives are not those of
+    :math:`f`. ``forward`` is never differentiated and may be anything
     that torch runs; ``backward`` must be differentiable where a second derivative is asked for.
 
     Args:
@@ -62,17 +63,21 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
             raise TypeError(f"custom_vjp: forward must give a tensor, got {type(value).__name__}")
         value = value.detach()
         batch = tuple(value.shape)
-        here, there = (_tupled(backward(*at, **options)) for at in (fixed, tensors))
-        if len(here) > len(tensors):
+        there = _tupled(backward(*tensors, **options))
+        if len(there) > len(tensors):
             raise ValueError(
                 f"custom_vjp: backward must give a gradient a tensor, {len(tensors)} at most; "
-                f"got {len(here)}"
+                f"got {len(there)}"
             )
+        # What has no gradient stays as it is: the slopes answer to it in full, not by half.
+        slopes = (*there, *(None for _ in tensors[len(there) :]))
+        still = [f if g is not None else x for x, f, g in zip(tensors, fixed, slopes, strict=True)]
+        here = _tupled(backward(*still, **options))
         for i, (g_still, g) in enumerate(zip(here, there, strict=True)):
             if g is not None and g_still is not None:
                 _check_gradient(i, tuple(g.shape), tuple(tensors[i].shape), batch)
-                slope = (g_still.detach() + g) / 2
-                value = value + _dot(slope, _step(tensors[i], fixed[i]), len(batch))
+                step = _step(tensors[i], fixed[i])
+                value = value + _dot((g_still + g) / 2, step, len(batch))
         return value if where is None else torch.where(where, value, 0.0)
 
     return Combined(function, "custom_vjp", forward, takes=("where",))
@@ -88,8 +93,8 @@ def from_numpy(
 
     NumPy is given copies on the CPU, so that editing them changes nothing; what it gives goes back
     to where the predictions are, in their dtype. The loss composes with ``grad``, ``jvp``, ``vmap``
-    and ``torch.compile``, on any device, at the price of two copies a call. A second derivative is
-    NaN, rather than a silent 0.
+    and ``torch.compile``, on any device, at the price of two copies a call. The other tensors are
+    data, of gradient 0. A second derivative is NaN, rather than a silent 0.
 
     Args:
         forward: From arrays (the predictions first) to one value an example; it must take any
@@ -123,10 +128,16 @@ def from_numpy(
         slope = torch.ops.funcloss.numpy([still, *fixed], slopes, 0)
         step = _step(tensors[0], still)
         # |step|^1.5 is 0, has gradient 0, and no second derivative: where one is asked for, NaN.
-        value = value + _dot(slope, step, value.dim()) + _total(step.abs() ** 1.5, value.dim())
+        others = [_step(x, y).sum() for x, y in zip(tensors[1:], fixed, strict=True) if _real(x)]
+        bend = (step + sum(others)).abs() ** 1.5
+        value = value + _dot(slope, step, value.dim()) + _total(bend, value.dim())
         return value if where is None else torch.where(where, value, 0.0)
 
     return Combined(function, "from_numpy", forward, takes=("where",))
+
+
+def _real(x: Tensor) -> bool:
+    return x.is_floating_point()
 
 
 def _masked(tensors: tuple[Tensor, ...], where: Tensor | None) -> tuple[Tensor, ...]:
@@ -151,7 +162,7 @@ def _check_gradient(
 
 
 def _tupled(gradients: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(gradients) if isinstance(gradients, tuple | list) else (gradients,)
+    return tuple(gradients) if isinstance(gradients, (tuple, list)) else (gradients,)
 
 
 def _dot(gradient: Tensor, step: Tensor, batch_axes: int) -> Tensor:

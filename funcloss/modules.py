@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from funcloss._checks import check_where
-from funcloss.combinators import Combined, name_of
+from funcloss.combinators import Combined, couples_examples, name_of
 from funcloss.losses._shared import masked
 from funcloss.reduction import mean
 from funcloss.typing import LossFn
@@ -26,14 +26,20 @@ class LossModule(nn.Module):
         self.reduction = reduction
         self.options = {}
         for name, value in options.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
                 self.options[name] = value
 
     def forward(self, *data: Tensor, where: Tensor | None = None, **options: Any) -> Tensor:
         """Return the reduced loss; what is given here goes before what was given first."""
-        options = {**self.options, **dict(self.named_buffers()), **options}
+        own = {
+            **dict(self.named_buffers(recurse=False)),
+            **dict(self.named_parameters(recurse=False)),
+        }
+        options = {**self.options, **own, **options}
         if where is not None:
             options["where"] = where
         where = options.get("where")
@@ -41,6 +47,11 @@ class LossModule(nn.Module):
         if self.reduction == "mean":
             return mean(values, where=where)
         return values.sum() if self.reduction == "sum" else values
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the value of one example depends on the others of its batch."""
+        return couples_examples(self.loss)
 
     def extra_repr(self) -> str:
         """Return what the module prints of itself."""
@@ -55,8 +66,8 @@ def as_module(loss: LossFn, *, reduction: str = "mean", **options: Any) -> LossM
         loss: A loss.
         reduction: ``mean`` (divides by the examples that count, whatever their weights), ``sum``
             or ``none``.
-        **options: Options of the loss. Tensors become buffers: they follow ``.to(device)`` and are
-            in ``state_dict``.
+        **options: Options of the loss. Tensors become buffers, parameters stay parameters: they
+            follow ``.to(device)`` and are in ``state_dict``.
 
     Returns:
         A module of the loss's data; ``where`` and other options may be given with each call.
@@ -89,26 +100,44 @@ def from_module(module: nn.Module, *, example_axes: int = 0) -> LossFn:
         module: A criterion of predictions and targets. It is copied, so its buffers stay as they
             are now.
         example_axes: How many axes one example has in the last tensor: 0 for labels and values, 1
-            for vectors and distributions.
+            for vectors and distributions, 2 for an image of labels. The axes before them are the
+            batch, in every tensor.
 
     Returns:
         A loss of the same data, with ``where``.
+
+    Raises:
+        ValueError: the module has parameters to train; or, on a call, the tensors have other
+            batch axes.
 
     Example:
         >>> criterion = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))
         >>> from_module(criterion)(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor([0.6931, 2.0794])
     """
+    if any(p.requires_grad for p in module.parameters()):
+        raise ValueError(
+            f"from_module: {type(module).__name__} has parameters to train, which would be copied "
+            "and lost; write it as a function with them as options"
+        )
     module = copy.deepcopy(module)
-    if hasattr(module, "reduction"):
-        module.reduction = "sum"  # pyright: ignore[reportArgumentType]
+    for part in module.modules():
+        if isinstance(getattr(part, "reduction", None), str):
+            part.reduction = "sum"  # pyright: ignore[reportArgumentType]
 
     def of_one(*example: Tensor) -> Tensor:
         return module(*(x.unsqueeze(0) for x in example)).sum()
 
     def loss(*data: Tensor, where: Tensor | None = None) -> Tensor:
         axes = data[-1].dim() - example_axes
-        check_where("from_module", where, tuple(data[-1].shape[:axes]))
+        batch = tuple(data[-1].shape[:axes])
+        for x in data:
+            if tuple(x.shape[:axes]) != batch:
+                raise ValueError(
+                    f"from_module: every tensor must begin with the batch axes of the last, "
+                    f"{batch}, got {tuple(x.shape)}; example_axes says how many are an example's"
+                )
+        check_where("from_module", where, batch)
         data = tuple(masked(x, where) for x in data)
         each = of_one
         for _ in range(axes):

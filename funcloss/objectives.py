@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad
 
 from funcloss._checks import check_number
+from funcloss._precision import wide_dtype
 from funcloss.combinators import Factor, factor_names, taken
 from funcloss.keys import fold_in, keyed_randomness
 from funcloss.losses import kl_div
@@ -405,8 +406,8 @@ def _start(inputs: Tensor, keys: Tensor, epsilon: float | Tensor) -> Tensor:
     """Return inputs moved to a point of the cube around them that each example's key decides."""
     counters = torch.arange(inputs[0].numel(), device=inputs.device)
     words = fold_in(fold_in(keys, torch.tensor(_START, device=keys.device))[:, None], counters)
-    uniform = words.to(inputs.dtype).reshape(inputs.shape) / 2**31 - 1
-    return inputs + epsilon * uniform
+    uniform = words.to(wide_dtype(inputs)).reshape(inputs.shape) / 2**31 - 1
+    return inputs + epsilon * uniform.to(inputs.dtype)
 
 
 def _ascended(

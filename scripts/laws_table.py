@@ -22,7 +22,8 @@ HEAD = """# The laws, loss by loss
 
 What every loss of the catalogue must keep. `python scripts/laws_table.py` tries each law on each
 row and writes this page; the tests try the same laws, and `funcloss check module:name` tries them
-on a loss of yours. ✓: it holds. A number: it does not apply, for the reason below.
+on a loss of yours. ✓: it holds. A number alone: it does not apply, for the reason below; beside
+a ✓ it says how the law was tried.
 
 """
 
@@ -33,7 +34,8 @@ def tried(name: str) -> list[tuple[str, str]]:
     for f in findings:
         if f.verdict == "fail":
             print(f"{name}: {f.law}: {f.detail}", file=sys.stderr)
-    return [(f.verdict, f.detail if f.verdict == "not applicable" else "") for f in findings]
+    noted = ("not applicable", "extremes")
+    return [(f.verdict, f.detail if {f.verdict, f.law} & {*noted} else "") for f in findings]
 
 
 def page(rows: dict[str, list[tuple[str, str]]]) -> str:
@@ -42,13 +44,14 @@ def page(rows: dict[str, list[tuple[str, str]]]) -> str:
     lines = ["| loss | " + " | ".join(LAWS) + " |", "|---" * (len(LAWS) + 1) + "|"]
     for name, cells in rows.items():
         shown = [
-            SIGNS.get(verdict) or str(reasons.setdefault(reason, len(reasons) + 1))
-            for verdict, reason in cells
+            f"{SIGNS.get(verdict, '')} {reasons.setdefault(why, len(reasons) + 1) if why else ''}"
+            for verdict, why in cells
         ]
+        shown = [cell.strip() for cell in shown]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     laws = [f"- **{name}**: {law.meaning}." for name, law in LAWS.items()]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    parts = ["\n".join(lines), "## The laws\n\n" + "\n".join(laws), "## Why one does not apply\n"]
+    parts = ["\n".join(lines), "## The laws\n\n" + "\n".join(laws), "## The numbers\n"]
     return HEAD + "\n\n".join(parts) + "\n" + "\n".join(notes) + "\n"
 
 

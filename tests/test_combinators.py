@@ -225,7 +225,7 @@ VALUE_ERRORS = [
         r"class_weights must have shape \(classes,\), got \(4, 4\)",
     ),
     (
-        lambda: class_weighted(lambda z, y, where: F.cross_entropy(z, y))(LOGITS, LABELS, **COSTLY),
+        lambda: class_weighted(lambda z, y: F.cross_entropy(z, y))(LOGITS, LABELS, **COSTLY),
         r"what the loss gives must have shape \(7,\) to match labels, got \(\)",
     ),
     (
@@ -401,3 +401,31 @@ def test_class_weights_follow_the_axis_of_the_classes():
 def test_a_factor_is_no_vector():
     with pytest.raises(ValueError, match="a factor must be a number or a scalar tensor"):
         scaled(losses.squared_error, torch.ones(3, 1))(torch.ones(3), torch.zeros(3))
+
+
+def test_a_loss_that_knows_no_where_is_taken_as_it_is():
+    logits, labels, weights = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.arange(4.0)
+    plain = losses.cross_entropy(logits, labels)
+    got = class_weighted(without_where)(logits, labels, class_weights=weights)
+    torch.testing.assert_close(got, weights[labels] * plain)
+    torch.testing.assert_close(from_logits(without_where)(logits, labels), plain)
+    for made in (smoothed(without_where), soft(without_where), mixup(without_where)):
+        assert made.losses == (without_where,)
+    smoothed(without_where)(logits, labels)
+
+
+def test_a_masked_row_leaves_the_gradient_of_a_temperature_alone():
+    logits, labels = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([0, 99])
+    where = torch.tensor([True, False])
+    loss = temperature(losses.cross_entropy, "t")
+    slope = grad(lambda t: loss(logits, labels, where=where, t=t).sum())(torch.tensor(2.0))
+    alone = grad(lambda t: loss(logits[:1], labels[:1], t=t).sum())(torch.tensor(2.0))
+    torch.testing.assert_close(slope, alone)
+
+
+@pytest.mark.parametrize("label", [-100, 3])
+def test_compiled_a_label_out_of_range_is_nan_and_not_0(label):
+    compiled = torch.compile(losses.cross_entropy, fullgraph=True, backend="aot_eager")
+    values = compiled(torch.zeros(2, 3), torch.tensor([0, label]))
+    assert values[0].isfinite()
+    assert values[1].isnan()

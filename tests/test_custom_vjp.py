@@ -371,3 +371,24 @@ def test_a_gradient_of_another_shape_is_refused(gradient):
     loss = custom_vjp(lambda z: z.sum(-1), lambda z: gradient)
     with pytest.raises(ValueError, match=r"the gradient of tensor 0 must have shape \(3, 4\)"):
         loss(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        custom_vjp(lambda x, w: w * x**2, lambda x, w: 2 * w * x),
+        custom_vjp(lambda x, w: w * x**2, lambda x, w: (2 * w * x, None)),
+        custom_vjp(lambda x, w: w * x**2, lambda x, w: (2 * w * x, x**2)),
+    ],
+)
+def test_how_the_gradient_answers_to_another_tensor_is_exact(function):
+    x, w = torch.tensor(3.0), torch.tensor(5.0)
+    assert torch.func.grad(lambda w: torch.func.grad(function)(x, w))(w) == 6.0
+    assert torch.func.grad(torch.func.grad(function))(x, w) == 10.0
+
+
+def test_of_numpy_a_mixed_second_derivative_is_nan_too():
+    square = from_numpy(lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t))
+    p, t = torch.tensor(3.0), torch.tensor(1.0)
+    assert torch.func.grad(lambda t: torch.func.grad(square)(p, t))(t).isnan()
+    assert torch.func.grad(square)(p, t) == 4.0

@@ -142,8 +142,9 @@ class Counting(nn.Module):
         return losses.cross_entropy(z, y)
 
 
-def by_class_index(z, y, class_weights):
-    return losses.cross_entropy(z, y) * (1 + y)
+def of_the_next_class(z, y, class_weights):
+    weights = class_weights.roll(1).gather(0, y.reshape(-1)).reshape(y.shape)
+    return weights * losses.cross_entropy(z, y)
 
 
 def of_scores(z, y):
@@ -180,9 +181,9 @@ BREAKERS = [
     ("dtype", in_double, "float16 in, torch.float64 out"),
     ("pure", in_place, "it changed what it was given"),
     ("pure", Counting, "it keeps a state: calls"),
-    ("class permutation", by_class_index, "after the classes changed places"),
+    ("class permutation", of_the_next_class, "after the classes changed places"),
     ("weights", divided, "alone, an example of class weight"),
-    ("cost order", cheaper, "lowers the value"),
+    ("cost order", cheaper, "changes the value by -"),
     ("cost effect", tutorial_losses.published_costly_nine, "scales whole batches"),
 ]
 
@@ -288,6 +289,78 @@ def test_two_classes_and_their_costs():
     torch.testing.assert_close(effect.within, torch.tensor([1.0, 3.0]).double())
 
 
+def infinite_cost(z, y):
+    return losses.cross_entropy(z, y) * (y == 4)
+
+
+def no_gradient(z, y):
+    return (z * 0).sum(-1) + (z.argmax(-1) != y)
+
+
+def masked_mean(z, y, *, where=None):
+    return mean(losses.cross_entropy(z, y, where=where), where=where)
+
+
+def by_index(z, y, class_weights):
+    return class_weights[y] * torch.nn.functional.cross_entropy(z, y, reduction="none")
+
+
+def of_torchs_weight(z, y, class_weights):
+    return torch.nn.functional.cross_entropy(z, y, weight=class_weights, reduction="none")
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, z, y):
+        self.calls += 1
+        return losses.cross_entropy(z, y)
+
+
+def ordered(z, y, class_weights):
+    return class_weighted(losses.earth_mover)(z, y, class_weights=class_weights)
+
+
+def quits(z, y):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "law", "verdict", "says"),
+    [
+        (infinite_cost, "cost effect", "pass", "0: 0.00, 1: 0.00, 2: 0.00, 3: 0.00"),
+        (no_gradient, "cost effect", "fail", "nothing to learn from"),
+        (masked_mean, "masked = dropped", "pass", ""),
+        (masked_mean, "map over examples", "pass", ""),
+        (by_index, "per-sample gradients", "fail", "item()"),
+        (of_torchs_weight, "extremes", "pass", ""),
+        (of_torchs_weight, "cost order", "pass", ""),
+        (of_torchs_weight, "gradcheck", "pass", ""),
+        (Counter, "pure", "fail", "it keeps a state: calls"),
+        (ordered, "class permutation", "not applicable", "treats its classes differently"),
+        (ordered, "cost effect", "pass", "0: 0.67"),
+        (quits, "runs", "fail", "raised SystemExit"),
+    ],
+)
+def test_the_verdict_is_about_the_loss_and_not_about_the_trial(loss, law, verdict, says):
+    finding = try_law(law, adapt(loss, classes=5).subject)
+    assert finding.verdict == verdict, finding
+    assert says in finding.detail
+
+
+def test_what_to_write_instead_of_an_indexed_weight():
+    finding = try_law("per-sample gradients", adapt(by_index, classes=5).subject)
+    assert "gather" in finding.advice
+
+
+def test_a_module_with_a_state_spoils_no_law_but_its_own():
+    broken = {f.law for f in check(adapt(Counting, classes=5).subject) if f.verdict == "fail"}
+    assert "pure" in broken
+    assert "extremes" not in broken
+
+
 # -- what a loss may be ---------------------------------------------------------------------------
 
 
@@ -327,6 +400,8 @@ def test_anything_that_is_meant_as_a_loss_is_tried(loss, task, kind):
         (lambda: 1 / 0, {}, "raised ZeroDivisionError"),
         (of_labels, {"task": "ranking"}, "task must be one of classification, binary"),
         (of_labels, {"class_weights": {12: 2.0}}, r"class weights must name classes in 0..9"),
+        (of_labels, {"task": "binary", "class_weights": {2: 2.0}}, r"classes in 0..1"),
+        (of_labels, {"task": "regression", "class_weights": {1: 2.0}}, "regression has none"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss, options, message):
@@ -352,7 +427,7 @@ def test_the_command_says_what_the_published_cost_does(run_cli):
 def test_the_command_passes_the_meant_loss_and_a_loss_of_the_catalogue(run_cli):
     meant = "tests/tutorial_losses.py:meant_costly_nine"
     code, out, err = run_cli("check", meant, "--class-weight", "9=2")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), out
     assert "9: 2.00" in out
     code, out, err = run_cli("check", "funcloss.losses:triplet_margin")
     assert (code, err) == (0, "")
@@ -394,6 +469,19 @@ def test_a_file_that_fails_while_it_is_imported_is_named(tmp_path, run_cli):
     code, out, err = run_cli("check", f"{file}:loss")
     assert (code, out) == (2, "")
     assert "ValueError: no" in err
+
+
+def test_a_file_that_exits_or_is_called_as_a_library_is_refused_or_tried(tmp_path, run_cli):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    code, out, err = run_cli("check", f"{tmp_path / 'leaves.py'}:loss")
+    assert (code, out) == (2, "")
+    assert "SystemExit" in err
+    text = "print('hello')\nfrom funcloss.losses import cross_entropy as loss\n"
+    (tmp_path / "torch.py").write_text(text)
+    code, out, err = run_cli("check", f"{tmp_path / 'torch.py'}:loss", "--json")
+    assert code == 0
+    assert json.loads(out)["kind"] == "loss of the catalogue"
+    assert "hello" in err
 
 
 def test_a_subject_of_one_s_own():

@@ -1,5 +1,7 @@
 """Losses as criteria and criteria as losses, beside the modules of torch."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from funcloss import losses
-from funcloss.combinators import class_weighted, scaled
+from funcloss.combinators import class_weighted, couples_examples, scaled
 from funcloss.modules import as_module, from_module
 
 N, CLASSES = 8, 4
@@ -212,3 +214,44 @@ def test_a_mask_kept_by_the_module_divides_too():
     where = torch.tensor([True, True, False, False])
     kept, given = as_module(losses.cross_entropy, where=where), as_module(losses.cross_entropy)
     assert_close(kept(logits, labels), given(logits, labels, where=where))
+
+
+class Nested(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.inner = nn.CrossEntropyLoss(**options)
+
+    def forward(self, logits, labels):
+        return self.inner(logits, labels)
+
+
+def test_a_reduction_within_is_replaced_too():
+    weight = torch.tensor([1.0, 5.0, 0.5])
+    logits, labels = torch.randn(3, 3), torch.arange(3)
+    expected = weight * losses.cross_entropy(logits, labels)
+    assert_close(from_module(Nested(weight=weight))(logits, labels), expected)
+
+
+def test_images_and_what_cannot_be_a_batch():
+    logits, labels = torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
+    loss = from_module(nn.CrossEntropyLoss(), example_axes=2)
+    expected = F.cross_entropy(logits, labels, reduction="none").sum((1, 2))
+    assert_close(loss(logits, labels), expected)
+    with pytest.raises(ValueError, match=r"begin with the batch axes of the last, \(2, 4, 5\)"):
+        from_module(nn.CrossEntropyLoss())(logits, labels)
+
+
+def test_parameters_train_in_a_module_and_are_refused_from_one():
+    alpha = nn.Parameter(torch.ones(3))
+    criterion = as_module(losses.softmax_focal, alpha=alpha)
+    assert list(criterion.parameters()) == [alpha]
+    criterion(torch.randn(2, 3), torch.tensor([0, 1])).backward()
+    assert alpha.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="has parameters to train"):
+        from_module(criterion)
+
+
+def test_a_module_and_a_partial_still_say_that_they_couple():
+    bound = functools.partial(losses.nt_xent, temperature=0.1)
+    assert couples_examples(bound)
+    assert couples_examples(as_module(bound))

@@ -379,6 +379,7 @@ def test_compiled_the_step_is_one_graph_that_gives_the_same(name):
     step = make_train_step(MAKE[name](DROPPING.train()), optimizer)
     state = start(name, DROPPING, optimizer)
     after, metrics = step(state, BATCH, HYPER)
+    torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
     one, compiled_metrics = compiled(state, BATCH, HYPER)
     assert_close(flatten(one), flatten(after))

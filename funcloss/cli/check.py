@@ -1,5 +1,6 @@
 """``funcloss check``: the laws of a loss, tried on anyone's."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -56,15 +57,14 @@ def check(
     Prints a line a law and exits with 0 only if all that apply hold.
     """
     weights = _indexed(pairs("class_weight", class_weight or []))
-    found = _find(loss)
 
-    from funcloss import laws
+    from funcloss import laws  # before what is to be tried, whose folder may have a torch.py
 
-    adapted = laws.adapt(
-        found, task=task, classes=classes, class_weights=weights, batch_size=batch_size
-    )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
+        adapted = laws.adapt(
+            _find(loss), task=task, classes=classes, class_weights=weights, batch_size=batch_size
+        )
         findings = laws.check(adapted.subject, inductor=inductor)
     if as_json:
         _print_json(loss, adapted, findings)
@@ -104,22 +104,26 @@ def _imported(place: str) -> ModuleType:
     """Import a module by name, from here too, or a file by path."""
     try:
         if not place.endswith(".py"):
-            sys.path.insert(0, str(Path.cwd()))
+            sys.path.append(str(Path.cwd()))
             return importlib.import_module(place)
         path = Path(place).resolve()
         if not path.is_file():
             raise ConfigError(f"no file {place}")
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.path.append(str(path.parent))
+        name = f"_tried_{path.stem}"  # a file may be called as a module that is in use
+        loaded = sys.modules.get(name)
+        if loaded is not None and loaded.__file__ == str(path):
+            return loaded  # a second copy under one name confuses the compiler
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         return module
     except FunclossError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"cannot import {place}: {type(error).__name__}: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """What a combinator gives back: a loss that knows what it was made of."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -54,6 +55,8 @@ def couples_examples(loss: Callable[..., Any]) -> bool:
         >>> couples_examples(cross_entropy), couples_examples(nt_xent)
         (False, True)
     """
+    if isinstance(loss, functools.partial):
+        loss = loss.func
     return getattr(loss, "couples_examples", False)
 
 
@@ -66,7 +69,8 @@ def options_of(loss: Callable[..., Any]) -> frozenset[str]:
         ['class_weights', 'epsilon', 'where']
     """
     if isinstance(loss, Combined):
-        return frozenset(loss.takes).union(*map(options_of, loss.losses))
+        inner = [name for part in loss.losses for name in options_of(part)]
+        return frozenset([*loss.takes, *inner])
     try:
         parameters = inspect.signature(loss).parameters.values()
     except ValueError:  # built in
@@ -95,9 +99,16 @@ def taken(factor: Factor, options: dict[str, Any], like: Tensor) -> float | Tens
     return value.to(like.dtype)
 
 
-def passed_on(options: dict[str, Any], names: tuple[str, ...], loss: LossFn) -> dict[str, Any]:
-    """Return the options without the factors that are named by some, unless the loss takes them."""
-    if not names:
-        return options
-    own = options_of(loss)
-    return {name: value for name, value in options.items() if name not in names or name in own}
+def not_of(names: tuple[str, ...], loss: LossFn) -> tuple[str, ...]:
+    """Return the names of factors that are no options of the loss itself."""
+    return tuple(name for name in names if name not in options_of(loss))
+
+
+def passed_on(options: dict[str, Any], less: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options without those of some names."""
+    return {name: value for name, value in options.items() if name not in less}
+
+
+def masking(where: Tensor | None) -> dict[str, Tensor]:
+    """Return ``where`` as a keyword if it is given: a loss without masks need not know the word."""
+    return {} if where is None else {"where": where}

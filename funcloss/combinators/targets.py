@@ -15,7 +15,16 @@ from funcloss._checks import (
     check_shape,
     check_where,
 )
-from funcloss.combinators._combined import Combined, Factor, factor_names, passed_on, taken
+from funcloss.combinators._combined import (
+    Combined,
+    Factor,
+    factor_names,
+    masking,
+    not_of,
+    passed_on,
+    taken,
+)
+from funcloss.losses._shared import masked
 from funcloss.typing import LossFn
 
 
@@ -40,7 +49,7 @@ def from_logits(loss: LossFn) -> LossFn:
         check_where("from_logits", where, tuple(logits.shape[:-1]))
         if where is not None:
             logits = torch.where(where[..., None], logits, 0.0)
-        return loss(logits.log_softmax(-1), targets, where=where, **options)
+        return loss(logits.log_softmax(-1), targets, **masking(where), **options)
 
     return Combined(of_logits, "from_logits", loss)
 
@@ -73,7 +82,7 @@ def one_hot_targets(loss: LossFn) -> LossFn:
         classes = torch.arange(predictions.shape[-1], device=predictions.device)
         targets = (labels[..., None] == classes).to(predictions.dtype)
         every = None if where is None else where[..., None].expand(targets.shape)
-        return loss(predictions, targets, where=every, **options).sum(-1)
+        return loss(predictions, targets, **masking(every), **options).sum(-1)
 
     return Combined(of_labels, "one_hot_targets", loss)
 
@@ -105,10 +114,12 @@ def temperature(loss: LossFn, value: Factor) -> LossFn:
     names = factor_names(value)
     if not isinstance(value, str):
         check_number("temperature", "value", value, low=0, above=True)
+    own = not_of(names, loss)
 
     def at_temperature(predictions: Tensor, *targets: Tensor, **options) -> Tensor:
-        rest = passed_on(options, names, loss)
-        return loss(predictions / taken(value, options, predictions), *targets, **rest)
+        predictions = masked(predictions, options.get("where"))
+        cooled = predictions / taken(value, options, predictions)
+        return loss(cooled, *targets, **passed_on(options, own))
 
     return Combined(at_temperature, "temperature", loss, takes=names)
 
@@ -182,14 +193,15 @@ def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
     names = factor_names(smoothing)
     if not isinstance(smoothing, str):
         check_number("smoothed", "smoothing", smoothing, low=0, high=1)
+    own = not_of(names, loss)
 
     def of_smoothed(
         logits: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options
     ) -> Tensor:
         part = taken(smoothing, options, logits)
         _check_classes_last("smoothed", options)
-        rest = passed_on(options, names, loss)
-        of_label = loss(logits, labels, where=where, **rest)
+        rest = passed_on(options, own)
+        of_label = loss(logits, labels, **masking(where), **rest)
         return (1 - part) * of_label + part * _of_each_class(loss, logits, where, rest).mean(-1)
 
     return Combined(of_smoothed, "smoothed", loss, takes=names)
@@ -269,4 +281,4 @@ def _of_each_class(loss: LossFn, logits: Tensor, where: Tensor | None, options: 
     labels = torch.arange(classes, device=logits.device).expand(shape)
     every = None if where is None else where[..., None].expand(shape)
     rows = logits[..., None, :].expand(*shape, classes)
-    return loss(rows, labels, where=every, **options)
+    return loss(rows, labels, **masking(every), **options)

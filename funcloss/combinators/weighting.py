@@ -13,6 +13,8 @@ from funcloss.combinators._combined import (
     Combined,
     Factor,
     factor_names,
+    masking,
+    not_of,
     options_of,
     passed_on,
     taken,
@@ -88,7 +90,7 @@ def class_weighted(loss: LossFn) -> LossFn:
     ) -> Tensor:
         classes = (logits.shape[options.get("dim", -1)],)
         check_shape("class_weighted", "class_weights", class_weights, classes, "logits")
-        values = loss(logits, labels, where=where, **options)
+        values = loss(logits, labels, **masking(where), **options)
         # A loss that is reduced already would be weighted as a whole, which weighs no class.
         check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
         return class_weights_of(class_weights, labels, where).to(values.dtype) * values
@@ -119,8 +121,7 @@ def sample_weighted(loss: LossFn) -> LossFn:
     def weighted(
         *data: Tensor, sample_weights: Tensor, where: Tensor | None = None, **options
     ) -> Tensor:
-        options = options if where is None else {**options, "where": where}
-        values = loss(*data, **options)
+        values = loss(*data, **masking(where), **options)
         check_floating("sample_weighted", "sample_weights", sample_weights)
         shape = tuple(values.shape)
         check_shape("sample_weighted", "sample_weights", sample_weights, shape, "the values")
@@ -151,9 +152,10 @@ def scaled(loss: LossFn, factor: Factor) -> LossFn:
         tensor([18.])
     """
     names = factor_names(factor)
+    own = not_of(names, loss)
 
     def of_scaled(*data: Tensor, **options) -> Tensor:
-        values = loss(*data, **passed_on(options, names, loss))
+        values = loss(*data, **passed_on(options, own))
         return taken(factor, options, values) * values
 
     return Combined(of_scaled, "scaled", loss, takes=names)
@@ -190,7 +192,7 @@ def parts(terms: Terms) -> Callable[..., dict[str, Tensor]]:
     def of_parts(*data: Tensor, **options) -> dict[str, Tensor]:
         for name in options:
             if name not in known:
-                expected = ", ".join(sorted(known))
+                expected = ", ".join(sorted(known)) or "none"
                 raise TypeError(f"summed: no term takes the option {name!r}; they take {expected}")
         for name, names in takes.items():
             if options.get("where") is not None and "where" not in names:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from funcloss.combinators import Combined, options_of
 from funcloss.errors import ConfigError
 from funcloss.laws.catalogue import SUBJECTS
-from funcloss.laws.subject import Batch, Subject
+from funcloss.laws.subject import Batch, Subject, in_dtype
 
 TASKS = ("classification", "binary", "regression", "embedding")
 _FEATURES = 4  # of an embedding
@@ -55,6 +55,9 @@ def adapt(
     if known is not None and not task and not class_weights:
         return Adapted(known._replace(batch_size=batch_size), "loss of the catalogue", "its own")
     stated = dict(class_weights or {})
+    if stated and task in ("regression", "embedding"):
+        raise ConfigError(f"class weights need classes, and {task} has none")
+    classes = 2 if task == "binary" else classes
     if any(not 0 <= index < classes for index in stated):
         raise ConfigError(f"class weights must name classes in 0..{classes - 1}, got {stated}")
     task = task or "classification"
@@ -62,7 +65,7 @@ def adapt(
     names = _keywords(call)
     options: dict[str, Tensor | float] = {}
     if "class_weights" in names and task == "classification":
-        weights = [stated.get(i, 1.0 + i % 3 if not stated else 1.0) for i in range(classes)]
+        weights = [stated.get(i, 1.0 if stated else 1.0 + i / 4) for i in range(classes)]
         options["class_weights"] = torch.tensor(weights, dtype=torch.float64)
     subject = Subject(
         call,
@@ -70,7 +73,7 @@ def adapt(
         options,
         costs=("class_weights",) if options else (),
         predictions=_arity(call) if task == "embedding" and _arity(call) > 2 else 1,
-        classes=2 if task == "binary" else classes,
+        classes=classes,
         takes_where="where" in names,
         stated={} if options else stated,
         batch_size=batch_size,
@@ -108,7 +111,7 @@ def _made(factory: Callable[[], Any]) -> Any:
     name = getattr(factory, "__name__", repr(factory))
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{name}() raised {type(error).__name__}: {error}; name a function without arguments "
             "that makes the loss"
@@ -178,13 +181,10 @@ def _data(
 def _that_runs(subject: Subject) -> Subject:
     """Return the subject in float64, or in float32 where only that runs."""
     for dtype in (torch.float64, torch.float32):
-        options = {
-            name: o.to(dtype) if isinstance(o, Tensor) else o for name, o in subject.options.items()
-        }
-        there = subject._replace(data=_cast(subject.data, dtype), options=options)
+        there = subject._replace(data=_cast(subject.data, dtype)).in_dtype(dtype)
         try:
-            there(*there.data(16, Generator().manual_seed(0)))
-        except Exception:  # the laws will say what it raised
+            there.fresh()(*there.data(16, Generator().manual_seed(0)))
+        except (Exception, SystemExit):  # the laws will say what it raised
             continue
         return there
     return subject
@@ -194,19 +194,20 @@ def _cast(
     data: Callable[[int, Generator], Batch], dtype: torch.dtype
 ) -> Callable[[int, Generator], Batch]:
     def cast(n: int, generator: Generator) -> Batch:
-        return tuple(x.to(dtype) if x.is_floating_point() else x for x in data(n, generator))
+        return in_dtype(data(n, generator), dtype)
 
     return cast
 
 
 def _reduction(subject: Subject) -> str:
     batch = subject.data(16, Generator().manual_seed(0))
+    subject = subject.fresh()
     try:
         whole = subject(*batch)
         if whole.dim():
             return "none"
         alone = torch.stack([subject(*(x[i : i + 1] for x in batch)) for i in range(16)])
-    except Exception:  # the laws will say what it raised
+    except (Exception, SystemExit):  # the laws will say what it raised
         return "other"
     for name, value in (("mean", alone.mean()), ("sum", alone.sum())):
         if torch.allclose(whole, value, rtol=1e-4, atol=1e-6):
@@ -217,6 +218,6 @@ def _reduction(subject: Subject) -> str:
 def _takes_one(subject: Subject) -> bool:
     example = (x[0] for x in subject.data(1, Generator().manual_seed(0)))
     try:
-        return subject(*example).dim() == 0
-    except Exception:
+        return subject.fresh()(*example).dim() == 0
+    except (Exception, SystemExit):
         return False

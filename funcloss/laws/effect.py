@@ -20,6 +20,7 @@ class CostEffect(NamedTuple):
     alone: Tensor  # (classes,) at batch size one
     stated: Tensor | None  # (classes,) what they are said to weigh
     batch_size: int  # of the random batches
+    named: tuple[int, ...] = ()  # the classes of which something was stated
 
     def judge(self) -> str:
         """Return what the classes weigh; raise ``Broken`` unless all agree, the stated too."""
@@ -27,7 +28,9 @@ class CostEffect(NamedTuple):
         columns = torch.stack([self.within, self.across, self.alone, stated])
         off = ((columns - stated).abs() > _CLOSE * stated.clamp(min=1.0)).any(0)
         if off.any():
-            worst = int((columns - stated).abs().amax(0).argmax())
+            distance = (columns - stated).abs().amax(0)
+            named = [i for i in self.named if off[i]]  # what was stated is what was asked about
+            worst = named[0] if named else int(distance.argmax())
             raise Broken(f"{self.of_class(worst)}; {self.cause()}")
         apart = (self.within - 1).abs() > _CLOSE
         if not apart.any():
@@ -76,22 +79,34 @@ def cost_effect(subject: Subject) -> CostEffect:
         subject: A loss of logits and labels, or of one logit and two classes.
 
     Returns:
-        The factors, relative to the (lower) median class.
+        The factors, relative to the (lower) median of the classes that weigh anything.
 
     Raises:
         NotApplicable: the targets are no classes, or the predictions not one a class.
     """
     make = _situations(subject)
     c = 2 if make is _two_classes else subject.classes
-    stated = subject.options.get("class_weights")
+    given = subject.options.get("class_weights")
+    stated = given
     if subject.stated:
         stated = torch.tensor([subject.stated.get(i, 1.0) for i in range(c)])
+    measured = [measure(subject, make, c) for measure in (_within, _across, _alone)]
+    if isinstance(given, Tensor):
+        # Against the same loss under weights of one, which may tell its classes apart by itself.
+        plain = {**subject.options, "class_weights": torch.ones_like(given)}
+        base = subject._replace(options=plain)
+        measured = [
+            m / measure(base, make, c)
+            for m, measure in zip(measured, (_within, _across, _alone), strict=True)
+        ]
+    within, across, alone = map(_relative, measured)
     return CostEffect(
-        _relative(_within(subject, make, c)),
-        _relative(_across(subject, make, c)),
-        _relative(_alone(subject, make, c)),
+        within,
+        across,
+        alone,
         _relative(stated.double()) if isinstance(stated, Tensor) else None,
         subject.batch_size,
+        tuple(subject.stated),
     )
 
 
@@ -167,4 +182,10 @@ def _alone(subject: Subject, make, c: int) -> Tensor:
 
 
 def _relative(norms: Tensor) -> Tensor:
-    return norms / norms.median()
+    """Return weights against the (lower) median of the classes that weigh anything."""
+    if not norms.isfinite().all():
+        raise Broken("the gradients of some classes are not finite")
+    some = norms > 0
+    if not some.any():
+        raise Broken("no example of any class has a gradient: there is nothing to learn from")
+    return norms / norms[some].median()

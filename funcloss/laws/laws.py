@@ -1,9 +1,11 @@
 """The laws of a loss, each tried on batches of growing size until one breaks it."""
 
+import copy
+import re
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from funcloss.combinators import couples_examples, sample_weighted
 from funcloss.laws.effect import cost_effect
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, shown
+from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, in_dtype, shown
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -52,6 +54,7 @@ def try_law(name: str, subject: Subject) -> Finding:
         'pass'
     """
     law = LAWS[name]
+    subject = subject.fresh()
     if name in subject.limits:
         return Finding(name, "not applicable", subject.limits[name])
     remark = None
@@ -65,12 +68,13 @@ def try_law(name: str, subject: Subject) -> Finding:
                     remark = law.holds(subject, batch)
             except (Broken, NotApplicable):
                 raise
-            except Exception as error:  # whatever the loss under trial raises is its failure
+            except (Exception, SystemExit) as error:  # what the loss raises is its failure
                 raise Broken(f"{_raised(error)}; at {shown(batch)}") from error
     except NotApplicable as reason:
         return Finding(name, "not applicable", str(reason))
     except Broken as failure:
-        return Finding(name, "fail", str(failure), _cure(failure) or law.advice)
+        cure = "" if name == "masked = dropped" else _cure(failure)
+        return Finding(name, "fail", str(failure), cure or law.advice)
     return Finding(name, "pass", remark or "")
 
 
@@ -92,13 +96,14 @@ def check(subject: Subject, *, inductor: bool = False) -> list[Finding]:
     return [runs, *(try_law(name, subject) for name in names[1:])]
 
 
-def _raised(error: Exception) -> str:
+def _raised(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"raised {type(error).__name__}: {lines[0].split('. ')[0][:200]}"
 
 
 _CURES = {
     "one_hot": "make one-hots by comparison: labels[..., None] == torch.arange(classes)",
+    "scalar type Long": "labels are integers: leave them so, and take a mask as labels == c",
     "Long or Byte": "labels are integers: leave them so, and take a mask as labels == c",
     "setup_context": "give the gradient to funcloss.custom_vjp instead of an autograd.Function",
     "generate_vmap_rule": "give the gradient to funcloss.custom_vjp, not an autograd.Function",
@@ -113,11 +118,16 @@ _CURES = {
 }
 
 
+_LOOKUP = re.compile(r"^ +.*\w\[(y|labels?|targets?)\]", re.M)  # in a line of the loss
+
+
 def _cure(failure: Broken) -> str:
     """Return what to write instead, where what was raised tells it."""
     if failure.__cause__ is None:
         return ""
     told = "".join(traceback.format_exception(failure.__cause__))
+    if "item()" in told and _LOOKUP.search(told):
+        return "look up by gather, w.gather(0, y.reshape(-1)).reshape(y.shape), not by w[y]"
     return next((cure for sign, cure in _CURES.items() if sign in told), "")
 
 
@@ -228,6 +238,8 @@ def _differences(check: Callable[..., bool], **settings: bool) -> Callable[[Subj
         k = subject.predictions
         options = {name: o for name, o in subject.options.items() if isinstance(o, Tensor)}
         named = [name for name, option in options.items() if option.is_floating_point()]
+        if subject.reference is None:  # a user's options need no gradient
+            named = []
         varied = (*batch[:k], *(options[name] for name in named))
         inputs = [x.detach().clone().requires_grad_() for x in varied]
 
@@ -317,21 +329,24 @@ def _which(forms: dict[str, Callable], batch: Batch, backend: str) -> str:
     return ""
 
 
-def _stays_finite(subject: Subject, batch: Batch) -> None:
+def _stays_finite(subject: Subject, batch: Batch) -> str | None:
     k = subject.predictions
     for dtype in (torch.float32, batch[0].dtype):
-        data = tuple(x.to(dtype) if x.is_floating_point() else x for x in batch)
+        data, there = in_dtype(batch, dtype), subject.in_dtype(dtype)
         for extreme in subject.extremes:
             for every in (1, 2, 3):
                 far = [x.clone() for x in data[:k]]
                 for x in far:
                     x.view(-1)[::every] = extreme
-                _finite(subject, (*far, *data[k:]), f"at predictions of {extreme:g}")
+                _finite(there, (*far, *data[k:]), f"at predictions of {extreme:g}")
     if subject.minus_inf:
         logits, labels = batch
         classes = torch.arange(logits.shape[-1])
         barred = classes == (labels[:, None] + 1) % logits.shape[-1]
         _finite(subject, (torch.where(barred, -torch.inf, logits), labels), "at a logit of -inf")
+    if subject.extremes == (1e4, -1e4):
+        return None
+    return f"tried at {' and '.join(f'{x:g}' for x in subject.extremes)}"
 
 
 def _finite(subject: Subject, batch: Batch, where: str) -> None:
@@ -347,25 +362,20 @@ def _masked_is_dropped(subject: Subject, batch: Batch) -> None:
     if not subject.takes_where:
         raise NotApplicable("it takes no `where`")
     n = batch[0].shape[0]
-    where = torch.arange(n) % 3 != 1
-    if n == 1:
-        where = torch.tensor([False])
+    where = torch.arange(n) % 3 != 1 if n > 1 else torch.tensor([subject.reduction != "none"])
     kept = tuple(x[where] for x in batch)
     for bad in (torch.inf, -torch.inf, torch.nan, 1e300):
         spoilt = tuple(_spoilt(x, where, bad) for x in batch)
-
-        def masked(*data: Tensor) -> Tensor:
-            return subject(*data, where=where)
-
-        values = masked(*spoilt)
-        _same(values[~where], torch.zeros(int((~where).sum())), "a masked value", batch)
-        if where.any():
-            _same(values[where], subject(*kept), "values beside masked ones, against alone", batch)
-        alone = _gradients(subject, kept) if where.any() else kept
         under = subject._replace(options={**subject.options, "where": where})
-        for got, expected in zip(_gradients(under, spoilt), alone, strict=False):
+        values, gradients = under(*spoilt), _gradients(under, spoilt)
+        if subject.reduction == "none":
+            _same(values[~where], torch.zeros_like(values[~where]), "a masked value", batch)
+            values = values[where]
+        for got in gradients:
             _same(got[~where], torch.zeros_like(got[~where]), "a masked gradient", batch)
-            if where.any():
+        if where.any():
+            _same(values, subject(*kept), "values beside masked ones, against alone", batch)
+            for got, expected in zip(gradients, _gradients(subject, kept), strict=True):
                 _same(got[where], expected, "gradients beside masked ones", batch)
 
 
@@ -377,21 +387,13 @@ def _spoilt(x: Tensor, where: Tensor, bad: float) -> Tensor:
 
 def _dtype_is_kept(subject: Subject, batch: Batch) -> None:
     for dtype in (*HALF, torch.float32, torch.float64):
-        data = tuple(x.to(dtype) if x.is_floating_point() else x for x in batch)
-        options = {
-            name: o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() else o
-            for name, o in subject.options.items()
-        }
-        values = subject(*data, **options)
+        data, there = in_dtype(batch, dtype), subject.in_dtype(dtype)
+        values = there(*data)
         if values.dtype != dtype:
             raise Broken(f"{dtype} in, {values.dtype} out")
         if batch[0].dtype != torch.float64:
             continue
-        wide = (x.double() if x.is_floating_point() else x for x in data)
-        exact = subject(*wide, **{
-            name: o.double() if isinstance(o, Tensor) and o.is_floating_point() else o
-            for name, o in options.items()
-        })  # fmt: skip
+        exact = there.in_dtype(torch.float64)(*in_dtype(data, torch.float64))
         largest = max(1.0, *(float(x.abs().max()) for x in data[: subject.predictions]))
         tolerance = 4 * torch.finfo(dtype).eps * largest
         _same(values.double(), exact, f"in {dtype}, against float64", data, tolerance)
@@ -400,9 +402,7 @@ def _dtype_is_kept(subject: Subject, batch: Batch) -> None:
 def _is_pure(subject: Subject, batch: Batch) -> None:
     tensors = [*batch, *(o for o in subject.options.values() if isinstance(o, Tensor))]
     before = [x.clone() for x in tensors]
-    state = {}
-    if isinstance(subject.loss, torch.nn.Module):
-        state = {name: x.clone() for name, x in subject.loss.state_dict().items()}
+    kept = copy.deepcopy(_state(subject.loss))
     first = subject(*batch)
     subject(*(x.flip(0) for x in batch))
     second = subject(*batch)
@@ -410,9 +410,23 @@ def _is_pure(subject: Subject, batch: Batch) -> None:
         if not torch.equal(x, was):
             raise Broken(f"it changed what it was given: {shown((was,))} became {shown((x,))}")
     _same(second, first, "the second answer to one question, against the first", batch, 0.0)
-    for name, was in state.items():
-        if not torch.equal(subject.loss.state_dict()[name], was):  # pyright: ignore
+    for name, now in _state(subject.loss).items():
+        was = kept.get(name)
+        same = (
+            torch.equal(was, now)
+            if isinstance(now, Tensor) and isinstance(was, Tensor)
+            else (was == now)
+        )
+        if not same:
             raise Broken(f"it keeps a state: {name} changed")
+
+
+def _state(loss: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return what a module remembers: its tensors, and the plain values among its attributes."""
+    if not isinstance(loss, torch.nn.Module):
+        return {}
+    plain = {n: v for n, v in vars(loss).items() if isinstance(v, (int, float, str, Tensor))}
+    return {**plain, **loss.state_dict()}
 
 
 def _permutes(subject: Subject, batch: Batch) -> None:
@@ -433,11 +447,18 @@ def _permutes(subject: Subject, batch: Batch) -> None:
         return option
 
     options = {name: permuted_option(option) for name, option in subject.options.items()}
-    got = subject(*(permuted(x) for x in batch), **options)
+    moved = tuple(permuted(x) for x in batch)
     try:
-        _same(got, subject(*batch), "after the classes changed places", batch)
+        _same(
+            subject(*moved, **options), subject(*batch), "after the classes changed places", batch
+        )
     except Broken:
-        if subject.reference is None and not subject.options:  # a cost may be written into it
+        # A cost may be written into a user's loss, or its classes have an order.
+        plain = {n: torch.ones_like(o) for n, o in options.items() if isinstance(o, Tensor)}
+        by_itself = not plain or not torch.allclose(
+            subject(*moved, **plain), subject(*batch, **plain), equal_nan=True
+        )
+        if subject.reference is None and by_itself:
             raise NotApplicable("it treats its classes differently: see cost effect") from None
         raise
 
@@ -504,20 +525,21 @@ def _cost_order(subject: Subject, batch: Batch) -> None:
     for i, label in enumerate(batch[-1].long().tolist()):
         one = tuple(x[i : i + 1] for x in batch)
         for name in subject.costs:
-
-            def value(cost: Tensor) -> Tensor:
-                return subject(*one, **{name: cost}).sum()  # noqa: B023
-
             cost = subject.options[name]
             assert isinstance(cost, Tensor)
-            row = grad(value)(cost)[label].clone()
-            if row.dim():
-                row[label] = 0.0  # no mistake
-            if (row < -1e-12).any():
-                raise Broken(
-                    f"raising {name} for a mistake on class {label} lowers the value "
-                    f"(slope {float(row.min()):.3g}); at {shown(one)}"
-                )
+            before = subject(*one).sum()
+            mistakes = range(cost.shape[-1]) if cost.dim() == 2 else (None,)
+            for decision in mistakes:
+                if decision == label:
+                    continue  # no mistake
+                dearer = cost.clone()
+                dearer[label if decision is None else (label, decision)] += 0.01
+                change = float(subject(*one, **{name: dearer}).sum() - before)
+                if change < -1e-12 * max(1.0, float(before.abs())):
+                    raise Broken(
+                        f"raising {name} for a mistake on class {label} by 0.01 changes the value "
+                        f"by {change:.3g}; at {shown(one)}"
+                    )
 
 
 def _agrees(subject: Subject, batch: Batch) -> None:
@@ -542,7 +564,8 @@ LAWS: dict[str, Law] = {
     "map over examples": Law(
         _map_over_examples,
         "the values of a batch are those of its examples alone",
-        "give one value an example and reduce outside: funcloss.mean(loss(predictions, targets))",
+        "give one value an example and reduce outside: funcloss.mean(loss(predictions, targets)); "
+        "a loss that is to couple its examples says so: loss.couples_examples = True",
     ),
     "per-sample gradients": Law(
         _per_sample_gradients,
@@ -589,7 +612,7 @@ LAWS: dict[str, Law] = {
     ),
     "extremes": Law(
         _stays_finite,
-        "value and gradient are finite at predictions of 1e4 and -1e4",
+        "value and gradient are finite at predictions of 1e4 and -1e4, or where the table says",
         "compute in log space: log_softmax, logsumexp, logsigmoid, softplus; never log(sum(exp))",
     ),
     "masked = dropped": Law(
@@ -604,7 +627,7 @@ LAWS: dict[str, Law] = {
     ),
     "pure": Law(
         _is_pure,
-        "no argument changes, no state is kept, the same question has one answer",
+        "no argument and no attribute of a module changes, the same question has one answer",
         "operate out of place (clone before editing a NumPy view) and keep nothing",
     ),
     "class permutation": Law(
@@ -635,7 +658,8 @@ LAWS: dict[str, Law] = {
     ),
     "cost effect": Law(
         _cost_effect,
-        "a class weighs what its cost says: in a batch, across random batches, alone",
+        "a class weighs the same in a batch, across random batches and alone, and what its cost "
+        "says where one is stated",
         "multiply each value before reducing: "
         "funcloss.mean(funcloss.class_weighted(loss)(logits, labels, class_weights=w))",
         sizes=(1,),

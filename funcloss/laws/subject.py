@@ -1,11 +1,12 @@
 """What the laws are tried on: a loss, and the data that it is fed."""
 
+import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from funcloss.typing import LossFn
 
@@ -59,11 +60,31 @@ class Subject(NamedTuple):
         """Return the loss under its options, or under those given here."""
         return self.loss(*data, **{**self.options, **options})
 
+    def fresh(self) -> "Subject":
+        """Return it with a module of its own, so that what a trial does to it stays there."""
+        if isinstance(self.loss, nn.Module):
+            return self._replace(loss=copy.deepcopy(self.loss))
+        return self
+
+    def in_dtype(self, dtype: torch.dtype) -> "Subject":
+        """Return it with its floating options in another dtype."""
+        options = {name: _cast(o, dtype) for name, o in self.options.items()}
+        return self._replace(options=options)
+
     def of_one(self, *example: Tensor) -> Tensor:
         """Return the loss of one example without a batch axis, a scalar."""
         if self.unbatched and self.reduction == "none":
             return self(*example)
         return self(*(x.unsqueeze(0) for x in example)).sum()
+
+
+def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return data with floats in another dtype."""
+    return tuple(_cast(x, dtype) for x in batch)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def logits_and_labels(n: int, generator: Generator) -> tuple[Tensor, Tensor]:

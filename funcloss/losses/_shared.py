@@ -73,8 +73,12 @@ def finished(values: Tensor, where: Tensor | None, like: Tensor) -> Tensor:
 def of_label(scores: Tensor, labels: Tensor) -> Tensor:
     """Return ``scores[..., label]``; never by indexing, which fails under ``vmap(grad)``."""
     if torch.compiler.is_compiling():
-        # The compiler fuses this sum; the gradient of a gather it writes through memory.
-        return torch.where(one_hot(labels, scores.shape[-1]), scores, 0).sum(-1)
+        # The compiler fuses this sum; the gradient of a gather it writes through memory. A label
+        # out of range, which gather refuses, is NaN.
+        classes = scores.shape[-1]
+        known = (labels >= 0) & (labels < classes)
+        picked = torch.where(one_hot(labels, classes), scores, 0).sum(-1)
+        return torch.where(known, picked, torch.nan)
     return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 

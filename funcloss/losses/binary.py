@@ -192,7 +192,7 @@ def soft_margin(
         tensor([0.6931, 2.1269])
 
     References:
-        Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2009, eq. 10.18.
+        Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 2009.
     """
     z, s = signed_inputs("soft_margin", scores, signs, where)
     return finished(-F.logsigmoid(s * z), where, scores)

@@ -131,7 +131,9 @@ def nll(
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
     scores, labels = class_inputs("nll", log_probs, labels, where, dim=dim)
-    return finished(-of_label(scores, labels), where, log_probs)
+    # One entry a row is all that is read: a sum over the classes, even fused, would read them all.
+    loss = -scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return finished(loss, where, log_probs)
 
 
 def _log_of_others(log_probs: Tensor, labels: Tensor) -> Tensor:

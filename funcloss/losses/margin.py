@@ -76,7 +76,7 @@ def squared_hinge(
         tensor([0.0000, 0.2500, 2.2500])
 
     References:
-        Lee and Mangasarian, "SSVM: a smooth support vector machine", 2001.
+        Lee and Mangasarian, "SSVM: a smooth support vector machine for classification", 2001.
     """
     z, s = signed_inputs("squared_hinge", scores, signs, where)
     return finished((1 - s * z).relu().square(), where, scores)

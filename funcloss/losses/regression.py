@@ -142,7 +142,10 @@ def huber(
 
 def _huber(error: Tensor, delta: float | Tensor) -> Tensor:
     """Return the Huber loss without a branch: its square cannot overflow."""
-    near = error.clamp(-delta, delta)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if isinstance(delta, Tensor):
+        near = error.clamp(-delta, delta)
+    else:
+        near = F.hardtanh(error, -delta, delta)  # the same; its backward is vectorised on CPUs
     return near * torch.sub(error, near, alpha=0.5)
 
 

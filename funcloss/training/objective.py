@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from funcloss import losses
-from funcloss.combinators import class_weighted, class_weights_of, from_logits, one_hot_targets
+from funcloss.combinators import (
+    class_weighted,
+    class_weights_of,
+    from_logits,
+    masking,
+    one_hot_targets,
+)
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import mean, weighted_mean
 from funcloss.typing import Batch, Buffers, Hyper, LossFn, Metrics, Objective, Params
@@ -100,7 +106,7 @@ def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False
 
 def _values(loss: LossFn, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
     options = {name: value for name, value in hyper.items() if name != "learning_rate"}
-    return loss(predictions, batch.targets, where=batch.where, **options)
+    return loss(predictions, batch.targets, **masking(batch.where), **options)
 
 
 def make_forward(model: nn.Module) -> Forward:
