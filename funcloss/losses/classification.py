@@ -48,11 +48,21 @@ def cross_entropy(
     """
     check_number("cross_entropy", "label_smoothing", label_smoothing, low=0, high=1)
     scores, labels = class_inputs("cross_entropy", logits, labels, where, dim=dim)
-    log_probs = scores.log_softmax(-1)
-    loss = -of_label(log_probs, labels)
+    log_probs, log_sum = _unnormalised(scores)
+    loss = log_sum - of_label(log_probs, labels)
     if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
-        loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1)
+        even = log_sum - log_probs.mean(-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * even
     return finished(loss, where, logits)
+
+
+def _unnormalised(scores: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Return log-probabilities but for a constant a row, and the constant; neither is large."""
+    if not torch.compiler.is_compiling():
+        return scores.log_softmax(-1), 0.0
+    # Normalised only after the label is picked, the compiler reads the scores once less.
+    shifted = scores - scores.amax(-1, keepdim=True).detach()
+    return shifted, shifted.exp().sum(-1).log()
 
 
 def soft_cross_entropy(
