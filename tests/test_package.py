@@ -121,9 +121,10 @@ def test_what_the_documentation_shows_runs(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
-def test_the_other_commands_of_the_readme_are_those_of_the_tests_themselves():
+def test_the_other_commands_of_the_documents_are_those_of_the_tests_themselves():
     ci = (ROOT / ".ci" / "run").read_text()
-    for block in blocks("bash"):
+    pages = [block for page in PAGES for block in blocks("bash", page.read_text())]
+    for block in (*blocks("bash"), *pages):
         for line in block.splitlines():
             if line.startswith("pip install"):
                 install, _ = line.split(" && ")
@@ -155,6 +156,7 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
     for line in (
         f"scripts/accuracy.py --recipe fast=1 --runs {tmp_path / 'accuracy'}",
         f"scripts/bench_train.py --rounds 1 --steps 2 --json {tmp_path / 'bench.json'}",
+        f"scripts/bench_losses.py --rounds 1 --only nll --json {tmp_path / 'losses.json'}",
     ):
         subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, check=True)
     assert (tmp_path / "bench.json").exists()
