@@ -153,7 +153,7 @@ CASES = [
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Turns that each loss takes.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Turns that each loss takes.", min=2)] = 15,
     only: Annotated[list[str] | None, typer.Option(help="Losses to time; all if none.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,
     memory_rows: Annotated[
