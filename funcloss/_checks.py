@@ -73,3 +73,21 @@ def check_per_class(name: str, what: str, tensor: Tensor, logits: Tensor) -> Non
     """Raise unless ``tensor`` is floating point and has one entry a class of ``logits``."""
     check_floating(name, what, tensor)
     check_shape(name, what, tensor, tuple(logits.shape[-1:]), f"logits {tuple(logits.shape)}")
+
+
+def check_signs(name: str, signs: Tensor) -> None:
+    """Raise ``TypeError`` unless ``signs`` is floating point or holds integers."""
+    if signs.is_complex() or signs.dtype == torch.bool:
+        raise TypeError(f"{name}: signs must hold -1 and +1, got {signs.dtype}")
+
+
+def check_broadcasts(
+    name: str, what: str, tensor: Tensor, shape: tuple[int, ...], match: str
+) -> None:
+    """Raise ``ValueError`` unless ``tensor`` broadcasts against the last axes of ``shape``."""
+    got = tuple(tensor.shape)
+    last = shape[max(0, len(shape) - len(got)) :]
+    if len(got) != len(last) or any(
+        size not in (1, axis) for size, axis in zip(got, last, strict=True)
+    ):
+        raise ValueError(f"{name}: {what} must broadcast to {match} {shape}, got {got}")

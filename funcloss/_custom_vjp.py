@@ -25,8 +25,8 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
 
     of value :math:`f`, gradient :math:`g` and Hessian :math:`\partial g`, exactly, how the gradient
     answers to a tensor that has none included; third and higher derivatives are not those of
-    :math:`f`. ``forward`` is never differentiated and may be anything
-    that torch runs; ``backward`` must be differentiable where a second derivative is asked for.
+    :math:`f`. ``forward`` is never differentiated and may be anything that torch runs;
+    ``backward`` must be differentiable where a second derivative is asked for.
 
     Args:
         forward: From tensors to values of shape ``(*batch)``, or to a scalar.
@@ -128,16 +128,13 @@ def from_numpy(
         slope = torch.ops.funcloss.numpy([still, *fixed], slopes, 0)
         step = _step(tensors[0], still)
         # |step|^1.5 is 0, has gradient 0, and no second derivative: where one is asked for, NaN.
-        others = [_step(x, y).sum() for x, y in zip(tensors[1:], fixed, strict=True) if _real(x)]
+        pairs = zip(tensors[1:], fixed, strict=True)
+        others = [_step(x, y).sum() for x, y in pairs if x.is_floating_point()]
         bend = (step + sum(others)).abs() ** 1.5
         value = value + _dot(slope, step, value.dim()) + _total(bend, value.dim())
         return value if where is None else torch.where(where, value, 0.0)
 
     return Combined(function, "from_numpy", forward, takes=("where",))
-
-
-def _real(x: Tensor) -> bool:
-    return x.is_floating_point()
 
 
 def _masked(tensors: tuple[Tensor, ...], where: Tensor | None) -> tuple[Tensor, ...]:

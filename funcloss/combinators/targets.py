@@ -47,9 +47,7 @@ def from_logits(loss: LossFn) -> LossFn:
         logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options
     ) -> Tensor:
         check_where("from_logits", where, tuple(logits.shape[:-1]))
-        if where is not None:
-            logits = torch.where(where[..., None], logits, 0.0)
-        return loss(logits.log_softmax(-1), targets, **masking(where), **options)
+        return loss(masked(logits, where).log_softmax(-1), targets, **masking(where), **options)
 
     return Combined(of_logits, "from_logits", loss)
 
@@ -150,9 +148,7 @@ def soft(loss: LossFn) -> LossFn:
         check_shape("soft", "targets", targets, tuple(logits.shape), "logits")
         check_where("soft", where, tuple(logits.shape[:-1]))
         _check_classes_last("soft", options)
-        targets = targets.to(logits.dtype)
-        if where is not None:
-            targets = torch.where(where[..., None], targets, 0.0)
+        targets = masked(targets, where).to(logits.dtype)
         return (targets * _of_each_class(loss, logits, where, options)).sum(-1)
 
     return Combined(of_targets, "soft", loss)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from funcloss._checks import check_class_labels, check_floating, check_shape, check_where
+from funcloss._checks import (
+    check_class_labels,
+    check_floating,
+    check_shape,
+    check_signs,
+    check_where,
+)
 from funcloss._precision import wide_dtype
 from funcloss.typing import LossFn
 
@@ -43,23 +49,30 @@ def paired_inputs(
 
     ``axes`` is how many of the last axes belong to an example: 0 for values, 1 for distributions.
     """
-    for what, tensor in zip(names, (predictions, targets), strict=True):
+    tensors = dict(zip(names, (predictions, targets), strict=True))
+    first, second = alike_inputs(name, where, axes, **tensors)
+    return first, second
+
+
+def alike_inputs(name: str, where: Tensor | None, axes: int, **tensors: Tensor) -> list[Tensor]:
+    """Check floating tensors of one shape, by name; return them masked and wide."""
+    (head, first), *others = tensors.items()
+    shape = tuple(first.shape)
+    for what, tensor in tensors.items():
         check_floating(name, what, tensor)
-    shape = tuple(predictions.shape)
     if len(shape) < axes:
-        raise ValueError(f"{name}: {names[0]} must have {axes} axes or more, got shape {shape}")
-    check_shape(name, names[1], targets, shape, f"{names[0]} {shape}")
+        raise ValueError(f"{name}: {head} must have {axes} axes or more, got shape {shape}")
+    for what, tensor in others:
+        check_shape(name, what, tensor, shape, f"{head} {shape}")
     check_where(name, where, shape[: len(shape) - axes])
-    wide = wide_dtype(predictions)
-    return masked(predictions, where).to(wide), masked(targets, where).to(wide)
+    return [masked(tensor, where).to(wide_dtype(first)) for tensor in tensors.values()]
 
 
 def signed_inputs(
     name: str, scores: Tensor, signs: Tensor, where: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Check scores and signs, floating or integer; return both masked and wide."""
-    if signs.is_complex() or signs.dtype == torch.bool:
-        raise TypeError(f"{name}: signs must hold -1 and +1, got {signs.dtype}")
+    check_signs(name, signs)
     if not signs.is_floating_point() and scores.is_floating_point():
         signs = signs.to(scores.dtype)
     return paired_inputs(name, scores, signs, where, names=("scores", "signs"))
@@ -87,7 +100,7 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
 
 
-def couples_examples(loss: LossFn) -> LossFn:
+def mark_coupled(loss: LossFn) -> LossFn:
     """Mark a loss whose value of one example depends on the others of its batch."""
     loss.couples_examples = True  # pyright: ignore[reportFunctionMemberAccess]
     return loss

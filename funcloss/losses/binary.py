@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_number, check_per_class
+from funcloss._checks import check_broadcasts, check_number, check_per_class
 from funcloss.losses._shared import finished, paired_inputs, signed_inputs
 
 _NAMES = ("logits", "targets")
@@ -25,16 +25,6 @@ def _finite_log(values: Tensor) -> Tensor:
 def _log_sum(first: Tensor, second: Tensor) -> Tensor:
     """Return ``log(exp(first) + exp(second))``; logaddexp has NaN in its second derivative."""
     return torch.stack(torch.broadcast_tensors(first, second)).logsumexp(0)
-
-
-def _check_broadcasts(name: str, what: str, tensor: Tensor, logits: Tensor) -> None:
-    """Raise unless ``tensor`` broadcasts against the last axes of ``logits``."""
-    got, shape = tuple(tensor.shape), tuple(logits.shape)
-    last = shape[max(0, len(shape) - len(got)) :]
-    if len(got) != len(last) or any(
-        size not in (1, axis) for size, axis in zip(got, last, strict=True)
-    ):
-        raise ValueError(f"{name}: {what} must broadcast to logits {shape}, got {got}")
 
 
 def binary_cross_entropy(
@@ -117,7 +107,7 @@ def binary_cross_entropy_with_logits(
     check_number(name, "pos_weight", pos_weight, low=0)
     z, t = paired_inputs(name, logits, targets, where, names=_NAMES)
     if isinstance(pos_weight, Tensor):
-        _check_broadcasts(name, "pos_weight", pos_weight, logits)
+        check_broadcasts(name, "pos_weight", pos_weight, tuple(logits.shape), "logits")
     loss = -pos_weight * t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
     return finished(loss, where, logits)
 

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
-from funcloss._precision import wide_dtype
+from funcloss._checks import check_labels, check_number, check_shape, check_signs
 from funcloss.losses._shared import (
-    couples_examples,
+    alike_inputs,
     finished,
+    mark_coupled,
     masked,
     of_label,
     one_hot,
@@ -152,7 +152,7 @@ def triplet_margin(
     check_number("triplet_margin", "margin", margin, low=0, above=True)
     check_number("triplet_margin", "p", p, low=0, above=True)
     vectors = {"anchor": anchor, "positive": positive, "negative": negative}
-    points = _alike("triplet_margin", where, 1, **vectors)
+    points = alike_inputs("triplet_margin", where, 1, **vectors)
 
     def between(one: Tensor, other: Tensor) -> Tensor:
         if distance is None:
@@ -254,7 +254,7 @@ def cosine_distance(
     return finished(1 - cosine, where, predictions)
 
 
-@couples_examples
+@mark_coupled
 def nt_xent(
     first: Float[Tensor, "batch features"],
     second: Float[Tensor, "batch features"],
@@ -306,7 +306,7 @@ def nt_xent(
     return finished((losses[:n] + losses[n:]) / 2, where, first)
 
 
-@couples_examples
+@mark_coupled
 def supervised_contrastive(
     embeddings: Float[Tensor, "batch features"],
     labels: Int[Tensor, " batch"],
@@ -351,7 +351,7 @@ def supervised_contrastive(
     _check_one_batch_axis(name, "embeddings", embeddings)
     check_labels(name, "labels", labels)
     check_shape(name, "labels", labels, embeddings.shape[:1], f"embeddings {(*embeddings.shape,)}")
-    (vectors,) = _alike(name, where, 1, embeddings=embeddings)
+    (vectors,) = alike_inputs(name, where, 1, embeddings=embeddings)
     n = labels.shape[0]
     allowed = ~one_hot(torch.arange(n, device=labels.device), n)
     if where is not None:
@@ -362,28 +362,14 @@ def supervised_contrastive(
     return finished(loss, where, embeddings)
 
 
-def _alike(name: str, where: Tensor | None, axes: int, **tensors: Tensor) -> list[Tensor]:
-    """Check floating tensors of one shape, by name; return them masked and wide."""
-    (head, first), *_ = tensors.items()
-    shape = tuple(first.shape)
-    for what, tensor in tensors.items():
-        check_floating(name, what, tensor)
-        check_shape(name, what, tensor, shape, f"{head} {shape}")
-    if len(shape) < axes:
-        raise ValueError(f"{name}: {head} must have {axes} axes or more, got shape {shape}")
-    check_where(name, where, shape[: len(shape) - axes])
-    return [masked(tensor, where).to(wide_dtype(first)) for tensor in tensors.values()]
-
-
 def _pairs(
     name: str, where: Tensor | None, signs: Tensor, axes: int, **tensors: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Check tensors of one shape and a sign an example; return them masked and wide."""
-    wide = _alike(name, where, axes, **tensors)
+    wide = alike_inputs(name, where, axes, **tensors)
     shape = tuple(wide[0].shape)
     match = f"{next(iter(tensors))} {shape}"
-    if signs.dtype == torch.bool:
-        raise TypeError(f"{name}: signs must hold -1 and +1, got {signs.dtype}")
+    check_signs(name, signs)
     check_shape(name, "signs", signs, shape[: len(shape) - axes], match)
     return wide, masked(signs, where).to(wide[0].dtype)
 

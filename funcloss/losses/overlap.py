@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss._checks import check_number, check_where
-from funcloss.losses._shared import couples_examples, finished, masked, paired_inputs
+from funcloss.losses._shared import finished, mark_coupled, masked, paired_inputs
 from funcloss.typing import LossFn
 
 
@@ -227,7 +227,7 @@ def over_batch(loss: LossFn) -> LossFn:
         Isensee et al., "nnU-Net", 2021.
     """
 
-    @couples_examples
+    @mark_coupled
     @functools.wraps(loss)
     def coupled(
         probabilities: Tensor,

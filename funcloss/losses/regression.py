@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_floating, check_number, check_shape
+from funcloss._checks import check_broadcasts, check_floating, check_number, check_shape
 from funcloss._precision import wide_dtype
 from funcloss.losses._shared import as_tensor, box_cox, finished, masked, paired_inputs
 
@@ -20,10 +20,8 @@ def _spread(
     """Return an option as one number, or as one a value with 1 where an example does not count."""
     if not isinstance(option, Tensor) or option.dim() == 0:
         return as_tensor(option, values)
-    shape, got = tuple(values.shape), tuple(option.shape)
-    fits = all(n in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False))
-    if len(got) > len(shape) or not fits:
-        raise ValueError(f"{name}: {what} must broadcast to the predictions {shape}, got {got}")
+    shape = tuple(values.shape)
+    check_broadcasts(name, what, option, shape, "the predictions")
     option = option.to(values.dtype).expand(shape)
     # What is masked may be NaN, and 0 * NaN is NaN in a gradient.
     return option if where is None else torch.where(where, option, 1.0)
