@@ -19,6 +19,10 @@ class RunError(FunclossError):
     """A run folder that cannot be written, read or resumed."""
 
 
+class AuditError(FunclossError):
+    """An audit that cannot be made, or whose numbers do not agree with each other."""
+
+
 class ConfigError(FunclossError):
     """A request that makes no sense: an unknown name, a value out of range, options that clash."""
 

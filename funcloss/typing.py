@@ -1,7 +1,7 @@
 """The words that every room shares: the shapes of states, batches, losses and objectives."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -19,10 +19,14 @@ Hyper = dict[str, Tensor]
 LossFn = Callable[..., Tensor]
 
 
+# What a model takes: one tensor, several in order, or several by name.
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
 class Batch(NamedTuple):
     """Examples side by side, along the first axis of every field."""
 
-    inputs: Tensor  # (batch, *features)
+    inputs: Any  # (batch, *features), or ``Inputs`` of which each tensor begins with the batch
     targets: Tensor  # (batch,) labels, or (batch, ...) values
     where: Tensor | None = None  # (batch,) bool: which examples count; None: all
 

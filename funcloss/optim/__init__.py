@@ -1,11 +1,12 @@
 """Optimisers, schedules and clipping, each a pure function with a twin in ``torch.optim``."""
 
-from funcloss.optim.clipping import clip_by_global_norm, global_norm
+from funcloss.optim.clipping import clip_by_global_norm, clip_factor, global_norm
 from funcloss.optim.optimizers import (
     AdamState,
     Optimizer,
     OptState,
     SGDState,
+    Split,
     adam,
     adamw,
     sgd,
@@ -18,9 +19,11 @@ __all__ = [
     "Optimizer",
     "SGDState",
     "Schedule",
+    "Split",
     "adam",
     "adamw",
     "clip_by_global_norm",
+    "clip_factor",
     "constant",
     "cosine",
     "global_norm",

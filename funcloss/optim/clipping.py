@@ -41,8 +41,25 @@ def clip_by_global_norm(grads: Grads, max_norm: float | Tensor) -> Grads:
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
         2013.
     """
-    scale = (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.0)
+    scale = clip_factor(grads, max_norm)
     return {name: scale.to(g) * g for name, g in grads.items()}
+
+
+def clip_factor(grads: Grads, max_norm: float | Tensor) -> Float[Tensor, ""]:
+    """Factor that clipping puts on every gradient, ``min(1, max_norm / (norm + 1e-6))``.
+
+    Args:
+        grads: Gradients by name.
+        max_norm: The largest norm allowed, positive.
+
+    Returns:
+        A scalar in ``(0, 1]``.
+
+    Example:
+        >>> clip_factor({"w": torch.tensor([3.0, 4.0])}, 1.0)
+        tensor(0.2000)
+    """
+    return (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.0)
 
 
 def safe_sqrt(square: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 An optimiser is a pair: ``init(params)`` gives the memory of step 0, ``update(grads, memory, params,
 learning_rate)`` gives what to add to the params and the memory of the next step. Nothing is written
 in place, so a step can be mapped over learning rates, compiled, and differentiated through. Each
-takes the same steps as its twin in ``torch.optim``.
+takes the same steps as its twin in ``torch.optim``, and says how a step is the sum of what each
+part of the gradient does to it (``split``).
 """
 
 import math
@@ -20,11 +21,26 @@ from funcloss.typing import Grads, Params
 OptState = Any  # a NamedTuple of tensors and dicts of tensors, each optimiser's own
 
 
+class Split(NamedTuple):
+    """How a step is the sum of steps, one for each part of the gradient, decay and history.
+
+    Parts lie side by side along a first axis that every tensor gains.
+    """
+
+    # state -> what of it is a sum over the parts of earlier gradients; empty: nothing
+    memory: Callable[[OptState], Params]
+    # (params, learning_rate) -> (what decay adds to the gradient, what it adds to the step)
+    decay: Callable[[Params, Tensor], tuple[Grads, Params]]
+    # (parts, their memory, the whole gradient, state, learning_rate) -> (steps, their memory)
+    steps: Callable[[Grads, Params, Grads, OptState, Tensor], tuple[Params, Params]]
+
+
 class Optimizer(NamedTuple):
     """An init/update pair; ``update`` gives the step to add and the memory after it."""
 
     init: Callable[[Params], OptState]
     update: Callable[[Grads, OptState, Params, Tensor], tuple[Params, OptState]]
+    split: Split | None = None  # None: an audit tells the gradient's parts, not the step's
 
 
 class SGDState(NamedTuple):
@@ -87,24 +103,30 @@ def sgd(
     ) -> tuple[Params, SGDState]:
         if weight_decay:
             grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
-        velocity, steps = {}, grads
-        if momentum:
-            fresh = grads
-            if dampening:  # from the second step on: torch's first velocity is the whole gradient
-                later = state.step > 0
-                fresh = {name: (1.0 - dampening * later.to(g)) * g for name, g in grads.items()}
-            velocity = {
-                name: torch.add(g, state.velocity[name], alpha=momentum)
-                for name, g in fresh.items()
-            }
-            steps = velocity
-        if nesterov:
-            steps = {name: g + momentum * velocity[name] for name, g in grads.items()}
-        down = -learning_rate
-        moves = {name: down.to(d) * d for name, d in steps.items()}
+        moves, velocity = steps(grads, state.velocity, grads, state, learning_rate)
         return moves, SGDState(state.step + 1, velocity)
 
-    return Optimizer(init, update)
+    def steps(
+        parts: Grads, velocity: Params, grads: Grads, state: SGDState, learning_rate: Tensor
+    ) -> tuple[Params, Params]:
+        # Linear in parts and velocity, and the same for every part: ``grads`` is not needed.
+        directions, moved = parts, {}
+        if momentum:
+            fresh = parts
+            if dampening:  # from the second step on: torch's first velocity is the whole gradient
+                later = state.step > 0
+                fresh = {name: (1.0 - dampening * later.to(g)) * g for name, g in parts.items()}
+            moved = {
+                name: torch.add(g, velocity[name], alpha=momentum) for name, g in fresh.items()
+            }
+            directions = moved
+        if nesterov:
+            directions = {name: g + momentum * moved[name] for name, g in parts.items()}
+        down = -learning_rate
+        return {name: down.to(d) * d for name, d in directions.items()}, moved
+
+    split = Split(lambda state: state.velocity, _added_decay(weight_decay), steps)
+    return Optimizer(init, update, split)
 
 
 class AdamState(NamedTuple):
@@ -153,9 +175,10 @@ def adam(
     ) -> tuple[Params, AdamState]:
         if weight_decay:
             grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
-        return _adam_moves(grads, state, learning_rate, betas, eps)
+        return _adam_update(grads, state, learning_rate, betas, eps)
 
-    return Optimizer(_adam_init, update)
+    split = Split(_adam_memory, _added_decay(weight_decay), _adam_split(betas, eps))
+    return Optimizer(_adam_init, update, split)
 
 
 def adamw(
@@ -194,13 +217,17 @@ def adamw(
     def update(
         grads: Grads, state: AdamState, params: Params, learning_rate: Tensor
     ) -> tuple[Params, AdamState]:
-        moves, state = _adam_moves(grads, state, learning_rate, betas, eps)
+        moves, state = _adam_update(grads, state, learning_rate, betas, eps)
         if weight_decay:
-            decay = -learning_rate * weight_decay
-            moves = {name: move + decay.to(move) * params[name] for name, move in moves.items()}
+            _, decay = decayed(params, learning_rate)
+            moves = {name: move + decay[name] for name, move in moves.items()}
         return moves, state
 
-    return Optimizer(_adam_init, update)
+    def decayed(params: Params, learning_rate: Tensor) -> tuple[Grads, Params]:
+        rate = -learning_rate * weight_decay
+        return {}, {name: rate.to(p) * p for name, p in params.items()} if weight_decay else {}
+
+    return Optimizer(_adam_init, update, Split(_adam_memory, decayed, _adam_split(betas, eps)))
 
 
 def _adam_init(params: Params) -> AdamState:
@@ -208,14 +235,44 @@ def _adam_init(params: Params) -> AdamState:
     return AdamState(_first_step(params), zeros, {name: z.clone() for name, z in zeros.items()})
 
 
-def _adam_moves(
+def _adam_memory(state: AdamState) -> Params:
+    return state.first
+
+
+def _adam_split(betas: tuple[float, float], eps: float):
+    def steps(
+        parts: Grads, memory: Params, grads: Grads, state: AdamState, learning_rate: Tensor
+    ) -> tuple[Params, Params]:
+        moves, first, _ = _adam_steps(parts, memory, grads, state, learning_rate, betas, eps)
+        return moves, first
+
+    return steps
+
+
+def _adam_update(
     grads: Grads, state: AdamState, learning_rate: Tensor, betas: tuple[float, float], eps: float
 ) -> tuple[Params, AdamState]:
+    moves, first, second = _adam_steps(
+        grads, state.first, grads, state, learning_rate, betas, eps
+    )
+    return moves, AdamState(state.step + 1, first, second)
+
+
+def _adam_steps(
+    parts: Grads,
+    memory: Params,
+    grads: Grads,
+    state: AdamState,
+    learning_rate: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[Params, Params, Params]:
+    """Return steps and first moments of the parts, over the second moment of the whole."""
     b1, b2 = betas
     step = state.step + 1
     size = -learning_rate / _bias(b1, step, learning_rate.dtype)
     spread = _bias(b2, step, learning_rate.dtype).rsqrt()
-    first = {name: torch.lerp(m, grads[name], 1.0 - b1) for name, m in state.first.items()}
+    first = {name: torch.lerp(memory[name], part, 1.0 - b1) for name, part in parts.items()}
     second = {
         name: torch.addcmul(b2 * v, grads[name], grads[name], value=1.0 - b2)
         for name, v in state.second.items()
@@ -224,7 +281,16 @@ def _adam_moves(
         name: size.to(m) * m / (safe_sqrt(second[name]) * spread.to(m) + eps)
         for name, m in first.items()
     }
-    return moves, AdamState(step, first, second)
+    return moves, first, second
+
+
+def _added_decay(weight_decay: float) -> Callable[[Params, Tensor], tuple[Grads, Params]]:
+    """Return decay that goes through the gradient, as L2 does."""
+
+    def decay(params: Params, learning_rate: Tensor) -> tuple[Grads, Params]:
+        return {name: weight_decay * p for name, p in params.items()} if weight_decay else {}, {}
+
+    return decay
 
 
 def _bias(beta: float, step: Tensor, dtype: torch.dtype) -> Tensor:

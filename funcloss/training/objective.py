@@ -17,11 +17,11 @@ from funcloss.combinators import (
 )
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import mean, weighted_mean
-from funcloss.typing import Batch, Buffers, Hyper, LossFn, Metrics, Objective, Params
+from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
 
 # (predictions, batch, hyper) -> scalar; an evaluation gives no inputs in its batch
 Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
-Forward = Callable[[Params, Buffers, Tensor], tuple[Tensor, Buffers]]
+Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
 
 LOSSES: dict[str, LossFn] = {  # of logits and labels
     "cross_entropy": losses.cross_entropy,
@@ -116,21 +116,24 @@ def make_forward(model: nn.Module) -> Forward:
         model: Any module. It is copied without its tensors and never touched again.
 
     Returns:
-        ``(params, buffers, inputs) -> (predictions, buffers)``. The buffers that come back are
-        new: what a module writes to its own, in place or by assignment, is in them.
+        ``(params, buffers, inputs) -> (predictions, buffers)``. Inputs in a tuple are the model's
+        positional arguments, in a dict its keywords. The buffers that come back are new: what a
+        module writes to its own, in place or by assignment, is in them.
     """
     skeleton = copy.deepcopy(model).to("meta")
     aliases = _aliases(model)
     written = {name for name, _ in model.named_buffers()}
 
-    def forward(params: Params, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
+    def forward(params: Params, buffers: Buffers, inputs: Inputs) -> tuple[Tensor, Buffers]:
         # What the module may write to is cloned; frozen parameters are not.
         fresh = {name: b.clone() if name in written else b for name, b in buffers.items()}
         tensors = {**params, **fresh}
         for alias, name in aliases.items():
             tensors[alias] = tensors[name]
         # tie_weights=False: the aliases are above, and torch would write to a copy of the dict.
-        predictions = functional_call(skeleton, tensors, (inputs,), tie_weights=False)
+        named = inputs if isinstance(inputs, dict) else {}
+        listed = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
+        predictions = functional_call(skeleton, tensors, listed, named, tie_weights=False)
         return predictions, {name: tensors[name] for name in buffers}
 
     return forward

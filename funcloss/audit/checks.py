@@ -1,0 +1,153 @@
+"""What must hold of every audit, each computed another way than what it checks."""
+
+import torch
+from torch import Tensor
+
+from funcloss.audit.inner import distance, norm_of
+from funcloss.audit.loss import values_of
+from funcloss.audit.passes import Passes, Work, sort_rows
+from funcloss.audit.result import Check
+from funcloss.audit.subject import Subject
+from funcloss.errors import AuditError
+from funcloss.reduction import mean, weighted_mean
+from funcloss.typing import Grads, Params
+
+
+def check_first_batch(
+    work: Work, passes: Passes, parts: Grads, weights: Tensor, reduction: str
+) -> Check:
+    """Compare the class gradients of the first batch with the plain gradient of its loss.
+
+    Args:
+        work: The model and the loss.
+        passes: The data.
+        parts: ``sum_c w_c G_c`` of the first batch, by the method of the audit, unreduced.
+        weights: Of the classes.
+        reduction: What divides.
+    """
+    subject, side = work.subject, work.side
+    every = sort_rows(subject, 0, next(iter(passes())), range(work.classes))
+    n = len(every.index)
+    leaves = {name: p.detach().requires_grad_() for name, p in subject.params.items()}
+    of_rows = weights[every.chunk.groups]
+    size = n if side.coupled else work.chunk
+    plain = {name: torch.zeros_like(p) for name, p in leaves.items()}
+    for start in range(0, n, size):
+        piece = slice(start, min(start + size, n))
+        part = every.chunk[piece]
+        with torch.enable_grad():
+            predictions = subject.predict(leaves, part.inputs, part.keys)
+            values = values_of(side, predictions, every.targets[piece])
+            reduced = _reduced(values, of_rows[piece], reduction)
+            found = torch.autograd.grad(
+                reduced, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        # From the mean of a piece to the sum, which adds up over pieces.
+        burden = _burden(of_rows[piece], reduction)
+        for name, g in zip(leaves, found, strict=True):
+            plain[name] += burden * g
+    error = distance(parts, plain) / max(norm_of(plain), 1e-300)
+    says = "sum of the class gradients against the plain gradient, first batch"
+    return Check("gradient", error, tolerance(subject), says)
+
+
+def check_slopes(
+    gram: Tensor, weights: Tensor, label: Tensor, slope: Tensor, scale: float, dtype: torch.dtype
+) -> Check:
+    """Compare each class's sum of slopes, forward mode, with the Gram matrix, reverse mode.
+
+    Args:
+        gram: ``<G_a, G_b>``, of means over all examples.
+        weights: Of the classes.
+        label: Class of each example.
+        slope: ``<grad l_i, g>`` of each example.
+        scale: ``g = scale * sum_c w_c G_c``.
+        dtype: Of the model.
+    """
+    weights = weights.to(gram)
+    by_slopes = torch.zeros(len(gram)).double().index_add_(0, label, slope) / len(label)
+    by_gram = scale * (gram @ weights)
+    size = (
+        scale
+        * gram.diagonal().clamp(min=0.0).sqrt()
+        * (weights @ gram @ weights).clamp(min=0.0).sqrt()
+    )
+    error = float((by_slopes - by_gram).abs().max() / size.max().clamp(min=1e-300))
+    says = "slopes along the gradient summed by class, forward mode, against the Gram matrix"
+    return Check("slopes", error, _tolerance(dtype), says)
+
+
+def check_given(parts: Grads, given: Grads) -> Check:
+    """Compare the sum of the class gradients with the gradient that a training step computed."""
+    error = distance(parts, given) / max(norm_of(given), 1e-300)
+    says = "sum of the class gradients against the gradient of the step"
+    dtype = next(iter(parts.values())).dtype
+    return Check("step", error, _tolerance(dtype), says)
+
+
+def check_update(before: Params, after: Params, parts: Params) -> Check:
+    """Compare the sum of the step's parts with what the parameters moved by."""
+    moved = {name: after[name] - p for name, p in before.items()}
+    length = max(norm_of(moved), 1e-300)
+    eps = torch.finfo(next(iter(before.values())).dtype).eps
+    # A step far shorter than the params is rounded when it is added to them.
+    room = tolerance_of(before) + 2 * eps * norm_of(before) / length
+    says = "sum of the step's parts against params after less params before"
+    return Check("update", distance(parts, moved) / length, room, says)
+
+
+def hold(check: Check, subject: Subject) -> None:
+    """Raise ``AuditError`` with the likely cause if a check does not hold."""
+    if check.tolerance is None or check.error <= check.tolerance:
+        return
+    raise AuditError(
+        f"audit: the check {check.name!r} does not hold ({check.says}): off by "
+        f"{check.error:.2g}, at most {check.tolerance:.2g}; {_cause(check, subject)}"
+    )
+
+
+def _cause(check: Check, subject: Subject) -> str:
+    if check.name == "step" and subject.drops:
+        return (
+            "the step's dropout drew other masks: audit with the state of the step, before it, or "
+            "model.eval()"
+        )
+    if check.name == "step":
+        return (
+            "likely causes: the step divides by the sum of the class weights "
+            "(reduction='weighted_mean'), clips (give clip_norm), adds a penalty, or saw other "
+            "examples or other params"
+        )
+    if check.name == "update":
+        return "the optimiser does not take the step that its split says"
+    return (
+        "likely causes: the model couples examples, draws random numbers of its own, or has a "
+        "layer whose forward-mode derivative is not that of its backward"
+    )
+
+
+def _reduced(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    if reduction == "weighted_mean":
+        return weighted_mean(values, weights)
+    weighted = weights.to(values) * values
+    return weighted.sum() if reduction == "sum" else mean(weighted)
+
+
+def _burden(weights: Tensor, reduction: str) -> float:
+    if reduction == "sum":
+        return 1.0
+    return float(weights.sum()) if reduction == "weighted_mean" else float(len(weights))
+
+
+def tolerance_of(params: Params) -> float:
+    """Return how far two ways to one gradient may be apart."""
+    return _tolerance(next(iter(params.values())).dtype)
+
+
+def tolerance(subject: Subject) -> float:
+    """Return how far two ways to one gradient of the model may be apart."""
+    return tolerance_of(subject.params)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return max(1e-9, 1e4 * torch.finfo(dtype).eps)

@@ -1,0 +1,132 @@
+"""Inner products of gradients that lie side by side, by layer and block by block."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from funcloss.typing import Grads, Params
+
+_STRETCH = 1 << 13  # numbers of a row that are multiplied at once: they should stay in cache
+
+Layers = dict[str, list[str]]  # names of the parameters of each layer
+
+
+def layers_of(params: Params) -> Layers:
+    """Return the parameters by layer, the module that holds them.
+
+    Example:
+        >>> one = torch.zeros(1)
+        >>> layers_of({"fc.weight": one, "fc.bias": one, "scale": one})
+        {'fc': ['fc.weight', 'fc.bias'], 'scale': ['scale']}
+    """
+    layers: Layers = {}
+    for name in params:
+        module, _, last = name.rpartition(".")
+        layers.setdefault(module or last, []).append(name)
+    return layers
+
+
+def grams(a: Grads, b: Grads, layers: Layers) -> Float[Tensor, "layers rows columns"]:
+    """Inner products of each row of ``a`` with each of ``b``, by layer, on the CPU in float64.
+
+    Args:
+        a: Gradients side by side, ``(rows, *shape)``.
+        b: The same, ``(columns, *shape)``.
+        layers: Which parameters make up a layer.
+    """
+    return torch.stack(
+        [
+            torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
+            for names in layers.values()
+        ]
+    ).cpu()
+
+
+def side_by_side(params: Params, rows: int) -> Grads:
+    """Return zeros for ``rows`` gradients, each in the layout that :func:`flat` reads."""
+    return {
+        name: p.new_zeros(rows, *p.movedim(1, -1).shape).movedim(-1, 2)
+        if p.dim() == 4
+        else p.new_zeros(rows, *p.shape)
+        for name, p in params.items()
+    }
+
+
+def flat(rows: Tensor) -> Tensor:
+    """Return each row as a vector, those of images' filters channels last."""
+    return (rows.movedim(2, -1) if rows.dim() == 5 else rows).flatten(1)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return all inner products of rows with rows, summed in float64 over stretches."""
+    size = a.shape[1]
+    whole = size - size % _STRETCH
+    tail = (a[:, whole:] @ b[:, whole:].T).double()
+    if not whole:
+        return tail
+    left, right = (x[:, :whole].reshape(len(x), -1, _STRETCH).transpose(0, 1) for x in (a, b))
+    return tail + (left @ right.mT).double().sum(0)
+
+
+def cross(
+    left: Callable[[range], Grads],
+    right: Callable[[range], Grads],
+    blocks: list[range],
+    layers: Layers,
+) -> Float[Tensor, "layers classes classes"]:
+    """Inner products of all rows of ``left`` with all of ``right``, a block of each at a time.
+
+    Args:
+        left: From a block of classes to their gradients, side by side.
+        right: The same.
+        blocks: What is held together; they cover the classes.
+        layers: Which parameters make up a layer.
+    """
+    return torch.cat(
+        [
+            torch.cat([grams(of_left, right(block), layers) for block in blocks], 2)
+            for of_left in map(left, blocks)
+        ],
+        1,
+    )
+
+
+def total_of(parts: Grads, weights: Tensor | None = None) -> Grads:
+    """Return the sum over the first axis, weighted if weights are given."""
+    if weights is None:
+        return {name: part.sum(0) for name, part in parts.items()}
+    return {name: torch.tensordot(weights.to(part), part, 1) for name, part in parts.items()}
+
+
+def scaled_rows(weights: Tensor, parts: Grads) -> Grads:
+    """Return each row times its weight."""
+    return {
+        name: weights.to(part).reshape(-1, *(1,) * (part.dim() - 1)) * part
+        for name, part in parts.items()
+    }
+
+
+def plus(a: Params, b: Params) -> Params:
+    """Return the sum of two dicts of tensors."""
+    return {name: x + b[name] for name, x in a.items()}
+
+
+def add_to(into: Params, more: Params) -> None:
+    """Add in place: class gradients are too large to make anew with every batch."""
+    for name, x in more.items():
+        into[name] += x
+
+
+def norm_of(tree: Params) -> float:
+    """Return the Euclidean norm of all entries together, in float64."""
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in tree.values())
+    )
+
+
+def distance(a: Params, b: Params) -> float:
+    """Return the norm of the difference."""
+    return norm_of({name: x - b[name] for name, x in a.items()})

@@ -1,0 +1,293 @@
+"""Four ways to the same class gradients, and the rule that chooses between them.
+
+| method | how | delivers | costs, in plain passes |
+|---|---|---|---|
+| products | one backward pass; a product a layer and class | classes, examples | 1 and a part |
+| examples | ``vmap`` of each example's vjp, in chunks | classes, examples | about 2.5 |
+| classes | a backward pass for the examples of each class | classes | 4/3 |
+| jacrev | ``jacrev`` of the sums over each class | classes | (1 + 2 classes) / 3 |
+
+A plain pass is a forward and a backward of the same examples. The rule: of the methods that can
+measure this model and deliver what is asked for, the one of least predicted cost. ``products``
+needs every parameter to be used once, in a linear layer, a convolution, an embedding or a
+normalisation; it is compared with plain gradients on a few examples before it is trusted.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import tree_leaves, tree_map
+
+from funcloss.audit.inner import norm_of, side_by_side
+from funcloss.audit.products import add_by_group, add_products, form_of, tapping
+from funcloss.errors import AuditError
+from funcloss.transforms import Predict, class_grads, per_sample_vjps
+from funcloss.typing import Grads, Params
+
+METHODS = ("products", "examples", "classes", "jacrev")
+BY_EXAMPLE = ("products", "examples")  # these deliver norms
+
+
+class Chunk(NamedTuple):
+    """Examples to measure at once, sorted by group."""
+
+    inputs: Any
+    keys: Tensor
+    groups: Tensor  # (n,) ascending, from 0
+
+    def __getitem__(self, piece: slice) -> "Chunk":  # pyright: ignore
+        """Return some of the examples."""
+        inputs = tree_map(lambda x: x[piece], self.inputs)
+        return Chunk(inputs, self.keys[piece], self.groups[piece])
+
+
+# predictions -> gradient of the loss in them
+Cotangents = Callable[[Tensor], Tensor]
+# (predict, params, chunk, cotangents, sums, norms) -> squared norms or None; adds to sums
+Measure = Callable[[Predict, Params, Chunk, Cotangents, Grads, bool], Tensor | None]
+
+
+def by_products(
+    predict: Predict,
+    params: Params,
+    chunk: Chunk,
+    cotangents: Cotangents,
+    sums: Grads,
+    norms: bool,
+) -> Tensor | None:
+    """Add each group's gradient to ``sums``, from what the layers read and what flows back."""
+    with torch.enable_grad(), tapping(params) as noted:
+        predictions = predict(params, chunk.inputs, chunk.keys)
+    if reason := noted.reason_against():
+        raise AuditError(f"audit: the method products cannot measure this model: {reason}")
+    zeros = [tap.zero for tap in noted.taps]
+    backs = torch.autograd.grad(
+        predictions,
+        zeros,
+        cotangents(predictions.detach()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return add_products(noted.taps, list(backs), chunk.groups, sums, norms=norms)
+
+
+def by_examples(
+    predict: Predict,
+    params: Params,
+    chunk: Chunk,
+    cotangents: Cotangents,
+    sums: Grads,
+    norms: bool,
+) -> Tensor | None:
+    """Add each group's gradient to ``sums``, from a gradient an example."""
+    back = cotangents(predict(params, chunk.inputs, chunk.keys))
+    grads = per_sample_vjps(predict)(params, chunk.inputs, chunk.keys, back)
+    for name, g in grads.items():
+        add_by_group(g, chunk.groups, sums[name])
+    if not norms:
+        return None
+    squares = [g.flatten(1).square().sum(1) for g in grads.values()]
+    return torch.stack(squares).sum(0)
+
+
+def by_classes(
+    predict: Predict,
+    params: Params,
+    chunk: Chunk,
+    cotangents: Cotangents,
+    sums: Grads,
+    norms: bool,
+) -> None:
+    """Add each group's gradient to ``sums``, from a backward pass of its examples alone."""
+    back = cotangents(predict(params, chunk.inputs, chunk.keys))
+    found, counts = chunk.groups.unique_consecutive(return_counts=True)
+    begin = 0
+    for group, count in zip(found.tolist(), counts.tolist(), strict=True):
+        piece = slice(begin, begin + count)
+        part = chunk[piece]
+        _, pull = vjp(lambda p, part=part: predict(p, part.inputs, part.keys), params)
+        for name, g in pull(back[piece])[0].items():
+            sums[name][group] += g
+        begin += count
+
+
+def by_jacrev(
+    predict: Predict,
+    params: Params,
+    chunk: Chunk,
+    cotangents: Cotangents,
+    sums: Grads,
+    norms: bool,
+) -> None:
+    """Add each group's gradient to ``sums``, from one mapped backward pass."""
+    back = cotangents(predict(params, chunk.inputs, chunk.keys))
+    rows = len(next(iter(sums.values())))
+    parts = class_grads(predict, rows)(params, chunk.inputs, chunk.keys, back, chunk.groups)
+    for name, g in parts.items():
+        sums[name] += g
+
+
+MEASURES: dict[str, Measure] = {
+    "products": by_products,
+    "examples": by_examples,
+    "classes": by_classes,
+    "jacrev": by_jacrev,
+}
+
+
+class Plan(NamedTuple):
+    """What measures, and on how many examples at a time."""
+
+    method: str
+    why: str
+    costs: dict[str, float]  # predicted, in plain passes, of the methods that can measure this
+    bytes_per_example: int
+
+
+def make_plan(
+    predict: Predict,
+    params: Params,
+    probe: Chunk,
+    back: Tensor,
+    *,
+    classes: int,
+    norms: bool,
+    forced: str = "auto",
+) -> Plan:
+    """Choose the method for a model.
+
+    Args:
+        predict: The model.
+        params: Its parameters.
+        probe: A few examples.
+        back: Their cotangents, to compare the methods on.
+        classes: Number of classes.
+        norms: Whether every example's norm is asked for.
+        forced: The method to use; ``auto``: the rule's.
+
+    Returns:
+        The plan of least predicted cost.
+
+    Raises:
+        AuditError: nothing can deliver what is asked for.
+    """
+    costs = {"classes": 4 / 3, "jacrev": (1 + 2 * classes) / 3}
+    cannot = {}
+    plain = _one_by_one(predict, params, probe, back)
+    layers, cannot["products"] = _try_products(predict, params, probe, back, plain)
+    cannot["examples"] = _try_examples(predict, params, probe, back, plain)
+    forward = sum(layer.macs for layer in layers)
+    if not cannot["products"]:
+        extra = sum(layer.macs_of_products(norms=norms) for layer in layers)
+        costs["products"] = (2 * forward + extra) / max(3 * forward, 1)
+    if not cannot["examples"]:
+        costs["examples"] = 2.5
+    if forced != "auto":
+        if why := cannot.get(forced):
+            raise AuditError(f"audit: the method {forced} cannot measure this model: {why}")
+        return Plan(forced, "asked for", costs, _bytes(predict, params, probe, forced))
+    able = {name: costs[name] for name in METHODS if name in costs}
+    if norms:
+        able = {name: cost for name, cost in able.items() if name in BY_EXAMPLE}
+    why_not = "; ".join(f"not {name}: {why}" for name, why in cannot.items() if why)
+    if not able:
+        raise AuditError(
+            f"audit: no method can give this model's examples a gradient each ({why_not}): "
+            "per_example=False audits its classes alone"
+        )
+    best = min(able, key=lambda name: able[name])
+    what = "class gradients and norms" if norms else "class gradients"
+    why = f"least predicted cost for {what}" + (f"; {why_not}" if why_not else "")
+    return Plan(best, why, costs, _bytes(predict, params, probe, best))
+
+
+def _one_by_one(predict: Predict, params: Params, probe: Chunk, back: Tensor) -> list[Grads]:
+    """Return the gradient of each example of the probe, by nothing but autograd."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    grads = []
+    for i in range(len(probe.keys)):
+        one = probe[slice(i, i + 1)]
+        with torch.enable_grad():
+            along = (predict(leaves, one.inputs, one.keys) * back[i : i + 1]).sum()
+            found = torch.autograd.grad(
+                along, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        grads.append(dict(zip(leaves, found, strict=True)))
+    return grads
+
+
+def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]):
+    """Return the layers and, in a few words, why products cannot measure them, if so."""
+    with torch.enable_grad(), tapping(params) as noted:
+        predict(params, probe.inputs, probe.keys)
+    if reason := noted.reason_against():
+        return [], reason
+    n = len(probe.keys)
+    layers = [form_of(tap, n) for tap in noted.taps]
+    each = probe._replace(groups=torch.arange(n, device=probe.groups.device))
+    sums = side_by_side(params, n)
+    try:
+        squares = by_products(predict, params, each, lambda z: back, sums, True)
+    except RuntimeError as error:  # a layer whose first axis is not the batch
+        return [], _first_line(error)
+    assert squares is not None
+    wrong = _disagreement(sums, squares, plain)
+    return (layers, "") if not wrong else ([], f"{wrong} is not a sum over the examples in order")
+
+
+def _try_examples(
+    predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]
+) -> str:
+    """Return, in a few words, why ``vmap`` cannot take the model; empty if it can."""
+    try:
+        grads = per_sample_vjps(predict)(params, probe.inputs, probe.keys, back)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return _first_line(error)
+    squares = sum(g.flatten(1).square().sum(1) for g in grads.values())
+    assert isinstance(squares, Tensor)
+    wrong = _disagreement(grads, squares, plain)
+    return wrong and f"under vmap the gradient of {wrong} is another"
+
+
+def _disagreement(each: Grads, squares: Tensor, plain: list[Grads]) -> str:
+    """Return the name of a parameter whose gradients by example are not the plain ones."""
+    room = 1e-3 if squares.dtype != torch.float64 else 1e-8
+    length = max(map(norm_of, plain))
+    for name, stacked in each.items():
+        for i, of in enumerate(plain):
+            if not float((stacked[i] - of[name]).norm()) <= room * length:
+                return name
+    for i, of in enumerate(plain):
+        if not abs(math.sqrt(abs(float(squares[i]))) - norm_of(of)) <= room * length:
+            return "a norm"
+    return ""
+
+
+def _bytes(predict: Predict, params: Params, probe: Chunk, method: str) -> int:
+    """Return the memory that an example takes while it is measured."""
+    own = {p.untyped_storage().data_ptr() for p in params.values()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        predict(leaves, probe.inputs, probe.keys)
+    kept = sum(saved.values()) / len(probe.keys)
+    inputs = sum(x.nbytes for x in tree_leaves(probe.inputs)) / len(probe.keys)
+    grads = sum(p.nbytes for p in params.values()) if method == "examples" else 0
+    # What is saved going forward has a gradient of its size going back, and room to compute it.
+    return int(3 * kept + 2 * inputs + 3 * grads) + 1
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -1,0 +1,254 @@
+"""The passes over the data: class gradients and norms, slopes along a direction, losses."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from funcloss.audit.data import Rows
+from funcloss.audit.inner import side_by_side
+from funcloss.audit.loss import LossSide, cotangents_of, margins, option_slopes, values_of
+from funcloss.audit.methods import MEASURES, Chunk
+from funcloss.audit.subject import Subject
+from funcloss.errors import AuditError
+from funcloss.keys import example_keys
+from funcloss.transforms import directional
+from funcloss.typing import Grads, Params
+
+Passes = Callable[[], Iterator[Rows]]
+
+
+class Work(NamedTuple):
+    """What every pass needs."""
+
+    subject: Subject
+    side: LossSide
+    classes: int
+    chunk: int  # examples at a time
+
+
+class Sorted(NamedTuple):
+    """The examples of a batch that count, those of a class together."""
+
+    chunk: Chunk
+    targets: Tensor
+    index: Tensor  # position of each in the data
+
+    def at(self, index: Tensor) -> "Sorted":
+        """Return some of them."""
+        inputs = tree_map(lambda x: _select(x, index), self.chunk.inputs)
+        chunk = Chunk(inputs, self.chunk.keys[index], self.chunk.groups[index])
+        return Sorted(chunk, self.targets[index], self.index[index])
+
+
+class Findings(NamedTuple):
+    """What a pass found of a batch: its class gradients, and a row an example."""
+
+    sums: Grads  # of the classes asked for, (classes, *shape), at cost 1
+    rows: Sorted
+    loss: Tensor
+    square: Tensor  # of the norm; NaN where not measured
+    margin: Tensor
+
+
+def sort_rows(subject: Subject, number: int, rows: Rows, wanted: range) -> Sorted:
+    """Return the rows of a batch that count for a class in ``wanted``, sorted by class.
+
+    Args:
+        subject: For the keys: batch ``number`` draws as step ``subject.step + number`` does.
+        number: Number of the batch in the data.
+        rows: The batch.
+        wanted: A range of classes.
+    """
+    keys = example_keys(subject.key, subject.step + number, len(rows.groups))
+    counts = (rows.groups >= wanted.start) & (rows.groups < wanted.stop)
+    order = rows.groups.argsort(stable=True)
+    order = order[counts[order]]
+    inputs = tree_map(lambda x: _select(x, order), rows.inputs)
+    chunk = Chunk(inputs, keys[order], rows.groups[order])
+    return Sorted(chunk, rows.targets[order], rows.first + order)
+
+
+def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wanted: range):
+    """Yield the class gradients of each batch, and its examples' losses and norms.
+
+    Args:
+        work: The model, the loss and the size of a chunk.
+        passes: The data.
+        method: A key of ``MEASURES``.
+        norms: Whether to measure the examples' norms.
+        wanted: The classes to measure.
+
+    Yields:
+        The findings of each batch. Its class gradients are good until the next.
+
+    Raises:
+        AuditError: a label is out of range, or a loss is not finite.
+    """
+    subject, side = work.subject, work.side
+    sums = side_by_side(subject.params, len(wanted))
+    for number, rows in enumerate(passes()):
+        _check_labels(rows, work.classes)
+        every = sort_rows(subject, number, rows, range(work.classes) if side.coupled else wanted)
+        backs = None
+        if side.coupled:
+            predictions = _predicted(work, every.chunk)
+            values, backs = cotangents_of(side, predictions, every.targets)
+            inside = (every.chunk.groups >= wanted.start) & (every.chunk.groups < wanted.stop)
+            if not bool(inside.all()):
+                kept = inside.nonzero().squeeze(1)
+                every = every.at(kept)
+                values, backs, predictions = values[kept], backs[kept], predictions[kept]
+        chunk = every.chunk._replace(groups=every.chunk.groups - wanted.start)
+        for part in sums.values():
+            part.zero_()
+        losses, squares, margin = [], [], []
+        for piece in _pieces(len(chunk.keys), work.chunk):
+            known = None if backs is None else (values[piece], backs[piece])
+            seen = _Seen(side, every.targets[piece], every.chunk.groups[piece], known)
+            square = MEASURES[method](
+                subject.predict, subject.params, chunk[piece], seen.cotangents, sums, norms
+            )
+            losses.append(seen.losses)
+            margin.append(seen.margin)
+            squares.append(torch.full_like(seen.losses, torch.nan) if square is None else square)
+        found = Findings(
+            sums,
+            every,
+            _joined(losses),
+            _joined(squares),
+            _joined(margin),
+        )
+        _check_finite(found)
+        yield found
+
+
+class _Seen:
+    """The loss of a chunk: gives its cotangents once it sees predictions, and keeps the rest."""
+
+    def __init__(
+        self,
+        side: LossSide,
+        targets: Tensor,
+        groups: Tensor,
+        known: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.side, self.targets, self.groups, self.known = side, targets, groups, known
+        self.losses = self.margin = torch.zeros(0)
+
+    def cotangents(self, predictions: Tensor) -> Tensor:
+        self.losses, back = self.known or cotangents_of(self.side, predictions, self.targets)
+        self.margin = margins(predictions, self.groups)
+        return back
+
+
+class Slopes(NamedTuple):
+    """What a pass along a direction found of a batch."""
+
+    rows: Sorted
+    loss: Tensor
+    slope: Tensor  # <J_i^T dL/dz_i, direction>
+    by_option: dict[str, Tensor]
+
+
+def slope_pass(
+    work: Work, passes: Passes, direction: Params, weights: Tensor, *, by_option: bool
+) -> Iterator[Slopes]:
+    """Yield each example's slope along a direction, by forward mode.
+
+    Args:
+        work: The model, the loss and the size of a chunk.
+        passes: The data.
+        direction: Keys and shapes of the params.
+        weights: Of the classes, for the options' part.
+        by_option: Whether to differentiate the slopes by the loss's tensor options too.
+
+    Yields:
+        The slopes of each batch.
+    """
+    subject, side = work.subject, work.side
+    for number, rows in enumerate(passes()):
+        every = sort_rows(subject, number, rows, range(work.classes))
+        found = []
+        for piece in _pieces(len(every.chunk.keys), work.chunk):
+            part = every.chunk[piece]
+            found.append(
+                directional(
+                    lambda p, part=part: subject.predict(p, part.inputs, part.keys),
+                    subject.params,
+                    direction,
+                )
+            )
+            if not side.coupled:  # the loss of a chunk is the loss of its examples
+                found[-1] = (*found[-1], piece)
+        if side.coupled and found:
+            found = [(*(torch.cat(part) for part in zip(*found, strict=True)), slice(None))]
+        losses, slopes, by_name = [], [], {}
+        for predictions, moves, piece in found:
+            targets = every.targets[piece]
+            values, back = cotangents_of(side, predictions, targets)
+            losses.append(values)
+            slopes.append((back * moves).flatten(1).sum(1))
+            if by_option:
+                of_rows = weights[every.chunk.groups[piece]]
+                for name, value in option_slopes(
+                    side, predictions, moves, targets, of_rows
+                ).items():
+                    by_name[name] = by_name.get(name, 0) + value
+        yield Slopes(every, _joined(losses), _joined(slopes), by_name)
+
+
+def class_losses(work: Work, passes: Passes, params: Params) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of each class at ``params``, at cost 1, and its count; NaN without."""
+    subject = work.subject
+    total = torch.zeros(work.classes, dtype=torch.float64, device=subject.device)
+    count = torch.zeros_like(total)
+    for number, rows in enumerate(passes()):
+        every = sort_rows(subject, number, rows, range(work.classes))
+        predictions = _predicted(work, every.chunk, params)
+        values = values_of(work.side, predictions, every.targets).double()
+        total.index_add_(0, every.chunk.groups, values)
+        count.index_add_(0, every.chunk.groups, torch.ones_like(values))
+    return (total / count).cpu(), count.cpu()
+
+
+def _predicted(work: Work, chunk: Chunk, params: Params | None = None) -> Tensor:
+    params = work.subject.params if params is None else params
+    pieces = _pieces(len(chunk.keys), work.chunk) or [slice(0, 0)]
+    parts = [chunk[piece] for piece in pieces]
+    return torch.cat([work.subject.predict(params, p.inputs, p.keys) for p in parts])
+
+
+def _pieces(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _select(inputs: Tensor, index: Tensor) -> Tensor:
+    """Return the inputs at an index, images in the layout that convolutions like."""
+    if inputs.dim() != 4:
+        return inputs[index]
+    return inputs.movedim(1, -1)[index].movedim(-1, 1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _check_labels(rows: Rows, classes: int) -> None:
+    if len(rows.groups) and int(rows.groups.max()) >= classes:
+        raise AuditError(
+            f"audit: labels must be in 0..{classes - 1}, got {int(rows.groups.max())}: give "
+            "classes= for more"
+        )
+
+
+def _check_finite(found: Findings) -> None:
+    bad = (~found.loss.isfinite()).nonzero()
+    if len(bad):
+        where = int(bad[0])
+        raise AuditError(
+            f"audit: the loss of example {int(found.rows.index[where])} is "
+            f"{float(found.loss[where])}: there is no gradient to part"
+        )

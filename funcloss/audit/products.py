@@ -1,0 +1,446 @@
+"""Class gradients and per-example norms from what a layer reads and what flows back into it.
+
+The gradient of one example in a layer that multiplies by a matrix is ``sum_t outer(back_t,
+read_t)`` over the positions ``t`` that the matrix is applied at: ``read`` is known going forward,
+``back`` is the gradient of a zero that is added to the layer's output. One backward pass for all
+layers and all examples then gives both the class gradients, a product for each class, and the
+norms, without a gradient an example being kept. Where the positions are few, as in linear layers
+and deep convolutions, a norm needs no gradient at all: its square is ``sum_ts <back_t, back_s>
+<read_t, read_s>``.
+
+References:
+    Goodfellow, "Efficient per-example gradient computations", 2015. Bu, Mao and Xu, "Scalable and
+    efficient training of large convolutional neural networks with differential privacy", 2022
+    (choosing between the two forms layer by layer).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from funcloss.typing import Grads, Params
+
+
+class Tap(NamedTuple):
+    """One use of a layer's parameters."""
+
+    kind: Callable[..., Any]
+    read: Tensor  # what the layer reads
+    zero: Tensor  # added to its output; its gradient is what flows back
+    weight: str | None  # names of the parameters
+    bias: str | None
+    settings: dict[str, Any]
+
+
+class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a verb
+    """Note every use of a parameter in this context, and add a zero to what comes of it.
+
+    Args:
+        params: The parameters, by name; uses are known by identity.
+    """
+
+    def __init__(self, params: Params) -> None:
+        """Begin with nothing noted."""
+        super().__init__()
+        self.names = {id(p): name for name, p in params.items()}
+        self.taps: list[Tap] = []
+        self.others: dict[str, str] = {}  # what else a parameter was used in
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Note a layer, pass the rest."""
+        kwargs = kwargs or {}
+        used = [self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names]
+        if not used:
+            return func(*args, **kwargs)
+        call = _READERS[func](*args, **kwargs) if func in _READERS else None
+        out = func(*args, **kwargs)
+        if call is None:
+            self.others |= dict.fromkeys(used, getattr(func, "__name__", str(func)))
+            return out
+        kind, read, weight, bias, settings = call
+        zero = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
+        zero = zero.requires_grad_()
+        settings["shape"] = None if weight is None else tuple(weight.shape)
+        names = (self.names.get(id(weight)), self.names.get(id(bias)))
+        self.taps.append(Tap(kind, read.detach(), zero, *names, settings))
+        return out.add_(zero)
+
+    def reason_against(self) -> str:
+        """Return why products cannot tell the gradients of what was noted; empty if they can."""
+        used = [name for tap in self.taps for name in (tap.weight, tap.bias) if name]
+        if self.others:
+            name, func = next(iter(self.others.items()))
+            return f"{name} is used in {func}"
+        twice = next((name for name in used if used.count(name) > 1), None)
+        return f"{twice} is used more than once" if twice else ""
+
+
+def add_products(
+    taps: list[Tap],
+    backs: list[Tensor],
+    groups: Tensor,
+    sums: Grads,
+    *,
+    norms: bool,
+) -> Tensor | None:
+    """Add each group's gradient to ``sums`` and return the examples' squared norms.
+
+    Args:
+        taps: The uses of the parameters, each of its own.
+        backs: What flows back into each.
+        groups: Row of ``sums`` of each example, ascending, shape ``(n,)``.
+        sums: By parameter, shape ``(groups, *shape)``; added to in place.
+        norms: Whether to return squared norms.
+
+    Returns:
+        Shape ``(n,)``, or None.
+    """
+    squares = torch.zeros(len(groups), dtype=backs[0].dtype, device=groups.device)
+    segments = _segments(groups)
+    for tap, back in zip(taps, backs, strict=True):
+        if back.stride() and not any(back.stride()):
+            back = back.contiguous()
+        tap.kind(tap, back, segments, sums, squares if norms else None)
+    return squares if norms else None
+
+
+class Form(NamedTuple):
+    """Size of the matrix products of a layer, for one example."""
+
+    positions: int
+    parts: int
+    ins: int
+    outs: int
+
+    @property
+    def macs(self) -> int:
+        """Multiplications going forward."""
+        return self.positions * self.parts * self.ins * self.outs
+
+    def explicit(self) -> bool:
+        """Whether a norm is cheaper from the gradient itself than from pairs of positions."""
+        if self.positions == 1:
+            return False
+        # A gradient that is at hand costs its reading and writing beside the multiplications.
+        return self.positions**2 * (self.ins + self.outs) > 16 * self.ins * self.outs
+
+    def macs_of_products(self, *, norms: bool) -> int:
+        """Multiplications for class gradients, and for norms; small products cost twice."""
+        if not norms:
+            return self.macs
+        if self.explicit():
+            return 2 * self.macs
+        return self.macs + self.positions**2 * self.parts * (self.ins + self.outs)
+
+
+def form_of(tap: Tap, n: int) -> Form:
+    """Return the form of a layer that has read ``n`` examples; empty where nothing is multiplied.
+
+    Args:
+        tap: A use of the layer's parameters.
+        n: Number of examples.
+    """
+    shape = tap.settings["shape"]
+    if tap.kind is _linear and shape:
+        return Form(max(tap.read.shape[:-1].numel() // n, 1), 1, shape[1], shape[0])
+    if tap.kind is _convolution and shape:
+        parts, (outs, ins, *kernel) = tap.settings["groups"], shape
+        positions = tap.zero.shape[2:].numel()
+        return Form(positions, parts, ins * math.prod(kernel), outs // parts)
+    return Form(0, 0, 0, 0)
+
+
+# One layer: read, back -> sums and squares ------------------------------------------------------
+
+Segments = list[tuple[int, slice]]  # which examples each group has
+
+_FEW_CHANNELS = 4
+_CACHED = 1 << 19  # numbers that a piece of a batch takes: they should stay in cache
+
+
+def _outer(
+    front: Callable[[slice], Tensor],
+    back: Tensor,
+    segments: Segments,
+    ins: int,
+    add: Callable[[int, Tensor], None],
+    squares: Tensor | None,
+) -> None:
+    """Add ``sum_t outer(back_t, read_t)`` by group.
+
+    Args:
+        front: From a range of examples to what the matrices read, ``(m, parts, positions, ins)``.
+        back: What flows back, ``(n, parts, positions, outs)``.
+        segments: Where each group's examples are.
+        ins: How much a matrix reads.
+        add: Takes a group and a gradient of its, ``(parts, outs, ins)``.
+        squares: Squared norms to add to, or None.
+    """
+    n, parts, positions, outs = back.shape
+    explicit = squares is not None and Form(positions, parts, ins, outs).explicit()
+    room = parts * (max(positions * ins, outs * ins) if explicit else positions * ins)
+    step = max(1, _CACHED // room) if positions > 1 else n
+    for start in range(0, n, step):
+        piece = slice(start, min(start + step, n))
+        read, flow = front(piece), back[piece]
+        inside = _inside(segments, piece)
+        if explicit:
+            grads = flow.mT @ read
+            squares[piece] += _square(grads)
+            for label, part in inside:
+                add(label, grads[part].sum(0))
+            continue
+        if squares is not None and positions == 1:
+            squares[piece] += (_square_rows(read) * _square_rows(flow)).sum((1, 2))
+        elif squares is not None:
+            squares[piece] += ((read @ read.mT) * (flow @ flow.mT)).sum((1, 2, 3))
+        for label, part in inside:
+            of_part = flow[part].transpose(0, 1).reshape(parts, -1, outs)
+            add(label, of_part.mT @ read[part].transpose(0, 1).reshape(parts, -1, ins))
+
+
+def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | None) -> None:
+    """Add gradients that are at hand an example, ``(n, *shape)``, by group."""
+    for label, part in segments:
+        into[label] += grads[part].sum(0).reshape(into.shape[1:])
+    if squares is not None:
+        squares += _square(grads)
+
+
+def add_by_group(grads: Tensor, groups: Tensor, into: Tensor) -> None:
+    """Add gradients by example, ``(n, *shape)``, to those of their groups, which ascend."""
+    _vectors(grads, _segments(groups), into, None)
+
+
+def _square(grads: Tensor) -> Tensor:
+    flat = grads.flatten(1)
+    return torch.linalg.vecdot(flat, flat)
+
+
+def _square_rows(rows: Tensor) -> Tensor:
+    return torch.linalg.vecdot(rows, rows)
+
+
+def _segments(groups: Tensor) -> Segments:
+    """Return where each group's examples are; ``groups`` ascends."""
+    found, counts = groups.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    return list(zip(found.tolist(), map(slice, starts, ends), strict=True))
+
+
+def _inside(segments: Segments, piece: slice) -> Segments:
+    """Return the segments within a piece, counted from its beginning."""
+    cut = [
+        (
+            label,
+            max(part.start, piece.start) - piece.start,
+            min(part.stop, piece.stop) - piece.start,
+        )
+        for label, part in segments
+    ]
+    return [(label, slice(start, stop)) for label, start, stop in cut if start < stop]
+
+
+def _linear(
+    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+) -> None:
+    n = len(squares) if squares is not None else segments[-1][1].stop
+    read = tap.read.reshape(n, 1, -1, tap.read.shape[-1])
+    back = back.reshape(n, 1, -1, back.shape[-1])
+    if tap.weight:
+        into = sums[tap.weight]
+
+        def add(label: int, grads: Tensor) -> None:
+            into[label] += grads[0]
+
+        _outer(lambda piece: read[piece], back, segments, into.shape[-1], add, squares)
+    if tap.bias:
+        _vectors(back.sum((1, 2)), segments, sums[tap.bias], squares)
+
+
+def _convolution(
+    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+) -> None:
+    axes = tap.read.dim() - 2
+    n, outs = back.shape[:2]
+    parts = tap.settings["groups"]
+    if tap.bias:
+        _vectors(back.flatten(2).sum(2), segments, sums[tap.bias], squares)
+    if not tap.weight:
+        return
+    _, ins, *kernel = tap.settings["shape"]
+    if squares is None:
+        _convolution_sums(tap, back, segments, sums[tap.weight])
+        return
+    front = _windows(tap, kernel, axes)
+    # (n, positions, outs) is no copy where the layout is channels-last.
+    flow = back.flatten(2).mT.reshape(n, -1, parts, outs // parts).transpose(1, 2)
+    into = sums[tap.weight].movedim(2, -1)  # (groups, outs, *kernel, ins)
+
+    def add(label: int, grads: Tensor) -> None:
+        into[label] += grads.reshape(into.shape[1:])
+
+    _outer(front, flow, segments, math.prod(kernel) * ins, add, squares)
+
+
+def _convolution_sums(tap: Tap, back: Tensor, segments: Segments, into: Tensor) -> None:
+    """Add class gradients alone, by torch's own kernel for all examples of a class."""
+    weight_grad = {
+        1: torch.nn.grad.conv1d_weight,
+        2: torch.nn.grad.conv2d_weight,
+        3: torch.nn.grad.conv3d_weight,
+    }[tap.read.dim() - 2]
+    settings = {name: tap.settings[name] for name in ("stride", "padding", "dilation", "groups")}
+    for label, part in segments:
+        into[label] += weight_grad(tap.read[part], tap.settings["shape"], back[part], **settings)
+
+
+def _windows(tap: Tap, kernel: list[int], axes: int) -> Callable[[slice], Tensor]:
+    """Return what a convolution multiplies at each place, ``(m, parts, positions, ins)``."""
+    settings = tap.settings
+    read = tap.read.movedim(1, -1)  # channels last
+    if any(settings["padding"]):
+        widths = [side for width in reversed(settings["padding"]) for side in (width, width)]
+        read = F.pad(read, (0, 0, *widths))
+    parts, channels = settings["groups"], read.shape[-1]
+    places = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(
+            read.shape[1:-1], kernel, settings["stride"], settings["dilation"], strict=True
+        )
+    ]
+    strides = read.stride()
+    shape = (*places, *kernel, channels)
+    steps = (
+        *(stride * s for stride, s in zip(strides[1:-1], settings["stride"], strict=True)),
+        *(stride * d for stride, d in zip(strides[1:-1], settings["dilation"], strict=True)),
+        strides[-1],
+    )
+
+    def front(piece: slice) -> Tensor:
+        part = read[piece]
+        view = part.as_strided((len(part), *shape), (strides[0], *steps), part.storage_offset())
+        if parts == 1 and channels < _FEW_CHANNELS:  # long runs to copy lie along the positions
+            last = view.movedim(tuple(range(1, 1 + axes)), tuple(range(-axes, 0)))
+            return last.reshape(len(part), 1, -1, math.prod(places)).mT
+        if parts == 1:
+            return view.reshape(len(part), 1, math.prod(places), -1)
+        split = view.reshape(len(part), math.prod(places), math.prod(kernel), parts, -1)
+        return split.permute(0, 3, 1, 2, 4).reshape(len(part), parts, math.prod(places), -1)
+
+    return front
+
+
+def _normalisation(
+    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+) -> None:
+    normal = tap.settings["normal"]
+    summed = tap.settings["summed"]  # the axes that a parameter is shared over, the batch aside
+    for name, grads in ((tap.weight, lambda: back * normal()), (tap.bias, lambda: back)):
+        if name:
+            each = grads()
+            _vectors(each.sum(summed) if summed else each, segments, sums[name], squares)
+
+
+def _embedding(
+    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+) -> None:
+    if not tap.weight:
+        return
+    n, width = len(back), back.shape[-1]
+    words, back = tap.read.reshape(n, -1), back.reshape(n, -1, width)
+    padding = tap.settings["padding"]
+    if padding is not None:
+        back = torch.where((words == padding)[..., None], 0.0, back)
+    into = sums[tap.weight]
+    for label, part in segments:
+        into[label].index_add_(0, words[part].flatten(), back[part].reshape(-1, width))
+    if squares is not None:
+        same = words[:, :, None] == words[:, None, :]
+        squares += torch.where(same, back @ back.mT, 0.0).sum((1, 2))
+
+
+# How each of torch's functions says what it reads -------------------------------------------------
+
+
+def _read_linear(input, weight, bias=None):
+    return _linear, input, weight, bias, {}
+
+
+def _read_convolution(axes: int):
+    def read(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        def each(value):
+            return (
+                (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))
+            )
+
+        if isinstance(padding, str) or input.dim() != axes + 2:
+            return None
+        settings = {"stride": each(stride), "padding": each(padding), "dilation": each(dilation)}
+        return _convolution, input, weight, bias, settings | {"groups": groups}
+
+    return read
+
+
+def _read_batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    if training:
+        return None
+
+    def normal() -> Tensor:
+        return F.batch_norm(input.detach(), running_mean, running_var, eps=eps)
+
+    summed = tuple(range(2, input.dim()))
+    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+
+
+def _read_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    def normal() -> Tensor:
+        return F.layer_norm(input.detach(), normalized_shape, eps=eps)
+
+    summed = tuple(range(1, input.dim() - len(normalized_shape)))
+    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+
+
+def _read_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    def normal() -> Tensor:
+        return F.group_norm(input.detach(), num_groups, eps=eps)
+
+    summed = tuple(range(2, input.dim()))
+    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+
+
+def _read_embedding(
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+):
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    return _embedding, input, weight, None, {"padding": padding_idx}
+
+
+_READERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _read_linear,
+    F.conv1d: _read_convolution(1),
+    F.conv2d: _read_convolution(2),
+    F.conv3d: _read_convolution(3),
+    F.batch_norm: _read_batch_norm,
+    F.layer_norm: _read_layer_norm,
+    F.group_norm: _read_group_norm,
+    F.embedding: _read_embedding,
+}

@@ -1,0 +1,366 @@
+"""What an audit found, as plain values, and the forms that it is written in."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcloss._files import replacing, write_text
+from funcloss.audit.gram import Balance, balance, cosines
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class ExampleRows(NamedTuple):
+    """One row an example that counts, in the order of the data; gradients are at cost 1."""
+
+    index: Int[Tensor, " n"]  # position in the data
+    label: Int[Tensor, " n"]
+    loss: Float[Tensor, " n"]
+    norm: Float[Tensor, " n"]  # |grad l_i|; NaN where not measured
+    slope: Float[Tensor, " n"]  # <grad l_i, g>; minus the rate at which descent along g helps it
+    margin: Float[Tensor, " n"]  # score of the true class less the best other; NaN in regression
+
+    def alignment(self, gradient_norm: float | Tensor) -> Float[Tensor, " n"]:
+        """Return ``cos(grad l_i, g)``: 1 pushes where all go, below 0 resists."""
+        return self.slope / (self.norm * gradient_norm)
+
+
+class StepAudit(NamedTuple):
+    """How the step that the optimiser takes is made up: ``u = sum_r u_r``, exactly."""
+
+    rows: tuple[str, ...]  # the classes, then "weight decay", "history" and what else moves
+    gram: Float[Tensor, "rows rows"]  # <u_a, u_b>
+    learning_rate: float  # the schedule's factor included
+    clip: float  # factor on the gradients; 1: not clipped
+    note: str  # what is not known of it; empty: nothing
+
+    @property
+    def share(self) -> Float[Tensor, " rows"]:
+        """``<u_r, u> / |u|^2``: part of the step that each row owns; sums to 1."""
+        return self.gram.sum(1) / self.gram.sum()
+
+    @property
+    def norm(self) -> Float[Tensor, " rows"]:
+        """``|u_r|``."""
+        return self.gram.diagonal().clamp(min=0.0).sqrt()
+
+    @property
+    def update_norm(self) -> Float[Tensor, ""]:
+        """``|u|``."""
+        return self.gram.sum().clamp(min=0.0).sqrt()
+
+
+class Impact(NamedTuple):
+    """What each part of the step does to each class's mean loss, to first order and measured."""
+
+    matrix: Float[Tensor, "classes rows"]  # M[k, r] = <grad L_k, u_r>; below 0: r helps k
+    before: Float[Tensor, " classes"]  # L_k at the params
+    after: Float[Tensor, " classes"]  # L_k one step on
+
+    @property
+    def predicted(self) -> Float[Tensor, " classes"]:
+        """``<grad L_k, u>``, the predicted change of each class's mean loss."""
+        return self.matrix.sum(1)
+
+    @property
+    def measured(self) -> Float[Tensor, " classes"]:
+        """``L_k(params + u) - L_k(params)``."""
+        return self.after - self.before
+
+
+class Spread(NamedTuple):
+    """Standard deviations from batch to batch."""
+
+    batches: int
+    batch_size: int  # examples in the first of them
+    share: Float[Tensor, " classes"]
+    conflict: Float[Tensor, "classes classes"]
+
+
+class Method(NamedTuple):
+    """How it was measured."""
+
+    name: str
+    why: str
+    costs: dict[str, float]  # predicted, in plain forward and backward passes, by method
+    chunk: int  # examples at a time
+    seconds: float
+
+
+class Check(NamedTuple):
+    """One identity that must hold, and how far it is from holding here."""
+
+    name: str
+    error: float  # relative
+    tolerance: float | None  # None: to be read, not to be held
+    says: str  # what is compared with what
+
+
+class Audit(NamedTuple):
+    """Who owns a gradient, and the step: plain arrays on the CPU, in float64."""
+
+    classes: tuple[str, ...]
+    reduction: str  # what divides: mean, weighted_mean or sum
+    linear_in_weights: bool  # False: the loss couples examples, so costs act inside it
+    class_weights: Float[Tensor, " classes"]
+    count: Int[Tensor, " classes"]  # examples that count
+    loss: Float[Tensor, " classes"]  # mean of each class at cost 1; NaN without examples
+    gram: Float[Tensor, "classes classes"]  # <G_a, G_b> at cost 1, G_c = sum grad l_i / n
+    layers: tuple[str, ...]
+    layer_sizes: tuple[int, ...]  # parameters in each
+    layer_gram: Float[Tensor, "layers classes classes"]  # sums to ``gram``
+    length: Float[Tensor, " classes"]  # sum |grad l_i| / n; NaN where not measured
+    norm_quantiles: Float[Tensor, "classes quantiles"]  # of |grad l_i|, at ``QUANTILES``
+    alignment: Float[Tensor, " classes"]  # mean cos(grad l_i, g)
+    spread: Spread | None  # None: a single batch
+    examples: ExampleRows | None
+    step: StepAudit | None
+    impact: dict[str, Impact]  # by part of the data: "train", "held_out"
+    elasticities: dict[str, Tensor]  # d log |g| / d log k, by option of the loss
+    method: Method
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()  # what could not be told, and why
+
+    def reweighted(self, class_weights: Float[Tensor, " classes"]) -> Balance:
+        """Return what a fresh audit would say under other class weights, from the Gram matrix.
+
+        Args:
+            class_weights: Cost of each true class, at least 0, shape ``(classes,)``.
+
+        Returns:
+            Share, budget, elasticity, norm and conflict.
+
+        Raises:
+            ValueError: the loss couples examples: class weights would act inside it, so nothing
+                but a fresh audit can tell; or the weights do not fit.
+        """
+        if not self.linear_in_weights and not torch.equal(
+            class_weights.to(self.class_weights), self.class_weights
+        ):
+            raise ValueError(
+                "Audit.reweighted: the loss couples examples, so its gradient is not a weighted "
+                "sum of class gradients: audit it anew under the other weights"
+            )
+        return balance(self.gram, self.count, class_weights, reduction=self.reduction)
+
+    @property
+    def balance(self) -> Balance:
+        """Share, budget, elasticity, norm and conflict under the class weights of the audit."""
+        return self.reweighted(self.class_weights)
+
+    @property
+    def coherence(self) -> Float[Tensor, " classes"]:
+        """``|sum grad l_i| / sum |grad l_i|`` within each class; 1: its examples agree."""
+        return self.gram.diagonal().clamp(min=0.0).sqrt() / self.length
+
+    @property
+    def layer_share(self) -> Float[Tensor, "layers classes"]:
+        """``<g_c, g> / |g|^2`` within each layer."""
+        weights = self.class_weights.to(self.layer_gram)
+        along = weights * (self.layer_gram @ weights)
+        return along / along.sum(-1, keepdim=True)
+
+    @property
+    def layer_conflict(self) -> Float[Tensor, "layers classes classes"]:
+        """``cos(g_a, g_b)`` within each layer."""
+        return cosines(self.layer_gram)
+
+    def most_opposed(self, label: int, k: int = 8) -> list[int]:
+        """Return positions in the data of a class's examples that point most against ``g``."""
+        return self._extreme(label, k, _rows(self).alignment(1.0))
+
+    def most_dominant(self, label: int, k: int = 8) -> list[int]:
+        """Return positions in the data of a class's examples with the longest gradients."""
+        return self._extreme(label, k, -_rows(self).norm)
+
+    def _extreme(self, label: int, k: int, score: Tensor) -> list[int]:
+        rows = _rows(self)
+        inside = ((rows.label == label) & ~score.isnan()).nonzero().squeeze(1)
+        first = score[inside].argsort(stable=True)[:k]
+        return rows.index[inside[first]].tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the examples as lists, numbers and text; None where not defined."""
+        now = self.balance
+        step = self.step
+        with_rows = self.examples is not None and not self.examples.norm.isnan().all()
+        by_class = {
+            "count": self.count,
+            "loss": self.loss,
+            "class_weight": self.class_weights,
+            "share": now.share,
+            "share_spread": self.spread.share if self.spread else None,
+            "budget": now.budget,
+            "elasticity": now.elasticity,
+            "norm": now.norm,
+            "coherence": self.coherence,
+            "norm_quantiles": self.norm_quantiles,
+            "alignment": self.alignment,
+            "update_share": step.share[: len(self.classes)] if step else None,
+        }
+        rows = [
+            {"name": name} | {k: None if v is None else plain(v[c]) for k, v in by_class.items()}
+            for c, name in enumerate(self.classes)
+        ]
+        if with_rows:
+            for c, row in enumerate(rows):
+                row["most_opposed"] = self.most_opposed(c)
+                row["most_dominant"] = self.most_dominant(c)
+        return {
+            "reduction": self.reduction,
+            "linear_in_weights": self.linear_in_weights,
+            "gradient_norm": plain(now.gradient_norm),
+            "classes": rows,
+            "gram": plain(self.gram),
+            "conflict": plain(now.conflict),
+            "spread": self.spread
+            and {
+                "batches": self.spread.batches,
+                "batch_size": self.spread.batch_size,
+                "conflict": plain(self.spread.conflict),
+            },
+            "layers": [
+                {
+                    "name": name,
+                    "parameters": size,
+                    "gram": plain(gram),
+                    "share": plain(share),
+                    "conflict": plain(conflict),
+                }
+                for name, size, gram, share, conflict in zip(
+                    self.layers,
+                    self.layer_sizes,
+                    self.layer_gram,
+                    self.layer_share,
+                    self.layer_conflict,
+                    strict=True,
+                )
+            ],
+            "step": step
+            and {
+                "rows": list(step.rows),
+                "share": plain(step.share),
+                "norm": plain(step.norm),
+                "update_norm": plain(step.update_norm),
+                "gram": plain(step.gram),
+                "learning_rate": step.learning_rate,
+                "clip": step.clip,
+                "note": step.note,
+            },
+            "impact": {
+                part: {
+                    "matrix": plain(impact.matrix),
+                    "predicted": plain(impact.predicted),
+                    "measured": plain(impact.measured),
+                    "before": plain(impact.before),
+                    "after": plain(impact.after),
+                }
+                for part, impact in self.impact.items()
+            },
+            "elasticities": {name: plain(value) for name, value in self.elasticities.items()},
+            "method": self.method._asdict(),
+            "checks": [check._asdict() for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write ``audit.json`` and tidy tables: a row a class, a pair of classes, an example.
+
+        Args:
+            folder: An existing folder; each file is written whole or not at all.
+
+        Returns:
+            The files: ``audit.json``, ``audit_classes.csv``, ``audit_pairs.csv`` and, where
+            examples were kept, ``audit_examples.csv``.
+
+        Raises:
+            RunError: a file cannot be written; what was there is as it was.
+        """
+        folder = Path(folder)
+        paths = [folder / "audit.json"]
+        write_text(paths[0], self.to_json() + "\n")
+        tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
+        if self.examples is not None:
+            tables["examples"] = self._example_rows()
+        for name, rows in tables.items():
+            paths.append(folder / f"audit_{name}.csv")
+            write_rows(paths[-1], rows)
+        return paths
+
+    def _class_rows(self) -> Iterable[dict[str, Any]]:
+        skipped = ("norm_quantiles", "most_opposed", "most_dominant")
+        for row in self.to_dict()["classes"]:
+            quantiles = {
+                f"norm_q{int(100 * q):02d}": value
+                for q, value in zip(QUANTILES, row["norm_quantiles"], strict=True)
+            }
+            yield {k: v for k, v in row.items() if k not in skipped} | quantiles
+
+    def _pair_rows(self) -> Iterable[dict[str, Any]]:
+        conflict = self.balance.conflict
+        for a, first in enumerate(self.classes):
+            for b, second in enumerate(self.classes):
+                yield {
+                    "class": first,
+                    "other": second,
+                    "gram": plain(self.gram[a, b]),
+                    "conflict": plain(conflict[a, b]),
+                } | {
+                    f"impact_{part}_of_other_on_class": plain(impact.matrix[a, b])
+                    for part, impact in self.impact.items()
+                }
+
+    def _example_rows(self) -> Iterable[dict[str, Any]]:
+        rows = _rows(self)
+        alignment = rows.alignment(self.balance.gradient_norm)
+        columns = [rows.index, rows.label, rows.loss, rows.norm, alignment, rows.margin]
+        for index, label, *values in zip(*(c.tolist() for c in columns), strict=True):
+            names = ("loss", "norm", "alignment", "margin")
+            yield {"index": index, "class": self.classes[label]} | {
+                name: plain(value) for name, value in zip(names, values, strict=True)
+            }
+
+
+def plain(value: Tensor | float) -> Any:
+    """Return numbers and lists of numbers, None for those that JSON has not.
+
+    Example:
+        >>> plain(torch.tensor([1.0, float("nan")]))
+        [1.0, None]
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value if not isinstance(value, float) or abs(value) < float("inf") else None
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a CSV file with a header, an empty field where a value is None.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = None
+        for row in rows:
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _rows(audit: Audit) -> ExampleRows:
+    if audit.examples is None:
+        raise ValueError("Audit: the examples were not kept: audit with per_example=True")
+    return audit.examples

@@ -1,0 +1,99 @@
+"""The model under audit, as a pure function of its params."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcloss.errors import AuditError
+from funcloss.keys import keyed_randomness, make_key
+from funcloss.optim import OptState
+from funcloss.training import TrainState, make_forward
+from funcloss.training.step import preferred_layout
+from funcloss.transforms import Predict
+from funcloss.typing import Params
+
+
+class Subject(NamedTuple):
+    """What is audited, and where it is."""
+
+    predict: Predict
+    params: Params
+    opt_state: OptState | None  # None: not known
+    step: Tensor  # number of the next step
+    key: Tensor
+    device: torch.device
+    drops: bool  # whether dropout is at work
+
+
+def make_subject(
+    model: nn.Module, state: TrainState | Params | None, key: Tensor | None
+) -> Subject:
+    """Return the model at a state as a function.
+
+    Args:
+        model: Any module, in the mode to audit it in; never touched.
+        state: A training state, params by name, or None for the model's own tensors.
+        key: Key of the dropout masks, unless the state brings one.
+
+    Raises:
+        AuditError: the model couples examples or has nothing to train, or the state is not its own.
+    """
+    _check_couples_nothing(model)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    opt_state, step = None, None
+    if isinstance(state, TrainState):
+        params, buffers = state.params, state.buffers
+        opt_state, step, key = state.opt_state, state.step, state.key
+    else:
+        params = state
+        if params is None:
+            params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        params = {name: preferred_layout(p.detach()) for name, p in params.items()}
+        rest = {name: t for name, t in named.items() if name not in params}
+        buffers = {name: preferred_layout(t.detach()) for name, t in rest.items()}
+    if not params:
+        raise AuditError("audit: the model has no parameter that requires a gradient")
+    for name, tensor in params.items():
+        if name not in named or named[name].shape != tensor.shape:
+            raise AuditError(f"audit: {name} of the state is not a parameter of the model")
+    device = next(iter(params.values())).device
+    forward = make_forward(model)
+
+    def predict(params: Params, inputs: Any, keys: Tensor) -> Tensor:
+        with keyed_randomness(keys):
+            predictions, _ = forward(params, buffers, inputs)
+        if not isinstance(predictions, Tensor):
+            kind = type(predictions).__name__
+            raise AuditError(
+                f"audit: the model must give one tensor, got a {kind}: wrap it in one that does"
+            )
+        return predictions
+
+    return Subject(
+        predict=predict,
+        params=params,
+        opt_state=opt_state,
+        step=torch.zeros((), dtype=torch.int64, device=device) if step is None else step,
+        key=make_key(0, device=device) if key is None else key,
+        device=device,
+        drops=any(
+            m.training and isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules()
+        ),
+    )
+
+
+def _check_couples_nothing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or module.running_mean is None:
+            kind = type(module).__name__
+            raise AuditError(
+                f"audit: the layer {name!r} ({kind}) is in training mode, where the gradient of "
+                "one example hangs on the others of its batch: audit model.eval(), put this layer "
+                "alone into evaluation mode, or use GroupNorm"
+                if module.running_mean is not None
+                else f"audit: the layer {name!r} ({kind}) keeps no running statistics, so the "
+                "gradient of one example hangs on the others of its batch: use GroupNorm"
+            )
