@@ -109,6 +109,9 @@ class TrainConfig(NamedTuple):
     amp: Annotated[str, Option("Mixed precision, on CUDA.", ("off", "bf16"))] = "off"
     threads: Annotated[int, Option("CPU threads; 0: torch's choice.", low=0, high=1024)] = 0
     log_every: Annotated[int, Option("Steps between two logged losses.", low=1, high=1e9)] = 50
+    audit_every: Annotated[
+        int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
+    ] = 100
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
 
 

@@ -88,7 +88,7 @@ def per_sample_vjps(predict: Predict) -> Callable[[Params, Any, Tensor, Tensor],
 
     def one(params: Params, inputs: Any, key: Tensor, cotangent: Tensor) -> Grads:
         inputs = tree_map(lambda x: x[None], inputs)
-        _, pull = vjp(lambda p: predict(p, inputs, key[None])[0], params)
+        pull = vjp(lambda p: predict(p, inputs, key[None])[0], params)[1]
         return pull(cotangent)[0]
 
     return vmap(one, in_dims=(None, 0, 0, 0))
@@ -126,7 +126,7 @@ def class_grads(
         members = (labels == torch.arange(classes, device=labels.device)[:, None]).to(cotangents)
 
         def totals(params: Params) -> Tensor:
-            along = (predict(params, inputs, keys) * cotangents).flatten(1).sum(1)
+            along = (predict(params, inputs, keys) * cotangents).reshape(len(labels), -1).sum(1)
             return members @ along
 
         return jacrev(totals)(params)
@@ -156,7 +156,8 @@ def directional(
     with warnings.catch_warnings():
         # torch's own, at the first jvp of a process
         warnings.filterwarnings("ignore", ".*torch.jit.script", category=Warning)
-        return jvp(function, (params,), (direction,))
+        values, slopes, *_ = jvp(function, (params,), (direction,))
+    return values, slopes
 
 
 def _kept(grads: Tensor, where: Int[Tensor, " batch"]) -> Tensor:

@@ -1,5 +1,7 @@
 """What must hold of every audit, each computed another way than what it checks."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,26 +16,32 @@ from funcloss.typing import Grads, Params
 
 
 def check_first_batch(
-    work: Work, passes: Passes, parts: Grads, weights: Tensor, reduction: str
+    work: Work, passes: Passes, number: int, parts: Grads, weights: Tensor, reduction: str
 ) -> Check:
-    """Compare the class gradients of the first batch with the plain gradient of its loss.
+    """Compare the class gradients of one batch with the plain gradient of its loss.
 
     Args:
         work: The model and the loss.
         passes: The data.
-        parts: ``sum_c w_c G_c`` of the first batch, by the method of the audit, unreduced.
+        number: Which batch.
+        parts: ``sum_c w_c G_c`` of that batch, by the method of the audit, unreduced.
         weights: Of the classes.
         reduction: What divides.
     """
     subject, side = work.subject, work.side
-    every = sort_rows(subject, 0, next(iter(passes())), range(work.classes))
-    n = len(every.index)
+    rows = next(itertools.islice(passes(), number, None))
+    every = sort_rows(subject, number, rows, range(work.classes))
+    n = len(every.position)
     leaves = {name: p.detach().requires_grad_() for name, p in subject.params.items()}
     of_rows = weights[every.chunk.groups]
-    size = n if side.coupled else work.chunk
+    # Other pieces than those of the audit: a loss that couples examples in secret would differ.
+    size = n if side.coupled or n <= work.chunk else work.chunk + work.chunk // 2 + 1
     plain = {name: torch.zeros_like(p) for name, p in leaves.items()}
     for start in range(0, n, size):
         piece = slice(start, min(start + size, n))
+        burden = _burden(of_rows[piece], reduction)
+        if burden == 0.0:
+            continue
         part = every.chunk[piece]
         with torch.enable_grad():
             predictions = subject.predict(leaves, part.inputs, part.keys)
@@ -43,7 +51,6 @@ def check_first_batch(
                 reduced, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
         # From the mean of a piece to the sum, which adds up over pieces.
-        burden = _burden(of_rows[piece], reduction)
         for name, g in zip(leaves, found, strict=True):
             plain[name] += burden * g
     error = distance(parts, plain) / max(norm_of(plain), 1e-300)

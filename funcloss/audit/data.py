@@ -1,7 +1,7 @@
 """The forms that audited data comes in, brought to one: batches that can be passed over again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def _source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
             "unshuffled DataLoader, or a function that returns a new iterator"
         )
     if callable(data):
-        return data
+        return cast(Callable[[], Iterable[Any]], data)
     if not isinstance(data, Iterable):
         raise AuditError(
             f"audit: data must be (inputs, targets) or batches of these, got {_described(data)}"

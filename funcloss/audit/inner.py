@@ -60,6 +60,13 @@ def flat(rows: Tensor) -> Tensor:
     return (rows.movedim(2, -1) if rows.dim() == 5 else rows).flatten(1)
 
 
+def _unflat(vector: Tensor, shape: torch.Size) -> Tensor:
+    """Return what :func:`flat` made of one row."""
+    if len(shape) != 4:
+        return vector.reshape(shape)
+    return vector.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Return all inner products of rows with rows, summed in float64 over stretches."""
     size = a.shape[1]
@@ -98,7 +105,9 @@ def total_of(parts: Grads, weights: Tensor | None = None) -> Grads:
     """Return the sum over the first axis, weighted if weights are given."""
     if weights is None:
         return {name: part.sum(0) for name, part in parts.items()}
-    return {name: torch.tensordot(weights.to(part), part, 1) for name, part in parts.items()}
+    return {
+        name: _unflat(weights.to(part) @ flat(part), part.shape[1:]) for name, part in parts.items()
+    }
 
 
 def scaled_rows(weights: Tensor, parts: Grads) -> Grads:

@@ -73,12 +73,15 @@ def values_of(side: LossSide, predictions: Tensor, targets: Tensor) -> Tensor:
     return values
 
 
-def cotangents_of(side: LossSide, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values and the gradient of their sum in the predictions."""
+def cotangents_of(
+    side: LossSide, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the values and the gradient of their sum, weighted if so asked, in the predictions."""
     with torch.enable_grad():
         leaf = predictions.detach().requires_grad_()
         values = values_of(side, leaf, targets)
-        (back,) = torch.autograd.grad(values.sum(), leaf, materialize_grads=True, allow_unused=True)
+        total = values.sum() if weights is None else (weights * values).sum()
+        (back,) = torch.autograd.grad(total, leaf, materialize_grads=True, allow_unused=True)
     return values.detach(), back
 
 
@@ -123,7 +126,8 @@ def swept_options(side: LossSide) -> dict[str, Tensor]:
 def margins(predictions: Tensor, labels: Tensor) -> Tensor:
     """Return the true class's score less the best other, ``(n,)``; NaN where there are none."""
     none = torch.full((len(labels),), torch.nan, device=labels.device)
-    if predictions.dim() != 2 or predictions.shape[1] < 2:
+    of_classes = predictions.dim() == 2 and predictions.shape[1] > 1
+    if not of_classes or labels.dim() != 1 or labels.is_floating_point():
         return none
     true = labels[:, None] == torch.arange(predictions.shape[1], device=labels.device)
     others = predictions.masked_fill(true, -torch.inf).amax(1)

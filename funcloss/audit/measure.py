@@ -24,14 +24,17 @@ from funcloss.audit.inner import (
     total_of,
 )
 from funcloss.audit.loss import LossSide, cotangents_of, make_loss_side, swept_options
-from funcloss.audit.methods import BY_EXAMPLE, METHODS, Plan, make_plan
+from funcloss.audit.methods import BY_EXAMPLE, METHODS, Plan, has_forward_mode, make_plan
 from funcloss.audit.passes import (
     Passes,
     Sorted,
     Work,
+    check_labels,
     class_losses,
     gradient_pass,
+    own_gradients,
     slope_pass,
+    slope_pass_backward,
     sort_rows,
 )
 from funcloss.audit.result import (
@@ -44,7 +47,7 @@ from funcloss.audit.result import (
     Spread,
     StepAudit,
 )
-from funcloss.audit.step import split_step
+from funcloss.audit.step import OWN_ROWS, split_step
 from funcloss.audit.subject import Subject, make_subject
 from funcloss.errors import AuditError
 from funcloss.optim import Optimizer, Schedule
@@ -75,7 +78,7 @@ def audit(
     gradient: Grads | None = None,
     per_example: bool = True,
     method: str = "auto",
-    memory: float = 256.0,
+    memory: float = 2048.0,
     batch_size: int = 256,
     key: Tensor | None = None,
 ) -> Audit:
@@ -139,33 +142,44 @@ def audit(
     _check_arguments(reduction, method, optimizer, learning_rate, memory, batch_size)
     started = time.perf_counter()
     options = dict(options or {}) | ({} if cost_matrix is None else {"cost_matrix": cost_matrix})
-    request = None
-    if optimizer is not None:
-        rate = torch.as_tensor(learning_rate, dtype=torch.float32)
-        request = _StepRequest(optimizer, rate, schedule, clip_norm)
     with torch.no_grad():
         subject = make_subject(model, state, key)
         form = {"batch_size": batch_size, "group_by": group_by, "device": subject.device}
         passes = batches(data, **form)
-        probe = _first_rows(subject, passes)
+        probed, probe = _first_rows(subject, passes)
         predictions = subject.predict(subject.params, probe.chunk.inputs, probe.chunk.keys)
+        names = _class_names(classes, None if group_by else predictions, passes)
+        check_labels(probe.chunk.groups, len(names))
         side = make_loss_side(loss, options, predictions, probe.targets)
-        if side.coupled and (class_weights is not None or reduction != "mean"):
+        if side.coupled and (class_weights is not None or reduction == "weighted_mean"):
             raise AuditError(
                 "audit: the loss couples examples, so a class weight belongs to none of its values "
                 "and a division by weights means nothing: give the loss its costs as options"
             )
-        names = _class_names(classes, None if group_by else predictions, passes)
+        request = None
+        if optimizer is not None:
+            rate = torch.as_tensor(learning_rate)
+            if not isinstance(learning_rate, Tensor):
+                rate = rate.to(predictions.dtype)
+            request = _StepRequest(optimizer, rate, schedule, clip_norm)
         weights = _weights(class_weights, len(names), predictions)
         norms = per_example and method in ("auto", *BY_EXAMPLE)
         plan = _plan(subject, side, probe, predictions, len(names), norms, method)
         room = _room(plan, subject, len(names), memory, with_step=request is not None)
         work = Work(subject, side, len(names), room.chunk)
-        measured = _gradient(work, plan, passes, weights, reduction, room.blocks, norms=norms)
-        slopes = None
+        measured = _gradient(
+            work, plan, passes, weights, reduction, room.blocks, probed, norms=norms
+        )
+        slopes, notes = None, []
         if per_example or swept_options(side):
-            slopes = _slopes(work, passes, measured)
-        checks = [check_first_batch(work, passes, measured.first, weights, reduction)]
+            few = probe.at(torch.arange(min(len(probe.position), _PROBE)))
+            forward = has_forward_mode(subject.predict, subject.params, few.chunk)
+            slopes = _slopes(work, passes, measured, forward=forward)
+            if not forward and swept_options(side):
+                notes.append(
+                    "the model has an operation without forward mode: no elasticity of the options"
+                )
+        checks = [check_first_batch(work, passes, probed, measured.first, weights, reduction)]
         if slopes is not None:
             gram = measured.grams.sum(0)
             checks.append(
@@ -178,13 +192,14 @@ def audit(
             checks.append(check_given(measured.gradient, gradient))
         for check in checks:
             hold(check, subject)
-        step, impact, notes = None, {}, []
+        step, impact = None, {}
         if request is not None:
             held = None if held_out is None else batches(held_out, **form)
-            step, impact, more, notes = _step(work, plan, passes, held, measured, names, request)
+            step, impact, more, why_not = _step(work, plan, passes, held, measured, names, request)
             for check in more:
                 hold(check, subject)
             checks += more
+            notes += why_not
     return _result(
         names, reduction, work, plan, measured, slopes, step, impact, checks, notes,
         per_example=per_example, seconds=time.perf_counter() - started,
@@ -212,16 +227,16 @@ class _Measured(NamedTuple):
     blocks: list[range]
     layers: Layers
     grams: Tensor  # (layers, classes, classes), of G_c = sums / n
-    index: Tensor  # by example, in the order of the data
+    position: Tensor  # by example, in the order of the data
     label: Tensor
     loss: Tensor
     norm: Tensor
     margin: Tensor
-    count: Tensor  # (classes,)
+    counts: Tensor  # (classes,)
     gradient: Grads  # of the reduced loss
     weights: Tensor  # of the classes
     scale: float  # gradient = scale / n * sum_c w_c sums_c
-    first: Grads  # sum_c w_c sums_c of the first batch
+    first: Grads  # sum_c w_c sums_c of the first batch that has any
     spread: Spread | None
 
     @property
@@ -294,13 +309,13 @@ def _check_arguments(
         )
 
 
-def _first_rows(subject: Subject, passes: Passes) -> Sorted:
-    """Return a few examples of the first batch that has any that count."""
+def _first_rows(subject: Subject, passes: Passes) -> tuple[int, Sorted]:
+    """Return number and a few examples of the first batch that has any that count."""
     for number, rows in enumerate(passes()):
         found = sort_rows(subject, number, rows, range(2**62))
-        if n := len(found.index):
-            few = torch.linspace(0, n - 1, min(n, _COUPLING), device=found.index.device).long()
-            return found.at(few)
+        if n := len(found.position):
+            few = torch.linspace(0, n - 1, min(n, _COUPLING), device=found.position.device).long()
+            return number, found.at(few)
     raise AuditError("audit: no example counts")
 
 
@@ -342,8 +357,8 @@ def _plan(
     norms: bool,
     method: str,
 ) -> Plan:
-    few = torch.linspace(0, len(probe.index) - 1, min(len(probe.index), _PROBE)).long()
-    few = few.to(probe.index.device)
+    few = torch.linspace(0, len(probe.position) - 1, min(len(probe.position), _PROBE)).long()
+    few = few.to(probe.position.device)
     part = probe.at(few)
     _, back = cotangents_of(side, predictions[few], part.targets)
     return make_plan(
@@ -370,6 +385,7 @@ def _gradient(
     weights: Tensor,
     reduction: str,
     blocks: list[range],
+    probed: int,
     *,
     norms: bool,
 ) -> _Measured:
@@ -386,14 +402,14 @@ def _gradient(
         of_block = weights[block.start : block.stop]
         found = gradient_pass(work, passes, plan.method, norms=norms, wanted=block)
         for number, findings in enumerate(found):
-            if number == 0:
+            if number == probed:
                 first = plus(first, total_of(findings.sums, of_block))
             if len(blocks) == 1:
-                spread.add(grams(findings.sums, findings.sums, layers).sum(0), len(findings.loss))
+                spread.add(grams(findings.sums, findings.sums, layers).sum(0), findings.size)
             add_to(kept, findings.sums)
             rows.append(
                 (
-                    findings.rows.index,
+                    findings.rows.position,
                     findings.rows.chunk.groups,
                     findings.loss,
                     findings.square.clamp(min=0.0).sqrt(),
@@ -418,12 +434,12 @@ def _gradient(
         blocks=blocks,
         layers=layers,
         grams=cross(sums, sums, blocks, layers) / n**2,
-        index=index[order].cpu(),
+        position=index[order].cpu(),
         label=label[order].cpu(),
         loss=loss[order].double().cpu(),
         norm=norm[order].double().cpu(),
         margin=margin[order].double().cpu(),
-        count=count,
+        counts=count,
         gradient={name: (scale / n) * part for name, part in total.items()},
         weights=weights,
         scale=scale,
@@ -440,19 +456,22 @@ def _block_sums(work: Work, plan: Plan, passes: Passes, block: range) -> Grads:
     return kept
 
 
-def _slopes(work: Work, passes: Passes, measured: _Measured) -> _Slopes:
+def _slopes(work: Work, passes: Passes, measured: _Measured, *, forward: bool) -> _Slopes:
     """Pass over the data along the gradient."""
     rows, by_name = [], {}
     swept = swept_options(work.side)
-    for found in slope_pass(
-        work, passes, measured.gradient, measured.weights, by_option=bool(swept)
-    ):
-        rows.append((found.rows.index, found.rows.chunk.groups, found.loss, found.slope))
+    found_of = (
+        slope_pass(work, passes, measured.gradient, measured.weights, by_option=bool(swept))
+        if forward
+        else slope_pass_backward(work, passes, measured.gradient)
+    )
+    for found in found_of:
+        rows.append((found.rows.position, found.rows.chunk.groups, found.loss, found.slope))
         for name, value in found.by_option.items():
             by_name[name] = by_name.get(name, 0) + value
     index, label, loss, slope = (torch.cat(part) for part in zip(*rows, strict=True))
     order = index.argsort()
-    same = torch.equal(index[order].cpu(), measured.index)
+    same = torch.equal(index[order].cpu(), measured.position)
     same = same and torch.equal(label[order].cpu(), measured.label)
     if not same or not torch.allclose(
         loss[order].double().cpu(), measured.loss, rtol=1e-3, atol=1e-5
@@ -495,48 +514,42 @@ def _step(
     if split is None:
         return None, {}, [], [why_not]
     weights = measured.weights
-    n, layers = int(measured.count.sum()), measured.layers
+    n, layers = int(measured.counts.sum()), measured.layers
 
     def moves(block: range) -> Params:
         of_block = (measured.scale / n) * weights[block.start : block.stop]
-        return split.steps(scaled_rows(of_block, measured.sums(block)))
+        return split.of_parts(scaled_rows(of_block, measured.sums(block)))
 
-    own = {
-        name: torch.stack([move[name] for move in split.own.values()])
-        for name in (subject.params if split.own else ())
-    }
-    rows = (*names, *split.own)
+    own = split.own()
+    rows = (*names, *OWN_ROWS)
     classes = len(names)
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     gram[:classes, :classes] = cross(moves, moves, blocks, layers).sum(0)
-    total = {name: torch.zeros_like(p) for name, p in subject.params.items()}
+    gram[classes:, classes:] = grams(own, own, layers).sum(0)
+    total = total_of(own)
     for block in blocks:
         part = moves(block)
         total = plus(total, total_of(part))
-        if own:
-            across = grams(part, own, layers).sum(0)
-            gram[block.start : block.stop, classes:] = across
-            gram[classes:, block.start : block.stop] = across.T
-    if own:
-        total = plus(total, total_of(own))
-        gram[classes:, classes:] = grams(own, own, layers).sum(0)
+        across = grams(part, own, layers).sum(0)
+        gram[block.start : block.stop, classes:] = across
+        gram[classes:, block.start : block.stop] = across.T
     after = plus(subject.params, split.whole)
     checks = [check_update(subject.params, after, total)]
     step = StepAudit(rows, gram, float(split.learning_rate), float(split.clip), split.note)
-    if work.side.coupled:
-        why = "the loss couples examples, so no class has a mean loss of its own to predict"
-        return step, {}, checks, [why]
     parts = {"train": (passes, measured.sums)}
     if held is not None:
         parts["held_out"] = (held, lambda block: _block_sums(work, plan, held, block))
+    if work.side.coupled:  # class parts of the whole loss are not gradients of the classes' losses
+        parts = {
+            part: (data, lambda block, data=data: own_gradients(work, plan.method, data, block))
+            for part, (data, _) in parts.items()
+        }
     impact = {}
     for part, (data, sums) in parts.items():
         matrix = torch.full((classes, len(rows)), torch.nan, dtype=torch.float64)
         matrix[:, :classes] = cross(sums, moves, blocks, layers).sum(0)
-        if own:
-            for block in blocks:
-                across = grams(sums(block), own, layers).sum(0)
-                matrix[block.start : block.stop, classes:] = across
+        for block in blocks:
+            matrix[block.start : block.stop, classes:] = grams(sums(block), own, layers).sum(0)
         before, count = class_losses(work, data, subject.params)
         matrix = torch.where(count[:, None] > 0, matrix / count[:, None], torch.nan)
         impact[part] = Impact(matrix, before, class_losses(work, data, after)[0])
@@ -563,28 +576,31 @@ def _result(
     per_example: bool,
     seconds: float,
 ) -> Audit:
-    classes, n = len(names), len(measured.index)
+    classes, n = len(names), len(measured.position)
     slope = torch.full_like(measured.loss, torch.nan) if slopes is None else slopes.slope
     rows = ExampleRows(
-        measured.index, measured.label, measured.loss, measured.norm, slope, measured.margin
+        measured.position, measured.label, measured.loss, measured.norm, slope, measured.margin
     )
-    length, alignment, loss = (torch.full((classes,), torch.nan).double() for _ in range(3))
+    alignment, loss = (torch.full((classes,), torch.nan).double() for _ in range(2))
+    length = torch.zeros(classes).double().index_add_(0, measured.label, measured.norm) / n
+    if measured.norm.isnan().all():
+        length = torch.full_like(length, torch.nan)
     quantiles = torch.full((classes, len(QUANTILES)), torch.nan).double()
     cosine = rows.alignment(measured.norm_of_gradient)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
     for c in range(classes):
         inside = measured.label == c
         if not bool(inside.any()):
             continue
         loss[c] = measured.loss[inside].mean()
-        length[c] = measured.norm[inside].sum() / n
         alignment[c] = cosine[inside].nanmean()
-        quantiles[c] = measured.norm[inside].quantile(torch.tensor(QUANTILES).double())
+        quantiles[c] = measured.norm[inside].quantile(levels)
     return Audit(
         classes=names,
         reduction=reduction,
         linear_in_weights=not work.side.coupled,
         class_weights=measured.weights.double().cpu(),
-        count=measured.count,
+        count=measured.counts,
         loss=loss,
         gram=measured.grams.sum(0),
         layers=tuple(measured.layers),

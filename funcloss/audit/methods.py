@@ -1,9 +1,10 @@
-"""Four ways to the same class gradients, and the rule that chooses between them.
+"""Five ways to the same class gradients, and the rule that chooses between them.
 
 | method | how | delivers | costs, in plain passes |
 |---|---|---|---|
 | products | one backward pass; a product a layer and class | classes, examples | 1 and a part |
 | examples | ``vmap`` of each example's vjp, in chunks | classes, examples | about 2.5 |
+| loop | a backward pass an example | classes, examples | about 20 |
 | classes | a backward pass for the examples of each class | classes | 4/3 |
 | jacrev | ``jacrev`` of the sums over each class | classes | (1 + 2 classes) / 3 |
 
@@ -13,23 +14,23 @@ needs every parameter to be used once, in a linear layer, a convolution, an embe
 normalisation; it is compared with plain gradients on a few examples before it is trusted.
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from funcloss.audit.inner import norm_of, side_by_side
 from funcloss.audit.products import add_by_group, add_products, form_of, tapping
 from funcloss.errors import AuditError
-from funcloss.transforms import Predict, class_grads, per_sample_vjps
+from funcloss.transforms import Predict, class_grads, directional, per_sample_vjps
 from funcloss.typing import Grads, Params
 
-METHODS = ("products", "examples", "classes", "jacrev")
-BY_EXAMPLE = ("products", "examples")  # these deliver norms
+METHODS = ("products", "examples", "classes", "jacrev", "loop")
+BY_EXAMPLE = ("products", "examples", "loop")  # these deliver norms
 
 
 class Chunk(NamedTuple):
@@ -85,7 +86,8 @@ def by_examples(
 ) -> Tensor | None:
     """Add each group's gradient to ``sums``, from a gradient an example."""
     back = cotangents(predict(params, chunk.inputs, chunk.keys))
-    grads = per_sample_vjps(predict)(params, chunk.inputs, chunk.keys, back)
+    with _slowly():
+        grads = per_sample_vjps(predict)(params, chunk.inputs, chunk.keys, back)
     for name, g in grads.items():
         add_by_group(g, chunk.groups, sums[name])
     if not norms:
@@ -108,9 +110,7 @@ def by_classes(
     begin = 0
     for group, count in zip(found.tolist(), counts.tolist(), strict=True):
         piece = slice(begin, begin + count)
-        part = chunk[piece]
-        _, pull = vjp(lambda p, part=part: predict(p, part.inputs, part.keys), params)
-        for name, g in pull(back[piece])[0].items():
+        for name, g in plain_vjp(predict, params, chunk[piece], back[piece]).items():
             sums[name][group] += g
         begin += count
 
@@ -126,9 +126,49 @@ def by_jacrev(
     """Add each group's gradient to ``sums``, from one mapped backward pass."""
     back = cotangents(predict(params, chunk.inputs, chunk.keys))
     rows = len(next(iter(sums.values())))
-    parts = class_grads(predict, rows)(params, chunk.inputs, chunk.keys, back, chunk.groups)
+    with _slowly():
+        parts = class_grads(predict, rows)(params, chunk.inputs, chunk.keys, back, chunk.groups)
     for name, g in parts.items():
         sums[name] += g
+
+
+def by_loop(
+    predict: Predict,
+    params: Params,
+    chunk: Chunk,
+    cotangents: Cotangents,
+    sums: Grads,
+    norms: bool,
+) -> Tensor:
+    """Add each group's gradient to ``sums``, from a backward pass an example."""
+    back = cotangents(predict(params, chunk.inputs, chunk.keys))
+    squares = []
+    for i, group in enumerate(chunk.groups.tolist()):
+        one = slice(i, i + 1)
+        grads = plain_vjp(predict, params, chunk[one], back[one])
+        for name, g in grads.items():
+            sums[name][group] += g
+        squares.append(torch.stack([g.square().sum() for g in grads.values()]).sum())
+    return torch.stack(squares)
+
+
+def plain_vjp(predict: Predict, params: Params, chunk: Chunk, back: Tensor) -> Grads:
+    """Return ``sum_i J_i^T back_i`` by nothing but autograd, which every module goes through."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        predictions = predict(leaves, chunk.inputs, chunk.keys)
+    found = torch.autograd.grad(
+        predictions, list(leaves.values()), back, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+@contextlib.contextmanager
+def _slowly() -> Iterator[None]:
+    """Keep torch from telling the user which operation ``vmap`` takes one example at a time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
 
 
 MEASURES: dict[str, Measure] = {
@@ -136,6 +176,7 @@ MEASURES: dict[str, Measure] = {
     "examples": by_examples,
     "classes": by_classes,
     "jacrev": by_jacrev,
+    "loop": by_loop,
 }
 
 
@@ -173,51 +214,36 @@ def make_plan(
         The plan of least predicted cost.
 
     Raises:
-        AuditError: nothing can deliver what is asked for.
+        AuditError: the method that is asked for cannot measure this model.
     """
-    costs = {"classes": 4 / 3, "jacrev": (1 + 2 * classes) / 3}
+    costs = {"classes": 4 / 3, "jacrev": (1 + 2 * classes) / 3, "loop": 20.0}
     cannot = {}
-    plain = _one_by_one(predict, params, probe, back)
+    ones = [slice(i, i + 1) for i in range(len(probe.keys))]
+    plain = [plain_vjp(predict, params, probe[one], back[one]) for one in ones]
     layers, cannot["products"] = _try_products(predict, params, probe, back, plain)
-    cannot["examples"] = _try_examples(predict, params, probe, back, plain)
-    forward = sum(layer.macs for layer in layers)
+    if cannot["products"] or forced == "examples":
+        cannot["examples"] = _try_examples(predict, params, probe, back, plain)
+    macs = sum(layer.macs for layer in layers)
     if not cannot["products"]:
         extra = sum(layer.macs_of_products(norms=norms) for layer in layers)
-        costs["products"] = (2 * forward + extra) / max(3 * forward, 1)
-    if not cannot["examples"]:
+        costs["products"] = (2 * macs + extra) / max(3 * macs, 1)
+    if not cannot.get("examples"):
         costs["examples"] = 2.5
     if forced != "auto":
+        if forced in ("classes", "jacrev"):
+            cannot[forced] = _try(forced, predict, params, probe, back)
         if why := cannot.get(forced):
             raise AuditError(f"audit: the method {forced} cannot measure this model: {why}")
-        return Plan(forced, "asked for", costs, _bytes(predict, params, probe, forced))
+        size = _bytes(predict, params, probe, forced)
+        return Plan(forced, "asked for", costs, size)
     able = {name: costs[name] for name in METHODS if name in costs}
     if norms:
         able = {name: cost for name, cost in able.items() if name in BY_EXAMPLE}
     why_not = "; ".join(f"not {name}: {why}" for name, why in cannot.items() if why)
-    if not able:
-        raise AuditError(
-            f"audit: no method can give this model's examples a gradient each ({why_not}): "
-            "per_example=False audits its classes alone"
-        )
     best = min(able, key=lambda name: able[name])
     what = "class gradients and norms" if norms else "class gradients"
     why = f"least predicted cost for {what}" + (f"; {why_not}" if why_not else "")
     return Plan(best, why, costs, _bytes(predict, params, probe, best))
-
-
-def _one_by_one(predict: Predict, params: Params, probe: Chunk, back: Tensor) -> list[Grads]:
-    """Return the gradient of each example of the probe, by nothing but autograd."""
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    grads = []
-    for i in range(len(probe.keys)):
-        one = probe[slice(i, i + 1)]
-        with torch.enable_grad():
-            along = (predict(leaves, one.inputs, one.keys) * back[i : i + 1]).sum()
-            found = torch.autograd.grad(
-                along, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        grads.append(dict(zip(leaves, found, strict=True)))
-    return grads
 
 
 def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]):
@@ -232,8 +258,8 @@ def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, 
     sums = side_by_side(params, n)
     try:
         squares = by_products(predict, params, each, lambda z: back, sums, True)
-    except RuntimeError as error:  # a layer whose first axis is not the batch
-        return [], _first_line(error)
+    except RuntimeError:
+        return [], "a layer does not read the examples along its first axis"
     assert squares is not None
     wrong = _disagreement(sums, squares, plain)
     return (layers, "") if not wrong else ([], f"{wrong} is not a sum over the examples in order")
@@ -244,13 +270,42 @@ def _try_examples(
 ) -> str:
     """Return, in a few words, why ``vmap`` cannot take the model; empty if it can."""
     try:
-        grads = per_sample_vjps(predict)(params, probe.inputs, probe.keys, back)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return _first_line(error)
+        with _slowly():
+            grads = per_sample_vjps(predict)(params, probe.inputs, probe.keys, back)
+    except (RuntimeError, ValueError) as error:
+        return f"vmap cannot take the model ({_first_line(error)})"
     squares = sum(g.flatten(1).square().sum(1) for g in grads.values())
     assert isinstance(squares, Tensor)
     wrong = _disagreement(grads, squares, plain)
     return wrong and f"under vmap the gradient of {wrong} is another"
+
+
+def has_forward_mode(predict: Predict, params: Params, probe: Chunk) -> bool:
+    """Return whether every operation of the model has a forward-mode derivative.
+
+    Args:
+        predict: The model.
+        params: Its parameters.
+        probe: A few examples.
+    """
+    try:
+        directional(lambda p: predict(p, probe.inputs, probe.keys), params, params)
+    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
+
+
+def _try(method: str, predict: Predict, params: Params, probe: Chunk, back: Tensor) -> str:
+    """Return, in a few words, why a method fails; empty if it does not."""
+    groups = torch.zeros_like(probe.groups)
+    try:
+        MEASURES[method](
+            predict, params, probe._replace(groups=groups), lambda z: back,
+            side_by_side(params, 1), False,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        return _first_line(error)
+    return ""
 
 
 def _disagreement(each: Grads, squares: Tensor, plain: list[Grads]) -> str:
@@ -262,7 +317,7 @@ def _disagreement(each: Grads, squares: Tensor, plain: list[Grads]) -> str:
             if not float((stacked[i] - of[name]).norm()) <= room * length:
                 return name
     for i, of in enumerate(plain):
-        if not abs(math.sqrt(abs(float(squares[i]))) - norm_of(of)) <= room * length:
+        if not abs(abs(float(squares[i])) ** 0.5 - norm_of(of)) <= room * length:
             return "a norm"
     return ""
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from funcloss.audit.data import Rows
 from funcloss.audit.inner import side_by_side
 from funcloss.audit.loss import LossSide, cotangents_of, margins, option_slopes, values_of
-from funcloss.audit.methods import MEASURES, Chunk
+from funcloss.audit.methods import MEASURES, Chunk, plain_vjp
 from funcloss.audit.subject import Subject
 from funcloss.errors import AuditError
 from funcloss.keys import example_keys
@@ -34,13 +34,13 @@ class Sorted(NamedTuple):
 
     chunk: Chunk
     targets: Tensor
-    index: Tensor  # position of each in the data
+    position: Tensor  # of each in the data
 
     def at(self, index: Tensor) -> "Sorted":
         """Return some of them."""
         inputs = tree_map(lambda x: _select(x, index), self.chunk.inputs)
         chunk = Chunk(inputs, self.chunk.keys[index], self.chunk.groups[index])
-        return Sorted(chunk, self.targets[index], self.index[index])
+        return Sorted(chunk, self.targets[index], self.position[index])
 
 
 class Findings(NamedTuple):
@@ -51,6 +51,7 @@ class Findings(NamedTuple):
     loss: Tensor
     square: Tensor  # of the norm; NaN where not measured
     margin: Tensor
+    size: int  # examples of the batch, those that do not count among them
 
 
 def sort_rows(subject: Subject, number: int, rows: Rows, wanted: range) -> Sorted:
@@ -90,24 +91,24 @@ def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wante
     subject, side = work.subject, work.side
     sums = side_by_side(subject.params, len(wanted))
     for number, rows in enumerate(passes()):
-        _check_labels(rows, work.classes)
+        check_labels(rows.groups, work.classes)
         every = sort_rows(subject, number, rows, range(work.classes) if side.coupled else wanted)
-        backs = None
+        known = None
         if side.coupled:
             predictions = _predicted(work, every.chunk)
-            values, backs = cotangents_of(side, predictions, every.targets)
+            values, back = cotangents_of(side, predictions, every.targets)
             inside = (every.chunk.groups >= wanted.start) & (every.chunk.groups < wanted.stop)
             if not bool(inside.all()):
                 kept = inside.nonzero().squeeze(1)
-                every = every.at(kept)
-                values, backs, predictions = values[kept], backs[kept], predictions[kept]
+                every, values, back = every.at(kept), values[kept], back[kept]
+            known = (values, back)
         chunk = every.chunk._replace(groups=every.chunk.groups - wanted.start)
         for part in sums.values():
             part.zero_()
         losses, squares, margin = [], [], []
         for piece in _pieces(len(chunk.keys), work.chunk):
-            known = None if backs is None else (values[piece], backs[piece])
-            seen = _Seen(side, every.targets[piece], every.chunk.groups[piece], known)
+            of_piece = None if known is None else (known[0][piece], known[1][piece])
+            seen = _Seen(side, every.targets[piece], of_piece)
             square = MEASURES[method](
                 subject.predict, subject.params, chunk[piece], seen.cotangents, sums, norms
             )
@@ -120,6 +121,7 @@ def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wante
             _joined(losses),
             _joined(squares),
             _joined(margin),
+            len(rows.groups),
         )
         _check_finite(found)
         yield found
@@ -132,15 +134,14 @@ class _Seen:
         self,
         side: LossSide,
         targets: Tensor,
-        groups: Tensor,
         known: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self.side, self.targets, self.groups, self.known = side, targets, groups, known
+        self.side, self.targets, self.known = side, targets, known
         self.losses = self.margin = torch.zeros(0)
 
     def cotangents(self, predictions: Tensor) -> Tensor:
         self.losses, back = self.known or cotangents_of(self.side, predictions, self.targets)
-        self.margin = margins(predictions, self.groups)
+        self.margin = margins(predictions, self.targets)
         return back
 
 
@@ -171,33 +172,94 @@ def slope_pass(
     subject, side = work.subject, work.side
     for number, rows in enumerate(passes()):
         every = sort_rows(subject, number, rows, range(work.classes))
-        found = []
-        for piece in _pieces(len(every.chunk.keys), work.chunk):
+        pieces = _pieces(len(every.position), work.chunk)
+        moved: list[tuple[slice, Tensor, Tensor]] = []
+        for piece in pieces:
             part = every.chunk[piece]
-            found.append(
-                directional(
-                    lambda p, part=part: subject.predict(p, part.inputs, part.keys),
-                    subject.params,
-                    direction,
-                )
+            predictions, moves = directional(
+                lambda p, part=part: subject.predict(p, part.inputs, part.keys),
+                subject.params,
+                direction,
             )
-            if not side.coupled:  # the loss of a chunk is the loss of its examples
-                found[-1] = (*found[-1], piece)
-        if side.coupled and found:
-            found = [(*(torch.cat(part) for part in zip(*found, strict=True)), slice(None))]
-        losses, slopes, by_name = [], [], {}
-        for predictions, moves, piece in found:
+            moved.append((piece, predictions, moves))
+        if side.coupled and moved:  # the loss of a piece hangs on the others
+            _, predictions, moves = zip(*moved, strict=True)
+            moved = [(slice(None), torch.cat(predictions), torch.cat(moves))]
+        losses, slopes = [], []
+        by_name: dict[str, Tensor] = {}
+        for piece, predictions, moves in moved:
             targets = every.targets[piece]
             values, back = cotangents_of(side, predictions, targets)
             losses.append(values)
-            slopes.append((back * moves).flatten(1).sum(1))
+            slopes.append((back * moves).reshape(len(back), -1).sum(1))
             if by_option:
                 of_rows = weights[every.chunk.groups[piece]]
-                for name, value in option_slopes(
+                for name, slope in option_slopes(
                     side, predictions, moves, targets, of_rows
                 ).items():
-                    by_name[name] = by_name.get(name, 0) + value
+                    by_name[name] = by_name[name] + slope if name in by_name else slope
         yield Slopes(every, _joined(losses), _joined(slopes), by_name)
+
+
+def slope_pass_backward(work: Work, passes: Passes, direction: Params) -> Iterator[Slopes]:
+    """Yield each example's slope along a direction, from a gradient an example.
+
+    The way for models that have an operation without a forward-mode derivative.
+
+    Args:
+        work: The model, the loss and the size of a chunk.
+        passes: The data.
+        direction: Keys and shapes of the params.
+
+    Yields:
+        The slopes of each batch.
+    """
+    subject = work.subject
+    for number, rows in enumerate(passes()):
+        every = sort_rows(subject, number, rows, range(work.classes))
+        values, back = cotangents_of(work.side, _predicted(work, every.chunk), every.targets)
+        slopes = []
+        for i in range(len(every.position)):
+            one = slice(i, i + 1)
+            grads = plain_vjp(subject.predict, subject.params, every.chunk[one], back[one])
+            slopes.append(torch.stack([(g * direction[n]).sum() for n, g in grads.items()]).sum())
+        yield Slopes(every, values, torch.stack(slopes) if slopes else torch.zeros(0), {})
+
+
+def own_gradients(work: Work, method: str, passes: Passes, wanted: range) -> Grads:
+    """Return the gradient of each class's sum of losses, where a loss couples the examples.
+
+    Args:
+        work: The model and the loss.
+        method: A key of ``MEASURES``.
+        passes: The data.
+        wanted: The classes.
+
+    Returns:
+        Side by side, ``(classes, *shape)``.
+    """
+    subject, side = work.subject, work.side
+    sums = side_by_side(subject.params, len(wanted))
+    for number, rows in enumerate(passes()):
+        every = sort_rows(subject, number, rows, range(work.classes))
+        predictions = _predicted(work, every.chunk)
+        for row, label in enumerate(wanted):
+            of_class = (every.chunk.groups == label).to(predictions)
+            if not bool(of_class.any()):
+                continue
+            _, back = cotangents_of(side, predictions, every.targets, of_class)
+            one = {name: part[row : row + 1] for name, part in sums.items()}
+            whole = every.chunk._replace(groups=torch.zeros_like(every.chunk.groups))
+            for piece in _pieces(len(every.position), work.chunk):
+                MEASURES[method](
+                    subject.predict,
+                    subject.params,
+                    whole[piece],
+                    lambda z, back=back[piece]: back,
+                    one,
+                    False,
+                )
+    return sums
 
 
 def class_losses(work: Work, passes: Passes, params: Params) -> tuple[Tensor, Tensor]:
@@ -236,11 +298,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def _check_labels(rows: Rows, classes: int) -> None:
-    if len(rows.groups) and int(rows.groups.max()) >= classes:
+def check_labels(groups: Tensor, classes: int) -> None:
+    """Raise ``AuditError`` if an example counts for a class that there is not."""
+    if len(groups) and int(groups.max()) >= classes:
         raise AuditError(
-            f"audit: labels must be in 0..{classes - 1}, got {int(rows.groups.max())}: give "
-            "classes= for more"
+            f"audit: labels must be in 0..{classes - 1}, got {int(groups.max())}: give classes= "
+            "for more"
         )
 
 
@@ -249,6 +312,6 @@ def _check_finite(found: Findings) -> None:
     if len(bad):
         where = int(bad[0])
         raise AuditError(
-            f"audit: the loss of example {int(found.rows.index[where])} is "
+            f"audit: the loss of example {int(found.rows.position[where])} is "
             f"{float(found.loss[where])}: there is no gradient to part"
         )

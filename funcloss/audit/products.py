@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -190,7 +191,7 @@ def _outer(
         piece = slice(start, min(start + step, n))
         read, flow = front(piece), back[piece]
         inside = _inside(segments, piece)
-        if explicit:
+        if explicit and squares is not None:
             grads = flow.mT @ read
             squares[piece] += _square(grads)
             for label, part in inside:
@@ -251,7 +252,7 @@ def _inside(segments: Segments, piece: slice) -> Segments:
 def _linear(
     tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
 ) -> None:
-    n = len(squares) if squares is not None else segments[-1][1].stop
+    n = segments[-1][1].stop
     read = tap.read.reshape(n, 1, -1, tap.read.shape[-1])
     back = back.reshape(n, 1, -1, back.shape[-1])
     if tap.weight:
@@ -293,9 +294,9 @@ def _convolution(
 def _convolution_sums(tap: Tap, back: Tensor, segments: Segments, into: Tensor) -> None:
     """Add class gradients alone, by torch's own kernel for all examples of a class."""
     weight_grad = {
-        1: torch.nn.grad.conv1d_weight,
-        2: torch.nn.grad.conv2d_weight,
-        3: torch.nn.grad.conv3d_weight,
+        1: grad.conv1d_weight,
+        2: grad.conv2d_weight,
+        3: grad.conv3d_weight,
     }[tap.read.dim() - 2]
     settings = {name: tap.settings[name] for name in ("stride", "padding", "dilation", "groups")}
     for label, part in segments:

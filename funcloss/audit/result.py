@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 class ExampleRows(NamedTuple):
     """One row an example that counts, in the order of the data; gradients are at cost 1."""
 
-    index: Int[Tensor, " n"]  # position in the data
+    # position in the data
+    index: Int[Tensor, " n"]  # pyright: ignore[reportIncompatibleMethodOverride]
     label: Int[Tensor, " n"]
     loss: Float[Tensor, " n"]
     norm: Float[Tensor, " n"]  # |grad l_i|; NaN where not measured
@@ -109,7 +110,8 @@ class Audit(NamedTuple):
     reduction: str  # what divides: mean, weighted_mean or sum
     linear_in_weights: bool  # False: the loss couples examples, so costs act inside it
     class_weights: Float[Tensor, " classes"]
-    count: Int[Tensor, " classes"]  # examples that count
+    # examples that count
+    count: Int[Tensor, " classes"]  # pyright: ignore[reportIncompatibleMethodOverride]
     loss: Float[Tensor, " classes"]  # mean of each class at cost 1; NaN without examples
     gram: Float[Tensor, "classes classes"]  # <G_a, G_b> at cost 1, G_c = sum grad l_i / n
     layers: tuple[str, ...]
@@ -273,11 +275,12 @@ class Audit(NamedTuple):
         """Return :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
-    def write(self, folder: str | Path) -> list[Path]:
+    def write(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
         """Write ``audit.json`` and tidy tables: a row a class, a pair of classes, an example.
 
         Args:
             folder: An existing folder; each file is written whole or not at all.
+            about: What ``audit.json`` is to say of model and data, under ``about``.
 
         Returns:
             The files: ``audit.json``, ``audit_classes.csv``, ``audit_pairs.csv`` and, where
@@ -288,7 +291,9 @@ class Audit(NamedTuple):
         """
         folder = Path(folder)
         paths = [folder / "audit.json"]
-        write_text(paths[0], self.to_json() + "\n")
+        told = {"about": dict(about)} if about else {}
+        text = json.dumps(told | self.to_dict(), indent=1, allow_nan=False)
+        write_text(paths[0], text + "\n")
         tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
         if self.examples is not None:
             tables["examples"] = self._example_rows()
@@ -331,7 +336,7 @@ class Audit(NamedTuple):
             }
 
 
-def plain(value: Tensor | float) -> Any:
+def plain(value: Any) -> Any:
     """Return numbers and lists of numbers, None for those that JSON has not.
 
     Example:
@@ -339,7 +344,7 @@ def plain(value: Tensor | float) -> Any:
         [1.0, None]
     """
     if isinstance(value, Tensor):
-        value = value.tolist()
+        return plain(value.tolist())
     if isinstance(value, list):
         return [plain(item) for item in value]
     return value if not isinstance(value, float) or abs(value) < float("inf") else None

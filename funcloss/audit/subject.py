@@ -4,14 +4,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcloss.errors import AuditError
 from funcloss.keys import keyed_randomness, make_key
 from funcloss.optim import OptState
 from funcloss.training import TrainState, make_forward
+from funcloss.training.objective import Forward
 from funcloss.training.step import preferred_layout
 from funcloss.transforms import Predict
-from funcloss.typing import Params
+from funcloss.typing import Buffers, Params
 
 
 class Subject(NamedTuple):
@@ -39,7 +41,7 @@ def make_subject(
     Raises:
         AuditError: the model couples examples or has nothing to train, or the state is not its own.
     """
-    _check_couples_nothing(model)
+    check_couples_nothing(model)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     opt_state, step = None, None
     if isinstance(state, TrainState):
@@ -58,20 +60,8 @@ def make_subject(
         if name not in named or named[name].shape != tensor.shape:
             raise AuditError(f"audit: {name} of the state is not a parameter of the model")
     device = next(iter(params.values())).device
-    forward = make_forward(model)
-
-    def predict(params: Params, inputs: Any, keys: Tensor) -> Tensor:
-        with keyed_randomness(keys):
-            predictions, _ = forward(params, buffers, inputs)
-        if not isinstance(predictions, Tensor):
-            kind = type(predictions).__name__
-            raise AuditError(
-                f"audit: the model must give one tensor, got a {kind}: wrap it in one that does"
-            )
-        return predictions
-
     return Subject(
-        predict=predict,
+        predict=make_predict(make_forward(model), buffers),
         params=params,
         opt_state=opt_state,
         step=torch.zeros((), dtype=torch.int64, device=device) if step is None else step,
@@ -83,7 +73,25 @@ def make_subject(
     )
 
 
-def _check_couples_nothing(model: nn.Module) -> None:
+def make_predict(forward: Forward, buffers: Buffers) -> Predict:
+    """Return a model with its buffers as a function, in which dropout draws from the keys."""
+
+    def predict(params: Params, inputs: Any, keys: Tensor) -> Tensor:
+        # The other attention kernels have no forward-mode derivative.
+        with keyed_randomness(keys), sdpa_kernel(SDPBackend.MATH):
+            predictions, _ = forward(params, buffers, inputs)
+        if not isinstance(predictions, Tensor):
+            kind = type(predictions).__name__
+            raise AuditError(
+                f"audit: the model must give one tensor, got a {kind}: wrap it in one that does"
+            )
+        return predictions
+
+    return predict
+
+
+def check_couples_nothing(model: nn.Module) -> None:
+    """Raise ``AuditError`` if the model has a layer that couples the examples of a batch."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue

@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from funcloss.cli.audit import audit
 from funcloss.cli.check import check
 from funcloss.cli.evaluate import evaluate
 from funcloss.cli.predict import predict
@@ -24,7 +25,7 @@ def _app(**settings: Any) -> typer.Typer:
 
 
 app = _app(no_args_is_help=True, callback=_group)
-for command in (train, evaluate, predict, check):
+for command in (train, evaluate, predict, check, audit):
     app.command()(command)
 
 train_app = _app(add_completion=False)

@@ -1,14 +1,17 @@
 """What the commands show: progress on a terminal, plain lines when piped, tables."""
 
+import math
 import shlex
 import sys
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from funcloss import training
+from funcloss import audit, training
 
 
 class TrainingConsole:
@@ -17,6 +20,8 @@ class TrainingConsole:
     def __init__(self, *, quiet: bool) -> None:
         """Show everything, or, when ``quiet``, warnings only."""
         self._quiet = quiet
+        self._audits: list[list[dict[str, Any]]] = []  # of the epoch
+        self._audit_seconds = 0.0
         self._out = Console(highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -56,6 +61,9 @@ class TrainingConsole:
                     self._bar.update(task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
                 if not self._out.is_terminal:
                     self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} images/s")
+            case training.Audited(_, seconds, rows):
+                self._audits.append(rows)
+                self._audit_seconds += seconds
             case training.EpochReport(number, epochs, loss, seconds, evaluations):
                 parts = "  ".join(
                     f"{name} loss {scores.loss:.4f} accuracy {scores.accuracy:.2%}"
@@ -64,6 +72,11 @@ class TrainingConsole:
                 self._print(
                     f"epoch {number}/{epochs}  training loss {loss:.4f}  {parts}  {seconds:.1f} s"
                 )
+                if self._audits and not self._quiet:
+                    self._out.print(_shares_table(self._audits))
+                    took = self._audit_seconds / max(seconds, 1e-9)
+                    self._print(f"{len(self._audits)} audits took {took:.1%} of the epoch")
+                self._audits, self._audit_seconds = [], 0.0
 
     def summary(self, outcome: "training.Outcome") -> None:
         """Show the result of a finished run, and what to try next."""
@@ -89,6 +102,102 @@ class TrainingConsole:
     def _print(self, text: str) -> None:
         if not self._quiet:
             self._out.print(text, markup=False, emoji=False)
+
+
+_SHOWN, _MOST = 10, 24  # classes side by side, and below each other
+
+
+def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
+    """Return mean share and budget of each class over some audits, a column a class."""
+    means = [
+        {
+            name: _mean([rows[c][name] for rows in audits])
+            for name in ("share", "update_share", "budget")
+        }
+        for c in range(len(audits[0]))
+    ]
+    order = sorted(range(len(means)), key=lambda c: -(means[c]["share"] or 0.0))
+    shown = sorted(order[:_SHOWN])
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(len(shown) + 1):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row("class", *(escape(audits[0][c]["class"]) for c in shown))
+    for name, title in (
+        ("share", "share of the gradient"),
+        ("update_share", "share of the step"),
+        ("budget", "cost x count"),
+    ):
+        cells = (means[c][name] for c in shown)
+        table.add_row(title, *("-" if cell is None else f"{cell:.0%}" for cell in cells))
+    return table
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def print_audit(found: "audit.RunAudit", files: list[Path], *, quiet: bool) -> None:
+    """Print what an audit found, in words and in a table, and where its report is."""
+    out = Console(highlight=False, soft_wrap=True)
+    for line in audit.sentences(found.audit, optimizer=found.about.optimizer):
+        out.print(line, markup=False, emoji=False)
+    if quiet:
+        return
+    out.print()
+    out.print(_audit_table(found.audit))
+    method = found.audit.method
+    out.print(
+        f"{found.about.examples:,} examples of {found.about.dataset}, {found.about.part}; "
+        f"{method.name}, {method.seconds:.1f} s",
+        markup=False,
+    )
+    for check in found.audit.checks:
+        held = "" if check.tolerance is None else f" (at most {check.tolerance:.1e})"
+        out.print(f"check {check.name}: off by {check.error:.1e}{held}", markup=False)
+    for note in (found.about.note, *found.audit.notes):
+        if note:
+            out.print(f"note: {note}", markup=False)
+    out.print(f"report: {files[0]}", markup=False)
+
+
+def _audit_table(found: "audit.Audit") -> Table:
+    """Return a row a class, the largest shares first beyond two dozen classes."""
+    now, step, impact = found.balance, found.step, found.impact.get("held_out")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for name in ("count", "cost", "budget", "share", "±", "step", "norm", "coherence", "worst"):
+        table.add_column(name, justify="right")
+    if impact is not None:
+        table.add_column("held-out", justify="right")
+    order = range(len(found.classes))
+    if len(order) > _MOST:
+        order = now.share.nan_to_num(-1.0).argsort(descending=True)[:_MOST].tolist()
+    rivals = now.conflict.clone().fill_diagonal_(2.0).nan_to_num(2.0)
+    for c in order:
+        rival = int(rivals[c].argmin())
+        spread = found.spread
+        cells = [
+            f"{int(found.count[c]):,}",
+            f"{float(found.class_weights[c]):g}",
+            _percent(now.budget[c]),
+            _percent(now.share[c]),
+            _percent(None if spread is None else spread.share[c] / spread.batches**0.5),
+            _percent(None if step is None else step.share[c]),
+            f"{float(now.norm[c]):.2e}",
+            f"{float(found.coherence[c]):.2f}",
+            f"{float(rivals[c, rival]):+.2f} {escape(found.classes[rival])}"
+            if float(rivals[c, rival]) <= 1.0
+            else "-",
+        ]
+        if impact is not None:
+            cells.append(f"{float(impact.predicted[c]):+.1e}")
+        table.add_row(escape(found.classes[c]), *cells)
+    return table
+
+
+def _percent(part: Any) -> str:
+    return "-" if part is None or math.isnan(float(part)) else f"{float(part):.1%}"
 
 
 def class_table(scores: "training.Evaluation", classes: tuple[str, ...]) -> Table:

@@ -46,12 +46,13 @@ def train(
     if resume is not None:
         _check_resume(given, recipe=recipe, config=config, run_dir=run_dir, overwrite=overwrite)
 
-    from funcloss import training  # torch, from here on
+    from funcloss import audit, training  # torch, from here on
     from funcloss.cli.console import TrainingConsole
 
     stop = _StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:
-        watch = {"show": console.show, "should_stop": stop.asked}
+        watch: dict[str, Any] = {"show": console.show, "should_stop": stop.asked}
+        watch["observer"] = audit.observer
         if resume is None:
             outcome = training.train(chosen, run_dir, overwrite=overwrite, **watch)
         else:

@@ -252,9 +252,7 @@ def _adam_split(betas: tuple[float, float], eps: float):
 def _adam_update(
     grads: Grads, state: AdamState, learning_rate: Tensor, betas: tuple[float, float], eps: float
 ) -> tuple[Params, AdamState]:
-    moves, first, second = _adam_steps(
-        grads, state.first, grads, state, learning_rate, betas, eps
-    )
+    moves, first, second = _adam_steps(grads, state.first, grads, state, learning_rate, betas, eps)
     return moves, AdamState(state.step + 1, first, second)
 
 

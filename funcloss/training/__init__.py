@@ -12,6 +12,7 @@ from funcloss.training.objective import (
     weighted_mean_of,
 )
 from funcloss.training.run import (
+    Audited,
     EpochReport,
     Event,
     Note,
@@ -32,6 +33,7 @@ from funcloss.training.use import (
 )
 
 __all__ = [
+    "Audited",
     "Compiled",
     "Epoch",
     "EpochReport",

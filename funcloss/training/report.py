@@ -54,6 +54,7 @@ def sum_up(
     epochs = [r for r in records if r["kind"] == "epoch" and r["epoch"] > 0]
     seconds = sum(r["seconds"] for r in epochs)
     examples = int(state.step) * config.batch_size
+    audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     shown = min(6, len(test.labels))
     guesses = evaluations["test"].logits[:shown].argmax(-1).tolist()
     truths = test.labels[:shown].tolist()
@@ -83,6 +84,8 @@ def sum_up(
         "steps": int(state.step),
         "examples": examples,
         "train_seconds": seconds,
+        "audits": len(audits),
+        "audit_seconds": sum(audits.values()),
         "images_per_second": examples / seconds if seconds else None,
         "device": config.device,
         "compile": config.compile,
@@ -108,6 +111,10 @@ def scalars(run_dir: Path, wanted: bool) -> Iterator[Callable[[dict[str, Any]], 
             if record["kind"] == "step":
                 writer.add_scalar("loss/train", record["loss"], record["step"])
                 writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
+            if record["kind"] == "audit":
+                for score in ("share", "norm", "update_share"):
+                    value = math.nan if record[score] is None else record[score]
+                    writer.add_scalar(f"{score}/{record['class']}", value, record["step"])
             for part in ("validation", "test"):
                 if part in record:
                     for score in ("loss", "accuracy"):

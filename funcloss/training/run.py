@@ -1,6 +1,8 @@
 """A run: a training with a folder that holds all of it, made, taken up again, read."""
 
+import copy
 import math
+import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
@@ -20,6 +23,7 @@ from funcloss.training.loop import IndexedStep, Progress, fit
 from funcloss.training.objective import Forward, make_forward
 from funcloss.training.setup import Setup, input_shape, make_setup
 from funcloss.training.step import TrainState
+from funcloss.typing import Metrics
 
 
 class Note(NamedTuple):
@@ -48,8 +52,18 @@ class EpochReport(NamedTuple):
     evaluations: dict[str, Evaluation]  # by part of the data set
 
 
-Event = Note | Started | Progress | EpochReport
+class Audited(NamedTuple):
+    """Who owned the gradient of a step, looked at before it was taken."""
+
+    step: int  # its number, from 1
+    seconds: float  # that looking took
+    rows: list[dict[str, Any]]  # one a class
+
+
+Event = Note | Started | Progress | EpochReport | Audited
 Show = Callable[[Event], None]
+# what looks at the step on the training examples at an index: a record a class
+Observe = Callable[[TrainState, Tensor], list[dict[str, Any]]]
 
 
 class Outcome(NamedTuple):
@@ -67,6 +81,7 @@ def train(
     overwrite: bool = False,
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    observer: Callable[[Setup], Observe] | None = None,
 ) -> Outcome:
     """Train as a configuration says, into a new run folder.
 
@@ -76,6 +91,8 @@ def train(
         overwrite: A run that is at ``run_dir`` may be replaced.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
+        observer: What audits a step every ``audit_every`` steps, ``funcloss.audit.observer``;
+            None: nothing does.
 
     Returns:
         The run folder and the summary.
@@ -107,7 +124,7 @@ def train(
         folder.write_config(beside, setup.config, run)
         _save(beside, setup, setup.state)
         folder.write_records(beside, [])
-    return _run_from(setup, setup.state, step, run_dir, show, should_stop)
+    return _run_from(setup, setup.state, step, run_dir, show, should_stop, observer)
 
 
 def resume(
@@ -116,6 +133,7 @@ def resume(
     data_dir: str = "",
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    observer: Callable[[Setup], Observe] | None = None,
 ) -> Outcome:
     """Take up a run where its last checkpoint is, as if it had never stopped.
 
@@ -124,6 +142,7 @@ def resume(
         data_dir: Where the data is now, if it has moved.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
+        observer: As for :func:`train`.
 
     Returns:
         The run folder and the summary.
@@ -146,7 +165,7 @@ def resume(
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
-    return _run_from(setup, state, step, run_dir, show, should_stop)
+    return _run_from(setup, state, step, run_dir, show, should_stop, observer)
 
 
 def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[IndexedStep, Setup]:
@@ -169,11 +188,13 @@ def _run_from(
     run_dir: Path,
     show: Show,
     should_stop: Callable[[], bool],
+    observer: Callable[[Setup], Observe] | None,
 ) -> Outcome:
     """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
     config, n = setup.config, len(setup.dataset.train.labels)
-    show(Started(run_dir, config, int(state.step), config.epochs * setup.per_epoch))
-    forward = make_forward(setup.model.eval())
+    steps = config.epochs * setup.per_epoch
+    show(Started(run_dir, config, int(state.step), steps))
+    forward = make_forward(copy.deepcopy(setup.model).eval())
     diverged = False
     with report.scalars(run_dir, config.tensorboard) as add_scalars:
 
@@ -191,6 +212,16 @@ def _run_from(
                 text = f"the loss is {progress.loss} at step {progress.step:,}"
                 show(Note(f"{text}: a smaller learning_rate may help", warning=True))
 
+        if observer is not None and config.audit_every and int(state.step) < steps:
+
+            def on_audit(audited: Audited) -> None:
+                place = {"step": audited.step, "epoch": (audited.step - 1) // setup.per_epoch + 1}
+                for row in audited.rows:
+                    record({"kind": "audit"} | place | row | {"seconds": audited.seconds})
+                show(audited)
+
+            observe = observer(setup)
+            step_on = _observed(step_on, observe, config.audit_every, int(state.step), on_audit)
         evaluations = _evaluations(setup, forward, state)
         if not folder.read_records(run_dir):
             line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
@@ -214,10 +245,32 @@ def _run_from(
                 record(line | report.scores(evaluations, setup.dataset.classes))
                 show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
             _save(run_dir, setup, state)
-    if int(state.step) < config.epochs * setup.per_epoch:
+    if int(state.step) < steps:
         return Outcome(run_dir, False, {})
     _save(run_dir, setup, state)  # a kill may have parted the model from its checkpoint
     return Outcome(run_dir, True, report.sum_up(run_dir, setup, state, evaluations))
+
+
+def _observed(
+    step_on: IndexedStep,
+    observe: Observe,
+    every: int,
+    step: int,
+    on_audit: Callable[[Audited], None],
+) -> IndexedStep:
+    """Return the step, which first looks at what it is about to do, every so many steps."""
+    done = step  # a state's own counter may be on a device that is busy
+
+    def looked_at(state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
+        nonlocal done
+        if done % every == 0:
+            begin = time.perf_counter()
+            rows = observe(state, index)
+            on_audit(Audited(done + 1, time.perf_counter() - begin, rows))
+        done += 1
+        return step_on(state, index)
+
+    return looked_at
 
 
 def _evaluations(setup: Setup, forward: Forward, state: TrainState) -> dict[str, Evaluation]:

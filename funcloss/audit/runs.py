@@ -1,0 +1,262 @@
+"""The audit of a run, or of a saved model, and the files that it leaves."""
+
+import io
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from funcloss._files import write_text
+from funcloss.audit.figures import draw_all
+from funcloss.audit.measure import audit
+from funcloss.audit.page import About, render_page
+from funcloss.audit.result import Audit
+from funcloss.config import TrainConfig
+from funcloss.data import Dataset, Examples, take
+from funcloss.errors import ConfigError, RunError
+from funcloss.training import TrainState, folder, load_tensors, restore
+from funcloss.training.figures import save_figure
+from funcloss.training.objective import LOSSES
+from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
+from funcloss.typing import Batch, Params
+
+_PICTURED = 8  # examples of a class that are shown
+
+
+class RunAudit(NamedTuple):
+    """An audit with what its report needs."""
+
+    audit: Audit
+    about: About
+    history: Sequence[dict[str, Any]]  # the audits of the training
+    pictures: dict[int, bytes]  # PNG files, by position in the data
+
+
+def audit_run(
+    run_dir: str | Path,
+    *,
+    part: str = "train",
+    examples: int = 10_000,
+    evaluation_mode: bool = False,
+    data_dir: str = "",
+    device: str = "auto",
+    method: str = "auto",
+    memory: float = 2048.0,
+) -> RunAudit:
+    """Audit a run where its last checkpoint is: gradient, step, and impact on held-out data.
+
+    Args:
+        run_dir: A run folder, finished or not.
+        part: What to audit: ``train``, ``validation`` or ``test``.
+        examples: How many of it at most, drawn with one seed.
+        evaluation_mode: Without dropout; else as the training steps go.
+        data_dir: Where the data is now, if it has moved.
+        device: Where to measure.
+        method: As for :func:`funcloss.audit.audit`.
+        memory: As for :func:`funcloss.audit.audit`, in MiB.
+
+    Returns:
+        The audit and what its report needs.
+
+    Raises:
+        AuditError: it cannot be audited.
+        ConfigError: the part is empty, or the device is not there.
+        DataError: the data cannot be had.
+        RunError: the run cannot be read.
+    """
+    run_dir = Path(run_dir).expanduser()
+    config = folder.read_config(run_dir)
+    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, device=device))
+    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
+    state = restore(setup.state, tensors)
+    steps = config.epochs * setup.per_epoch
+    going_on = int(state.step) < steps
+    found = _audited(
+        setup, state, part, examples, evaluation_mode, method, memory,
+        optimizer=make_optimizer(setup.config),
+        learning_rate=setup.hyper["learning_rate"],
+        schedule=make_schedule(setup.config, setup.per_epoch) if going_on else None,
+        clip_norm=config.clip_norm,
+    )  # fmt: skip
+    if not going_on:
+        note = "the training is over: the step is one more, at the peak learning rate"
+        found = found._replace(notes=(*found.notes, note))
+    records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
+    about = _about(setup, part, found, f"Audit of {run_dir.name}", int(state.step), evaluation_mode)
+    return RunAudit(found, about, records, _pictures(found, setup.dataset, part, examples))
+
+
+def audit_checkpoint(
+    path: str | Path,
+    config: TrainConfig,
+    *,
+    part: str = "train",
+    examples: int = 10_000,
+    evaluation_mode: bool = False,
+    method: str = "auto",
+    memory: float = 2048.0,
+) -> RunAudit:
+    """Audit a saved model, a safetensors file of its tensors by name, which has no history.
+
+    Args:
+        path: The file, a run's ``model.safetensors`` say.
+        config: Model, loss, costs and data set; its optimiser is not looked at.
+        part: As for :func:`audit_run`.
+        examples: As for :func:`audit_run`.
+        evaluation_mode: As for :func:`audit_run`.
+        method: As for :func:`audit_run`.
+        memory: As for :func:`audit_run`.
+
+    Returns:
+        The audit of the gradient, and what its report needs.
+
+    Raises:
+        AuditError: it cannot be audited.
+        ConfigError: the request makes no sense on this machine or data.
+        DataError: the data cannot be had.
+        RunError: the file cannot be read, or is of another model.
+    """
+    setup = make_setup(config)
+    tensors, _ = load_tensors(Path(path).expanduser())
+    expected = setup.state.params | setup.state.buffers
+    wrong = [n for n, t in expected.items() if n not in tensors or tensors[n].shape != t.shape]
+    if wrong or tensors.keys() - expected.keys():
+        name = (wrong or sorted(tensors.keys() - expected.keys()))[0]
+        raise RunError(f"{path} is not of {config.model} on {config.dataset}: see its {name}")
+    setup.model.load_state_dict(tensors)
+    found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
+    title = f"Audit of {Path(path).name}"
+    about = _about(setup, part, found, title, None, evaluation_mode)
+    return RunAudit(found, about, [], _pictures(found, setup.dataset, part, examples))
+
+
+def write_report(found: RunAudit, out: str | Path) -> list[Path]:
+    """Write the page, JSON, tables and figures of an audit.
+
+    Args:
+        found: The audit.
+        out: A folder; it is made if it is not there.
+
+    Returns:
+        The files; ``audit.html`` first.
+
+    Raises:
+        RunError: one cannot be written; what was there is as it was.
+    """
+    out = Path(out).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make {out}: {error.strerror}") from None
+    page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
+    write_text(out / "audit.html", page)
+    paths = [out / "audit.html", *found.audit.write(out, about=found.about._asdict())]
+    for name, figure in draw_all(found.audit, found.history).items():
+        paths.append(out / f"{name}.png")
+        save_figure(figure, paths[-1])
+    return paths
+
+
+def _audited(
+    setup: Setup,
+    state: TrainState | Params | None,
+    part: str,
+    examples: int,
+    evaluation_mode: bool,
+    method: str,
+    memory: float,
+    **step: Any,
+) -> Audit:
+    config, dataset = setup.config, setup.dataset
+    model = setup.model.eval() if evaluation_mode else setup.model.train()
+    held = dataset.validation if part == "train" and len(dataset.validation.labels) else None
+
+    def batches(chosen: Examples):
+        def passes() -> Iterator[Batch]:
+            for index in _index(chosen, examples).split(max(config.batch_size, 256)):
+                yield take(dataset, chosen, index)
+
+        return passes
+
+    return audit(
+        model,
+        state,
+        LOSSES[config.loss],
+        batches(_part(dataset, part)),
+        class_weights=setup.hyper.get("class_weights"),
+        reduction=config.reduction,
+        classes=dataset.classes,
+        held_out=None if held is None or not step else batches(held),
+        method=method,
+        memory=memory,
+        **step,
+    )
+
+
+def _part(dataset: Dataset, part: str) -> Examples:
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    if part not in parts:
+        raise ConfigError(f"part must be one of {', '.join(parts)}; got {part!r}")
+    if not len(parts[part].labels):
+        raise ConfigError(f"{dataset.name} has no {part} part: the run held out none")
+    return parts[part]
+
+
+def _index(chosen: Examples, most: int) -> Tensor:
+    """Return which examples are audited: all, or as many as asked for, drawn with one seed."""
+    n = len(chosen.labels)
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
+    return drawn.sort().values.to(chosen.labels.device) if most < n else torch.arange(
+        n, device=chosen.labels.device
+    )  # fmt: skip
+
+
+def _pictures(found: Audit, dataset: Dataset, part: str, most: int) -> dict[int, bytes]:
+    """Return the most opposed and most dominant examples of each class as PNG files."""
+    if found.examples is None or found.examples.norm.isnan().all():
+        return {}
+    chosen = _part(dataset, part)
+    index = _index(chosen, most).cpu()
+    labels = range(len(found.classes))
+    wanted = {
+        position
+        for c in labels
+        for position in (*found.most_opposed(c, _PICTURED), *found.most_dominant(c, _PICTURED))
+    }
+    images = chosen.images.cpu()
+    return {position: _png(images[index[position]]) for position in sorted(wanted)}
+
+
+def _png(image: Tensor) -> bytes:
+    pixels = image.squeeze(-1).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _about(
+    setup: Setup, part: str, found: Audit, title: str, step: int | None, evaluation_mode: bool
+) -> About:
+    config = setup.config
+    environment = folder.environment()
+    names = ("funcloss", "torch", "numpy", "python", "processor")
+    return About(
+        title=title,
+        model=config.model,
+        parameters=sum(found.layer_sizes),
+        loss=config.loss,
+        dataset=config.dataset,
+        note=setup.dataset.note,
+        part=part,
+        examples=int(found.count.sum()),
+        step=step,
+        mode="eval" if evaluation_mode else "train",
+        optimizer=config.optimizer if step is not None else "",
+        command=folder.command_line(),
+        versions={name: str(environment[name]) for name in names},
+        made=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )

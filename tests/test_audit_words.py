@@ -1,0 +1,307 @@
+"""What a report says in words: each rule on audits made to meet it, or just not to."""
+
+import math
+
+import pytest
+import torch
+from audit_examples import make_audit
+
+from funcloss.audit.result import Audit, Check, Impact, Spread
+from funcloss.audit.words import (
+    compare,
+    fights,
+    largest,
+    passed,
+    percent,
+    sentences,
+    spoken_of,
+    standard_error,
+)
+
+
+def audit_of(
+    gram: list[list[float]],
+    *,
+    weights: dict[int, float] | None = None,
+    sd: float | None = 0.0,
+    batches: int = 16,
+    **others,
+) -> Audit:
+    """Return an audit with these inner products and the same spread for every number."""
+    classes = len(gram)
+    made = make_audit(classes, weights=weights, step=False)
+    table = torch.tensor(gram, dtype=torch.float64)
+    spread = None
+    if sd is not None:
+        spread = Spread(batches, 8, torch.full((classes,), sd), torch.full((classes, classes), sd))
+    return made._replace(gram=table, layer_gram=table[None], spread=spread, **others)
+
+
+def text_of(audit: Audit, **options) -> str:
+    return "\n".join(sentences(audit, **options))
+
+
+EYE = torch.eye(3).tolist()
+
+
+def with_impact(audit: Audit, train: list[float], held_out: list[float] | None = None) -> Audit:
+    """Return the audit with what the part of its last class does to the losses of the others."""
+    zeros = torch.zeros(len(audit.classes), dtype=torch.float64)
+    impact = {}
+    for part, rises in (("train", train), ("held_out", held_out)):
+        if rises is not None:
+            matrix = torch.zeros(len(rises), len(rises), dtype=torch.float64)
+            matrix[:, -1] = torch.tensor(rises)
+            impact[part] = Impact(matrix, zeros, zeros)
+    return audit._replace(impact=impact)
+
+
+# at cost 3 class 2 has 9/11 of the gradient, 1/3 at equal costs; its budget is 3/5
+@pytest.mark.parametrize(
+    ("sd", "says"),
+    [
+        (0.1, "does what it is for: it raises"),
+        (0.9, "does what it is for: it raises"),  # 2 * 0.9 / 4 = 0.45 < 9/11 - 1/3
+        (1.0, "cannot be told apart from what it would be at equal costs"),
+        (None, "In this batch the cost raises the share of class 2."),
+    ],
+)
+def test_a_cost_works_when_its_share_moves_by_two_standard_errors(sd, says):
+    lines = sentences(audit_of(EYE, weights={2: 3.0}, sd=sd))
+    assert says in lines[0]
+    assert "of the gradient; with every cost at 1 it would be 33.3 %" in lines[1]
+    assert lines[1].startswith("At cost 3, class 2 makes up 81.8 ")
+
+
+def test_a_low_cost_is_meant_to_lower_the_share():
+    assert "does what it is for: it lowers" in text_of(audit_of(EYE, weights={2: 0.5}))
+
+
+def test_a_cost_that_moves_the_share_the_other_way_does_the_opposite():
+    # class 1 points against the much longer class 0, so a little more of it pulls back
+    gram = [[100.0, -3.0], [-3.0, 1.0]]
+    audit = audit_of(gram, weights={1: 1.5}, class_weights=torch.tensor([1.0, 1.5]).double())
+    assert float(audit.balance.share[1]) < float(audit.reweighted(torch.ones(2)).share[1])
+    assert "does the opposite" in text_of(audit)
+
+
+@pytest.mark.parametrize(
+    ("sd", "says"),
+    [(0.1, "it has more."), (0.5, "cannot be told apart from that"), (None, "batch")],
+)
+def test_share_and_budget_differ_by_two_standard_errors_or_cannot_be_told_apart(sd, says):
+    line = next(s for s in sentences(audit_of(EYE, weights={2: 3.0}, sd=sd)) if "suggest" in s)
+    assert "Cost and count of class 2 suggest 60.0 %" in line
+    assert says in line
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.1, 0.59, 0.61, 2.0, math.nan, None])
+@pytest.mark.parametrize("cosine", [-0.9, -0.3, -0.01, 0.0, 0.3])
+def test_fights_is_said_only_of_cosines_two_standard_errors_below_zero(cosine, sd):
+    audit = audit_of([[1.0, cosine], [cosine, 1.0]], weights={1: 2.0}, sd=sd)
+    text = text_of(audit)
+    sure = sd is not None and cosine < 0 and cosine <= -2 * sd / math.sqrt(16)
+    assert ("fight class" in text or "fights class" in text) == sure
+    assert fights(audit, audit.balance.conflict, 0, 1) == sure
+    assert ("In this batch class 1 and class 0" in text) == (sd is None)
+    if sd is not None and not math.isnan(sd) and cosine < 0 and not sure:
+        assert "which cannot be told apart from 0" in text
+
+
+def test_of_one_batch_nothing_is_said_beyond_it():
+    text = text_of(make_audit(weights={9: 5.0}, batches=1))
+    for strong in ("fight", "does what it is for", "cannot be told apart", " pay", "±"):
+        assert strong not in text
+    assert text.count("In this batch") + text.count("in this batch") == 4
+
+
+def test_a_spread_of_a_single_batch_is_no_spread():
+    audit = audit_of(EYE, weights={2: 3.0}, batches=1)
+    assert math.isnan(standard_error(audit, "share", 2))
+    assert "In this batch" in text_of(audit)
+
+
+OPPOSED = [[1.0, 0.0, -0.5], [0.0, 1.0, -0.1], [-0.5, -0.1, 1.0]]
+
+
+def test_payers_are_those_whose_loss_rises_and_who_fight():
+    audit = audit_of(OPPOSED, weights={2: 3.0}, sd=0.6)  # standard error 0.15: 1 does not fight
+    text = text_of(with_impact(audit, [0.02, 0.01, -0.3]))
+    assert "Class 0 (+0.02) pays for class 2" in text
+    assert "class 1 (+" not in text
+    assert "held-out" not in text
+
+
+@pytest.mark.parametrize(
+    ("held_out", "says"),
+    [
+        ([0.01, 0.1, -0.1], "the same losses rise"),
+        ([-0.01, 0.1, -0.1], "this holds for class 1 only"),
+        ([-0.01, -0.1, -0.1], "none of these losses rises"),
+    ],
+)
+def test_payers_are_looked_up_in_held_out_data(held_out, says):
+    audit = with_impact(audit_of(OPPOSED, weights={2: 3.0}), [0.02, 0.01, -0.3], held_out)
+    assert f"On held-out data {says}" in text_of(audit)
+
+
+def test_a_rise_that_may_be_chance_makes_no_payer():
+    audit = with_impact(audit_of(OPPOSED, weights={2: 3.0}, sd=4.0), [0.02, 0.01, -0.3])
+    text = text_of(audit)
+    assert "Nobody can be said to pay for class 2" in text
+    assert "raises the loss of classes 0 and 1, which cannot be told apart from chance" in text
+
+
+def test_where_no_loss_rises_nobody_pays():
+    audit = with_impact(audit_of(EYE, weights={2: 3.0}), [-0.1, math.nan, -0.3])
+    assert "raises no other class's loss" in text_of(audit)
+
+
+def test_the_part_of_the_step_is_said_with_its_note():
+    audit = make_audit(weights={9: 5.0})
+    share = percent(audit.step.share[9])
+    assert f"Of the step that the optimiser takes here, class 9 owns {share}." in text_of(audit)
+    noted = audit._replace(step=audit.step._replace(note="the momentum is not known"))
+    assert "Of the step: the momentum is not known." in text_of(noted)
+    assert "was not audited" in text_of(make_audit(step=False))
+
+
+def test_classes_with_a_weight_of_their_own_are_spoken_of():
+    assert spoken_of(make_audit(weights={9: 5.0, 4: 1.5})) == [9, 4]
+    assert spoken_of(make_audit(weights={c: 2.0 for c in range(9)})) == [9]
+    assert spoken_of(make_audit(2, weights={0: 3.0})) == [0]  # of two, 1 is the usual cost
+    assert spoken_of(make_audit(weights={3: 0.0, 4: 9.0})) == [3, 4]
+    assert spoken_of(make_audit(weights={c: 2.0 + c for c in range(7)}), most=2) == [6, 5]
+    many = text_of(make_audit(weights={c: 2.0 + c / 9 for c in range(1, 5)}), most=1)
+    assert "3 more classes have their costs" in many
+
+
+def test_where_all_cost_the_same_the_two_extremes_are_spoken_of():
+    audit = audit_of([[1.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 4.0]])
+    assert spoken_of(audit) == [1, 0]
+    lines = sentences(audit)
+    assert lines[0] == "All classes cost the same."
+    assert "class 1 has the most of the gradient for its count: 64.3 ± 0.0 %" in lines[1].lower()
+    assert any("Class 0 has the least" in line for line in lines)
+    assert "cannot be told apart" in text_of(audit_of(EYE))
+    assert spoken_of(audit._replace(class_weights=audit.class_weights * 5)) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reduction", "says"),
+    [
+        ("adam", "mean", "A step of adam hardly changes"),
+        ("AdamW", "sum", "A step of AdamW hardly changes"),
+        ("sgd", "mean", "A step of sgd grows with the costs"),
+        ("momentum", "mean", "as a larger learning rate would."),
+        ("sgd", "weighted_mean", "by one number changes nothing"),
+    ],
+)
+def test_what_scaled_costs_do_depends_on_optimizer_and_reduction(optimizer, reduction, says):
+    audit = make_audit(weights={9: 5.0}, reduction=reduction)
+    assert says in sentences(audit, optimizer=optimizer)[-1]
+    assert "by one number" not in text_of(audit)
+
+
+def test_a_clipped_step_does_not_grow_without_end():
+    audit = make_audit()
+    clipped = audit._replace(step=audit.step._replace(clip=0.5))
+    assert "up to the clipping" in text_of(clipped, optimizer="sgd")
+    assert "clipping" not in text_of(audit, optimizer="sgd")
+
+
+def test_a_loss_that_couples_examples_is_not_reweighted():
+    text = text_of(make_audit(weights={9: 5.0}, linear=False), optimizer="sgd")
+    assert "The cost acts inside the loss" in text
+    assert "every cost at 1" not in text
+    assert "by one number" not in text
+
+
+def test_options_of_the_loss_are_spoken_of_by_their_largest_entry():
+    matrix = torch.zeros(10, 10, dtype=torch.float64)
+    matrix[9, 4], matrix[0, 0] = -0.25, math.nan
+    options = {"cost_matrix": matrix, "gamma": torch.tensor(0.5), "class_weights": torch.ones(10)}
+    text = text_of(make_audit(elasticities=options))
+    assert "cost_matrix at true class 9, decided class 4" in text
+    assert "shortens the gradient by 0.25 %" in text
+    assert "1 % more of gamma lengthens the gradient by 0.5 %" in text
+    assert "class_weights" not in text
+
+
+def test_a_failed_check_comes_first():
+    audit = make_audit()
+    bad = Check("step", 0.1, 1e-6, "")
+    assert "self-check failed (step)" in sentences(audit._replace(checks=(bad,)))[0]
+    assert "self-check" not in text_of(audit)  # that of the impact only informs
+    assert passed(Check("impact", 9.0, None, ""))
+    assert not passed(Check("step", math.nan, 1.0, ""))
+
+
+def test_a_gradient_of_zero_has_no_shares():
+    audit = make_audit(weights={9: 5.0})
+    assert "no class has a share" in text_of(audit._replace(gram=0 * audit.gram))
+
+
+def test_a_class_without_examples_is_not_judged():
+    names = [*"012345678", "Nine"]
+    text = text_of(make_audit(names=names, weights={9: 5.0}, absent=(9,)))
+    assert text.startswith("Class Nine has no examples here: its cost of 5 did nothing.")
+    assert "fight" not in text
+
+
+def test_names_are_written_as_asked():
+    text = text_of(make_audit(weights={9: 5.0}), name=lambda name: f"<{name}>")
+    assert "class <9>" in text
+    assert "class 9" not in text
+
+
+def test_a_cost_without_effect_is_said_to_have_none():
+    plain = make_audit()
+    assert compare(plain, plain) == (
+        "The cost has no effect on classes 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9: "
+        "their shares of the gradient are the same with and without it, to 1 %.",
+    )
+    scaled = compare(plain._replace(gram=plain.gram * 1.03**2), plain)
+    assert "no effect on classes 0," in scaled[0]
+    assert "1.03 times as long as without the cost: that acts as another" in scaled[1]
+
+
+@pytest.mark.parametrize(("times", "same"), [(1.009, True), (1.03, False)])
+def test_shares_are_the_same_to_one_percent(times, same):
+    plain = audit_of([[1.0, 0.0], [0.0, 1.0]])
+    length = math.sqrt(times / (2 - times))  # the share of class 1 is then times / 2
+    now = audit_of([[1.0, 0.0], [0.0, length**2]])
+    assert float(now.balance.share[1]) == pytest.approx(times / 2)
+    text = "\n".join(compare(now, plain))
+    assert ("no effect on classes 0 and 1" in text) == same
+    if not same:
+        assert "raises the share of class 1 from 50.0 % to 51.5 %" in text
+        assert "lowers the share of class 0 from 50.0 % to 48.5 %" in text
+
+
+def test_the_meant_loss_is_seen_to_change_the_shares():
+    lines = compare(make_audit(weights={9: 5.0}), make_audit())
+    assert lines[0].startswith("The cost raises the share of class 9 from ")
+
+
+def test_many_changed_classes_are_counted():
+    lines = compare(make_audit(30, weights={9: 50.0}), make_audit(30), most=3)
+    assert sum("the share of" in line for line in lines) == 3
+    assert any("more changed by less" in line for line in lines)
+
+
+def test_audits_of_other_data_are_not_compared():
+    with pytest.raises(ValueError, match="same classes and examples"):
+        compare(make_audit(3), make_audit(4))
+    zero = make_audit(3)._replace(gram=torch.zeros(3, 3, dtype=torch.float64))
+    assert "nothing to compare" in compare(zero, zero)[0]
+
+
+def test_of_many_classes_those_with_the_largest_shares_are_shown():
+    audit = make_audit(300, per_class=4, weights={7: 0.5})
+    shown = largest(audit)
+    assert len(shown) == 24
+    assert shown == sorted(shown)
+    assert 7 in shown
+    assert int(audit.balance.share.abs().argmax()) in shown
+    assert largest(make_audit(24, per_class=4)) == list(range(24))
