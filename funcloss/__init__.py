@@ -1,15 +1,27 @@
 """Loss functions for people whose mistakes do not cost the same.
 
 Losses are pure functions (:mod:`funcloss.losses`), trained by a stateless step
-(:mod:`funcloss.training`). Names load when they are first asked for: ``import funcloss`` alone
-loads nothing, not even torch.
+(:mod:`funcloss.training`), and :mod:`funcloss.audit` says who owns each update. Names load when
+they are first asked for: ``import funcloss`` alone loads nothing, not even torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from funcloss import data, keys, laws, losses, models, objectives, optim, training, typing
+    from funcloss import (
+        audit,
+        data,
+        keys,
+        laws,
+        losses,
+        models,
+        objectives,
+        optim,
+        training,
+        transforms,
+        typing,
+    )
     from funcloss._custom_vjp import custom_vjp, from_numpy
     from funcloss.combinators import (
         class_weighted,
@@ -36,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "as_module",
+    "audit",
     "class_weighted",
     "class_weights_of",
     "couples_examples",
@@ -63,6 +76,7 @@ __all__ = [
     "summed",
     "temperature",
     "training",
+    "transforms",
     "typing",
     "weighted_mean",
     "where",

@@ -235,3 +235,158 @@ REFUSED = [
 def test_a_wrong_request_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# A step as the sum of the steps of its gradient's parts.
+
+SPLITS = {
+    **{name: ours for name, (ours, _) in TWINS.items()},
+    "sgd nesterov without decay": optim.sgd(momentum=0.9, nesterov=True),
+    "sgd dampened without decay": optim.sgd(momentum=0.9, dampening=0.3),
+    "sgd dampened to nothing": optim.sgd(momentum=0.9, dampening=1.0),
+}
+PARTS, STEPS = 3, 5
+
+
+def parts_of(number):
+    """Return parts of a gradient, the last of them 0 after two steps; one tensor is idle."""
+    generator = torch.Generator().manual_seed(number)
+    shapes = {"w": (2, 3), "v": (4,), "idle": (2,)}
+    parts = {
+        name: torch.randn(PARTS, *shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    parts["idle"] *= 0.0
+    if number > 1:
+        parts = {name: torch.cat([p[:-1], 0.0 * p[-1:]]) for name, p in parts.items()}
+    return parts
+
+
+def rate_of(number):
+    return torch.tensor(0.1 / (1 + number), dtype=torch.float64)
+
+
+def split_steps(optimizer):
+    """Yield each of several steps: what ``split.steps`` was given, what it gave, and ``update``."""
+    split = optimizer.split
+    params = {name: p[0].clone() + 1.0 for name, p in parts_of(99).items()}
+    state = optimizer.init(params)
+    memory = {
+        name: torch.zeros(PARTS + 1, *m.shape, dtype=m.dtype)
+        for name, m in split.memory(state).items()
+    }
+    for number in range(STEPS):
+        parts, rate = parts_of(number), rate_of(number)
+        grads = {name: p.sum(0) for name, p in parts.items()}
+        added, moved = split.decay(params, rate)
+        nothing = {name: torch.zeros_like(p) for name, p in params.items()}
+        rows = {n: torch.cat([p, added.get(n, nothing[n])[None]]) for n, p in parts.items()}
+        whole = {name: g + added.get(name, nothing[name]) for name, g in grads.items()}
+        steps, later = split.steps(rows, memory, whole, state, rate)
+        moves, after = optimizer.update(grads, state, params, rate)
+        total = {name: s.sum(0) + moved.get(name, nothing[name]) for name, s in steps.items()}
+        yield rows, memory, whole, state, rate, steps, later, total, moves, after
+        memory, state = later, after
+        params = {name: p + moves[name] for name, p in params.items()}
+
+
+@pytest.mark.parametrize("optimizer", SPLITS.values(), ids=SPLITS.keys())
+def test_the_steps_of_the_parts_sum_to_the_step_and_their_memory_to_the_memory(optimizer):
+    seen = 0
+    for *_, memory, total, moves, after in split_steps(optimizer):
+        assert total.keys() == moves.keys()
+        for name, move in moves.items():
+            assert_close(total[name], move, rtol=1e-12, atol=1e-12)
+        whole = optimizer.split.memory(after)
+        assert memory.keys() == whole.keys()
+        for name, m in whole.items():
+            assert_close(memory[name].sum(0), m, rtol=1e-12, atol=1e-12)
+        seen += 1
+    assert seen == STEPS
+
+
+@pytest.mark.parametrize("optimizer", SPLITS.values(), ids=SPLITS.keys())
+def test_the_step_of_a_part_is_linear_in_the_part_and_its_memory_and_hangs_on_no_other(optimizer):
+    for rows, memory, whole, state, rate, steps, later, *_ in split_steps(optimizer):
+        factor = torch.tensor([1.0, -2.0, 0.0, 5.0], dtype=torch.float64)
+
+        def scaled(tree, factor=factor):
+            return {n: factor.reshape(-1, *(1,) * (t.dim() - 1)) * t for n, t in tree.items()}
+
+        moved, kept = optimizer.split.steps(scaled(rows), scaled(memory), whole, state, rate)
+        pairs = [(moved, scaled(steps)), (kept, scaled(later))]
+        together = {n: torch.stack([r[0] + r[1], r[2]]) for n, r in rows.items()}
+        before = {n: torch.stack([m[0] + m[1], m[2]]) for n, m in memory.items()}
+        moved, kept = optimizer.split.steps(together, before, whole, state, rate)
+        for found, of in ((moved, steps), (kept, later)):
+            pairs.append((found, {n: torch.stack([r[0] + r[1], r[2]]) for n, r in of.items()}))
+        for found, expected in pairs:
+            assert found.keys() == expected.keys()
+            for name, row in expected.items():
+                assert_close(found[name], row, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", SPLITS.values(), ids=SPLITS.keys())
+def test_a_split_writes_nothing_in_place_and_takes_no_part_at_all(optimizer):
+    for rows, memory, whole, state, rate, *_ in split_steps(optimizer):
+        given = [*rows.values(), *memory.values(), *whole.values(), *optimizer.split.memory(
+            state).values()]  # fmt: skip
+        before = [t.clone() for t in given]
+        optimizer.split.steps(rows, memory, whole, state, rate)
+        assert all(map(torch.equal, before, given))
+        none, empty = ({n: t[:0] for n, t in tree.items()} for tree in (rows, memory))
+        steps, _ = optimizer.split.steps(none, empty, whole, state, rate)
+        assert {n: s.shape for n, s in steps.items()} == {n: r.shape for n, r in none.items()}
+
+
+def test_a_part_that_stops_lives_on_in_its_memory_only():
+    ratios = {}
+    for name, optimizer in (("momentum", optim.sgd(momentum=0.9)), ("adam", optim.adam())):
+        kept = [later["w" if "w" in later else 0][2].norm() for *_, later, _, _, _ in
+                split_steps(optimizer)]  # fmt: skip
+        ratios[name] = [float(b / a) for a, b in zip(kept[1:], kept[2:], strict=False)]
+    assert ratios["momentum"] == pytest.approx([0.9] * 3, rel=1e-12)
+    assert ratios["adam"] == pytest.approx([0.9] * 3, rel=1e-12)
+    plain = [steps["w"][2].norm() for *_, steps, _, _, _, _ in split_steps(optim.sgd())]
+    assert [float(s) > 0 for s in plain] == [True, True, False, False, False]
+
+
+def test_weight_decay_is_through_the_gradient_or_beside_it_and_never_both():
+    params, rate = {"w": torch.tensor([2.0])}, torch.tensor(0.1)
+    for make in (optim.sgd, optim.adam):
+        added, moved = make(weight_decay=0.5).split.decay(params, rate)
+        assert (added["w"].item(), moved) == (1.0, {})
+        assert make(weight_decay=0.0).split.decay(params, rate) == ({}, {})
+    added, moved = optim.adamw(weight_decay=0.5).split.decay(params, rate)
+    assert added == {}
+    assert moved["w"].item() == pytest.approx(-0.1)
+    assert optim.adamw(weight_decay=0.0).split.decay(params, rate) == ({}, {})
+
+
+def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
+    from funcloss import losses, training
+    from funcloss.audit import audit, make_audit_step
+    from funcloss.typing import Batch
+
+    def update(grads, state, params, learning_rate):
+        return {name: -learning_rate * g.sign() for name, g in grads.items()}, state
+
+    own = optim.Optimizer(lambda params: {}, update)
+    assert own.split is None
+    inputs, labels = digits
+    batch = Batch(inputs[:20], labels[:20])
+    net = models.linear((1, 28, 28), 10).double()
+    step = training.make_train_step(
+        training.supervised(net, training.mean_of(losses.cross_entropy)), own
+    )
+    hyper = {"learning_rate": torch.tensor(0.01, dtype=torch.float64)}
+    state = training.init_state(net, own)
+    after, _ = step(state, batch, hyper)
+    assert after.step == 1
+    found = audit(net, state, losses.cross_entropy, [batch], optimizer=own, learning_rate=0.01)
+    assert found.step is None
+    assert any("does not say how its step is made up" in note for note in found.notes)
+    audit_step = make_audit_step(net, losses.cross_entropy, own, classes=tuple("0123456789"))
+    findings, memory = audit_step(state, batch, hyper, None)
+    assert (findings.step, memory) == (None, {})
+    assert_close(findings.balance.share, found.balance.share)

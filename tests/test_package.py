@@ -21,11 +21,12 @@ ROOMS = [
     {"errors", "typing", "_checks", "_precision", "_files", "config", "__init__"},
     {"losses", "reduction"},
     {"combinators", "keys"},
-    {"modules", "objectives", "_custom_vjp"},
+    {"modules", "objectives", "_custom_vjp", "transforms"},
     {"laws"},
     {"optim"},
     {"models", "data"},
     {"training"},
+    {"audit"},
     {"cli"},
     {"__main__"},
 ]
@@ -78,7 +79,9 @@ def test_every_public_name_is_there_and_no_other():
 
 
 @pytest.mark.parametrize(
-    "name", ["losses", "data", "training", "optim", "keys", "models", "laws", "objectives"]
+    "name",
+    ["losses", "data", "training", "optim", "keys", "models", "laws", "objectives", "transforms"]
+    + ["audit"],
 )
 def test_what_is_public_is_documented(name):
     module = getattr(funcloss, name)
@@ -157,6 +160,8 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
         f"scripts/accuracy.py --recipe fast=1 --runs {tmp_path / 'accuracy'}",
         f"scripts/bench_train.py --rounds 1 --steps 2 --json {tmp_path / 'bench.json'}",
         f"scripts/bench_losses.py --rounds 2 --only nll --json {tmp_path / 'losses.json'}",
+        "scripts/bench_audit.py --rounds 1 --only article --examples 512 --no-peers "
+        f"--json {tmp_path / 'audit.json'}",
     ):
         subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, check=True)
     assert (tmp_path / "bench.json").exists()

@@ -98,7 +98,7 @@ def audit(
             measured and the weights are put on its values. One that couples examples, declared or
             found to, gets its parts through its gradient in the predictions.
         data: The examples, in any form that :func:`funcloss.audit.batches` takes. A batch is also
-            the unit of the spread, and of a loss that couples examples.
+            the unit of the spread, and of a loss that couples examples: shuffle sorted data.
         class_weights: Cost of each class, shape ``(classes,)``; None: 1.
         cost_matrix: The loss's option of that name, shape ``(classes, decisions)``.
         options: Further options of the loss by name. Each floating-point tensor gets an elasticity.

@@ -33,7 +33,7 @@ class RunAudit(NamedTuple):
     audit: Audit
     about: About
     history: Sequence[dict[str, Any]]  # the audits of the training
-    pictures: dict[int, bytes]  # PNG files, by position in the data
+    pictures: dict[int, bytes]  # PNG files, by index in the part of the data set
 
 
 def audit_run(
@@ -87,7 +87,7 @@ def audit_run(
         found = found._replace(notes=(*found.notes, note))
     records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
     about = _about(setup, part, found, f"Audit of {run_dir.name}", int(state.step), evaluation_mode)
-    return RunAudit(found, about, records, _pictures(found, setup.dataset, part, examples))
+    return RunAudit(found, about, records, _pictures(found, setup.dataset, part))
 
 
 def audit_checkpoint(
@@ -131,7 +131,7 @@ def audit_checkpoint(
     found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
     title = f"Audit of {Path(path).name}"
     about = _about(setup, part, found, title, None, evaluation_mode)
-    return RunAudit(found, about, [], _pictures(found, setup.dataset, part, examples))
+    return RunAudit(found, about, [], _pictures(found, setup.dataset, part))
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -182,7 +182,7 @@ def _audited(
 
         return passes
 
-    return audit(
+    found = audit(
         model,
         state,
         LOSSES[config.loss],
@@ -195,6 +195,10 @@ def _audited(
         memory=memory,
         **step,
     )
+    assert found.examples is not None
+    index = _index(_part(dataset, part), examples).cpu()
+    rows = found.examples
+    return found._replace(examples=rows._replace(index=index[rows.index]))
 
 
 def _part(dataset: Dataset, part: str) -> Examples:
@@ -207,20 +211,16 @@ def _part(dataset: Dataset, part: str) -> Examples:
 
 
 def _index(chosen: Examples, most: int) -> Tensor:
-    """Return which examples are audited: all, or as many as asked for, drawn with one seed."""
-    n = len(chosen.labels)
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-    return drawn.sort().values.to(chosen.labels.device) if most < n else torch.arange(
-        n, device=chosen.labels.device
-    )  # fmt: skip
+    """Return which examples are audited, shuffled with one seed: data may be sorted by class."""
+    drawn = torch.randperm(len(chosen.labels), generator=torch.Generator().manual_seed(0))
+    return drawn[:most].to(chosen.labels.device)
 
 
-def _pictures(found: Audit, dataset: Dataset, part: str, most: int) -> dict[int, bytes]:
+def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
     """Return the most opposed and most dominant examples of each class as PNG files."""
     if found.examples is None or found.examples.norm.isnan().all():
         return {}
     chosen = _part(dataset, part)
-    index = _index(chosen, most).cpu()
     labels = range(len(found.classes))
     wanted = {
         position
@@ -228,7 +228,7 @@ def _pictures(found: Audit, dataset: Dataset, part: str, most: int) -> dict[int,
         for position in (*found.most_opposed(c, _PICTURED), *found.most_dominant(c, _PICTURED))
     }
     images = chosen.images.cpu()
-    return {position: _png(images[index[position]]) for position in sorted(wanted)}
+    return {position: _png(images[position]) for position in sorted(wanted)}
 
 
 def _png(image: Tensor) -> bytes:

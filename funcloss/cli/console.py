@@ -166,10 +166,10 @@ def _audit_table(found: "audit.Audit") -> Table:
     now, step, impact = found.balance, found.step, found.impact.get("held_out")
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
-    for name in ("count", "cost", "budget", "share", "±", "step", "norm", "coherence", "worst"):
-        table.add_column(name, justify="right")
+    for name in ("count", "cost", "budget", "share", "±", "step", "norm", "agree", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
     if impact is not None:
-        table.add_column("held-out", justify="right")
+        table.add_column("held-out", justify="right", no_wrap=True)
     order = range(len(found.classes))
     if len(order) > _MOST:
         order = now.share.nan_to_num(-1.0).argsort(descending=True)[:_MOST].tolist()
@@ -184,14 +184,14 @@ def _audit_table(found: "audit.Audit") -> Table:
             _percent(now.share[c]),
             _percent(None if spread is None else spread.share[c] / spread.batches**0.5),
             _percent(None if step is None else step.share[c]),
-            f"{float(now.norm[c]):.2e}",
+            f"{float(now.norm[c]):.2g}",
             f"{float(found.coherence[c]):.2f}",
             f"{float(rivals[c, rival]):+.2f} {escape(found.classes[rival])}"
             if float(rivals[c, rival]) <= 1.0
             else "-",
         ]
         if impact is not None:
-            cells.append(f"{float(impact.predicted[c]):+.1e}")
+            cells.append(f"{float(impact.predicted[c]):+.1g}")
         table.add_row(escape(found.classes[c]), *cells)
     return table
 
