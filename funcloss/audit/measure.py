@@ -171,6 +171,8 @@ def audit(
             work, plan, passes, weights, reduction, room.blocks, probed, norms=norms
         )
         slopes, notes = None, []
+        if measured.sorted_by_class:
+            notes.append("the data is sorted by class, so there is no spread from batch to batch")
         if per_example or swept_options(side):
             few = probe.at(torch.arange(min(len(probe.position), _PROBE)))
             forward = has_forward_mode(subject.predict, subject.params, few.chunk)
@@ -238,6 +240,7 @@ class _Measured(NamedTuple):
     scale: float  # gradient = scale / n * sum_c w_c sums_c
     first: Grads  # sum_c w_c sums_c of the first batch that has any
     spread: Spread | None
+    sorted_by_class: bool  # so that no spread can be told
 
     @property
     def norm_of_gradient(self) -> float:
@@ -251,6 +254,7 @@ class _SpreadOf:
     def __init__(self, class_weights: Tensor) -> None:
         self.class_weights = class_weights
         self.batches, self.batch_size = 0, 0
+        self.seen, self.ever = 0, torch.zeros(len(class_weights), dtype=torch.bool)
         self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, gram: Tensor, n: int) -> None:
@@ -260,6 +264,8 @@ class _SpreadOf:
             return
         now = balance(gram, torch.ones(len(gram)), self.class_weights)
         self.batches += 1
+        self.seen += int((gram.diagonal() > 0).sum())
+        self.ever |= gram.diagonal() > 0
         for name, value in (("share", now.share), ("conflict", now.conflict)):
             count, mean, square = self.moments.get(name, (torch.zeros_like(value),) * 3)
             known = value.isfinite()
@@ -269,9 +275,14 @@ class _SpreadOf:
             square = square + away * torch.where(known, value - mean, 0.0)
             self.moments[name] = (count, mean, square)
 
+    def sorted_by_class(self) -> bool:
+        """Return whether batches that could hold every class hold less than half of them."""
+        classes = int(self.ever.sum())
+        return self.batch_size >= 4 * classes and 2 * self.seen < self.batches * classes
+
     def result(self) -> Spread | None:
-        """Return the standard deviations; None of fewer than two batches."""
-        if self.batches < 2:
+        """Return the standard deviations; None of fewer than two batches, or of sorted ones."""
+        if self.batches < 2 or self.sorted_by_class():
             return None
         deviation = {
             name: torch.where(count > 1, square / (count - 1), torch.nan).sqrt()
@@ -445,6 +456,7 @@ def _gradient(
         scale=scale,
         first=first,
         spread=spread.result(),
+        sorted_by_class=spread.batches > 1 and spread.sorted_by_class(),
     )
 
 

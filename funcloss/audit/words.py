@@ -307,7 +307,11 @@ def _of_step(said: _Said, label: int) -> list[str]:
         return ["The optimiser takes no step here."]
     if share < 0:
         return [_sentence(f"{who} pulls the step back: it owns {percent(share)} of it.")]
-    return [f"Of the step that the optimiser takes here, {who} owns {percent(share)}."]
+    line = f"Of the step that the optimiser takes here, {who} owns {percent(share)}"
+    past = dict(zip(audit.step.rows, audit.step.share.tolist(), strict=True)).get("history", 0.0)
+    if abs(past) >= _SAME:
+        line += f"; what it remembers of earlier steps owns {percent(past)}"
+    return [line + "."]
 
 
 def _of_payers(said: _Said, label: int) -> list[str]:
