@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from funcloss import losses, optim, training
 from funcloss.audit import audit, make_audit_step, observer
 from funcloss.cli import app as shell
+from funcloss.combinators import class_weighted
 from funcloss.config import make_config
 from funcloss.data import take
 from funcloss.errors import AuditError
@@ -27,7 +28,7 @@ from funcloss.training import (
     weighted_mean_of,
 )
 from funcloss.training.loop import epoch_order
-from funcloss.training.objective import class_weighted
+from funcloss.training.objective import LOSSES, make_criterion
 from funcloss.training.setup import make_setup
 from funcloss.typing import Batch
 
@@ -439,6 +440,27 @@ def test_every_option_is_audited(tmp_path, options):
         assert all(r["elasticity"] == pytest.approx(r["share"] - r["budget"]) for r in records)
     if options["class_weight"] == {"9": 0.0}:
         assert all(r["share"] == 0 for r in records if r["class"] == "9")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_that_trains_is_audited_as_it_trains(loss):
+    options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
+    setup = make_setup(config(**options))
+    index = torch.arange(0, 4000, 40)
+    rows = observer(setup)(setup.state, index)
+    batch = take(setup.dataset, setup.dataset.train, index)
+    grads = []
+    for c in range(10):
+        mine = batch._replace(where=batch.targets == c)
+        part, _ = torch.func.grad(
+            supervised(setup.model, make_criterion(loss, weighted=True)), has_aux=True
+        )(setup.state.params, {}, mine, torch.arange(100), setup.hyper)
+        grads.append(flat(part).double() * int(mine.where.sum()) / 100)
+    grads = torch.stack(grads)
+    share = grads @ grads.sum(0) / grads.sum(0).square().sum()
+    assert [r["share"] for r in rows] == pytest.approx(share.tolist(), rel=1e-4, abs=1e-5)
+    assert [r["norm"] for r in rows] == pytest.approx(grads.norm(dim=1).tolist(), rel=1e-4)
+    assert sum(r["update_share"] for r in rows) == pytest.approx(1.0)
 
 
 def test_a_batch_of_which_every_class_weighs_nothing_stops_no_training(tmp_path):

@@ -15,7 +15,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from funcloss.typing import Grads, Params
 
@@ -56,7 +55,7 @@ class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a v
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Note a layer, pass the rest."""
         kwargs = kwargs or {}
-        used = [self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names]
+        used = [self.names[i] for i in _ids((args, tuple(kwargs.values()))) if i in self.names]
         if not used:
             return func(*args, **kwargs)
         call = _READERS[func](*args, **kwargs) if func in _READERS else None
@@ -80,6 +79,15 @@ class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a v
             return f"{name} is used in {func}"
         twice = next((name for name in used if used.count(name) > 1), None)
         return f"{twice} is used more than once" if twice else ""
+
+
+def _ids(nested: tuple | list) -> Iterator[int]:
+    """Yield the identity of each tensor in nested tuples and lists."""
+    for item in nested:
+        if isinstance(item, Tensor):
+            yield id(item)
+        elif isinstance(item, tuple | list):
+            yield from _ids(item)
 
 
 def add_products(
@@ -208,8 +216,14 @@ def _outer(
 
 def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | None) -> None:
     """Add gradients that are at hand an example, ``(n, *shape)``, by group."""
-    for label, part in segments:
-        into[label] += grads[part].sum(0).reshape(into.shape[1:])
+    if len(segments) * 8 > len(into):  # one product for all groups
+        members = grads.new_zeros(len(into), len(grads))
+        for label, part in segments:
+            members[label, part] = 1.0
+        into += (members @ grads.flatten(1)).reshape(into.shape)
+    else:
+        for label, part in segments:
+            into[label] += grads[part].sum(0).reshape(into.shape[1:])
     if squares is not None:
         squares += _square(grads)
 
