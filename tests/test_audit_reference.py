@@ -761,7 +761,9 @@ TABLE = [
 @pytest.mark.parametrize(("name", "method", "dtype"), TABLE)
 def test_an_audit_is_what_the_explicit_gradients_say(name, method, dtype):
     lstm_in_single = (name, method, dtype) == ("gated", "jacrev", torch.float32)
-    if lstm_in_single or (method == "examples" and name in ("recurrent", "gated")):
+    # torch 2.6 cannot ask a mapped tensor for its layout, as GroupNorm does
+    early = torch.__version__ < "2.7" and (name, method) == ("norms", "jacrev")
+    if early or lstm_in_single or (method == "examples" and name in ("recurrent", "gated")):
         with pytest.raises(FunclossError, match=f"{method} cannot measure this model: "):
             CASES[name]().audited(dtype, method=method)
         return

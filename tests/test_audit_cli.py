@@ -1,0 +1,1012 @@
+"""``funcloss audit``: what it prints, what it writes, what it refuses, and what it leaves."""
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tutorial_losses
+from torch.testing import assert_close
+
+from funcloss import class_weighted, losses, models, optim, training
+from funcloss.audit import audit, audit_checkpoint, audit_run, compare, observer, write_report
+from funcloss.config import make_config
+from funcloss.data import take
+from funcloss.errors import ConfigError, RunError
+from funcloss.laws import adapt, cost_effect
+from funcloss.typing import Batch
+
+SMALL = {
+    "dataset": "mnist-sample",
+    "model": "linear",
+    "epochs": 1,
+    "compile": "off",
+    "audit_every": 10,
+}
+FEW = ("--examples", "600")
+FILES = [
+    "audit.html",
+    "audit.json",
+    "audit_classes.csv",
+    "audit_conflict.png",
+    "audit_examples.csv",
+    "audit_examples.png",
+    "audit_history.png",
+    "audit_impact.png",
+    "audit_norms.png",
+    "audit_pairs.csv",
+    "audit_share.png",
+]
+
+
+class StopAt:
+    """Ask to stop at a number of questions."""
+
+    def __init__(self, at):
+        self.at, self.asked = at, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked >= self.at
+
+
+def trained(run, *, stop=0, **options):
+    extra = {"should_stop": StopAt(stop)} if stop else {}
+    training.train(make_config(SMALL, options), run, observer=observer, **extra)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with a cost on the nines; only read."""
+    run = tmp_path_factory.mktemp("cli") / "run"
+    return trained(run, class_weight={"9": 5})
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped on its way: dropout, momentum, decay, clipping and a schedule."""
+    return trained(
+        tmp_path_factory.mktemp("cli") / "stopped",
+        stop=13,
+        model="article-cnn",
+        optimizer="sgd",
+        momentum=0.8,
+        learning_rate=0.05,
+        weight_decay=0.01,
+        clip_norm=0.5,
+        schedule="cosine",
+        batch_size=100,
+        class_weight={"9": 5},
+    )
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def reported(finished, tmp_path_factory):
+    """What the command prints and writes, run as a user runs it."""
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("cli") / "reported")
+    done = command("audit", run, *FEW)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout, done.stderr
+
+
+def command(*args, **options):
+    line = [sys.executable, "-W", "error", "-m", "funcloss", *map(str, args)]
+    line = line if not options.pop("warnings", True) else [line[0], *line[3:]]
+    return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def read(folder):
+    return json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+
+
+def listing(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def without_time(found):
+    """Return what two audits of the same thing have in common."""
+    found = json.loads(json.dumps(found))
+    found.pop("about", None)
+    found["method"].pop("seconds")
+    found["method"].pop("costs")
+    found["method"].pop("why")
+    return found
+
+
+def assert_numbers(found, expected, path="", *, rel=1e-6, size=1e-6):
+    """Assert that two trees of JSON are the same to rounding."""
+    assert type(found) is type(expected) or {type(found), type(expected)} <= {int, float}, path
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_numbers(found[key], expected[key], f"{path}/{key}", rel=rel, size=size)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_numbers(a, b, f"{path}/{i}", rel=rel, size=size)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=rel, abs=size), path
+    else:
+        assert found == expected, path
+
+
+# What it prints.
+
+
+def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported):
+    run, out, err = reported
+    lines = out.splitlines()
+    blank = lines.index("")
+    words = lines[:blank]
+    assert 3 <= len(words) <= 12
+    assert all(re.match(r"[A-Z].*\.$", line) for line in words), words
+    assert "class 9" in words[0]
+    head = next(i for i, line in enumerate(lines) if i > blank and "budget" in line)
+    assert lines[head].split()[0] == "class"
+    rows = lines[head + 1 : head + 11]
+    expected = read(run)["classes"]
+    for line, row in zip(rows, expected, strict=True):
+        cells = line.split()
+        cost, budget, share = row["class_weight"], row["budget"], row["share"]
+        assert cells[:3] == [row["name"], str(row["count"]), f"{cost:g}"]
+        assert cells[3:5] == [f"{budget:.1%}", f"{share:.1%}"]
+        assert f"{row['update_share']:.1%}" in cells
+    checks = re.findall(r"^check (\w+): off by (\S+)(?: \(at most (\S+)\))?$", out, re.M)
+    told = read(run)["checks"]
+    assert [name for name, _, _ in checks] == [check["name"] for check in told]
+    assert {"gradient", "slopes", "update", "impact"} <= {check["name"] for check in told}
+    assert all(float(error) <= float(most) for _, error, most in checks if most)
+    assert lines[-1] == f"report: {run / 'audit.html'}"
+    assert "600 examples of mnist-sample, train" in out
+    assert "note: 5,000 digits of MNIST's training set" in out
+    assert err == ""
+    assert "\x1b" not in out
+
+
+def test_a_finished_run_says_that_the_step_is_one_more(reported):
+    run, out, _ = reported
+    assert "note: the training is over: the step is one more, at the peak learning rate" in out
+    found = read(run)
+    assert found["step"]["learning_rate"] == pytest.approx(0.01)
+    assert any("the training is over" in note for note in found["notes"])
+    assert "the training is over" in (run / "audit.html").read_text(encoding="utf-8")
+
+
+def test_quiet_prints_the_words_and_writes_the_report(run, run_cli):
+    code, out, err = run_cli("audit", run, *FEW, "--quiet")
+    assert (code, err) == (0, "")
+    assert all(re.match(r"[A-Z].*\.$", line) for line in out.splitlines())
+    assert "report" not in out
+    assert (run / "audit.html").exists()
+
+
+def test_the_table_keeps_every_column_in_a_narrow_terminal(run, run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run_cli("audit", run, *FEW)
+    assert "…" not in out
+
+
+# What it writes.
+
+
+def test_the_run_holds_the_page_the_numbers_the_tables_and_the_figures(reported, finished):
+    run, _, _ = reported
+    new = set(listing(run)) - set(listing(finished))
+    assert sorted(new) == FILES
+    before, after = listing(finished), listing(run)
+    assert all(after[name] == content for name, content in before.items())
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            assert len((run / name).read_bytes()) > 5000
+    page = (run / "audit.html").read_text(encoding="utf-8")
+    assert page.lower().startswith("<!doctype html>")
+    assert page.rstrip().endswith("</html>")
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
+    assert all((run / name).stat().st_mode & 0o444 == 0o444 for name in FILES)
+
+
+def test_the_json_has_what_a_reader_needs(reported):
+    run, _, _ = reported
+    found = read(run)
+    assert {"classes", "gram", "conflict", "impact", "checks", "about", "step", "layers",
+            "spread", "method", "notes"} <= found.keys()  # fmt: skip
+    assert [row["name"] for row in found["classes"]] == list("0123456789")
+    for row in found["classes"]:
+        assert {"name", "count", "loss", "class_weight", "share", "share_spread", "budget",
+                "elasticity", "norm", "coherence", "alignment", "update_share",
+                "most_opposed", "most_dominant"} <= row.keys()  # fmt: skip
+    assert sum(row["count"] for row in found["classes"]) == 600
+    for key in ("share", "budget", "elasticity"):
+        assert sum(row[key] for row in found["classes"]) == pytest.approx(1.0)
+    gram = torch.tensor(found["gram"]).double()
+    assert gram.shape == (10, 10)
+    assert_close(gram, gram.T)
+    assert_close(sum(torch.tensor(layer["gram"]).double() for layer in found["layers"]), gram)
+    weights = torch.tensor([row["class_weight"] for row in found["classes"]]).double()
+    assert weights.tolist() == [1.0] * 9 + [5.0]
+    along = weights * (gram @ weights)
+    assert_close(torch.tensor([row["share"] for row in found["classes"]]).double(),
+                 along / along.sum())  # fmt: skip
+    assert found["gradient_norm"] == pytest.approx(float(along.sum().sqrt()))
+    length = gram.diagonal().sqrt()
+    assert_close(torch.tensor(found["conflict"]).double(), gram / length[:, None] / length)
+    assert found["impact"].keys() == {"train", "held_out"}
+    for part in found["impact"].values():
+        assert {"matrix", "predicted", "measured", "before", "after"} <= part.keys()
+        assert len(part["matrix"]) == 10
+        matrix = torch.tensor(part["matrix"]).double()
+        assert_close(matrix.sum(1), torch.tensor(part["predicted"]).double())
+    assert sum(found["step"]["share"]) == pytest.approx(1.0)
+    assert found["step"]["rows"][:10] == list("0123456789")
+    about = found["about"]
+    assert (about["model"], about["loss"], about["part"]) == ("linear", "cross_entropy", "train")
+    assert (about["examples"], about["step"], about["parameters"]) == (600, 31, 7850)
+    assert about["optimizer"] == "adam"
+    assert about["command"].endswith(f"audit {run} --examples 600")
+    assert {"torch", "funcloss", "python"} <= about["versions"].keys()
+
+
+def test_the_tables_have_a_row_a_class_a_pair_and_an_example(reported, sample):
+    run, _, _ = reported
+    found = read(run)
+    of_class = rows_of(run / "audit_classes.csv")
+    assert [row["name"] for row in of_class] == list("0123456789")
+    for row, told in zip(of_class, found["classes"], strict=True):
+        for key in ("count", "loss", "share", "budget", "elasticity", "norm", "coherence"):
+            assert float(row[key]) == told[key]
+        quantiles = [float(v) for k, v in row.items() if k.startswith("norm_q")]
+        assert quantiles == told["norm_quantiles"]
+    pairs = rows_of(run / "audit_pairs.csv")
+    assert len(pairs) == 100
+    for k, row in enumerate(pairs):
+        a, b = divmod(k, 10)
+        assert (row["class"], row["other"]) == (str(a), str(b))
+        assert float(row["gram"]) == found["gram"][a][b]
+        assert float(row["conflict"]) == found["conflict"][a][b]
+        for part in ("train", "held_out"):
+            told = found["impact"][part]["matrix"][a][b]
+            assert float(row[f"impact_{part}_of_other_on_class"]) == told
+    examples = rows_of(run / "audit_examples.csv")
+    assert len(examples) == 600
+    index = [int(row["index"]) for row in examples]
+    assert len(set(index)) == 600
+    assert sample.train.labels[index].tolist() == [int(row["class"]) for row in examples]
+    by_index = dict(zip(index, examples, strict=True))
+    for row in found["classes"]:
+        own = [r for r in examples if r["class"] == row["name"]]
+        assert len(own) == row["count"]
+        assert sum(float(r["loss"]) for r in own) / len(own) == pytest.approx(row["loss"])
+        opposed = [float(by_index[i]["alignment"]) for i in row["most_opposed"]]
+        assert opposed == sorted(float(r["alignment"]) for r in own)[: len(opposed)]
+        dominant = [float(by_index[i]["norm"]) for i in row["most_dominant"]]
+        assert dominant == sorted((float(r["norm"]) for r in own), reverse=True)[: len(dominant)]
+
+
+def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported, sample):
+    """The index is the position in the part of the data, whatever was drawn and shuffled."""
+    run, _, _ = reported
+    rows = rows_of(run / "audit_examples.csv")[:50]
+    index = torch.tensor([int(row["index"]) for row in rows])
+    batch = take(sample, sample.train, index)
+    model = training.load(run).model
+    with torch.no_grad():
+        logits = model(batch.inputs)
+    values = losses.cross_entropy(logits, batch.targets)
+    assert [float(row["loss"]) for row in rows] == pytest.approx(
+        values.tolist(), rel=1e-4, abs=1e-6
+    )
+    inputs = batch.inputs.flatten(1).square().sum(1) + 1
+    slope = logits.softmax(-1) - torch.nn.functional.one_hot(batch.targets, 10)
+    norms = (inputs * slope.square().sum(1)).sqrt()
+    assert [float(row["norm"]) for row in rows] == pytest.approx(norms.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_the_numbers_are_those_of_the_library(reported, finished):
+    run, _, _ = reported
+    found = audit_run(finished, examples=600)
+    assert_numbers(without_time(read(run)), without_time(found.audit.to_dict()))
+
+
+def test_a_second_audit_replaces_the_first(run, run_cli):
+    assert run_cli("audit", run, *FEW)[0] == 0
+    first = listing(run)
+    code, out, _ = run_cli("audit", run, "--examples", "300", "--split", "validation")
+    assert code == 0
+    assert set(listing(run)) == set(first) - {"audit_impact.png"} | (
+        {"audit_impact.png"} if "audit_impact.png" in listing(run) else set()
+    )
+    assert read(run)["about"]["part"] == "validation"
+    assert len(rows_of(run / "audit_examples.csv")) == 300
+    changed = {name for name, content in listing(run).items() if content != first[name]}
+    assert changed == set(FILES)
+
+
+def test_what_a_second_audit_does_not_have_is_gone(run, run_cli):
+    """A figure of another audit beside the page would be taken for one of this."""
+    assert run_cli("audit", run, *FEW)[0] == 0
+    code, out, _ = run_cli("audit", run, "--examples", "300", "--method", "jacrev")
+    assert code == 0
+    assert read(run)["classes"][0]["coherence"] is None
+    assert not (run / "audit_norms.png").exists()
+    assert not (run / "audit_examples.png").exists()
+    assert (run / "curves.png").exists()
+
+
+def test_the_report_goes_elsewhere_if_asked_to(run, run_cli, tmp_path):
+    before = listing(run)
+    out = tmp_path / "a" / "b"
+    code, printed, _ = run_cli("audit", run, *FEW, "--out", out)
+    assert code == 0
+    assert f"report: {out / 'audit.html'}" in printed
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert listing(run) == before
+
+
+def test_a_file_of_the_users_own_in_the_folder_stays(run, run_cli, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for name in ("notes.txt", "audit_of_mine.csv", "audit.txt", "figure.png"):
+        (out / name).write_text("ten years")
+    assert run_cli("audit", run, *FEW, "--out", out, "--quiet")[0] == 0
+    for name in ("notes.txt", "audit_of_mine.csv", "audit.txt", "figure.png"):
+        assert (out / name).read_text() == "ten years"
+
+
+# What it audits.
+
+
+def test_a_saved_model_is_audited_as_its_run_is(finished, run_cli, tmp_path):
+    out = tmp_path / "saved"
+    code, printed, err = run_cli(
+        "audit", "--checkpoint", finished / "model.safetensors", "--model", "linear", "--dataset",
+        "mnist-sample", "--loss", "cross_entropy", "--class-weight", "9=5", "--eval", "--out", out,
+        *FEW,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    found, expected = read(out), audit_run(finished, examples=600, evaluation_mode=True).audit
+    assert_numbers(found["gram"], expected.gram.tolist(), rel=1e-12, size=0)
+    told = expected.to_dict()
+    for row, of_run in zip(found["classes"], told["classes"], strict=True):
+        of_run["update_share"] = None
+        assert_numbers(row, of_run)
+    assert found["step"] is None
+    assert found["impact"] == {}
+    assert found["about"]["step"] is None
+    assert found["about"]["mode"] == "eval"
+    assert "The step of the optimiser was not audited" in printed
+    assert not (out / "audit_impact.png").exists()
+    assert not (out / "audit_history.png").exists()
+
+
+def test_a_saved_model_with_dropout_is_audited_as_its_run_in_evaluation_mode(stopped, tmp_path):
+    config = make_config(
+        {"model": "article-cnn", "dataset": "mnist-sample", "class_weight": {"9": 5}}
+    )
+    saved = audit_checkpoint(
+        stopped / "model.safetensors", config, examples=300, evaluation_mode=True
+    ).audit
+    of_run = audit_run(stopped, examples=300, evaluation_mode=True).audit
+    awake = audit_run(stopped, examples=300).audit
+    assert_close(saved.gram, of_run.gram, rtol=1e-5, atol=1e-9)
+    assert (awake.gram - of_run.gram).abs().max() > 0.01 * of_run.gram.abs().max()
+
+
+def test_the_loss_of_a_saved_model_is_the_one_named(finished, tmp_path, run_cli):
+    out = tmp_path / "focal"
+    code, _, _ = run_cli(
+        "audit", "--checkpoint", finished / "model.safetensors", "--model", "linear",
+        "--dataset", "mnist-sample", "--loss", "softmax_focal", "--out", out, *FEW,
+    )  # fmt: skip
+    assert code == 0
+    found = read(out)
+    assert found["about"]["loss"] == "softmax_focal"
+    assert [row["class_weight"] for row in found["classes"]] == [1.0] * 10
+    values = [float(row["loss"]) for row in rows_of(out / "audit_examples.csv")]
+    plain = audit_run(finished, examples=600).audit.examples.loss
+    assert all(focal <= full + 1e-6 for focal, full in zip(values, plain.tolist(), strict=True))
+
+
+def test_dropout_sleeps_in_evaluation_mode_only(stopped, run_cli, tmp_path):
+    found = []
+    for name, flags in (("train", ()), ("again", ()), ("eval", ("--eval",))):
+        args = ("--examples", "200", "--quiet", "--out", tmp_path / name, *flags)
+        assert run_cli("audit", stopped, *args)[0] == 0
+        found.append(read(tmp_path / name))
+    assert [f["about"]["mode"] for f in found] == ["train", "train", "eval"]
+    assert found[0]["gram"] == found[1]["gram"]
+    assert found[0]["gram"] != found[2]["gram"]
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_each_part_of_the_data_is_audited(finished, run_cli, tmp_path, part, sample):
+    out = tmp_path / part
+    code, printed, _ = run_cli("audit", finished, "--split", part, "--out", out)
+    assert code == 0
+    found, examples = read(out), getattr(sample, part)
+    counts = examples.labels.bincount(minlength=10).tolist()
+    assert [row["count"] for row in found["classes"]] == counts
+    assert found["about"]["part"] == part
+    assert f"{len(examples.labels):,} examples of mnist-sample, {part}" in printed
+    # the validation examples are held out of what trains
+    assert ("held_out" in found["impact"]) == (part == "train")
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path, run_cli):
+    run = trained(tmp_path / "run", val_fraction=0.0, epochs=0)
+    before = listing(run)
+    code, out, err = run_cli("audit", run, "--split", "validation")
+    assert (code, out) == (2, "")
+    assert "mnist-sample has no validation part: the run held out none" in err
+    assert listing(run) == before
+    code, out, _ = run_cli("audit", run, *FEW)
+    assert code == 0
+    assert read(run)["impact"].keys() == {"train"}
+
+
+METHODS = ["products", "examples", "classes", "jacrev", "loop"]
+
+
+@pytest.fixture(scope="module")
+def by_products(stopped):
+    return audit_run(stopped, examples=60, method="products").audit
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_forced_and_they_agree(stopped, by_products, run_cli, tmp_path, method):
+    out = tmp_path / "out"
+    code, printed, err = run_cli(
+        "audit", stopped, "--examples", "60", "--method", method, "--out", out
+    )
+    assert (code, err) == (0, "")
+    assert f", train; {method}, " in printed
+    found = read(out)
+    assert found["method"]["name"] == method
+    assert_close(
+        torch.tensor(found["gram"]).double(), by_products.gram, rtol=1e-4,
+        atol=1e-5 * float(by_products.gram.abs().max()),
+    )  # fmt: skip
+    norms = [row["norm_quantiles"] for row in found["classes"]]
+    if method in ("classes", "jacrev"):
+        assert all(q is None for row in norms for q in row)
+        assert not (out / "audit_norms.png").exists()
+        assert "nan" not in printed
+    else:
+        assert_close(torch.tensor(norms).double(), by_products.norm_quantiles,
+                     rtol=1e-3, atol=1e-5)  # fmt: skip
+
+
+def test_little_memory_changes_no_number(stopped, run_cli, tmp_path):
+    for name, memory in (("little", "1"), ("much", "4096")):
+        args = ("--examples", "200", "--memory", memory, "--quiet", "--out", tmp_path / name)
+        assert run_cli("audit", stopped, *args)[0] == 0
+    little, much = read(tmp_path / "little"), read(tmp_path / "much")
+    assert_numbers(little["gram"], much["gram"], rel=1e-3, size=1e-6)
+
+
+def test_two_examples_are_enough(finished, run_cli, tmp_path):
+    code, out, err = run_cli("audit", finished, "--examples", "2", "--out", tmp_path / "two")
+    assert (code, err) == (0, "")
+    assert "nan" not in out
+    found = read(tmp_path / "two")
+    assert sum(row["count"] for row in found["classes"]) == 2
+    absent = [row for row in found["classes"] if row["count"] == 0]
+    assert len(absent) >= 8
+    assert all(row["share"] == 0 and row["loss"] is None for row in absent)
+    assert found["spread"] is None
+
+
+def test_more_examples_than_there_are_are_all(finished, run_cli, tmp_path):
+    code, _, _ = run_cli(
+        "audit", finished, "--examples", "99999", "--split", "test", "--out", tmp_path, "--quiet"
+    )
+    assert code == 0
+    assert len(rows_of(tmp_path / "audit_examples.csv")) == 500
+
+
+# How the run was trained.
+
+
+def test_a_stopped_run_is_audited_at_the_step_it_would_take(stopped):
+    found = audit_run(stopped, examples=300)
+    step, audited = found.audit.step, found.audit
+    assert found.about.step == 13
+    assert step.learning_rate == pytest.approx(
+        0.05 * float(optim.cosine(steps=40)(torch.tensor(13))), rel=1e-6
+    )
+    assert 0 < step.learning_rate < 0.05
+    assert not any("over" in note for note in audited.notes)
+    assert step.rows == (*"0123456789", "weight decay", "history")
+    norm = dict(zip(step.rows, step.norm.tolist(), strict=True))
+    assert norm["history"] > 0
+    assert norm["weight decay"] > 0
+    clip = min(1.0, 0.5 / (float(audited.balance.gradient_norm) + 1e-6))
+    assert step.clip == pytest.approx(clip, rel=1e-4)
+    assert step.clip < 1
+    parts = step.gram.diagonal()[:10].sqrt()
+    expected = step.learning_rate * step.clip * audited.balance.norm
+    assert_close(parts, expected, rtol=1e-4, atol=1e-9)
+    velocity = training.load_tensors(stopped / "checkpoint.safetensors")[0]
+    history = sum(
+        float(t.double().square().sum())
+        for name, t in velocity.items()
+        if name.startswith("opt_state/velocity/")
+    )
+    assert norm["history"] == pytest.approx(0.8 * step.learning_rate * history**0.5, rel=1e-4)
+
+
+def test_a_stopped_run_says_its_clipping_and_its_history_in_the_report(stopped, run_cli, tmp_path):
+    code, out, _ = run_cli("audit", stopped, "--examples", "300", "--out", tmp_path)
+    assert code == 0
+    assert "the training is over" not in out
+    found = read(tmp_path)
+    assert found["step"]["clip"] < 1
+    assert found["about"]["step"] == 13
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert "history" in page
+    assert "weight decay" in page
+
+
+def test_a_run_that_divides_by_its_weights_is_audited_so(tmp_path, run_cli):
+    run = trained(tmp_path / "run", class_weight={"9": 5}, reduction="weighted_mean")
+    code, _, _ = run_cli("audit", run, *FEW)
+    assert code == 0
+    found = read(run)
+    assert found["reduction"] == "weighted_mean"
+    for row in found["classes"]:
+        assert row["elasticity"] == pytest.approx(row["share"] - row["budget"], abs=1e-9)
+    assert sum(row["elasticity"] for row in found["classes"]) == pytest.approx(0.0, abs=1e-9)
+    gram = torch.tensor(found["gram"]).double()
+    weights = torch.tensor([1.0] * 9 + [5.0]).double()
+    counts = torch.tensor([row["count"] for row in found["classes"]]).double()
+    scale = 600 / (weights @ counts)
+    assert found["gradient_norm"] == pytest.approx(
+        float(scale * (weights @ gram @ weights).sqrt()), rel=1e-9
+    )
+
+
+def test_momentum_of_a_finished_run_is_its_history(tmp_path):
+    run = trained(
+        tmp_path / "run", optimizer="sgd", momentum=0.9, learning_rate=0.01, audit_every=0
+    )
+    found = audit_run(run, examples=300)
+    assert found.audit.step.note == ""
+    norm = dict(zip(found.audit.step.rows, found.audit.step.norm.tolist(), strict=True))
+    assert norm["history"] > 0
+    assert norm["weight decay"] == 0
+    assert found.history == []
+    assert "audit_history.png" not in {path.name for path in write_report(found, tmp_path / "out")}
+
+
+def test_a_run_of_no_step_is_audited(tmp_path, run_cli):
+    run = trained(tmp_path / "run", epochs=0)
+    code, out, err = run_cli("audit", run, *FEW)
+    assert (code, err) == (0, "")
+    assert read(run)["about"]["step"] == 0
+    assert "the training is over" in out
+
+
+@pytest.mark.parametrize("loss", training.objective.LOSSES)
+def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
+    """At the first weights, with costs and without: what trains can be audited."""
+    for name, weights in (("costs", {"9": 5}), ("none", {})):
+        made = make_config(SMALL, {"loss": loss, "class_weight": weights})
+        tensors = training.setup.make_setup(made).state.params
+        training.save_tensors(tmp_path / f"{name}.safetensors", tensors, {})
+        found = audit_checkpoint(tmp_path / f"{name}.safetensors", made, examples=100).audit
+        assert found.balance.share.sum() == pytest.approx(1.0)
+        assert found.linear_in_weights
+
+
+def test_no_cost_is_said_and_the_loss_of_a_run_alone(tmp_path, run_cli):
+    run = trained(tmp_path / "run", audit_every=0)
+    code, out, _ = run_cli("audit", run, *FEW)
+    assert code == 0
+    assert out.startswith("All classes cost the same.")
+
+
+# What it refuses.
+
+REFUSED = [
+    ([], 2, "name a run folder, or a model's file with --checkpoint"),
+    (["RUN", "--checkpoint", "MODEL"], 2, "name a run folder, or a model's file"),
+    (["RUN", "--split", "all"], 2, "split must be one of train, validation, test; got 'all'"),
+    (["RUN", "--method", "magic"], 2, "method must be one of auto, products"),
+    (["RUN", "--device", "gpu"], 2, "device must be one of auto, cpu, cuda, mps; got 'gpu'"),
+    (["RUN", "--model", "linear"], 2, "a run says itself what it is: leave out --model"),
+    (["RUN", "--class-weight", "9=2"], 2, "leave out --class-weight"),
+    (["RUN", "--loss", "nll", "--dataset", "mnist"], 2, "leave out --dataset, --loss"),
+    (["RUN", "--memory", "inf"], 2, "memory must be"),
+    (["--checkpoint", "MODEL"], 2, "say with --out where the report of a --checkpoint goes"),
+    (["--checkpoint", "MODEL", *["--model", "lenet", "--out", "out"]], 2, "model must be one of"),
+    (["--checkpoint", "MODEL", *["--loss", "huber", "--out", "out"]], 2, "loss must be one of"),
+    (["--checkpoint", "MODEL", *["--dataset", "svhn", "--out", "out"]], 2, "dataset must be one of"),
+    (["--checkpoint", "MODEL", *["--class-weight", "9", "--out", "out"]], 2,
+     "class_weight must be CLASS=WEIGHT"),
+    (["--checkpoint", "MODEL", "OF", "--class-weight", "ten=2"], 2, "no class 'ten'"),
+    (["--checkpoint", "MODEL", "OF", "--class-weight", "9=-1"], 2, "must be at least 0"),
+    (["nothing"], 1, "nothing is not a run folder: it has no config.toml"),
+    (["MODEL"], 1, "is not a run folder: it has no config.toml"),
+    (["--checkpoint", "gone.safetensors", "OF"], 1, "cannot read gone.safetensors: No such file"),
+    (["--checkpoint", "TEXT", "OF"], 1, "cannot read"),
+    (["--checkpoint", "PICTURE", "OF"], 1, "cannot read"),
+    (["--checkpoint", "RUN", "OF"], 1, "cannot read"),
+    (["--checkpoint", "STATE", "OF"], 1, "is not of linear on mnist-sample"),
+    (["--checkpoint", "MODEL", *["--model", "mlp", "--dataset", "mnist-sample", "--out", "out"]], 1,
+     "model.safetensors is not of mlp on mnist-sample: see its fc1.weight"),
+    (["--checkpoint", "WIDE", "OF"], 1, "is not of linear on mnist-sample: see its fc.weight"),
+    (["--checkpoint", "MORE", "OF"], 1, "is not of linear on mnist-sample: see its extra"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def places(finished, tmp_path):
+    """What the words of the tables above stand for."""
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    tensors, header = training.load_tensors(finished / "model.safetensors")
+    wide = {**tensors, "fc.weight": torch.zeros(10, 99)}
+    training.save_tensors(tmp_path / "wide.safetensors", wide, header)
+    training.save_tensors(
+        tmp_path / "more.safetensors", {**tensors, "extra": torch.zeros(1)}, header
+    )
+    return {
+        "RUN": [finished],
+        "MODEL": [finished / "model.safetensors"],
+        "STATE": [finished / "checkpoint.safetensors"],
+        "PICTURE": [finished / "curves.png"],
+        "TEXT": [tmp_path / "text.safetensors"],
+        "WIDE": [tmp_path / "wide.safetensors"],
+        "MORE": [tmp_path / "more.safetensors"],
+        "OF": ["--model", "linear", "--dataset", "mnist-sample", "--out", "out"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"), REFUSED, ids=[" ".join(a) or "nothing" for a, _, _ in REFUSED]
+)
+def test_a_wrong_request_is_one_line_on_stderr_and_leaves_nothing(
+    finished, places, run_cli, tmp_path, monkeypatch, args, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    before, beside = listing(finished), set(tmp_path.rglob("*"))
+    found, out, err = run_cli("audit", *[x for a in args for x in places.get(a, [a])])
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert (found, out) == (code, "")
+    assert listing(finished) == before
+    assert set(tmp_path.rglob("*")) == beside
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--examples", "1"],
+        ["--examples", "-5"],
+        ["--examples", "many"],
+        ["--memory", "0"],
+        ["--memory", "nan"],
+        ["--bogus"],
+        ["another"],
+    ],
+    ids=" ".join,
+)
+def test_what_typer_refuses_is_exit_code_2_without_a_traceback(finished, run_cli, args):
+    before = listing(finished)
+    code, out, err = run_cli("audit", finished, *args)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert listing(finished) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml"])
+@pytest.mark.parametrize("harm", ["gone", "cut", "folder"])
+def test_a_damaged_run_is_one_line(run, run_cli, name, harm):
+    content = (run / name).read_bytes()
+    (run / name).unlink()
+    if harm == "cut":
+        (run / name).write_bytes(content[:50])
+    if harm == "folder":
+        (run / name).mkdir()
+    before = listing(run)
+    code, out, err = run_cli("audit", run)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert name in err
+    assert listing(run) == before
+
+
+def test_a_run_with_the_checkpoint_of_another_is_one_line(run, stopped, run_cli):
+    shutil.copy(stopped / "checkpoint.safetensors", run)
+    before = listing(run)
+    code, _, err = run_cli("audit", run)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "it is of another model" in err
+    assert listing(run) == before
+
+
+@pytest.mark.parametrize("lines", [
+    b"", b'{"kind": "audit", "st', b'{"kind": "step", "step": 1}\n{"kind', b"\xff\xfe\n", None,
+    b'[1, 2]\n', b'{"step": 3}\n',
+])  # fmt: skip
+def test_a_log_that_is_cut_or_gone_costs_its_history_at_most(run, run_cli, lines):
+    (run / "metrics.jsonl").unlink()
+    if lines is not None:
+        (run / "metrics.jsonl").write_bytes(lines)
+    code, _, err = run_cli("audit", run, *FEW, "--quiet")
+    assert (code, err) == (0, "") or (code == 1 and err.count("\n") == 1 and "metrics" in err)
+
+
+def test_data_that_is_gone_is_one_line(run_cli, tmp_path, finished, monkeypatch):
+    monkeypatch.setattr("funcloss.data.fetch.answering", lambda urls: [])
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('"mnist-sample"', '"mnist"', 1))
+    before = listing(run)
+    code, out, err = run_cli("audit", run, "--data-dir", tmp_path / "nowhere")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "not in" in err
+    assert listing(run) == before
+
+
+def test_a_place_that_cannot_hold_the_report_is_one_line(finished, run_cli, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = run_cli("audit", finished, *FEW, "--out", out)
+        assert code == 1
+        assert re.fullmatch(r"error: cannot make .*: (File exists|Not a directory)\n", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_that_may_not_be_written_is_one_line(run, run_cli):
+    run.chmod(0o555)
+    try:
+        code, _, err = run_cli("audit", run, *FEW)
+    finally:
+        run.chmod(0o755)
+    assert code == 1
+    assert re.fullmatch(r"error: cannot write .*: Permission denied\n", err)
+
+
+def full_disk(monkeypatch, name):
+    """Let a file of this name, and no other, fail half-way, as on a full disk."""
+    write, opened, saved = Path.write_text, Path.open, training.figures.Figure.savefig
+
+    def mine(path):
+        return Path(path).name.startswith(f".{Path(name).stem}-") and Path(path).suffix == Path(
+            name).suffix  # fmt: skip
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_text(path, text, **options):
+        if mine(path):
+            write(path, text[: len(text) // 2], **options)
+            fail()
+        return write(path, text, **options)
+
+    def open_(path, mode="r", *args, **options):
+        if mine(path) and "w" in mode:
+            write(path, "half")
+            fail()
+        return opened(path, mode, *args, **options)
+
+    def savefig(figure, path, **options):
+        if mine(path):
+            write(path, "half")
+            fail()
+        return saved(figure, path, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(training.figures.Figure, "savefig", savefig)
+
+
+@pytest.mark.parametrize(
+    "name", ["audit.html", "audit.json", "audit_pairs.csv", "audit_examples.csv",
+             "audit_conflict.png"],
+)  # fmt: skip
+def test_a_disk_that_fills_leaves_no_half_of_a_file(reported, tmp_path, run_cli, monkeypatch, name):
+    run = shutil.copytree(reported[0], tmp_path / "run")
+    before = listing(run)
+    full_disk(monkeypatch, name)
+    code, _, err = run_cli("audit", run, "--examples", "300")
+    assert code == 1
+    assert err == f"error: cannot write {run / name}: No space left on device\n"
+    monkeypatch.undo()
+    after = listing(run)
+    assert after.keys() == before.keys()  # no hidden file either
+    assert after[name] == before[name]
+
+
+def test_ctrl_c_leaves_one_word_and_nothing_half_written(run, run_cli, monkeypatch):
+    before = listing(run)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    for place in ("audit_run", "write_report"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"funcloss.audit.{place}", interrupted)
+            code, out, err = run_cli("audit", run, *FEW)
+        assert code in (1, 2, 130)
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        assert listing(run) == before
+    with monkeypatch.context() as patched:
+        patched.setattr(training.figures.Figure, "savefig", interrupted)
+        code, _, err = run_cli("audit", run, *FEW)
+    assert code in (1, 2, 130)
+    assert err.count("\n") == 1
+    assert not [name for name in listing(run) if Path(name).name.startswith(".")]
+
+
+def test_ctrl_c_of_a_terminal_ends_it_at_once(run, tmp_path):
+    """The signal itself, in the middle of the work."""
+    code = (
+        "import sys, threading, os, signal\n"
+        "from funcloss import audit\n"
+        "real = audit.audit_run\n"
+        "def slow(*a, **k):\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    while True: real(*a, **k)\n"
+        "audit.audit_run = slow\n"
+        "from funcloss.cli import main\n"
+        f"sys.argv = ['funcloss', 'audit', {str(run)!r}, '--examples', '100']\n"
+        "main()\n"
+    )
+    before = listing(run)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert done.returncode in (1, 2, 130)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert listing(run) == before
+
+
+def test_a_reader_that_closes_the_pipe_early_ends_it_quietly(run):
+    line = f"{sys.executable} -m funcloss audit {run} --examples 100 | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_the_library_refuses_an_unknown_part_too(finished):
+    with pytest.raises(ConfigError, match="part must be one of train, validation, test"):
+        audit_run(finished, part="all")
+    with pytest.raises(RunError, match="is not a run folder"):
+        audit_run(finished / "model.safetensors")
+
+
+def test_the_help_names_every_option_and_loads_no_torch():
+    code = (
+        "import sys; sys.argv = ['funcloss', 'audit', '--help']\n"
+        "from funcloss.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for flag in ("checkpoint", "model", "dataset", "loss", "class-weight", "split", "examples",
+                 "eval", "method", "memory", "data-dir", "device", "out", "quiet"):  # fmt: skip
+        assert f"--{flag}" in done.stdout
+
+
+# The first tutorial's loss.
+
+
+@pytest.fixture(scope="module")
+def tutorial(finished, sample):
+    """The tutorial's network after some training, without dropout, and batches of 32."""
+    torch.manual_seed(0)
+    model = models.article_cnn().double().eval()
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
+    batches = [take(sample, sample.train, index) for index in order[:1600].split(32)]
+    batches = [Batch(batch.inputs.double(), batch.targets) for batch in batches]
+    fast = torch.optim.SGD(model.parameters(), lr=0.05)
+    for batch in batches[:40]:
+        fast.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch.inputs), batch.targets).backward()
+        fast.step()
+    return model, batches[40:]
+
+
+def audited(model, loss, batch, **options):
+    return audit(model, None, loss, [batch], per_example=False, **options)
+
+
+def test_the_published_cost_leaves_the_share_of_the_nines_as_it_is(tutorial):
+    model, batches = tutorial
+    for batch in batches[:4]:
+        assert 0 < int((batch.targets == 9).sum()) < 32
+        plain = audited(model, losses.cross_entropy, batch)
+        costly = audited(model, tutorial_losses.published_costly_nine, batch)
+        assert not costly.linear_in_weights
+        assert abs(costly.balance.share - plain.balance.share).max() < 1e-6
+        told = compare(costly, plain)
+        assert told[0].startswith("The cost has no effect on class")
+        assert "9" in told[0]
+        assert not any("raises" in line or "lowers" in line for line in told)
+        times = 1 + float((batch.targets == 9).double().mean())
+        assert costly.balance.gradient_norm / plain.balance.gradient_norm == pytest.approx(times)
+        assert f"The gradient is {times:.3g} times as long" in told[-1]
+        assert "another learning rate" in told[-1]
+
+
+def test_across_random_batches_of_32_the_published_cost_is_a_factor_of_1_03():
+    subject = adapt(
+        tutorial_losses.published_costly_nine, class_weights={9: 2.0}, batch_size=32
+    ).subject
+    effect = cost_effect(subject)
+    assert float(effect.within[9]) == pytest.approx(1.0, abs=1e-6)
+    assert float(effect.across[9]) == pytest.approx(1.03, abs=0.005)
+    assert "1.03 across random batches of 32" in effect.of_class(9)
+
+
+def test_across_the_batches_of_a_training_the_nines_gain_about_as_little(tutorial):
+    """The audit itself over batches: a nine is in batches that are scaled by a little more."""
+    model, _ = tutorial
+    with torch.no_grad():
+        scale = [1 + int(n) / 32 for n in torch.distributions.Binomial(31, torch.tensor(0.1)).sample(
+            (4000,))]  # fmt: skip
+    others = sum(scale) / len(scale)
+    own = others + 1 / 32
+    assert own / others == pytest.approx(1.03, abs=0.005)
+    assert sum(p.numel() for p in model.parameters()) == 21_840
+
+
+def test_the_meant_cost_raises_the_share_of_the_nines_and_is_said_to(tutorial):
+    model, batches = tutorial
+    nines = 10 * [0.0]
+    for batch in batches[:4]:
+        plain = audited(model, losses.cross_entropy, batch)
+        meant = audited(model, tutorial_losses.meant_costly_nine, batch)
+        weighted = audited(
+            model, class_weighted(losses.cross_entropy), batch,
+            class_weights=torch.tensor([1.0] * 9 + [2.0]).double(),
+        )  # fmt: skip
+        assert meant.balance.share[9] > plain.balance.share[9] + 0.01
+        assert_close(meant.balance.share, weighted.balance.share, rtol=1e-9, atol=1e-12)
+        told = compare(meant, plain)
+        (line,) = [line for line in told if line.startswith("The cost raises the share of class 9")]
+        first, last = re.findall(r"-?\d+\.\d", line)
+        assert float(first) == pytest.approx(100 * float(plain.balance.share[9]), abs=0.051)
+        assert float(last) == pytest.approx(100 * float(meant.balance.share[9]), abs=0.051)
+        assert not any("no effect" in line and "class 9" in line for line in told)
+        nines[9] += 1
+    assert nines[9] == 4
