@@ -335,7 +335,7 @@ def test_every_audit_is_a_line_a_class(audited):
         assert now[0]["seconds"] > 0
     first = [r for r in records if r["step"] == 1]
     assert sum(r["update_share"] for r in first) == pytest.approx(1.0)  # no history yet
-    seen = [e for e in events if isinstance(e, training.run.Audited)]
+    seen = [e for e in events if isinstance(e, training.Audited)]
     assert [e.step for e in seen] == AUDITED
     assert [row for e in seen for row in e.rows] == [
         {k: v for k, v in r.items() if k not in ("kind", "step", "epoch", "seconds")}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from funcloss.typing import Batch
 N, CLASSES = 9, 4
 WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 5.0]).double()
 WHERE = torch.tensor([True, True, False, True, False, True, True, True, False])
-EXACT = {"rtol": 1e-11, "atol": 1e-13}
+EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
 
 
 def draw(*shape, seed=0):

@@ -5,9 +5,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from funcloss.audit.gradients import Measured
 from funcloss.audit.inner import distance, norm_of
 from funcloss.audit.loss import values_of
-from funcloss.audit.passes import Passes, Work, sort_rows
+from funcloss.audit.passes import Passes, Work, kept_rows
 from funcloss.audit.result import Check
 from funcloss.audit.subject import Subject
 from funcloss.errors import AuditError
@@ -16,7 +17,7 @@ from funcloss.typing import Grads, Params
 
 
 def check_first_batch(
-    work: Work, passes: Passes, number: int, parts: Grads, weights: Tensor, reduction: str
+    work: Work, passes: Passes, number: int, measured: Measured, weights: Tensor, reduction: str
 ) -> Check:
     """Compare the class gradients of one batch with the plain gradient of its loss.
 
@@ -24,13 +25,13 @@ def check_first_batch(
         work: The model and the loss.
         passes: The data.
         number: Which batch.
-        parts: ``sum_c w_c G_c`` of that batch, by the method of the audit, unreduced.
+        measured: What the audit found of that batch.
         weights: Of the classes.
         reduction: What divides.
     """
     subject, side = work.subject, work.side
     rows = next(itertools.islice(passes(), number, None))
-    every = sort_rows(subject, number, rows, range(work.classes))
+    every = kept_rows(subject, number, rows)
     n = len(every.position)
     leaves = {name: p.detach().requires_grad_() for name, p in subject.params.items()}
     of_rows = weights[every.chunk.groups]
@@ -53,9 +54,10 @@ def check_first_batch(
         # From the mean of a piece to the sum, which adds up over pieces.
         for name, g in zip(leaves, found, strict=True):
             plain[name] += burden * g
-    error = distance(parts, plain) / max(norm_of(plain), 1e-300)
+    # Where the class gradients cancel, their rounding is all that is left of the sum.
+    error = distance(measured.first, plain) / max(norm_of(plain), measured.first_length, 1e-300)
     says = "sum of the class gradients against the plain gradient, first batch"
-    return Check("gradient", error, tolerance(subject), says)
+    return Check("gradient", error, tolerance_of(subject.params), says)
 
 
 def check_slopes(
@@ -84,9 +86,10 @@ def check_slopes(
     return Check("slopes", error, _tolerance(dtype), says)
 
 
-def check_given(parts: Grads, given: Grads) -> Check:
+def check_given(measured: Measured, given: Grads) -> Check:
     """Compare the sum of the class gradients with the gradient that a training step computed."""
-    error = distance(parts, given) / max(norm_of(given), 1e-300)
+    parts = measured.gradient
+    error = distance(parts, given) / max(norm_of(given), measured.length, 1e-300)
     says = "sum of the class gradients against the gradient of the step"
     dtype = next(iter(parts.values())).dtype
     return Check("step", error, _tolerance(dtype), says)
@@ -103,7 +106,7 @@ def check_update(before: Params, after: Params, parts: Params) -> Check:
     return Check("update", distance(parts, moved) / length, room, says)
 
 
-def hold(check: Check, subject: Subject) -> None:
+def require(check: Check, subject: Subject) -> None:
     """Raise ``AuditError`` with the likely cause if a check does not hold."""
     if check.tolerance is None or check.error <= check.tolerance:
         return
@@ -149,11 +152,6 @@ def _burden(weights: Tensor, reduction: str) -> float:
 def tolerance_of(params: Params) -> float:
     """Return how far two ways to one gradient may be apart."""
     return _tolerance(next(iter(params.values())).dtype)
-
-
-def tolerance(subject: Subject) -> float:
-    """Return how far two ways to one gradient of the model may be apart."""
-    return tolerance_of(subject.params)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

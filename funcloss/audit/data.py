@@ -23,12 +23,6 @@ class Rows(NamedTuple):
     groups: Tensor  # (batch,) int64: the class that each example counts for; -1: it does not count
     first: int  # position in the data of its first example
 
-    def part(self, index: Tensor | slice) -> "Rows":
-        """Return the rows at an index."""
-        where = None if self.where is None else self.where[index]
-        inputs = tree_map(lambda x: x[index], self.inputs)
-        return Rows(inputs, self.targets[index], where, self.groups[index], self.first)
-
 
 def batches(
     data: Any, *, batch_size: int, group_by: GroupBy | None, device: torch.device
@@ -53,16 +47,35 @@ def batches(
             be passed over only once.
     """
     begin = _source(data, batch_size)
+    seen: list[Tensor] = []  # groups of each batch of the first pass
+    ended = False
 
     def passes() -> Iterator[Rows]:
-        first = 0
-        for item in begin():
+        nonlocal ended
+        first, number = 0, 0
+        for number, item in enumerate(begin(), 1):
             batch = _on_tensors(lambda x: x.to(device), as_batch(item))
-            rows = Rows(*batch, groups=_groups(batch, group_by), first=first)
+            rows = Rows(*batch, groups=groups_of(batch, group_by), first=first)
+            mark = rows.groups.cpu()
+            if number <= len(seen):
+                _check_same(torch.equal(mark, seen[number - 1]))
+            else:
+                _check_same(not ended)
+                seen.append(mark)
             yield rows
-            first += len(rows.groups)
+            first += len(mark)
+        _check_same(number == len(seen))
+        ended = True
 
     return passes
+
+
+def _check_same(same: bool) -> None:
+    if not same:
+        raise AuditError(
+            "audit: the data gave other examples in a later pass than in the first: give data that "
+            "can be passed over again and comes in one order, a list or an unshuffled DataLoader"
+        )
 
 
 def as_batch(item: Any) -> Batch:
@@ -109,7 +122,12 @@ def _checked(batch: Batch) -> Batch:
     return batch
 
 
-def _groups(batch: Batch, group_by: GroupBy | None) -> Tensor:
+def groups_of(batch: Batch, group_by: GroupBy | None) -> Tensor:
+    """Return the class that each example counts for, -1 where it does not.
+
+    Raises:
+        AuditError: there are no labels and no ``group_by``, or these are out of range.
+    """
     targets = batch.targets
     if group_by is not None:
         groups = group_by(batch)
@@ -129,7 +147,10 @@ def _groups(batch: Batch, group_by: GroupBy | None) -> Tensor:
     groups = groups.long()
     counts = torch.ones_like(groups, dtype=torch.bool) if batch.where is None else batch.where
     if bool((counts & (groups < 0)).any()):
-        raise AuditError(f"audit: labels must be at least 0, got {int(groups[counts].min())}")
+        raise AuditError(
+            f"audit: labels must be at least 0, got {int(groups[counts].min())}: leave an "
+            "example out with where="
+        )
     return torch.where(counts, groups, -1)
 
 
@@ -162,8 +183,10 @@ def _on_tensors(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def _in_memory(data: Any) -> bool:
-    """Return whether ``data`` is one tuple of tensors, not a tuple of batches."""
-    return isinstance(data, tuple) and len(data) in (2, 3) and isinstance(data[1], Tensor)
+    """Return whether ``data`` is one batch, not a tuple or list of batches."""
+    if isinstance(data, Mapping):
+        return True
+    return isinstance(data, tuple | list) and len(data) in (2, 3) and isinstance(data[1], Tensor)
 
 
 def _described(thing: Any) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcloss.typing import Grads, Params
 
-_STRETCH = 1 << 13  # numbers of a row that are multiplied at once: they should stay in cache
+_STRETCH = 1 << 16  # numbers of a row that are widened and multiplied at once
 
 Layers = dict[str, list[str]]  # names of the parameters of each layer
 
@@ -37,12 +37,16 @@ def grams(a: Grads, b: Grads, layers: Layers) -> Float[Tensor, "layers rows colu
         b: The same, ``(columns, *shape)``.
         layers: Which parameters make up a layer.
     """
-    return torch.stack(
-        [
-            torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
-            for names in layers.values()
-        ]
-    ).cpu()
+    return (
+        torch.stack(
+            [
+                torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
+                for names in layers.values()
+            ]
+        )
+        .cpu()
+        .double()
+    )
 
 
 def side_by_side(params: Params, rows: int) -> Grads:
@@ -68,14 +72,17 @@ def _unflat(vector: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Return all inner products of rows with rows, summed in float64 over stretches."""
-    size = a.shape[1]
-    whole = size - size % _STRETCH
-    tail = (a[:, whole:] @ b[:, whole:].T).double()
-    if not whole:
-        return tail
-    left, right = (x[:, :whole].reshape(len(x), -1, _STRETCH).transpose(0, 1) for x in (a, b))
-    return tail + (left @ right.mT).double().sum(0)
+    """Return all inner products of rows with rows, a stretch at a time in the widest dtype.
+
+    The gradient may be far shorter than the class gradients that it is the sum of, so rounding in
+    their products would show in every share.
+    """
+    pairs = zip(a.split(_STRETCH, 1), b.split(_STRETCH, 1), strict=True)
+    return torch.stack([_wide(x) @ _wide(y).T for x, y in pairs]).sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # which has no float64
 
 
 def cross(
@@ -131,9 +138,7 @@ def add_to(into: Params, more: Params) -> None:
 
 def norm_of(tree: Params) -> float:
     """Return the Euclidean norm of all entries together, in float64."""
-    return math.hypot(
-        *(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in tree.values())
-    )
+    return math.hypot(*(float(torch.linalg.vector_norm(_wide(x))) for x in tree.values()))
 
 
 def distance(a: Params, b: Params) -> float:

@@ -55,6 +55,15 @@ def make_loss_side(
     return side._replace(coupled=side.coupled or _found_to_couple(side, predictions, targets))
 
 
+def check_costs(side: LossSide, class_weights: Tensor | None, reduction: str) -> None:
+    """Raise ``AuditError`` where class weights have no place to act."""
+    if side.coupled and (class_weights is not None or reduction == "weighted_mean"):
+        raise AuditError(
+            "audit: the loss couples examples, so a class weight belongs to none of its values "
+            "and a division by weights means nothing: give the loss its costs as options"
+        )
+
+
 def values_of(side: LossSide, predictions: Tensor, targets: Tensor) -> Tensor:
     """Return one value an example, at cost 1; those of a scalar loss are all its value.
 

@@ -234,7 +234,7 @@ def make_plan(
             cannot[forced] = _try(forced, predict, params, probe, back)
         if why := cannot.get(forced):
             raise AuditError(f"audit: the method {forced} cannot measure this model: {why}")
-        size = _bytes(predict, params, probe, forced)
+        size = _bytes(predict, params, probe, forced, classes)
         return Plan(forced, "asked for", costs, size)
     able = {name: costs[name] for name in METHODS if name in costs}
     if norms:
@@ -243,7 +243,7 @@ def make_plan(
     best = min(able, key=lambda name: able[name])
     what = "class gradients and norms" if norms else "class gradients"
     why = f"least predicted cost for {what}" + (f"; {why_not}" if why_not else "")
-    return Plan(best, why, costs, _bytes(predict, params, probe, best))
+    return Plan(best, why, costs, _bytes(predict, params, probe, best, classes))
 
 
 def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]):
@@ -322,25 +322,30 @@ def _disagreement(each: Grads, squares: Tensor, plain: list[Grads]) -> str:
     return ""
 
 
-def _bytes(predict: Predict, params: Params, probe: Chunk, method: str) -> int:
+def _bytes(predict: Predict, params: Params, probe: Chunk, method: str, classes: int) -> int:
     """Return the memory that an example takes while it is measured."""
-    own = {p.untyped_storage().data_ptr() for p in params.values()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        predict(leaves, probe.inputs, probe.keys)
-    kept = sum(saved.values()) / len(probe.keys)
-    inputs = sum(x.nbytes for x in tree_leaves(probe.inputs)) / len(probe.keys)
+
+    def kept(n: int) -> int:
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        some = probe[slice(0, n)]
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            predict(leaves, some.inputs, some.keys)
+        return sum(saved.values())
+
+    n = len(probe.keys)  # what one more example adds is its own; weights are kept by all alike
+    more = kept(n) - kept(n - 1) if n > 1 else kept(n)
+    inputs = sum(x.nbytes for x in tree_leaves(probe.inputs)) / n
     grads = sum(p.nbytes for p in params.values()) if method == "examples" else 0
+    backs = classes if method == "jacrev" else 1
     # What is saved going forward has a gradient of its size going back, and room to compute it.
-    return int(3 * kept + 2 * inputs + 3 * grads) + 1
+    return int(max(more, 0) * (2 + backs) + 2 * inputs + 3 * grads) + 1
 
 
 def _first_line(error: Exception) -> str:

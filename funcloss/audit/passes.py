@@ -29,47 +29,53 @@ class Work(NamedTuple):
     chunk: int  # examples at a time
 
 
-class Sorted(NamedTuple):
-    """The examples of a batch that count, those of a class together."""
+class Kept(NamedTuple):
+    """The examples of a batch that count."""
 
     chunk: Chunk
     targets: Tensor
     position: Tensor  # of each in the data
 
-    def at(self, index: Tensor) -> "Sorted":
+    def at(self, index: Tensor) -> "Kept":
         """Return some of them."""
         inputs = tree_map(lambda x: _select(x, index), self.chunk.inputs)
         chunk = Chunk(inputs, self.chunk.keys[index], self.chunk.groups[index])
-        return Sorted(chunk, self.targets[index], self.position[index])
+        return Kept(chunk, self.targets[index], self.position[index])
 
 
 class Findings(NamedTuple):
     """What a pass found of a batch: its class gradients, and a row an example."""
 
+    number: int  # of the batch in the data
     sums: Grads  # of the classes asked for, (classes, *shape), at cost 1
-    rows: Sorted
+    rows: Kept
     loss: Tensor
     square: Tensor  # of the norm; NaN where not measured
     margin: Tensor
     size: int  # examples of the batch, those that do not count among them
 
 
-def sort_rows(subject: Subject, number: int, rows: Rows, wanted: range) -> Sorted:
-    """Return the rows of a batch that count for a class in ``wanted``, sorted by class.
+def kept_rows(subject: Subject, number: int, rows: Rows) -> Kept:
+    """Return the rows of a batch that count, in the order of the data.
 
     Args:
         subject: For the keys: batch ``number`` draws as step ``subject.step + number`` does.
         number: Number of the batch in the data.
         rows: The batch.
-        wanted: A range of classes.
     """
     keys = example_keys(subject.key, subject.step + number, len(rows.groups))
-    counts = (rows.groups >= wanted.start) & (rows.groups < wanted.stop)
-    order = rows.groups.argsort(stable=True)
-    order = order[counts[order]]
-    inputs = tree_map(lambda x: _select(x, order), rows.inputs)
-    chunk = Chunk(inputs, keys[order], rows.groups[order])
-    return Sorted(chunk, rows.targets[order], rows.first + order)
+    chunk = Chunk(rows.inputs, keys, rows.groups)
+    positions = rows.first + torch.arange(len(keys), device=keys.device)
+    every = Kept(chunk, rows.targets, positions)
+    counts = rows.groups >= 0
+    return every if bool(counts.all()) else every.at(counts.nonzero().squeeze(1))
+
+
+def _order(groups: Tensor, wanted: range) -> Tensor:
+    """Return the index that takes examples of the wanted classes, those of a class together."""
+    order = groups.argsort(stable=True)
+    inside = (groups >= wanted.start) & (groups < wanted.stop)
+    return order[inside[order]]
 
 
 def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wanted: range):
@@ -92,23 +98,23 @@ def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wante
     sums = side_by_side(subject.params, len(wanted))
     for number, rows in enumerate(passes()):
         check_labels(rows.groups, work.classes)
-        every = sort_rows(subject, number, rows, range(work.classes) if side.coupled else wanted)
+        every = kept_rows(subject, number, rows)
+        order = _order(every.chunk.groups, wanted)
+        if not len(order):
+            continue
         known = None
-        if side.coupled:
+        if side.coupled:  # a loss may read the order of its batch
             predictions = _predicted(work, every.chunk)
             values, back = cotangents_of(side, predictions, every.targets)
-            inside = (every.chunk.groups >= wanted.start) & (every.chunk.groups < wanted.stop)
-            if not bool(inside.all()):
-                kept = inside.nonzero().squeeze(1)
-                every, values, back = every.at(kept), values[kept], back[kept]
-            known = (values, back)
+            known = (values[order], back[order])
+        every = every.at(order)
         chunk = every.chunk._replace(groups=every.chunk.groups - wanted.start)
         for part in sums.values():
             part.zero_()
         losses, squares, margin = [], [], []
         for piece in _pieces(len(chunk.keys), work.chunk):
             of_piece = None if known is None else (known[0][piece], known[1][piece])
-            seen = _Seen(side, every.targets[piece], of_piece)
+            seen = _ChunkLoss(side, every.targets[piece], of_piece)
             square = MEASURES[method](
                 subject.predict, subject.params, chunk[piece], seen.cotangents, sums, norms
             )
@@ -116,18 +122,19 @@ def gradient_pass(work: Work, passes: Passes, method: str, *, norms: bool, wante
             margin.append(seen.margin)
             squares.append(torch.full_like(seen.losses, torch.nan) if square is None else square)
         found = Findings(
-            sums,
-            every,
-            _joined(losses),
-            _joined(squares),
-            _joined(margin),
-            len(rows.groups),
+            number=number,
+            sums=sums,
+            rows=every,
+            loss=torch.cat(losses),
+            square=torch.cat(squares),
+            margin=torch.cat(margin),
+            size=len(rows.groups),
         )
         _check_finite(found)
         yield found
 
 
-class _Seen:
+class _ChunkLoss:
     """The loss of a chunk: gives its cotangents once it sees predictions, and keeps the rest."""
 
     def __init__(
@@ -137,7 +144,7 @@ class _Seen:
         known: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.side, self.targets, self.known = side, targets, known
-        self.losses = self.margin = torch.zeros(0)
+        self.losses = self.margin = targets
 
     def cotangents(self, predictions: Tensor) -> Tensor:
         self.losses, back = self.known or cotangents_of(self.side, predictions, self.targets)
@@ -148,7 +155,7 @@ class _Seen:
 class Slopes(NamedTuple):
     """What a pass along a direction found of a batch."""
 
-    rows: Sorted
+    rows: Kept
     loss: Tensor
     slope: Tensor  # <J_i^T dL/dz_i, direction>
     by_option: dict[str, Tensor]
@@ -171,7 +178,9 @@ def slope_pass(
     """
     subject, side = work.subject, work.side
     for number, rows in enumerate(passes()):
-        every = sort_rows(subject, number, rows, range(work.classes))
+        every = kept_rows(subject, number, rows)
+        if not len(every.position):
+            continue
         pieces = _pieces(len(every.position), work.chunk)
         moved: list[tuple[slice, Tensor, Tensor]] = []
         for piece in pieces:
@@ -182,7 +191,7 @@ def slope_pass(
                 direction,
             )
             moved.append((piece, predictions, moves))
-        if side.coupled and moved:  # the loss of a piece hangs on the others
+        if side.coupled:  # the loss of a piece hangs on the others
             _, predictions, moves = zip(*moved, strict=True)
             moved = [(slice(None), torch.cat(predictions), torch.cat(moves))]
         losses, slopes = [], []
@@ -198,7 +207,7 @@ def slope_pass(
                     side, predictions, moves, targets, of_rows
                 ).items():
                     by_name[name] = by_name[name] + slope if name in by_name else slope
-        yield Slopes(every, _joined(losses), _joined(slopes), by_name)
+        yield Slopes(every, torch.cat(losses), torch.cat(slopes), by_name)
 
 
 def slope_pass_backward(work: Work, passes: Passes, direction: Params) -> Iterator[Slopes]:
@@ -216,14 +225,16 @@ def slope_pass_backward(work: Work, passes: Passes, direction: Params) -> Iterat
     """
     subject = work.subject
     for number, rows in enumerate(passes()):
-        every = sort_rows(subject, number, rows, range(work.classes))
+        every = kept_rows(subject, number, rows)
+        if not len(every.position):
+            continue
         values, back = cotangents_of(work.side, _predicted(work, every.chunk), every.targets)
         slopes = []
         for i in range(len(every.position)):
             one = slice(i, i + 1)
             grads = plain_vjp(subject.predict, subject.params, every.chunk[one], back[one])
             slopes.append(torch.stack([(g * direction[n]).sum() for n, g in grads.items()]).sum())
-        yield Slopes(every, values, torch.stack(slopes) if slopes else torch.zeros(0), {})
+        yield Slopes(every, values, torch.stack(slopes), {})
 
 
 def own_gradients(work: Work, method: str, passes: Passes, wanted: range) -> Grads:
@@ -241,7 +252,9 @@ def own_gradients(work: Work, method: str, passes: Passes, wanted: range) -> Gra
     subject, side = work.subject, work.side
     sums = side_by_side(subject.params, len(wanted))
     for number, rows in enumerate(passes()):
-        every = sort_rows(subject, number, rows, range(work.classes))
+        every = kept_rows(subject, number, rows)
+        if not len(every.position):
+            continue
         predictions = _predicted(work, every.chunk)
         for row, label in enumerate(wanted):
             of_class = (every.chunk.groups == label).to(predictions)
@@ -268,7 +281,9 @@ def class_losses(work: Work, passes: Passes, params: Params) -> tuple[Tensor, Te
     total = torch.zeros(work.classes, dtype=torch.float64, device=subject.device)
     count = torch.zeros_like(total)
     for number, rows in enumerate(passes()):
-        every = sort_rows(subject, number, rows, range(work.classes))
+        every = kept_rows(subject, number, rows)
+        if not len(every.position):
+            continue
         predictions = _predicted(work, every.chunk, params)
         values = values_of(work.side, predictions, every.targets).double()
         total.index_add_(0, every.chunk.groups, values)
@@ -278,8 +293,7 @@ def class_losses(work: Work, passes: Passes, params: Params) -> tuple[Tensor, Te
 
 def _predicted(work: Work, chunk: Chunk, params: Params | None = None) -> Tensor:
     params = work.subject.params if params is None else params
-    pieces = _pieces(len(chunk.keys), work.chunk) or [slice(0, 0)]
-    parts = [chunk[piece] for piece in pieces]
+    parts = [chunk[piece] for piece in _pieces(len(chunk.keys), work.chunk)]
     return torch.cat([work.subject.predict(params, p.inputs, p.keys) for p in parts])
 
 
@@ -292,10 +306,6 @@ def _select(inputs: Tensor, index: Tensor) -> Tensor:
     if inputs.dim() != 4:
         return inputs[index]
     return inputs.movedim(1, -1)[index].movedim(-1, 1)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def check_labels(groups: Tensor, classes: int) -> None:

@@ -55,6 +55,8 @@ class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a v
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Note a layer, pass the rest."""
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # the dtype of a weight is no use of it
+            return func(*args, **kwargs)
         used = [self.names[i] for i in _ids((args, tuple(kwargs.values()))) if i in self.names]
         if not used:
             return func(*args, **kwargs)
@@ -386,6 +388,8 @@ def _embedding(
 
 
 def _read_linear(input, weight, bias=None):
+    if weight.dim() != 2:
+        return None
     return _linear, input, weight, bias, {}
 
 

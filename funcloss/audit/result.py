@@ -76,7 +76,7 @@ class Impact(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Standard deviations from batch to batch."""
+    """Standard deviations from batch to batch, of what a batch changes to first order."""
 
     batches: int
     batch_size: int  # examples in the first of them
@@ -120,7 +120,7 @@ class Audit(NamedTuple):
     length: Float[Tensor, " classes"]  # sum |grad l_i| / n; NaN where not measured
     norm_quantiles: Float[Tensor, "classes quantiles"]  # of |grad l_i|, at ``QUANTILES``
     alignment: Float[Tensor, " classes"]  # mean cos(grad l_i, g)
-    spread: Spread | None  # None: a single batch
+    spread: Spread | None  # None: too few batches, or too little memory for them
     examples: ExampleRows | None
     step: StepAudit | None
     impact: dict[str, Impact]  # by part of the data: "train", "held_out"
@@ -251,8 +251,8 @@ class Audit(NamedTuple):
                 "norm": plain(step.norm),
                 "update_norm": plain(step.update_norm),
                 "gram": plain(step.gram),
-                "learning_rate": step.learning_rate,
-                "clip": step.clip,
+                "learning_rate": plain(step.learning_rate),
+                "clip": plain(step.clip),
                 "note": step.note,
             },
             "impact": {
@@ -266,8 +266,8 @@ class Audit(NamedTuple):
                 for part, impact in self.impact.items()
             },
             "elasticities": {name: plain(value) for name, value in self.elasticities.items()},
-            "method": self.method._asdict(),
-            "checks": [check._asdict() for check in self.checks],
+            "method": plain(self.method._asdict()),
+            "checks": [plain(check._asdict()) for check in self.checks],
             "notes": list(self.notes),
         }
 
@@ -345,8 +345,10 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return plain(value.tolist())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return value if not isinstance(value, float) or abs(value) < float("inf") else None
 
 

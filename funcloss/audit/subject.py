@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from funcloss.errors import AuditError
 from funcloss.keys import keyed_randomness, make_key
@@ -35,7 +36,8 @@ def make_subject(
 
     Args:
         model: Any module, in the mode to audit it in; never touched.
-        state: A training state, params by name, or None for the model's own tensors.
+        state: A training state, tensors by name, or None for the model's own; the model says
+            which of them are trained.
         key: Key of the dropout masks, unless the state brings one.
 
     Raises:
@@ -48,17 +50,22 @@ def make_subject(
         params, buffers = state.params, state.buffers
         opt_state, step, key = state.opt_state, state.step, state.key
     else:
-        params = state
-        if params is None:
-            params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        params = {name: preferred_layout(p.detach()) for name, p in params.items()}
-        rest = {name: t for name, t in named.items() if name not in params}
-        buffers = {name: preferred_layout(t.detach()) for name, t in rest.items()}
+        given = {} if state is None else state
+        if unknown := [name for name in given if name not in named]:
+            raise AuditError(f"audit: {unknown[0]} of the state is not of the model")
+        tensors = {n: preferred_layout(t.detach()) for n, t in {**named, **given}.items()}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        params = {name: t for name, t in tensors.items() if name in trained}
+        buffers = {name: t for name, t in tensors.items() if name not in trained}
     if not params:
         raise AuditError("audit: the model has no parameter that requires a gradient")
     for name, tensor in params.items():
         if name not in named or named[name].shape != tensor.shape:
-            raise AuditError(f"audit: {name} of the state is not a parameter of the model")
+            raise AuditError(f"audit: {name} of the state is not of the model")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise AuditError(
+                f"audit: parameters must be float32 or float64, got {tensor.dtype}: model.float()"
+            )
     device = next(iter(params.values())).device
     return Subject(
         predict=make_predict(make_forward(model), buffers),
@@ -79,7 +86,8 @@ def make_predict(forward: Forward, buffers: Buffers) -> Predict:
     def predict(params: Params, inputs: Any, keys: Tensor) -> Tensor:
         # The other attention kernels have no forward-mode derivative.
         with keyed_randomness(keys), sdpa_kernel(SDPBackend.MATH):
-            predictions, _ = forward(params, buffers, inputs)
+            # Its own copy of the inputs: a model may write to them.
+            predictions, _ = forward(params, buffers, tree_map(torch.clone, inputs))
         if not isinstance(predictions, Tensor):
             kind = type(predictions).__name__
             raise AuditError(

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from funcloss.audit.data import Rows
+from funcloss.audit.data import Rows, groups_of
 from funcloss.audit.gram import Balance, balance, scale_of
 from funcloss.audit.inner import grams, layers_of, scaled_rows, total_of
-from funcloss.audit.loss import cotangents_of, make_loss_side
+from funcloss.audit.loss import check_costs, cotangents_of, make_loss_side
 from funcloss.audit.methods import make_plan
-from funcloss.audit.passes import Work, gradient_pass, sort_rows
+from funcloss.audit.passes import Work, gradient_pass, kept_rows
 from funcloss.audit.result import StepAudit, plain
 from funcloss.audit.step import OWN_ROWS, split_step
 from funcloss.audit.subject import Subject, check_couples_nothing, make_predict
@@ -96,19 +96,18 @@ def make_audit_step(
             device=state.step.device,
             drops=True,
         )
+        weights = hyper.get("class_weights")
         options = {k: v for k, v in hyper.items() if k not in ("learning_rate", "class_weights")}
-        counts = torch.ones_like(batch.targets, dtype=torch.bool)
-        counts = counts if batch.where is None else batch.where
-        rows = Rows(*batch, groups=torch.where(counts, batch.targets.long(), -1), first=0)
+        rows = Rows(*batch, groups=groups_of(batch, None), first=0)
         if not found:
             found.update(_method(subject, loss, options, rows, len(classes)))
         side = found["side"]._replace(options=options)
+        check_costs(side, weights, reduction)
         work = Work(subject, side, len(classes), len(batch.targets))
         every = range(len(classes))
         (seen,) = gradient_pass(
             work, lambda: iter([rows]), found["method"], norms=False, wanted=every
         )
-        weights = hyper.get("class_weights")
         weights = seen.loss.new_ones(len(classes)) if weights is None else weights
         groups, n = seen.rows.chunk.groups, len(seen.loss)
         count = groups.bincount(minlength=len(classes))
@@ -131,8 +130,8 @@ def make_audit_step(
                 float(split.clip),
                 split.note,
             )
-        now = balance(gram, count.cpu(), weights.double().cpu(), reduction=reduction)
-        return StepFindings(now, count.cpu(), (total / count).double().cpu(), step), memory
+        now = balance(gram, count.cpu(), weights.cpu().double(), reduction=reduction)
+        return StepFindings(now, count.cpu(), (total / count).cpu().double(), step), memory
 
     return torch.no_grad()(audit_step)
 
@@ -181,7 +180,7 @@ def observer(setup: Setup) -> Callable[[TrainState, Tensor], list[dict[str, Any]
 def _method(
     subject: Subject, loss: LossFn, options: dict[str, Any], rows: Rows, classes: int
 ) -> dict[str, Any]:
-    few = sort_rows(subject, 0, rows, range(classes))
+    few = kept_rows(subject, 0, rows)
     if not len(few.position):
         raise AuditError("audit: no example counts")
     few = few.at(torch.linspace(0, len(few.position) - 1, min(3, len(few.position))).long())

@@ -15,6 +15,7 @@ from torch import Tensor
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
 from funcloss.data import take
+from funcloss.errors import AuditError
 from funcloss.training import folder, report
 from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
 from funcloss.training.compilation import prepare
@@ -195,7 +196,7 @@ def _run_from(
     steps = config.epochs * setup.per_epoch
     show(Started(run_dir, config, int(state.step), steps))
     forward = make_forward(copy.deepcopy(setup.model).eval())
-    diverged = False
+    diverged = unaudited = False
     with report.scalars(run_dir, config.tensorboard) as add_scalars:
 
         def record(line: dict[str, Any]) -> None:
@@ -220,8 +221,20 @@ def _run_from(
                     record({"kind": "audit"} | place | row | {"seconds": audited.seconds})
                 show(audited)
 
-            observe = observer(setup)
-            step_on = _observed(step_on, observe, config.audit_every, int(state.step), on_audit)
+            def on_failure(why: str) -> None:
+                nonlocal unaudited
+                if not unaudited:
+                    unaudited = True
+                    show(Note(f"steps go unaudited: {why}", warning=True))
+
+            try:
+                observe = observer(setup)
+            except AuditError as error:
+                on_failure(str(error))
+            else:
+                step_on = _observed(
+                    step_on, observe, config.audit_every, int(state.step), on_audit, on_failure
+                )
         evaluations = _evaluations(setup, forward, state)
         if not folder.read_records(run_dir):
             line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
@@ -257,6 +270,7 @@ def _observed(
     every: int,
     step: int,
     on_audit: Callable[[Audited], None],
+    on_failure: Callable[[str], None],
 ) -> IndexedStep:
     """Return the step, which first looks at what it is about to do, every so many steps."""
     done = step  # a state's own counter may be on a device that is busy
@@ -265,8 +279,12 @@ def _observed(
         nonlocal done
         if done % every == 0:
             begin = time.perf_counter()
-            rows = observe(state, index)
-            on_audit(Audited(done + 1, time.perf_counter() - begin, rows))
+            try:
+                rows = observe(state, index)
+            except AuditError as error:  # a training goes on without
+                on_failure(str(error))
+            else:
+                on_audit(Audited(done + 1, time.perf_counter() - begin, rows))
         done += 1
         return step_on(state, index)
 
