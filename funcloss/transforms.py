@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_map
@@ -123,6 +123,8 @@ def class_grads(
     def grads_of(
         params: Params, inputs: Any, keys: Tensor, cotangents: Tensor, labels: Tensor
     ) -> Grads:
+        counts = (labels >= 0).reshape(-1, *(1,) * (cotangents.dim() - 1))
+        cotangents = torch.where(counts, cotangents, 0.0)
         members = (labels == torch.arange(classes, device=labels.device)[:, None]).to(cotangents)
 
         def totals(params: Params) -> Tensor:
@@ -160,5 +162,5 @@ def directional(
     return values, slopes
 
 
-def _kept(grads: Tensor, where: Int[Tensor, " batch"]) -> Tensor:
+def _kept(grads: Tensor, where: Bool[Tensor, " batch"]) -> Tensor:
     return torch.where(where.reshape(-1, *(1,) * (grads.dim() - 1)), grads, 0.0)

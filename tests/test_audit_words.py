@@ -160,7 +160,7 @@ def test_where_no_loss_rises_nobody_pays():
 def test_the_part_of_the_step_is_said_with_its_note():
     audit = make_audit(weights={9: 5.0})
     share = percent(audit.step.share[9])
-    assert f"Of the step that the optimiser takes here, class 9 owns {share}." in text_of(audit)
+    assert f"Of a step on these examples, class 9 owns {share}" in text_of(audit)
     noted = audit._replace(step=audit.step._replace(note="the momentum is not known"))
     assert "Of the step: the momentum is not known." in text_of(noted)
     assert "was not audited" in text_of(make_audit(step=False))
@@ -180,7 +180,7 @@ def test_where_all_cost_the_same_the_two_extremes_are_spoken_of():
     audit = audit_of([[1.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 4.0]])
     assert spoken_of(audit) == [1, 0]
     lines = sentences(audit)
-    assert lines[0] == "All classes cost the same."
+    assert lines[0] == "No class has a weight of its own."
     assert "class 1 has the most of the gradient for its count: 64.3 ± 0.0 %" in lines[1].lower()
     assert any("Class 0 has the least" in line for line in lines)
     assert "cannot be told apart" in text_of(audit_of(EYE))

@@ -13,6 +13,8 @@ from funcloss.combinators._combined import Combined, name_of
 from funcloss.errors import AuditError
 from funcloss.typing import LossFn
 
+_OWN = {"class_weights"}
+
 
 class LossSide(NamedTuple):
     """A loss with its options, and whether its examples are coupled."""
@@ -23,7 +25,12 @@ class LossSide(NamedTuple):
 
 
 def make_loss_side(
-    loss: LossFn, options: Mapping[str, Any], predictions: Tensor, targets: Tensor
+    loss: LossFn,
+    options: Mapping[str, Any],
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    weighted: bool,
 ) -> LossSide:
     """Look at a loss.
 
@@ -32,21 +39,17 @@ def make_loss_side(
         options: Its options by name.
         predictions: Of some examples, to try it on.
         targets: Of the same.
+        weighted: Whether the audit puts class weights on its values.
 
     Returns:
         The loss without its class weights, if it is a class-weighted one.
 
     Raises:
-        AuditError: it takes class weights in a way that is its own, or gives values of a wrong
-            shape.
+        AuditError: class weights are given, and the loss puts them where it wants.
     """
-    if (
-        isinstance(loss, Combined)
-        and loss.name == "class_weighted"
-        and "class_weights" not in options
-    ):
+    if isinstance(loss, Combined) and loss.name == "class_weighted" and not _OWN & options.keys():
         (loss,) = loss.losses
-    elif "class_weights" in options_of(loss) and "class_weights" not in options:
+    elif weighted and _OWN & options_of(loss):
         raise AuditError(
             f"audit: {name_of(loss)} puts class weights where it wants: give them as "
             "options={'class_weights': ...}, and they are audited as they act"

@@ -127,7 +127,9 @@ def audit(
         predictions = subject.predict(subject.params, probe.chunk.inputs, probe.chunk.keys)
         names = _class_names(classes, None if group_by else predictions, passes)
         check_labels(probe.chunk.groups, len(names))
-        side = make_loss_side(loss, options, predictions, probe.targets)
+        side = make_loss_side(
+            loss, options, predictions, probe.targets, weighted=class_weights is not None
+        )
         check_costs(side, class_weights, reduction)
         request = None
         if optimizer is not None:
@@ -214,9 +216,10 @@ def _check_arguments(
         raise ValueError("audit: learning_rate, clip_norm and held_out need an optimizer")
     if not clip_norm >= 0.0:
         raise ValueError(f"audit: clip_norm must be at least 0, got {clip_norm}")
-    if not memory > 0 or batch_size < 1:
+    if not 0 < memory < float("inf") or batch_size < 1:
         raise ValueError(
-            f"audit: memory and batch_size must be positive, got {memory} and {batch_size}"
+            "audit: memory and batch_size must be positive and finite, got "
+            f"{memory} and {batch_size}"
         )
 
 

@@ -76,7 +76,7 @@ class Impact(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Standard deviations from batch to batch, of what a batch changes to first order."""
+    """Standard deviations from batch to batch, by the jackknife; over their root, the error."""
 
     batches: int
     batch_size: int  # examples in the first of them

@@ -15,16 +15,18 @@ from funcloss.audit.figures import draw_all
 from funcloss.audit.measure import audit
 from funcloss.audit.page import About, render_page
 from funcloss.audit.result import Audit
+from funcloss.audit.training import loss_of
 from funcloss.config import TrainConfig
 from funcloss.data import Dataset, Examples, take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState, folder, load_tensors, restore
 from funcloss.training.figures import save_figure
-from funcloss.training.objective import LOSSES
 from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.typing import Batch, Params
 
 _PICTURED = 8  # examples of a class that are shown
+_FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
+_NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
 
 
 class RunAudit(NamedTuple):
@@ -84,6 +86,9 @@ def audit_run(
     )  # fmt: skip
     if not going_on:
         note = "the training is over: the step is one more, at the peak learning rate"
+        found = found._replace(notes=(*found.notes, note))
+    if config.amp != "off":
+        note = f"trained in {config.amp}, audited in float32"
         found = found._replace(notes=(*found.notes, note))
     records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
     about = _about(setup, part, found, f"Audit of {run_dir.name}", int(state.step), evaluation_mode)
@@ -158,6 +163,9 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
     for name, figure in draw_all(found.audit, found.history).items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])
+    for name in _NAMES:  # of an earlier audit, which had more to show
+        if out / name not in paths:
+            (out / name).unlink(missing_ok=True)
     return paths
 
 
@@ -185,7 +193,7 @@ def _audited(
     found = audit(
         model,
         state,
-        LOSSES[config.loss],
+        loss_of(setup),
         batches(_part(dataset, part)),
         class_weights=setup.hyper.get("class_weights"),
         reduction=config.reduction,

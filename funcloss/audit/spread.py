@@ -1,13 +1,14 @@
-"""How much shares and conflicts differ from batch to batch, to first order around the whole."""
+"""How much the shares and conflicts of the whole hang on its single batches."""
 
 import torch
 from torch import Tensor
 
+from funcloss.audit.gram import balance
 from funcloss.audit.inner import Layers, grams
 from funcloss.audit.result import Spread
 from funcloss.typing import Grads
 
-_MOST, _FEWEST = 8, 3  # batches that the deviations come from
+_MOST, _FEWEST = 8, 4  # batches that the deviations come from
 
 
 class BatchSample:
@@ -22,7 +23,7 @@ class BatchSample:
     def add(self, sums: Grads, size: int, counted: int) -> None:
         """Take in a batch: its class gradients, its size, and how many of it count."""
         self.batch_size = self.batch_size or size
-        if size < self.batch_size:
+        if size < self.batch_size or not counted:
             return
         self.batches += 1
         needed = sum(part.numel() * 2 for part in sums.values())
@@ -33,11 +34,13 @@ class BatchSample:
     def spread(
         self, sums: Grads, n: int, gram: Tensor, class_weights: Tensor, layers: Layers
     ) -> Spread | None:
-        """Return the standard deviations; None where too few batches are kept.
+        """Return the standard deviations, by the jackknife; None where too few batches are kept.
 
-        A share is no mean over batches: ``<g_c, g> / |g|^2`` is not linear. So its deviation is
-        that of its first-order change by one batch, ``<g_c^b - g_c, g> + <g_c, g^b - g>`` and so
-        on, for which the inner products of each batch with the whole are enough.
+        A share is no mean over batches: ``<g_c, g> / |g|^2`` is not linear. So each kept batch is
+        left out in turn: with ``r`` its part of the examples, what is left has the inner products
+        ``(K - r (X + X') + r^2 S) / (1 - r)^2``, where ``X`` are those of the batch with the whole
+        and ``S`` those within the batch. ``(1 / r - 1)`` times the deviation of the results is what
+        single batches would deviate by.
 
         Args:
             sums: Class gradients of the whole, side by side.
@@ -45,29 +48,25 @@ class BatchSample:
             gram: ``<G_a, G_b>`` of the whole.
             class_weights: Costs, on the CPU.
             layers: Which parameters make up a layer.
+
+        References:
+            Efron and Stein, "The jackknife estimate of variance", 1981.
         """
         if len(self.kept) < _FEWEST:
             return None
-        w = class_weights.to(gram)
-        weighted = w[:, None] * gram * w
-        share = weighted.sum(1) / weighted.sum()
-        length = gram.diagonal().clamp(min=0.0).sqrt()
-        between = length[:, None] * length
-        cosine = gram / between
-        shares, cosines = [], []
+        shares, conflicts = [], []
         for halved, counted in self.kept:
             batch = {name: part.to(sums[name]) for name, part in halved.items()}
-            # away[c, a] = <G_c of the batch less G_c, G_a>
-            away = grams(batch, sums, layers).sum(0) / (max(counted, 1) * n) - gram
-            costly = w[:, None] * away * w
-            shares.append(
-                (costly.sum(1) + costly.sum(0) - 2.0 * share * costly.sum()) / weighted.sum()
-            )
-            own = away.diagonal() / gram.diagonal()
-            cosines.append((away + away.T) / between - cosine * (own[:, None] + own))
+            part = counted / n
+            across = grams(batch, sums, layers).sum(0) / (counted * n)
+            within = grams(batch, batch, layers).sum(0) / counted**2
+            left = (gram - part * (across + across.T) + part**2 * within) / (1.0 - part) ** 2
+            now = balance(left, torch.ones(len(left)), class_weights)
+            shares.append(now.share * (1.0 / part - 1.0))
+            conflicts.append(now.conflict * (1.0 / part - 1.0))
         return Spread(
             self.batches,
             self.batch_size,
             torch.stack(shares).std(0),
-            torch.stack(cosines).std(0).fill_diagonal_(0.0),
+            torch.stack(conflicts).std(0).fill_diagonal_(0.0),
         )

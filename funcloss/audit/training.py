@@ -16,6 +16,7 @@ from funcloss.audit.passes import Work, gradient_pass, kept_rows
 from funcloss.audit.result import StepAudit, plain
 from funcloss.audit.step import OWN_ROWS, split_step
 from funcloss.audit.subject import Subject, check_couples_nothing, make_predict
+from funcloss.combinators import class_weighted
 from funcloss.data import take
 from funcloss.errors import AuditError
 from funcloss.optim import Optimizer, Schedule
@@ -100,7 +101,8 @@ def make_audit_step(
         options = {k: v for k, v in hyper.items() if k not in ("learning_rate", "class_weights")}
         rows = Rows(*batch, groups=groups_of(batch, None), first=0)
         if not found:
-            found.update(_method(subject, loss, options, rows, len(classes)))
+            weighted = weights is not None
+            found.update(_method(subject, loss, options, rows, len(classes), weighted=weighted))
         side = found["side"]._replace(options=options)
         check_costs(side, weights, reduction)
         work = Work(subject, side, len(classes), len(batch.targets))
@@ -148,7 +150,7 @@ def observer(setup: Setup) -> Callable[[TrainState, Tensor], list[dict[str, Any]
     config, dataset = setup.config, setup.dataset
     audit_step = make_audit_step(
         setup.model,
-        LOSSES[config.loss],
+        loss_of(setup),
         make_optimizer(config),
         classes=dataset.classes,
         reduction=config.reduction,
@@ -177,15 +179,27 @@ def observer(setup: Setup) -> Callable[[TrainState, Tensor], list[dict[str, Any]
     return observe
 
 
+def loss_of(setup: Setup) -> LossFn:
+    """Return the loss of a training as it puts its class weights, if it has any."""
+    loss = LOSSES[setup.config.loss]
+    return class_weighted(loss) if "class_weights" in setup.hyper else loss
+
+
 def _method(
-    subject: Subject, loss: LossFn, options: dict[str, Any], rows: Rows, classes: int
+    subject: Subject,
+    loss: LossFn,
+    options: dict[str, Any],
+    rows: Rows,
+    classes: int,
+    *,
+    weighted: bool,
 ) -> dict[str, Any]:
     few = kept_rows(subject, 0, rows)
     if not len(few.position):
         raise AuditError("audit: no example counts")
     few = few.at(torch.linspace(0, len(few.position) - 1, min(3, len(few.position))).long())
     predictions = subject.predict(subject.params, few.chunk.inputs, few.chunk.keys)
-    side = make_loss_side(loss, options, predictions, few.targets)
+    side = make_loss_side(loss, options, predictions, few.targets, weighted=weighted)
     _, back = cotangents_of(side, predictions, few.targets)
     plan = make_plan(subject.predict, subject.params, few.chunk, back, classes=classes, norms=False)
     return {"side": side, "method": plan.method}

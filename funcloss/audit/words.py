@@ -66,7 +66,7 @@ def sentences(
             has = "class has its cost" if more == 1 else "classes have their costs"
             lines.append(f"{more:,} more {has}: see the table.")
     else:
-        lines.append("All classes cost the same.")
+        lines.append("No class has a weight of its own.")
         for label, extreme in zip(chosen, ("most", "least"), strict=False):
             lines += [_of_count(said, label, extreme), *_of_class(said, label)]
     if audit.step is None:
@@ -307,7 +307,7 @@ def _of_step(said: _Said, label: int) -> list[str]:
         return ["The optimiser takes no step here."]
     if share < 0:
         return [_sentence(f"{who} pulls the step back: it owns {percent(share)} of it.")]
-    line = f"Of the step that the optimiser takes here, {who} owns {percent(share)}"
+    line = f"Of a step on these examples, {who} owns {percent(share)}"
     past = dict(zip(audit.step.rows, audit.step.share.tolist(), strict=True)).get("history", 0.0)
     if abs(past) >= _SAME:
         line += f"; what it remembers of earlier steps owns {percent(past)}"

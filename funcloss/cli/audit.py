@@ -62,6 +62,8 @@ def audit(
     for name, value, known in (("split", split, _PARTS), ("method", method, _METHODS)):
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if not memory < float("inf"):
+        raise ConfigError(f"memory must be a number of MiB, got {memory}")
     described = {"model": model, "dataset": dataset, "loss": loss}
     given = {name: value for name, value in described.items() if value}
     given |= {"class_weight": pairs("class_weight", class_weight)} if class_weight else {}

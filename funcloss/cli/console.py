@@ -13,6 +13,15 @@ from rich.table import Table
 
 from funcloss import audit, training
 
+_FILE_WIDTH = 200
+
+
+def _console() -> Console:
+    """Return a console; what is no terminal is as wide as any table."""
+    out = Console(highlight=False, soft_wrap=True)
+    wide = Console(highlight=False, soft_wrap=True, width=_FILE_WIDTH)
+    return out if out.is_terminal else wide
+
 
 class TrainingConsole:
     """Shows the events of a training; on a terminal with a bar that moves."""
@@ -22,7 +31,7 @@ class TrainingConsole:
         self._quiet = quiet
         self._audits: list[list[dict[str, Any]]] = []  # of the epoch
         self._audit_seconds = 0.0
-        self._out = Console(highlight=False, soft_wrap=True)
+        self._out = _console()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -75,7 +84,9 @@ class TrainingConsole:
                 if self._audits and not self._quiet:
                     self._out.print(_shares_table(self._audits))
                     took = self._audit_seconds / max(seconds, 1e-9)
-                    self._print(f"{len(self._audits)} audits took {took:.1%} of the epoch")
+                    n = len(self._audits)
+                    audits = "1 audit" if n == 1 else f"{n} audits"
+                    self._print(f"{audits} took {took:.1%} of the epoch")
                 self._audits, self._audit_seconds = [], 0.0
 
     def summary(self, outcome: "training.Outcome") -> None:
@@ -139,7 +150,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def print_audit(found: "audit.RunAudit", files: list[Path], *, quiet: bool) -> None:
     """Print what an audit found, in words and in a table, and where its report is."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = _console()
     for line in audit.sentences(found.audit, optimizer=found.about.optimizer):
         out.print(line, markup=False, emoji=False)
     if quiet:
@@ -165,7 +176,7 @@ def _audit_table(found: "audit.Audit") -> Table:
     """Return a row a class, the largest shares first beyond two dozen classes."""
     now, step, impact = found.balance, found.step, found.impact.get("held_out")
     table = Table(box=None, pad_edge=False)
-    table.add_column("class")
+    table.add_column("class", no_wrap=True)
     for name in ("count", "cost", "budget", "share", "±", "step", "norm", "agree", "worst"):
         table.add_column(name, justify="right", no_wrap=True)
     if impact is not None:
@@ -184,20 +195,24 @@ def _audit_table(found: "audit.Audit") -> Table:
             _percent(now.share[c]),
             _percent(None if spread is None else spread.share[c] / spread.batches**0.5),
             _percent(None if step is None else step.share[c]),
-            f"{float(now.norm[c]):.2g}",
-            f"{float(found.coherence[c]):.2f}",
+            _number(now.norm[c], ".2g"),
+            _number(found.coherence[c], ".2f"),
             f"{float(rivals[c, rival]):+.2f} {escape(found.classes[rival])}"
             if float(rivals[c, rival]) <= 1.0
             else "-",
         ]
         if impact is not None:
-            cells.append(f"{float(impact.predicted[c]):+.1g}")
+            cells.append(_number(impact.predicted[c], "+.1g"))
         table.add_row(escape(found.classes[c]), *cells)
     return table
 
 
 def _percent(part: Any) -> str:
-    return "-" if part is None or math.isnan(float(part)) else f"{float(part):.1%}"
+    return "-" if part is None else _number(part, ".1%")
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if math.isnan(float(value)) else format(float(value), form)
 
 
 def class_table(scores: "training.Evaluation", classes: tuple[str, ...]) -> Table:

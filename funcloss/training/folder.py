@@ -116,7 +116,11 @@ def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[st
     """Return the records of ``metrics.jsonl``, without a last line that a kill cut short."""
     records = []
     if (folder / METRICS).exists():
-        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"cannot read {folder / METRICS}: {error}") from None
+        for line in lines:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
