@@ -82,6 +82,7 @@ class Spread(NamedTuple):
     batch_size: int  # examples in the first of them
     share: Float[Tensor, " classes"]
     conflict: Float[Tensor, "classes classes"]
+    left_out: int = 100  # batches that it was told from
 
 
 class Method(NamedTuple):

@@ -69,4 +69,5 @@ class BatchSample:
             self.batch_size,
             torch.stack(shares).std(0),
             torch.stack(conflicts).std(0).fill_diagonal_(0.0),
+            len(self.kept),
         )
