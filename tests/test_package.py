@@ -160,7 +160,7 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
         f"scripts/accuracy.py --recipe fast=1 --runs {tmp_path / 'accuracy'}",
         f"scripts/bench_train.py --rounds 1 --steps 2 --json {tmp_path / 'bench.json'}",
         f"scripts/bench_losses.py --rounds 2 --only nll --json {tmp_path / 'losses.json'}",
-        "scripts/bench_audit.py --rounds 1 --only article --examples 512 --no-peers "
+        "scripts/bench_audit.py --rounds 2 --only article --examples 512 --no-peers "
         f"--json {tmp_path / 'audit.json'}",
     ):
         subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, check=True)

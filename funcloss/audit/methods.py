@@ -218,8 +218,7 @@ def make_plan(
     """
     costs = {"classes": 4 / 3, "jacrev": (1 + 2 * classes) / 3, "loop": 20.0}
     cannot = {}
-    ones = [slice(i, i + 1) for i in range(len(probe.keys))]
-    plain = [plain_vjp(predict, params, probe[one], back[one]) for one in ones]
+    plain = _each_plainly(predict, params, probe, back)
     layers, cannot["products"] = _try_products(predict, params, probe, back, plain)
     if cannot["products"] or forced == "examples":
         cannot["examples"] = _try_examples(predict, params, probe, back, plain)
@@ -246,7 +245,31 @@ def make_plan(
     return Plan(best, why, costs, _bytes(predict, params, probe, best, classes))
 
 
-def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]):
+def _each_plainly(
+    predict: Predict, params: Params, probe: Chunk, back: Tensor
+) -> list[tuple[Grads, float]]:
+    """Return each example's gradient by nothing but autograd, and how near another must be to it.
+
+    First within the batch, whose rounding the methods share; then alone, which tells whether the
+    model couples examples. There a unit that is all but 0 may round to the other side, so that one
+    need not be so near.
+    """
+    n, exact = len(probe.keys), back.dtype == torch.float64
+    found = []
+    for i in range(n):
+        alone = slice(i, i + 1)
+        only = torch.zeros_like(back)
+        only[i] = back[i]
+        found.append((plain_vjp(predict, params, probe, only), 1e-8 if exact else 1e-3))
+        found.append(
+            (plain_vjp(predict, params, probe[alone], back[alone]), 1e-8 if exact else 0.05)
+        )
+    return found
+
+
+def _try_products(
+    predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[tuple[Grads, float]]
+):
     """Return the layers and, in a few words, why products cannot measure them, if so."""
     with torch.enable_grad(), tapping(params) as noted:
         predict(params, probe.inputs, probe.keys)
@@ -266,7 +289,7 @@ def _try_products(predict: Predict, params: Params, probe: Chunk, back: Tensor, 
 
 
 def _try_examples(
-    predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[Grads]
+    predict: Predict, params: Params, probe: Chunk, back: Tensor, plain: list[tuple[Grads, float]]
 ) -> str:
     """Return, in a few words, why ``vmap`` cannot take the model; empty if it can."""
     try:
@@ -308,16 +331,15 @@ def _try(method: str, predict: Predict, params: Params, probe: Chunk, back: Tens
     return ""
 
 
-def _disagreement(each: Grads, squares: Tensor, plain: list[Grads]) -> str:
+def _disagreement(each: Grads, squares: Tensor, plain: list[tuple[Grads, float]]) -> str:
     """Return the name of a parameter whose gradients by example are not the plain ones."""
-    room = 1e-3 if squares.dtype != torch.float64 else 1e-8
-    length = max(map(norm_of, plain))
+    length = max(norm_of(of) for of, _ in plain)
     for name, stacked in each.items():
-        for i, of in enumerate(plain):
-            if not float((stacked[i] - of[name]).norm()) <= room * length:
+        for at, (of, room) in enumerate(plain):
+            if not float((stacked[at // 2] - of[name]).norm()) <= room * length:
                 return name
-    for i, of in enumerate(plain):
-        if not abs(abs(float(squares[i])) ** 0.5 - norm_of(of)) <= room * length:
+    for at, (of, room) in enumerate(plain):
+        if not abs(abs(float(squares[at // 2])) ** 0.5 - norm_of(of)) <= room * length:
             return "a norm"
     return ""
 

@@ -107,9 +107,12 @@ def make_audit_step(
         check_costs(side, weights, reduction)
         work = Work(subject, side, len(classes), len(batch.targets))
         every = range(len(classes))
-        (seen,) = gradient_pass(
-            work, lambda: iter([rows]), found["method"], norms=False, wanted=every
+        seen = next(
+            gradient_pass(work, lambda: iter([rows]), found["method"], norms=False, wanted=every),
+            None,
         )
+        if seen is None:
+            raise AuditError("audit: no example counts")
         weights = seen.loss.new_ones(len(classes)) if weights is None else weights
         groups, n = seen.rows.chunk.groups, len(seen.loss)
         count = groups.bincount(minlength=len(classes))
