@@ -147,7 +147,7 @@ def test_the_wheel_has_all_of_it(tmp_path):
     (wheel,) = (tmp_path / "a").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for kind in ("*.py", "*.toml", "py.typed"):
+    for kind in ("*.py", "*.toml", "*.j2", "py.typed"):
         for file in PACKAGE.rglob(kind):
             assert str(file.relative_to(ROOT)) in names
     assert not [n for n in names if n.startswith(("tests", "scripts"))]
