@@ -100,20 +100,36 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for block in blocks("bash"):
-        for line in block.splitlines():
-            if not line.startswith(("funcloss ", "funcloss-train")):
-                continue
+def run_as_shown(block, monkeypatch, capsys):
+    for line in block.splitlines():
+        if line.startswith(("funcloss ", "funcloss-train")):
             words = shlex.split(line)
             monkeypatch.setattr(sys, "argv", words)
             program = shell.main_train if words[0] == "funcloss-train" else shell.main
             with pytest.raises(SystemExit) as end:
                 program()
             assert not end.value.code, capsys.readouterr().err
+
+
+def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("bash"):
+        if "--recipe" not in block:
+            run_as_shown(block, monkeypatch, capsys)
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUNCLOSS_DATA_DIR", str(data_dir))
+    shown = [block for block in blocks("bash") if "funcloss-train --recipe" in block]
+    assert shown
+    for block in shown:
+        run_as_shown(block, monkeypatch, capsys)
+    said = capsys.readouterr().out
+    assert "The cost on class 9 does what it is for" in said
+    assert (tmp_path / "runs" / "costly" / "audit.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
