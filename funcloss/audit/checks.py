@@ -60,21 +60,16 @@ def check_first_batch(
     return Check("gradient", error, tolerance_of(subject.params), says)
 
 
-def check_slopes(
-    gram: Tensor, weights: Tensor, label: Tensor, slope: Tensor, scale: float, dtype: torch.dtype
-) -> Check:
+def check_slopes(measured: Measured, slope: Tensor) -> Check:
     """Compare each class's sum of slopes, forward mode, with the Gram matrix, reverse mode.
 
     Args:
-        gram: ``<G_a, G_b>``, of means over all examples.
-        weights: Of the classes.
-        label: Class of each example.
+        measured: The class gradients.
         slope: ``<grad l_i, g>`` of each example.
-        scale: ``g = scale * sum_c w_c G_c``.
-        dtype: Of the model.
     """
-    weights = weights.to(gram)
-    by_slopes = torch.zeros(len(gram)).double().index_add_(0, label, slope) / len(label)
+    gram, scale = measured.grams.sum(0), measured.scale
+    weights = measured.weights.cpu().to(gram)
+    by_slopes = torch.zeros(len(gram)).double().index_add_(0, measured.label, slope) / len(slope)
     by_gram = scale * (gram @ weights)
     size = (
         scale
@@ -83,7 +78,7 @@ def check_slopes(
     )
     error = float((by_slopes - by_gram).abs().max() / size.max().clamp(min=1e-300))
     says = "slopes along the gradient summed by class, forward mode, against the Gram matrix"
-    return Check("slopes", error, _tolerance(dtype), says)
+    return Check("slopes", error, tolerance_of(measured.gradient), says)
 
 
 def check_given(measured: Measured, given: Grads) -> Check:
@@ -91,8 +86,7 @@ def check_given(measured: Measured, given: Grads) -> Check:
     parts = measured.gradient
     error = distance(parts, given) / max(norm_of(given), measured.length, 1e-300)
     says = "sum of the class gradients against the gradient of the step"
-    dtype = next(iter(parts.values())).dtype
-    return Check("step", error, _tolerance(dtype), says)
+    return Check("step", error, tolerance_of(parts), says)
 
 
 def check_update(before: Params, after: Params, parts: Params) -> Check:
@@ -151,8 +145,4 @@ def _burden(weights: Tensor, reduction: str) -> float:
 
 def tolerance_of(params: Params) -> float:
     """Return how far two ways to one gradient may be apart."""
-    return _tolerance(next(iter(params.values())).dtype)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return max(1e-9, 1e4 * torch.finfo(dtype).eps)
+    return max(1e-9, 1e4 * torch.finfo(next(iter(params.values())).dtype).eps)

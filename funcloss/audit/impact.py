@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcloss.audit.checks import check_update
 from funcloss.audit.gradients import Measured, block_sums
-from funcloss.audit.inner import cross, grams, plus, scaled_rows, total_of
+from funcloss.audit.inner import cross, grams, held, plus, scaled_rows, total_of
 from funcloss.audit.passes import Passes, Work, class_losses, own_gradients
 from funcloss.audit.result import Check, Impact, StepAudit
 from funcloss.audit.step import OWN_ROWS, split_step
@@ -28,7 +28,7 @@ def step_and_impact(
     work: Work,
     method: str,
     passes: Passes,
-    held: Passes | None,
+    held_out: Passes | None,
     measured: Measured,
     names: tuple[str, ...],
     request: StepRequest,
@@ -51,11 +51,11 @@ def step_and_impact(
     weights = measured.weights
     n, layers = int(measured.counts.sum()), measured.layers
 
-    def moves(block: range) -> Params:
+    def moves_of(block: range) -> Params:
         of_block = (measured.scale / n) * weights[block.start : block.stop]
         return split.of_parts(scaled_rows(of_block, measured.sums(block)))
 
-    own = split.own()
+    moves, own = held(moves_of, blocks), split.own()
     rows = (*names, *OWN_ROWS)
     classes = len(names)
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -72,15 +72,16 @@ def step_and_impact(
     checks = [check_update(subject.params, after, total)]
     step = StepAudit(rows, gram, float(split.learning_rate), float(split.clip), split.note)
     parts = {"train": (passes, measured.sums)}
-    if held is not None:
-        parts["held_out"] = (held, lambda block: block_sums(work, method, held, block))
+    if held_out is not None:
+        parts["held_out"] = (held_out, lambda block: block_sums(work, method, held_out, block))
     if work.side.coupled:  # class parts of the whole loss are not gradients of the classes' losses
         parts = {
             part: (data, lambda block, data=data: own_gradients(work, method, data, block))
             for part, (data, _) in parts.items()
         }
     impact = {}
-    for part, (data, sums) in parts.items():
+    for part, (data, sums_of) in parts.items():
+        sums = held(sums_of, blocks)
         matrix = torch.full((classes, len(rows)), torch.nan, dtype=torch.float64)
         matrix[:, :classes] = cross(sums, moves, blocks, layers).sum(0)
         for block in blocks:

@@ -85,6 +85,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()  # which has no float64
 
 
+def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[range], Grads]:
+    """Return the function, evaluated once if one block has all: then its value is held."""
+    if len(blocks) > 1:
+        return function
+    (value,) = map(function, blocks)
+    return lambda block: value
+
+
 def cross(
     left: Callable[[range], Grads],
     right: Callable[[range], Grads],

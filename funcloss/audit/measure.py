@@ -30,7 +30,7 @@ from funcloss.training import TrainState
 from funcloss.typing import Grads, LossFn, Params
 
 _PROBE = 3  # examples that a method is tried on
-_COUPLING = 64  # examples that a loss is tried on
+COUPLING = 64  # examples that a loss is tried on
 
 
 def audit(
@@ -139,7 +139,7 @@ def audit(
             request = StepRequest(optimizer, rate, schedule, clip_norm)
         weights = _weights(class_weights, len(names), predictions)
         norms = per_example and method in ("auto", *BY_EXAMPLE)
-        plan = _plan(subject, side, probe, predictions, len(names), norms, method)
+        plan = plan_for(subject, side, probe, classes=len(names), norms=norms, method=method)
         room = _room(plan, subject, len(names), memory, with_step=request is not None)
         work = Work(subject, side, len(names), room.chunk)
         measured = whole_gradient(
@@ -150,8 +150,8 @@ def audit(
         if measured.spread is None and len(measured.position) > batch_size:
             notes.append("too few batches, or too little memory, to tell a spread between them")
         if per_example or swept_options(side):
-            few = probe.at(torch.arange(min(len(probe.position), _PROBE)))
-            forward = has_forward_mode(subject.predict, subject.params, few.chunk)
+            few = probe.some(_PROBE).chunk
+            forward = has_forward_mode(subject.predict, subject.params, few)
             slopes = slopes_along(work, passes, measured, forward=forward)
             if not forward and swept_options(side):
                 notes.append(
@@ -159,13 +159,7 @@ def audit(
                 )
         checks = [check_first_batch(work, passes, probed, measured, weights, reduction)]
         if slopes is not None:
-            gram = measured.grams.sum(0)
-            checks.append(
-                check_slopes(
-                    gram, weights.cpu(), measured.label, slopes.slope, measured.scale,
-                    predictions.dtype,
-                )
-            )  # fmt: skip
+            checks.append(check_slopes(measured, slopes.slope))
         if gradient is not None:
             checks.append(check_given(measured, gradient))
         for check in checks:
@@ -230,11 +224,7 @@ def _first_rows(subject: Subject, passes: Passes) -> tuple[int, Kept]:
         found = kept_rows(subject, number, rows)
         n = len(found.position)
         if n and (best is None or n > 1):
-            device = found.position.device
-            best = (
-                number,
-                found.at(torch.linspace(0, n - 1, min(n, _COUPLING), device=device).long()),
-            )
+            best = (number, found.some(COUPLING))
         if n > 1:
             break
     if best is None:
@@ -271,21 +261,15 @@ def _weights(class_weights: Tensor | None, classes: int, like: Tensor) -> Tensor
     return weights
 
 
-def _plan(
-    subject: Subject,
-    side: LossSide,
-    probe: Kept,
-    predictions: Tensor,
-    classes: int,
-    norms: bool,
-    method: str,
+def plan_for(
+    subject: Subject, side: LossSide, rows: Kept, *, classes: int, norms: bool, method: str = "auto"
 ) -> Plan:
-    few = torch.linspace(0, len(probe.position) - 1, min(len(probe.position), _PROBE)).long()
-    few = few.to(probe.position.device)
-    part = probe.at(few)
-    _, back = cotangents_of(side, predictions[few], part.targets)
+    """Choose the method for a model by trying it on a few rows, as :func:`make_plan` does."""
+    few = rows.some(_PROBE)
+    predictions = subject.predict(subject.params, few.chunk.inputs, few.chunk.keys)
+    _, back = cotangents_of(side, predictions, few.targets)
     return make_plan(
-        subject.predict, subject.params, part.chunk, back,
+        subject.predict, subject.params, few.chunk, back,
         classes=classes, norms=norms, forced=method,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from funcloss.audit.inner import norm_of, side_by_side
-from funcloss.audit.products import add_by_group, add_products, form_of, tapping
+from funcloss.audit.products import add_by_group, add_products, form_of, segments_of, tapping
 from funcloss.errors import AuditError
 from funcloss.transforms import Predict, class_grads, directional, per_sample_vjps
 from funcloss.typing import Grads, Params
@@ -106,13 +106,9 @@ def by_classes(
 ) -> None:
     """Add each group's gradient to ``sums``, from a backward pass of its examples alone."""
     back = cotangents(predict(params, chunk.inputs, chunk.keys))
-    found, counts = chunk.groups.unique_consecutive(return_counts=True)
-    begin = 0
-    for group, count in zip(found.tolist(), counts.tolist(), strict=True):
-        piece = slice(begin, begin + count)
+    for group, piece in segments_of(chunk.groups):
         for name, g in plain_vjp(predict, params, chunk[piece], back[piece]).items():
             sums[name][group] += g
-        begin += count
 
 
 def by_jacrev(
@@ -230,7 +226,10 @@ def make_plan(
         costs["examples"] = 2.5
     if forced != "auto":
         if forced in ("classes", "jacrev"):
-            cannot[forced] = _try(forced, predict, params, probe, back)
+            try:
+                _try(forced, predict, params, probe, back)
+            except (RuntimeError, ValueError) as error:
+                cannot[forced] = _first_line(error)
         if why := cannot.get(forced):
             raise AuditError(f"audit: the method {forced} cannot measure this model: {why}")
         size = _bytes(predict, params, probe, forced, classes)
@@ -275,16 +274,11 @@ def _try_products(
         predict(params, probe.inputs, probe.keys)
     if reason := noted.reason_against():
         return [], reason
-    n = len(probe.keys)
-    layers = [form_of(tap, n) for tap in noted.taps]
-    each = probe._replace(groups=torch.arange(n, device=probe.groups.device))
-    sums = side_by_side(params, n)
+    layers = [form_of(tap, len(probe.keys)) for tap in noted.taps]
     try:
-        squares = by_products(predict, params, each, lambda z: back, sums, True)
+        wrong = _disagreement(*_try("products", predict, params, probe, back), plain)
     except RuntimeError:
         return [], "a layer does not read the examples along its first axis"
-    assert squares is not None
-    wrong = _disagreement(sums, squares, plain)
     return (layers, "") if not wrong else ([], f"{wrong} is not a sum over the examples in order")
 
 
@@ -293,14 +287,21 @@ def _try_examples(
 ) -> str:
     """Return, in a few words, why ``vmap`` cannot take the model; empty if it can."""
     try:
-        with _slowly():
-            grads = per_sample_vjps(predict)(params, probe.inputs, probe.keys, back)
+        each, squares = _try("examples", predict, params, probe, back)
     except (RuntimeError, ValueError) as error:
         return f"vmap cannot take the model ({_first_line(error)})"
-    squares = sum(g.flatten(1).square().sum(1) for g in grads.values())
-    assert isinstance(squares, Tensor)
-    wrong = _disagreement(grads, squares, plain)
+    wrong = _disagreement(each, squares, plain)
     return wrong and f"under vmap the gradient of {wrong} is another"
+
+
+def _try(
+    method: str, predict: Predict, params: Params, probe: Chunk, back: Tensor
+) -> tuple[Grads, Tensor | None]:
+    """Return the gradient of each example by a method, and its squared norm, a group each."""
+    n = len(probe.keys)
+    alone = probe._replace(groups=torch.arange(n, device=probe.groups.device))
+    each = side_by_side(params, n)
+    return each, MEASURES[method](predict, params, alone, lambda z: back, each, True)
 
 
 def has_forward_mode(predict: Predict, params: Params, probe: Chunk) -> bool:
@@ -318,21 +319,9 @@ def has_forward_mode(predict: Predict, params: Params, probe: Chunk) -> bool:
     return True
 
 
-def _try(method: str, predict: Predict, params: Params, probe: Chunk, back: Tensor) -> str:
-    """Return, in a few words, why a method fails; empty if it does not."""
-    groups = torch.zeros_like(probe.groups)
-    try:
-        MEASURES[method](
-            predict, params, probe._replace(groups=groups), lambda z: back,
-            side_by_side(params, 1), False,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        return _first_line(error)
-    return ""
-
-
-def _disagreement(each: Grads, squares: Tensor, plain: list[tuple[Grads, float]]) -> str:
+def _disagreement(each: Grads, squares: Tensor | None, plain: list[tuple[Grads, float]]) -> str:
     """Return the name of a parameter whose gradients by example are not the plain ones."""
+    assert squares is not None
     length = max(norm_of(of) for of, _ in plain)
     for name, stacked in each.items():
         for at, (of, room) in enumerate(plain):

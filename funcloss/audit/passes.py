@@ -42,6 +42,12 @@ class Kept(NamedTuple):
         chunk = Chunk(inputs, self.chunk.keys[index], self.chunk.groups[index])
         return Kept(chunk, self.targets[index], self.position[index])
 
+    def some(self, most: int) -> "Kept":
+        """Return at most so many of them, evenly spread."""
+        n = len(self.position)
+        even = torch.linspace(0, n - 1, min(n, most), device=self.position.device)
+        return self.at(even.long())
+
 
 class Findings(NamedTuple):
     """What a pass found of a batch: its class gradients, and a row an example."""

@@ -113,7 +113,7 @@ def add_products(
         Shape ``(n,)``, or None.
     """
     squares = torch.zeros(len(groups), dtype=backs[0].dtype, device=groups.device)
-    segments = _segments(groups)
+    segments = segments_of(groups)
     for tap, back in zip(taps, backs, strict=True):
         if back.stride() and not any(back.stride()):
             back = back.contiguous()
@@ -232,7 +232,7 @@ def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | 
 
 def add_by_group(grads: Tensor, groups: Tensor, into: Tensor) -> None:
     """Add gradients by example, ``(n, *shape)``, to those of their groups, which ascend."""
-    _vectors(grads, _segments(groups), into, None)
+    _vectors(grads, segments_of(groups), into, None)
 
 
 def _square(grads: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _square_rows(rows: Tensor) -> Tensor:
     return torch.linalg.vecdot(rows, rows)
 
 
-def _segments(groups: Tensor) -> Segments:
+def segments_of(groups: Tensor) -> Segments:
     """Return where each group's examples are; ``groups`` ascends."""
     found, counts = groups.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0).tolist()

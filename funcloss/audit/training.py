@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from funcloss.audit.data import Rows, groups_of
 from funcloss.audit.gram import Balance, balance, scale_of
 from funcloss.audit.inner import grams, layers_of, scaled_rows, total_of
-from funcloss.audit.loss import check_costs, cotangents_of, make_loss_side
-from funcloss.audit.methods import make_plan
+from funcloss.audit.loss import check_costs, make_loss_side
+from funcloss.audit.measure import COUPLING, plan_for
 from funcloss.audit.passes import Work, gradient_pass, kept_rows
 from funcloss.audit.result import StepAudit, plain
 from funcloss.audit.step import OWN_ROWS, split_step
@@ -200,9 +200,8 @@ def _method(
     few = kept_rows(subject, 0, rows)
     if not len(few.position):
         raise AuditError("audit: no example counts")
-    few = few.at(torch.linspace(0, len(few.position) - 1, min(3, len(few.position))).long())
+    few = few.some(COUPLING)
     predictions = subject.predict(subject.params, few.chunk.inputs, few.chunk.keys)
     side = make_loss_side(loss, options, predictions, few.targets, weighted=weighted)
-    _, back = cotangents_of(side, predictions, few.targets)
-    plan = make_plan(subject.predict, subject.params, few.chunk, back, classes=classes, norms=False)
+    plan = plan_for(subject, side, few, classes=classes, norms=False)
     return {"side": side, "method": plan.method}
