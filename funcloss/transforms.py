@@ -5,8 +5,9 @@ gradient in the predictions, ``cotangents``. A loss that couples its examples is
 the gradient of the whole is ``sum_i J_i^T cotangents_i``, and these give its parts.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -155,11 +156,17 @@ def directional(
         >>> slopes
         tensor([6.])
     """
-    with warnings.catch_warnings():
-        # torch's own, at the first jvp of a process
-        warnings.filterwarnings("ignore", ".*torch.jit.script", category=Warning)
+    with quiet_jvp():
         values, slopes, *_ = jvp(function, (params,), (direction,))
     return values, slopes
+
+
+@contextlib.contextmanager
+def quiet_jvp() -> Iterator[None]:
+    """Silence what torch says of its own code at the first forward-mode derivative of a process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+        yield
 
 
 def _kept(grads: Tensor, where: Bool[Tensor, " batch"]) -> Tensor:

@@ -50,6 +50,17 @@ def _no_surprises(monkeypatch, tmp_path_factory, _font_cache):
     torch.manual_seed(0)
 
 
+class StopAt:
+    """Ask to stop at a number of questions."""
+
+    def __init__(self, at):
+        self.at, self.asked = at, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked >= self.at
+
+
 def idx_bytes(tensor: torch.Tensor) -> bytes:
     """Return a uint8 tensor as a file of MNIST's format."""
     header = struct.pack(f">{1 + tensor.dim()}I", 0x800 + tensor.dim(), *tensor.shape)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tutorial_losses
+from conftest import StopAt
 from matplotlib.figure import Figure
 from torch.testing import assert_close
 
@@ -57,17 +58,6 @@ FILES = [
     "audit_pairs.csv",
     "audit_share.png",
 ]
-
-
-class StopAt:
-    """Ask to stop at a number of questions."""
-
-    def __init__(self, at):
-        self.at, self.asked = at, 0
-
-    def __call__(self):
-        self.asked += 1
-        return self.asked >= self.at
 
 
 def trained(run, *, stop=0, **options):

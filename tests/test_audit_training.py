@@ -7,6 +7,7 @@ import re
 import audit_reference as ref
 import pytest
 import torch
+from conftest import StopAt
 from torch import nn
 from torch.testing import assert_close
 
@@ -275,17 +276,6 @@ KEYS = {
     "update_share", "seconds",
 }  # fmt: skip
 AUDITED = [1, 8, 15, 22, 29, 36]
-
-
-class StopAt:
-    """Ask to stop at a number of questions."""
-
-    def __init__(self, at):
-        self.at, self.asked = at, 0
-
-    def __call__(self):
-        self.asked += 1
-        return self.asked >= self.at
 
 
 def config(**options):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import StopAt
 from torch.testing import assert_close
 
 import funcloss
@@ -127,17 +128,6 @@ def test_a_run_loads_as_a_plain_model(finished, sample):
         (funcloss.data.normalised(sample.test.images, loaded.mean, loaded.std),),
     )
     assert_close(again.detach(), logits)
-
-
-class StopAt:
-    """Ask to stop at a number of questions."""
-
-    def __init__(self, at):
-        self.at, self.asked = at, 0
-
-    def __call__(self):
-        self.asked += 1
-        return self.asked >= self.at
 
 
 @pytest.mark.parametrize("at", [1, 13, 40, 41, 79])

@@ -18,10 +18,11 @@ from funcloss.audit.result import Audit
 from funcloss.audit.training import loss_of
 from funcloss.config import TrainConfig
 from funcloss.data import Dataset, Examples, take
-from funcloss.errors import ConfigError, RunError
+from funcloss.errors import RunError
 from funcloss.training import TrainState, folder, load_tensors, restore
 from funcloss.training.figures import save_figure
 from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
+from funcloss.training.use import part_of
 from funcloss.typing import Batch, Params
 
 _PICTURED = 8  # examples of a class that are shown
@@ -194,7 +195,7 @@ def _audited(
         model,
         state,
         loss_of(setup),
-        batches(_part(dataset, part)),
+        batches(part_of(dataset, part)),
         class_weights=setup.hyper.get("class_weights"),
         reduction=config.reduction,
         classes=dataset.classes,
@@ -204,18 +205,9 @@ def _audited(
         **step,
     )
     assert found.examples is not None
-    index = _index(_part(dataset, part), examples).cpu()
+    index = _index(part_of(dataset, part), examples).cpu()
     rows = found.examples
     return found._replace(examples=rows._replace(index=index[rows.index]))
-
-
-def _part(dataset: Dataset, part: str) -> Examples:
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    if part not in parts:
-        raise ConfigError(f"part must be one of {', '.join(parts)}; got {part!r}")
-    if not len(parts[part].labels):
-        raise ConfigError(f"{dataset.name} has no {part} part: the run held out none")
-    return parts[part]
 
 
 def _index(chosen: Examples, most: int) -> Tensor:
@@ -228,7 +220,7 @@ def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
     """Return the most opposed and most dominant examples of each class as PNG files."""
     if found.examples is None or found.examples.norm.isnan().all():
         return {}
-    chosen = _part(dataset, part)
+    chosen = part_of(dataset, part)
     labels = range(len(found.classes))
     wanted = {
         position

@@ -223,6 +223,6 @@ def class_table(scores: "training.Evaluation", classes: tuple[str, ...]) -> Tabl
         table.add_column(name, justify="right")
     rows = zip(classes, scores.support, scores.recall, scores.precision, strict=True)
     for name, count, recall, precision in rows:
-        parts = ("-" if part.isnan() else f"{part:.2%}" for part in (recall, precision))
+        parts = (_number(part, ".2%") for part in (recall, precision))
         table.add_row(escape(name), f"{int(count):,}", *parts)
     return table

@@ -2,7 +2,6 @@
 
 import re
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from funcloss.laws import transforms, values
 from funcloss.laws._common import raised
 from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, shown
+from funcloss.transforms import quiet_jvp
 
 
 class Law(NamedTuple):
@@ -56,9 +56,7 @@ def try_law(name: str, subject: Subject) -> Finding:
         for n in law.sizes:
             batch = subject.data(n, Generator().manual_seed(n))
             try:
-                with warnings.catch_warnings():
-                    # torch's own, at the first forward-mode derivative of a process
-                    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+                with quiet_jvp():
                     remark = law.holds(subject, batch)
             except (Broken, NotApplicable):
                 raise

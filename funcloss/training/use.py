@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from funcloss._files import replacing
 from funcloss.config import TrainConfig
-from funcloss.data import Dataset, load_dataset, moved, normalised, resized, take
+from funcloss.data import Dataset, Examples, load_dataset, moved, normalised, resized, take
 from funcloss.errors import ConfigError, DataError, RunError
 from funcloss.training import folder
 from funcloss.training.checkpoint import load_tensors
@@ -121,11 +121,7 @@ def evaluate_run(
         dataset or config.dataset, data_dir or config.data_dir, val_fraction=config.val_fraction
     )
     data = moved(_fitted(data, run), device)
-    examples = {"train": data.train, "validation": data.validation, "test": data.test}.get(part)
-    if examples is None:
-        raise ConfigError(f"part must be train, validation or test, got {part!r}")
-    if not len(examples.labels):
-        raise ConfigError(f"{data.name} has no {part} part: the run held out none")
+    examples = part_of(data, part)
     tensors = {
         name: preferred_layout(t.to(device)) for name, t in {**run.params, **run.buffers}.items()
     }
@@ -139,6 +135,20 @@ def evaluate_run(
         make_hyper(config, run.classes, device),
     )
     return Judgement(evaluation, examples.labels.cpu(), data.classes, data.name, data.note)
+
+
+def part_of(dataset: Dataset, part: str) -> Examples:
+    """Return a part of a data set, ``train``, ``validation`` or ``test``.
+
+    Raises:
+        ConfigError: there is no such part, or nothing in it.
+    """
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    if part not in parts:
+        raise ConfigError(f"part must be one of {', '.join(parts)}; got {part!r}")
+    if not len(parts[part].labels):
+        raise ConfigError(f"{dataset.name} has no {part} part: the run held out none")
+    return parts[part]
 
 
 def _fitted(data: Dataset, run: LoadedRun) -> Dataset:
