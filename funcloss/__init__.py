@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from funcloss import (
         audit,
+        choose,
         data,
+        decisions,
         keys,
         laws,
         losses,
@@ -49,11 +51,13 @@ __version__ = "0.1.0"
 __all__ = [
     "as_module",
     "audit",
+    "choose",
     "class_weighted",
     "class_weights_of",
     "couples_examples",
     "custom_vjp",
     "data",
+    "decisions",
     "from_logits",
     "from_module",
     "from_numpy",

@@ -3,10 +3,13 @@
 Nothing here loads torch, so that ``--help`` answers at once.
 """
 
+import csv
 import difflib
+import io
 import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -22,12 +25,14 @@ class Option(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     above: bool = False  # low itself is refused
+    metavar: str = ""  # how the command line writes a value; empty: as its type says
+    example: str = ""
 
 
 TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
 _MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
-_LOSSES = (  # of logits and labels, without an option that must be given
+_LOSSES = (  # of logits and labels
     "cross_entropy",
     "nll",
     "squared_error",
@@ -43,6 +48,16 @@ _LOSSES = (  # of logits and labels, without an option that must be given
     "bi_tempered",
     "earth_mover",
     "sord",
+    "balanced_softmax",
+    "logit_adjusted",
+    "ldam",
+    "vector_scaling",
+    "equalization",
+    "expected_cost",
+    "log_bilinear",
+    "softmax_margin",
+    "cost_hinge",
+    "cross_entropy_with_cost",
 )
 _REDUCTIONS = ("mean", "weighted_mean")
 
@@ -60,6 +75,14 @@ class TrainConfig(NamedTuple):
     val_fraction: Annotated[
         float, Option("Part of the training set held out for validation.", low=0, high=0.8)
     ] = 0.1
+    imbalance: Annotated[
+        float,
+        Option(
+            "Largest over smallest class of the training part, made long-tailed (the other parts "
+            "stay as they are); 1: as it comes.",
+            low=1,
+        ),
+    ] = 1.0
     image_size: Annotated[
         int,
         Option("Resize images to this height and width; 0: as the model needs.", low=0, high=4096),
@@ -73,13 +96,75 @@ class TrainConfig(NamedTuple):
     ] = ()
     model: Annotated[str, Option("Network.", _MODELS)] = "fast-cnn"
     loss: Annotated[str, Option("Loss to minimise.", _LOSSES)] = "cross_entropy"
+    loss_option: Annotated[
+        dict[str, float],
+        Option(
+            "Option of the loss, NAME=NUMBER, such as gamma=2; repeatable.",
+            metavar="NAME=NUMBER",
+            example="gamma=2",
+        ),
+    ] = {}  # noqa: RUF012 - never written to, nor are those below
     class_weight: Annotated[
         dict[str, float],
-        Option("Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.", low=0),
-    ] = {}  # noqa: RUF012 - never written to
+        Option(
+            "Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.",
+            low=0,
+            metavar="CLASS=WEIGHT",
+            example="9=5",
+        ),
+    ] = {}  # noqa: RUF012
     reduction: Annotated[
         str, Option("Divide by the examples, or by their class weights.", _REDUCTIONS)
     ] = "mean"
+    cost_matrix: Annotated[
+        dict[str, dict[str, float]],
+        Option(
+            "What each decision costs in each true class, a CSV file: rows the truth, columns the "
+            "decision, true\\decided in the first cell.",
+            metavar="FILE",
+        ),
+    ] = {}  # noqa: RUF012
+    class_cost: Annotated[
+        dict[str, float],
+        Option(
+            "What every mistake on a true class costs, CLASS=COST, else 1; repeatable.",
+            low=0,
+            metavar="CLASS=COST",
+            example="9=5",
+        ),
+    ] = {}  # noqa: RUF012
+    prior: Annotated[
+        dict[str, float],
+        Option(
+            "Part of the examples that a class makes up where the model will be used, CLASS=PART; "
+            "repeatable.",
+            low=0,
+            high=1,
+            metavar="CLASS=PART",
+            example="9=0.01",
+        ),
+    ] = {}  # noqa: RUF012
+    floor: Annotated[
+        dict[str, float],
+        Option(
+            "Least recall of a class, CLASS=RECALL; repeatable.",
+            metavar="CLASS=RECALL",
+            example="9=0.99",
+        ),
+    ] = {}  # noqa: RUF012
+    ceiling: Annotated[
+        dict[str, float],
+        Option(
+            "Largest part of a true class that may be decided as another, TRUE:DECIDED=RATE; "
+            "repeatable.",
+            metavar="TRUE:DECIDED=RATE",
+            example="9:4=0.01",
+        ),
+    ] = {}  # noqa: RUF012
+    floor_every: Annotated[
+        int,
+        Option("Steps between two measurements under floors; 0: ten an epoch.", low=0, high=1e9),
+    ] = 0
     optimizer: Annotated[str, Option("Optimiser.", ("sgd", "adam", "adamw"))] = "adam"
     learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
     momentum: Annotated[float, Option("Momentum of sgd.", low=0, high=0.9999)] = 0.9
@@ -160,8 +245,9 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     for layer in layers:
         for name, value in layer.items():
             if name not in known:
-                raise ConfigError(f"unknown option {name!r}{_did_you_mean(name, list(known))}")
-            values[name] = _checked(known[name], value)
+                raise ConfigError(f"unknown option {name!r}{did_you_mean(name, list(known))}")
+            field = known[name]
+            values[name] = _checked(name, field.type, field.option, value)
     config = TrainConfig(**values)
     _check_together(config)
     return config
@@ -187,6 +273,112 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     options.pop("run", None)
     return options
+
+
+_TRUTH = {"true", "truth", "actual", "label"}
+_DECISION = {"decided", "decision", "predicted", "prediction"}
+
+
+def read_cost_matrix(path: str | Path) -> dict[str, dict[str, float]]:
+    r"""Read what decisions cost from a CSV file: rows the truth, columns the decision.
+
+    Its first cell must say so, as ``true\decided`` does: a matrix that was written the other way
+    round looks just as good. The first row names the decisions, the first column the true
+    classes. Cells are separated by commas, semicolons or tabs.
+
+    Args:
+        path: A file in UTF-8.
+
+    Returns:
+        Costs by name of the true class, then of the decision, not yet held against any classes.
+
+    Raises:
+        ConfigError: the file cannot be read, is transposed or does not say whether it is, or a
+            name or number is missing, given twice or none.
+    """
+    header, *rows = _csv_rows(Path(path))
+    _check_corner(path, header)
+    decisions = _names(path, "row 1, the decisions,", header[1:])
+    truths = _names(path, "column 1, the true classes,", [row[0] for row in rows])
+    costs = {}
+    for truth, row in zip(truths, rows, strict=True):
+        if len(row) != len(header):
+            raise ConfigError(f"{path}: row {truth!r} has {len(row)} cells, row 1 {len(header)}")
+        cells = zip(decisions, row[1:], strict=True)
+        costs[truth] = {d: _cost(f"{path}: row {truth!r}, column {d!r}", c) for d, c in cells}
+    return costs
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    """Return the cells of a CSV file, less its blank rows, with the separator that splits most."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        parsed = [
+            [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=by)]
+            for by in ",;\t"
+        ]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text in UTF-8: save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not CSV: {error}") from None
+    filled = [[row for row in rows if any(row)] for rows in parsed]
+    if not filled[0]:
+        raise ConfigError(f"{path} is empty")
+    return max(filled, key=lambda rows: len(rows[0]) if rows else 0)
+
+
+def _check_corner(path: str | Path, header: list[str]) -> None:
+    """Raise unless the first cell names the truth before the decision."""
+    corner = header[0]
+    words = [word.removesuffix("s") for word in re.findall("[a-z]+", corner.lower())]
+    truth, decision = (
+        next((i for i, word in enumerate(words) if word in known), None)
+        for known in (_TRUTH, _DECISION)
+    )
+    if truth is None or decision is None:
+        why = f"does not say which axis is the truth: its first cell is {corner!r}"
+        why = "has no names: its first row is all numbers" if all(map(_is_number, header)) else why
+        raise ConfigError(
+            f"{path} {why}; write true\\decided into the first cell, the decisions after it and "
+            "a true class before each row"
+        )
+    if decision < truth:
+        raise ConfigError(
+            f"{path} is transposed: its first cell {corner!r} makes the decisions its rows; swap "
+            "its two axes, so that rows are the truth and columns the decision"
+        )
+
+
+def _names(path: str | Path, what: str, names: list[str]) -> list[str]:
+    if not names:
+        raise ConfigError(f"{path}: {what} has no name")
+    for i, name in enumerate(names):
+        if not name:
+            raise ConfigError(f"{path}: {what} has no name in cell {i + 2}")
+        if name in names[:i]:
+            raise ConfigError(f"{path}: {what} has {name!r} twice")
+    return names
+
+
+def _cost(where: str, cell: str) -> float:
+    if not cell:
+        raise ConfigError(f"{where}: the cost is missing")
+    if not _is_number(cell):
+        comma = " (write a decimal point, not a comma)" if "," in cell else ""
+        raise ConfigError(f"{where}: {cell!r} is not a number{comma}")
+    if not math.isfinite(cost := float(cell)):
+        raise ConfigError(f"{where}: the cost must be finite, got {cell}")
+    return cost
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -218,31 +410,32 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name not in recipe_names():
         raise ConfigError(
-            f"no recipe {name!r}{_did_you_mean(name, recipe_names())}; "
+            f"no recipe {name!r}{did_you_mean(name, recipe_names())}; "
             f"there are {', '.join(recipe_names())}"
         )
     text = (resources.files("funcloss") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
-def _checked(field: Field, value: Any) -> Any:
-    """Return ``value`` as the type of its field, or say what is wrong with it."""
-    name, option = field.name, field.option
-    if get_origin(field.type) is tuple:
+def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
+    """Return ``value`` as the type ``kind``, or say what is wrong with it."""
+    if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list of numbers, got {value!r}")
         return tuple(_number(name, option, item, float) for item in value)
-    if get_origin(field.type) is dict:
+    if get_origin(kind) is dict:
+        _, inner = get_args(kind)
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a table of numbers, got {value!r}")
-        return {str(k): _number(f"{name} {k}", option, v, float) for k, v in value.items()}
-    if field.type in (int, float):
-        return _number(name, option, value, field.type)
-    if not isinstance(value, field.type):
-        raise ConfigError(f"{name} must be a {field.type.__name__}, got {value!r}")
+            what = "tables" if get_origin(inner) is dict else "numbers"
+            raise ConfigError(f"{name} must be a table of {what}, got {value!r}")
+        return {str(k): _checked(f"{name} {k}", inner, option, v) for k, v in value.items()}
+    if kind in (int, float):
+        return _number(name, option, value, kind)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
     if option.choices and value not in option.choices:
         choices = ", ".join(option.choices)
-        guess = _did_you_mean(value, option.choices)
+        guess = did_you_mean(value, option.choices)
         raise ConfigError(f"{name} must be one of {choices}; got {value!r}{guess}")
     return value
 
@@ -275,6 +468,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(f"amp {config.amp} needs device cuda, got {config.device}")
 
 
-def _did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return the end of an error: what a wrong name may have been meant to be, if anything."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -584,7 +584,7 @@ def test_a_stopped_run_is_audited_at_the_step_it_would_take(stopped):
     history = sum(
         float(t.double().square().sum())
         for name, t in velocity.items()
-        if name.startswith("opt_state/velocity/")
+        if name.startswith("state/opt_state/velocity/")
     )
     assert norm["history"] == pytest.approx(0.8 * step.learning_rate * history**0.5, rel=1e-4)
 

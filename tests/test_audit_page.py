@@ -1,23 +1,17 @@
 """The page and the pictures of an audit: what names cannot do to it, and what its sliders say."""
 
-import base64
 import json
 import math
 import re
 import shlex
-import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
 from audit_examples import make_audit
+from browser import PNG, Reader, browse, needs_browser
 
 from funcloss.audit import figures
-from funcloss.audit.page import About, Axis, render_page
-from funcloss.audit.page import _axis as page_axis
-from funcloss.audit.page import _log_axis as page_log_axis
+from funcloss.audit.page import About, Axis, log_axis, render_page, zero_axis
 from funcloss.training.figures import save_figure
 
 HOSTILE = (
@@ -31,11 +25,6 @@ HOSTILE = (
     "\x00\n",
     "http://example.org/a.png",
     "a name that is much too long for a label in a figure",
-)
-VOID = {"meta", "link", "br", "img", "input"}
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-    "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
 )
 
 
@@ -66,47 +55,6 @@ def history_of(audit, steps=(0, 100, 200)) -> list[dict]:
         for step in steps
         for name, share, budget in zip(audit.classes, shares, budgets, strict=True)
     ] + [{"kind": "step", "step": 5, "loss": 1.0}]
-
-
-class Reader(HTMLParser):
-    """Reads a page strictly: every element is closed in its turn."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict]] = []
-        self.figures: list[set[str]] = []
-        self.svgs: list[tuple[dict, set[str]]] = []
-        self.words: list[str] = []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        assert len({name for name, _ in attrs}) == len(attrs)
-        self.seen.append((tag, dict(attrs)))
-        if tag == "figure":
-            self.figures.append(set())
-        elif "figure" in self.open:
-            self.figures[-1].add(tag)
-        if tag == "svg":
-            self.svgs.append((dict(attrs), set()))
-        elif "svg" in self.open:
-            self.svgs[-1][1].add(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, self.getpos()
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.open):
-            self.words.append(data)
 
 
 NAMES = {
@@ -258,7 +206,7 @@ def test_values_are_placed_on_axes():
 @pytest.mark.parametrize("times", [1.0, 1.0001, 1.3, 2.2, 3.9, 4.1, 30.0, 1e4, 1e12])
 def test_axes_hold_their_values_and_have_ticks(low, times):
     values = torch.tensor([low, low * times], dtype=torch.float64)
-    for axis in (page_axis(values), page_log_axis(values)):
+    for axis in (zero_axis(values), log_axis(values)):
         assert axis.low <= low * (1 + 1e-9)
         assert axis.high >= low * times * (1 - 1e-9)
         assert 2 <= len(axis.ticks) <= 24
@@ -267,90 +215,6 @@ def test_axes_hold_their_values_and_have_ticks(low, times):
 
 
 # The page in a browser
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the path"
-)
-PROBE = """<script>
-(() => {
-  const seen = { errors: [], reads: [], width: [] };
-  addEventListener("error", (event) => seen.errors.push(String(event.message)));
-  addEventListener("securitypolicyviolation", (event) => seen.errors.push(event.blockedURI));
-  const read = () => seen.reads.push({
-    rows: [...document.querySelectorAll("#sliders [data-row]")].map((tr) => Object.fromEntries(
-      [...tr.querySelectorAll("[data-k]")].map((cell) => [cell.dataset.k, cell.textContent]))),
-    fields: [...document.querySelectorAll("#sliders input[type=number]")].map((f) => f.value),
-    bars: [...document.querySelectorAll("#sliders .bar")].map((b) => b.getAttribute("width")),
-    length: document.getElementById("length").textContent,
-    paste: document.getElementById("paste").textContent,
-  });
-  const put = (row, kind, value) => {
-    const input = document.querySelector(`#sliders [data-row="${row}"] input[type=${kind}]`);
-    input.value = value;
-    input.dispatchEvent(new Event("input", { bubbles: true }));
-  };
-  addEventListener("load", () => {
-    if (document.getElementById("sliders")) {
-      read();
-      for (const [row, kind, value] of MOVES) { put(row, kind, value); read(); }
-      document.getElementById("reset").click();
-      read();
-    }
-    document.querySelectorAll("details").forEach((d) => { d.open = true; });
-    seen.width = [document.documentElement.scrollWidth, innerWidth];
-    seen.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
-    parent.postMessage(btoa(unescape(encodeURIComponent(JSON.stringify(seen)))), "*");
-  });
-})();
-</script>"""
-
-
-# A headless window is at least 500 px wide, a frame is as wide as it is told to be.
-FRAME = """<!doctype html><script>
-addEventListener("message", (event) => {
-  const out = document.createElement("pre");
-  out.id = "probe";
-  out.textContent = event.data;
-  document.body.append(out);
-});
-</script><body><iframe src="page.html" style="width: 320px; height: 800px; border: 0"></iframe>"""
-
-
-def browse(page: str, folder: Path, moves=()) -> dict:
-    """Open a page in a headless browser 320 px wide, move its sliders, return what it shows."""
-    file = folder / "frame.html"
-    file.write_text(FRAME, encoding="utf-8")
-    probe = PROBE.replace("MOVES", json.dumps(list(moves)))
-    probed = page.replace("<body>", f"<body>{probe}")
-    (folder / "page.html").write_text(probed, encoding="utf-8")
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={folder / 'profile'}",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=120,
-    )
-    found = re.search(r'<pre id="probe">([^<]+)</pre>', done.stdout)
-    assert found, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return json.loads(base64.b64decode(found[1]))
 
 
 def as_printed(text: str, value: float) -> bool:

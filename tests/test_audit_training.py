@@ -356,7 +356,7 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
                 for key in ("count", "loss", "share", "budget", "elasticity", "norm",
                             "update_share"):  # fmt: skip
                     assert line[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
-        state, _ = setup.step_on(state, index)
+        state, _ = setup.step_on(state, index, setup.hyper)
 
 
 def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
@@ -437,7 +437,7 @@ def test_every_loss_that_trains_is_audited_as_it_trains(loss):
     options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
     setup = make_setup(config(**options))
     index = torch.arange(0, 4000, 40)
-    rows = observer(setup)(setup.state, index)
+    rows = observer(setup)(setup.state, index, setup.hyper)
     batch = take(setup.dataset, setup.dataset.train, index)
     grads = []
     for c in range(10):

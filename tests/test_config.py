@@ -41,6 +41,16 @@ REFUSED = [
     ({"class_weight": {"9": -1}}, "class_weight 9 must be at least 0, got -1"),
     ({"class_weight": {"9": float("nan")}}, "class_weight 9 must be finite, got nan"),
     ({"class_weight": 5}, "class_weight must be a table of numbers, got 5"),
+    ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
+    ({"loss_option": {"gamma": "2"}}, "loss_option gamma must be a number, got '2'"),
+    ({"loss_option": {"gamma": True}}, "loss_option gamma must be a number, got True"),
+    ({"cost_matrix": 5}, "cost_matrix must be a table of tables, got 5"),
+    ({"cost_matrix": {"9": 5}}, "cost_matrix 9 must be a table of numbers, got 5"),
+    ({"cost_matrix": {"9": {"4": "x"}}}, "cost_matrix 9 4 must be a number, got 'x'"),
+    ({"cost_matrix": {"9": {"4": float("inf")}}}, "cost_matrix 9 4 must be finite, got inf"),
+    ({"prior": {"9": 1.5}}, "prior 9 must be at least 0 and at most 1, got 1.5"),
+    ({"class_cost": {"9": -1}}, "class_cost 9 must be at least 0, got -1"),
+    ({"floor": {"9": float("nan")}}, "floor 9 must be finite, got nan"),
     ({"betas": [0.9]}, "betas must be two numbers, got 1"),
     ({"betas": 0.9}, "betas must be a list of numbers, got 0.9"),
     ({"pixel_mean": [0.5]}, "pixel_mean and pixel_std must be given together"),
@@ -100,3 +110,114 @@ def test_toml_files_are_read_and_refused_in_words(tmp_path):
 def test_the_table_loads_without_torch():
     code = "import sys, funcloss.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+CATS = {"cat": {"cat": 0.0, "dog": 1.5}, "dog": {"cat": -2.0, "dog": 0.0}}
+READ = {
+    "commas": "true\\decided,cat,dog\ncat,0,1.5\ndog,-2,0\n",
+    "semicolons": "truth / decision;cat;dog\ncat;0;1.5\ndog;-2;0\n",
+    "tabs": "actual vs predicted\tcat\tdog\ncat\t0\t1.5\ndog\t-2\t0",
+    "quotes and spaces": '"Label, Prediction", cat ,dog\r\n"cat", 0 ,1.5e0\r\n dog,-2,0\r\n',
+    "a mark of the order of bytes": b"\xef\xbb\xbfTRUE LABEL\\PREDICTED LABEL,cat,dog\n"
+    b"cat,0,1.5\ndog,-2,0\n",
+    "blank rows": "\ntrue\\decided,cat,dog\n,,\ncat,0,1.5\n\ndog,-2,0\n,,\n\n",
+    "plurals": "true labels -> decisions,cat,dog\ncat,0,1.5\ndog,-2,0\n",
+}
+
+
+@pytest.mark.parametrize("content", READ.values(), ids=READ.keys())
+def test_a_cost_matrix_is_read_as_spreadsheets_write_it(tmp_path, content):
+    assert config.read_cost_matrix(write(tmp_path / "c.csv", content)) == CATS
+
+
+def test_a_cost_matrix_may_be_of_numbered_classes_and_further_decisions(tmp_path):
+    path = write(tmp_path / "c.csv", "true\\decided,0,1,abstain\n0,0,1,0.5\n1,9,0,0.5\n")
+    expected = {"0": {"0": 0, "1": 1, "abstain": 0.5}, "1": {"0": 9, "1": 0, "abstain": 0.5}}
+    read = config.read_cost_matrix(path)
+    assert read == expected
+    assert list(read["0"]) == ["0", "1", "abstain"]
+    semicolons = write(tmp_path / "d.csv", "true\\decided;a, b;c\na, b;0;1\nc;1;0\n")
+    assert list(config.read_cost_matrix(semicolons)) == ["a, b", "c"]
+
+
+TO_WRITE = r"write true\\decided into the first cell, the decisions after it and a true class"
+SPOILT = {
+    "empty": ("", "c.csv is empty"),
+    "blank": ("\n , ,\n\n", "c.csv is empty"),
+    "no corner": (",cat,dog\ncat,0,1\ndog,1,0\n", f"its first cell is ''; {TO_WRITE}"),
+    "another corner": ("class,cat,dog\ncat,0,1\n", f"its first cell is 'class'; {TO_WRITE}"),
+    "half a corner": ("true,cat,dog\ncat,0,1\n", f"its first cell is 'true'; {TO_WRITE}"),
+    "one word of two": ("untrue decided,cat\ncat,0\n", "its first cell is 'untrue decided'"),
+    "no header row": ("cat,0,1\ndog,1,0\n", f"its first cell is 'cat'; {TO_WRITE}"),
+    "no header column": ("cat,dog\n0,1\n1,0\n", f"its first cell is 'cat'; {TO_WRITE}"),
+    "no header at all": ("0,1\n5,0\n", f"has no names: its first row is all numbers; {TO_WRITE}"),
+    "no column under a corner": (
+        "true\\decided,cat,dog\n0,1\n5,0\n",
+        "row '0' has 2 cells, row 1 3",
+    ),
+    "transposed": (
+        "decided\\true,cat,dog\ncat,0,1\ndog,1,0\n",
+        r"c.csv is transposed: its first cell 'decided\\\\true' makes the decisions its rows; swap "
+        "its two axes, so that rows are the truth and columns the decision",
+    ),
+    "transposed in words": ("predicted vs actual,cat\ncat,0\n", "c.csv is transposed"),
+    "no decision": ("true\\decided\ncat\n", "row 1, the decisions, has no name"),
+    "no truth": ("true\\decided,cat,dog\n", "column 1, the true classes, has no name"),
+    "unnamed decision": (
+        "true\\decided,cat,\ncat,0,1\n",
+        "row 1, the decisions, has no name in cell 3",
+    ),
+    "unnamed truth": (
+        "true\\decided,cat,dog\ncat,0,1\n,1,0\n",
+        "column 1, the true classes, has no name in cell 3",
+    ),
+    "decision twice": ("true\\decided,cat,cat\ncat,0,1\n", "the decisions, has 'cat' twice"),
+    "truth twice": (
+        "true\\decided,cat,dog\ncat,0,1\ncat,0,1\n",
+        "the true classes, has 'cat' twice",
+    ),
+    "short row": ("true\\decided,cat,dog\ncat,0,1\ndog,1\n", "row 'dog' has 2 cells, row 1 3"),
+    "long row": ("true\\decided,cat,dog\ncat,0,1,2\n", "row 'cat' has 4 cells, row 1 3"),
+    "no cost": (
+        "true\\decided,cat,dog\ncat,0,\ndog,1,0\n",
+        "row 'cat', column 'dog': the cost is missing",
+    ),
+    "words": (
+        "true\\decided,cat,dog\ncat,0,much\ndog,1,0\n",
+        "row 'cat', column 'dog': 'much' is not a number$",
+    ),
+    "decimal commas": (
+        "true\\decided;cat;dog\ncat;0;1,5\ndog;1;0\n",
+        r"row 'cat', column 'dog': '1,5' is not a number \(write a decimal point, not a comma\)",
+    ),
+    "nan": (
+        "true\\decided,cat,dog\ncat,0,1\ndog,nan,0\n",
+        "row 'dog', column 'cat': the cost must be finite, got nan",
+    ),
+    "inf": ("true\\decided,cat,dog\ncat,0,-inf\n", "must be finite, got -inf"),
+    "1e999": ("true\\decided,cat,dog\ncat,0,1e999\n", "must be finite, got 1e999"),
+    "Latin 1": (b"true\\decided,caf\xe9\n", "c.csv is not text in UTF-8"),
+    "UTF-16": ("true\\decided,cat\n".encode("utf-16"), "c.csv is not text in UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\x00\x00", "c.csv is not text in UTF-8"),
+    "a cell without end": ('true\\decided,"' + "x" * 200_000, "c.csv is not CSV: field larger"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_cost_matrix_is_one_line_that_names_the_place(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.read_cost_matrix(write(tmp_path / "c.csv", content))
+    assert "\n" not in str(caught.value)
+    assert "c.csv" in str(caught.value)
+
+
+def test_a_cost_matrix_that_is_no_file_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+        config.read_cost_matrix(tmp_path)
+    with pytest.raises(ConfigError, match="cannot read .*none.csv: No such file"):
+        config.read_cost_matrix(tmp_path / "none.csv")

@@ -117,6 +117,75 @@ def test_a_part_of_everything_is_refused(fractions):
         data.stratified_split(torch.zeros(10).long(), *fractions)
 
 
+def even(n=5000, classes=10):
+    """Images of one pixel, each with its own number, in shuffled order."""
+    labels = torch.arange(classes).repeat(n)[torch.randperm(n * classes)]
+    number = torch.arange(n * classes)
+    pixels = torch.stack([number // 65536, number // 256 % 256, number % 256], -1)
+    part = data.Examples(pixels.to(torch.uint8).reshape(-1, 1, 1, 3), labels)
+    names = tuple(map(str, range(classes)))
+    scale = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "note": "read me"}
+    return data.make_dataset("even", names, part, part, val_fraction=0.0, **scale)
+
+
+# Training examples of CIFAR-10-LT, as published with the losses of Cui et al. and of Cao et al.
+LONG_TAILS = {
+    100: [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
+    10: [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500],
+    1: [5000] * 10,
+    1e9: [5000, 500, 50, 5] + [1] * 6,
+}
+
+
+@pytest.mark.parametrize(("factor", "counts"), LONG_TAILS.items(), ids=LONG_TAILS.keys())
+def test_a_long_tail_is_the_published_one_in_order_and_the_same_each_time(factor, counts):
+    dataset = even()
+    thin = data.long_tailed(dataset, factor)
+    assert data.class_counts(thin.train, 10).tolist() == counts
+
+    def numbers(part):
+        digits = part.images.flatten(1).long()
+        return digits @ torch.tensor([65536, 256, 1])
+
+    kept = numbers(thin.train)
+    assert (kept.diff() > 0).all()
+    assert torch.equal(dataset.train.labels[kept], thin.train.labels)
+    again, other = data.long_tailed(dataset, factor), data.long_tailed(dataset, factor, seed=1)
+    assert torch.equal(again.train.images, thin.train.images)
+    assert torch.equal(other.train.images, thin.train.images) == (factor == 1)
+    assert data.class_counts(other.train, 10).tolist() == counts
+    assert thin.test is dataset.test
+    assert thin.validation is dataset.validation
+    assert thin._replace(train=dataset.train) == dataset
+
+
+def test_a_long_tail_leaves_small_and_absent_classes_as_they_are():
+    labels = torch.tensor([0] * 2 + [2] * 100 + [3] * 90)
+    part = data.Examples(torch.zeros(192, 1, 1, 1, dtype=torch.uint8), labels)
+    whole = data.make_dataset("x", tuple("abcd"), part, part, mean=(0,), std=(1,), val_fraction=0)
+    thin = data.long_tailed(whole, 8)  # 100, 50, 25, 12.5 by the formula
+    assert data.class_counts(thin.train, 4).tolist() == [2, 0, 25, 12]
+
+
+def test_a_long_tail_is_made_after_the_split(sample):
+    thin = data.load_dataset("mnist-sample", imbalance=20)
+    expected = [int(400 * 20 ** (-c / 9)) for c in range(10)]
+    assert data.class_counts(thin.train, 10).tolist() == expected
+    assert torch.equal(thin.validation.images, sample.validation.images)
+    assert torch.equal(thin.test.images, sample.test.images)
+    assert thin.note == sample.note
+    again = data.load_dataset("mnist-sample", imbalance=20)
+    assert torch.equal(again.train.images, thin.train.images)
+
+
+@pytest.mark.parametrize("factor", [0.5, -1, 0, float("nan"), float("inf")])
+def test_an_impossible_long_tail_is_refused(factor):
+    with pytest.raises(ConfigError, match="imbalance must be at least 1 and finite, got"):
+        data.long_tailed(even(2), factor)
+    with pytest.raises(ConfigError, match="imbalance needs two classes, and even has 1"):
+        data.long_tailed(even(2, classes=1), 2)
+
+
 def test_a_batch_is_normalised_and_channels_last(sample):
     batch = data.take(sample, sample.train, torch.tensor([0, 5, 9]))
     expected = (sample.train.images[[0, 5, 9]].permute(0, 3, 1, 2) / 255 - 0.1307) / 0.3081

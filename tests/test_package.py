@@ -24,9 +24,10 @@ ROOMS = [
     {"modules", "objectives", "_custom_vjp", "transforms"},
     {"laws"},
     {"optim"},
-    {"models", "data"},
+    {"models", "data", "decisions"},
     {"training"},
     {"audit"},
+    {"choose"},
     {"cli"},
     {"__main__"},
 ]

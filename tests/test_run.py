@@ -296,7 +296,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="cannot write .*safetensors: No space left on device"):
         training.train(config(), run)
     assert not [f for f in run.iterdir() if f.name.startswith(".")]
-    assert int(weights(run)["step"]) == 40
+    assert int(weights(run)["state/step"]) == 40
     monkeypatch.undo()
     training.resume(run)
     training.train(config(), tmp_path / "whole")
@@ -513,7 +513,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert f"go on with: funcloss-train --resume {run}" in rest
     assert "Traceback" not in rest
-    assert 20 <= int(weights(run)["step"]) < 600
+    assert 20 <= int(weights(run)["state/step"]) < 600
     training.resume(run)
     training.train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
     assert same(run, tmp_path / "whole")

@@ -22,6 +22,7 @@ _MOST = 24  # classes in a figure
 _LAYERS = 48
 _POINTS = 2000
 _STRIP = 8  # pictures side by side
+_NOTHING = Markup("")
 _OPEN, _CLOSE = "\u2068", "\u2069"  # what isolates a name from the direction of the text around it
 
 
@@ -69,6 +70,7 @@ def render_page(
     *,
     history: Sequence[Mapping[str, Any]] = (),
     pictures: Mapping[int, bytes] | None = None,
+    before: Markup = _NOTHING,
 ) -> str:
     """Return an audit as one HTML page that works without a network, and without scripts.
 
@@ -77,6 +79,7 @@ def render_page(
         about: What was audited.
         history: Records of a training's audits, as in ``metrics.jsonl``: the share over the steps.
         pictures: PNG files of examples, by position in the data.
+        before: Sections that come before the audit's own, already rendered.
 
     Returns:
         The page. Whatever the names of the classes hold, they come out as text.
@@ -85,6 +88,7 @@ def render_page(
     now = audit.balance
     return _template().render(
         about=about,
+        before=before,
         audit=audit,
         names=[audit.classes[c] for c in shown],
         name_width=max(len(_short(audit.classes[c])) for c in shown) + 2,
@@ -108,16 +112,24 @@ def render_page(
     )
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+def environment(*folders: Path) -> Environment:
+    """Return what renders the templates of pages: those in the folders, and those of this room.
+
+    Args:
+        folders: Where further templates lie. They may extend ``page.html.j2``, the head and the
+            look of every page, and import the figures of ``macros.html.j2``.
+
+    Returns:
+        The environment: it escapes whatever is not ``Markup``.
+    """
+    made = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "bdi": lambda name: Markup("<bdi>{}</bdi>").format(clean(name)),
         "clean": clean,
         "marked": _marked,
@@ -129,7 +141,12 @@ def _template() -> Template:
         "unit": lambda limit: 10.0 ** (math.ceil(math.log10(limit)) - 2),
         "cell": lambda value, unit: f"{round(value / unit)}",
     }
-    return environment.get_template("audit.html.j2")
+    return made
+
+
+@cache
+def _template() -> Template:
+    return environment().get_template("audit.html.j2")
 
 
 def _isolated(name: str) -> str:
@@ -173,7 +190,7 @@ def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
 
 def _share_axis(audit: Audit, shown: list[int]) -> Axis:
     now, part = audit.balance, audit.count / audit.count.sum()
-    return _axis(torch.cat([v[shown].double() for v in (now.share, now.budget, part)]))
+    return zero_axis(torch.cat([v[shown].double() for v in (now.share, now.budget, part)]))
 
 
 def _what_if(audit: Audit, shown: list[int]) -> dict[str, Any]:
@@ -222,7 +239,7 @@ def _impacts(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
                 "matrix": plain(matrix),
                 "limit": _limit(matrix),
                 "changes": plain(changes),
-                "axis": _axis(changes.flatten()),
+                "axis": zero_axis(changes.flatten()),
             }
         )
     return found
@@ -234,7 +251,7 @@ def _norms(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     if not len(finite):
         return None
     # A loss with a hinge has gradients of length 0: then no logarithm.
-    axis = _log_axis(finite) if float(finite.min()) > 0 else _axis(finite)
+    axis = log_axis(finite) if float(finite.min()) > 0 else zero_axis(finite)
     return {
         "axis": axis,
         "heads": [f"{100 * q:g} %" for q in QUANTILES],
@@ -255,7 +272,7 @@ def _scatter(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     if not len(kept):
         return None
     norm = examples.norm[kept]
-    lengths = _log_axis(norm) if float(norm.min()) > 0 else _axis(norm)
+    lengths = log_axis(norm) if float(norm.min()) > 0 else zero_axis(norm)
     sideways = Axis(-1.0, 1.0, (-1.0, -0.5, 0.0, 0.5, 1.0))
     paths: dict[int, list[str]] = {}
     focus = {c: k + 1 for k, c in enumerate(spoken_of(audit))}
@@ -294,7 +311,7 @@ def _history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> dict[str, An
     if not lines:
         return None
     values = torch.tensor([point for line in lines.values() for point in line])
-    steps, shares = _step_axis(values[:, 0]), _axis(values[:, 1:].flatten())
+    steps, shares = step_axis(values[:, 0]), zero_axis(values[:, 1:].flatten())
     focus = {c: k + 1 for k, c in enumerate(spoken_of(audit))}
 
     def path(line: list[tuple[int, float, float]], column: int) -> str:
@@ -418,18 +435,23 @@ def _limit(values: Tensor) -> float:
     return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
 
 
-def _step_axis(steps: Tensor) -> Axis:
+def step_axis(steps: Tensor) -> Axis:
     """Return an axis from the first step to the last, with round ticks."""
     low, high = float(steps.min()), float(steps.max())
     high = high if high > low else low + 1.0
-    return Axis(low, high, tuple(t for t in _axis(steps).ticks if low <= t <= high))
+    return Axis(low, high, tuple(t for t in zero_axis(steps).ticks if low <= t <= high))
 
 
-def _axis(values: Tensor) -> Axis:
+def zero_axis(values: Tensor) -> Axis:
     """Return an axis with about five round ticks, from and to a tick, and 0 on it."""
     finite = values[values.isfinite()].double()
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    ticks = _round_ticks(min(low, 0.0), max(high, 0.0))
+    return round_axis(min(low, 0.0), max(high, 0.0))
+
+
+def round_axis(low: float, high: float) -> Axis:
+    """Return an axis that holds ``low`` and ``high``, with about five round ticks, two its ends."""
+    ticks = _round_ticks(low, high)
     return Axis(ticks[0], ticks[-1], ticks)
 
 
@@ -443,7 +465,8 @@ def _round_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(float(f"{k * pitch:.12g}") for k in range(first, last + 1))
 
 
-def _log_axis(values: Tensor) -> Axis:
+def log_axis(values: Tensor) -> Axis:
+    """Return a logarithmic axis from the least value to the largest; all must be above 0."""
     low, high = float(values.min()), float(values.max())
     if high < 4 * low:  # too short for two of 1, 2, 5: even steps, which do not reach 0
         ticks = tuple(t for t in _round_ticks(low, high) if t > low / 2)

@@ -15,16 +15,17 @@ from funcloss.audit.figures import draw_all
 from funcloss.audit.measure import audit
 from funcloss.audit.page import About, render_page
 from funcloss.audit.result import Audit
-from funcloss.audit.training import loss_of
+from funcloss.audit.training import loss_of, loss_options
 from funcloss.config import TrainConfig
 from funcloss.data import Dataset, Examples, take
 from funcloss.errors import RunError
-from funcloss.training import TrainState, folder, load_tensors, restore
+from funcloss.training import TrainState, beneath, folder, load_tensors, restore
 from funcloss.training.figures import save_figure
 from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.training.use import part_of
 from funcloss.typing import Batch, Params
 
+_FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
 _FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
 _NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
@@ -75,7 +76,8 @@ def audit_run(
     config = folder.read_config(run_dir)
     setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, device=device))
     tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    state = restore(setup.state, tensors)
+    state = restore(setup.state, beneath(tensors, "state"))
+    setup = setup._replace(hyper=setup.hyper | beneath(tensors, "hyper"))
     steps = config.epochs * setup.per_epoch
     going_on = int(state.step) < steps
     found = _audited(
@@ -197,6 +199,7 @@ def _audited(
         loss_of(setup),
         batches(part_of(dataset, part)),
         class_weights=setup.hyper.get("class_weights"),
+        options=loss_options(setup.hyper),
         reduction=config.reduction,
         classes=dataset.classes,
         held_out=None if held is None or not step else batches(held),
@@ -207,7 +210,10 @@ def _audited(
     assert found.examples is not None
     index = _index(part_of(dataset, part), examples).cpu()
     rows = found.examples
-    return found._replace(examples=rows._replace(index=index[rows.index]))
+    return found._replace(
+        examples=rows._replace(index=index[rows.index]),
+        elasticities={k: v for k, v in found.elasticities.items() if k not in _FACTS},
+    )
 
 
 def _index(chosen: Examples, most: int) -> Tensor:

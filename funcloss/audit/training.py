@@ -98,7 +98,7 @@ def make_audit_step(
             drops=True,
         )
         weights = hyper.get("class_weights")
-        options = {k: v for k, v in hyper.items() if k not in ("learning_rate", "class_weights")}
+        options = loss_options(hyper)
         rows = Rows(*batch, groups=groups_of(batch, None), first=0)
         if not found:
             weighted = weights is not None
@@ -141,14 +141,14 @@ def make_audit_step(
     return torch.no_grad()(audit_step)
 
 
-def observer(setup: Setup) -> Callable[[TrainState, Tensor], list[dict[str, Any]]]:
+def observer(setup: Setup) -> Callable[[TrainState, Tensor, Hyper], list[dict[str, Any]]]:
     """Return what a run calls every ``audit_every`` steps: a record a class, for its log.
 
     Args:
         setup: The training.
 
     Returns:
-        ``(state, index) -> records`` of the step on the training examples at ``index``.
+        ``(state, index, hyper) -> records`` of the step on the training examples at ``index``.
     """
     config, dataset = setup.config, setup.dataset
     audit_step = make_audit_step(
@@ -161,9 +161,9 @@ def observer(setup: Setup) -> Callable[[TrainState, Tensor], list[dict[str, Any]
         clip_norm=config.clip_norm,
     )
 
-    def observe(state: TrainState, index: Tensor) -> list[dict[str, Any]]:
+    def observe(state: TrainState, index: Tensor, hyper: Hyper) -> list[dict[str, Any]]:
         batch = take(dataset, dataset.train, index)
-        found, _ = audit_step(state, batch, setup.hyper, None)
+        found, _ = audit_step(state, batch, hyper, None)
         columns = {
             "class": dataset.classes,
             "count": found.count.tolist(),
@@ -186,6 +186,11 @@ def loss_of(setup: Setup) -> LossFn:
     """Return the loss of a training as it puts its class weights, if it has any."""
     loss = LOSSES[setup.config.loss]
     return class_weighted(loss) if "class_weights" in setup.hyper else loss
+
+
+def loss_options(hyper: Hyper) -> dict[str, Tensor]:
+    """Return what ``hyper`` holds for the loss itself: no learning rate, no class weights."""
+    return {k: v for k, v in hyper.items() if k not in ("learning_rate", "class_weights")}
 
 
 def _method(

@@ -10,7 +10,9 @@ from funcloss.cli.audit import audit
 from funcloss.cli.check import check
 from funcloss.cli.evaluate import evaluate
 from funcloss.cli.predict import predict
-from funcloss.cli.train import INTERRUPTED, train
+from funcloss.cli.stopping import INTERRUPTED
+from funcloss.cli.sweep import sweep
+from funcloss.cli.train import train
 from funcloss.cli.version import Version
 from funcloss.errors import FunclossError
 
@@ -25,7 +27,7 @@ def _app(**settings: Any) -> typer.Typer:
 
 
 app = _app(no_args_is_help=True, callback=_group)
-for command in (train, evaluate, predict, check, audit):
+for command in (train, evaluate, predict, check, audit, sweep):
     app.command()(command)
 
 train_app = _app(add_completion=False)

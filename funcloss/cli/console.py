@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from funcloss import audit, training
+from funcloss import audit, choose, decisions, training
 
 _FILE_WIDTH = 200
 
@@ -88,6 +88,36 @@ class TrainingConsole:
                     audits = "1 audit" if n == 1 else f"{n} audits"
                     self._print(f"{audits} took {took:.1%} of the epoch")
                 self._audits, self._audit_seconds = [], 0.0
+            case training.Steered(step, record):
+                self._print(f"step {step:,}  {_steered(record)}")
+            case choose.SweepStarted(folder, members, seeds, steps, done):
+                self._print(
+                    f"training {members} members with {_count(seeds, 'seed')} each, "
+                    f"{steps:,} steps, into {folder}"
+                )
+                name = f"{members} members"
+                self._bar.add_task(name, total=seeds * steps, completed=done, loss="-", rate="-")
+            case choose.SeedReport(number, seeds, seconds, records):
+                lost = sum(record["diverged"] for record in records)
+                diverged = f", {lost} diverged" if lost else ""
+                self._print(f"seed {number}/{seeds} trained in {seconds:.1f} s{diverged}")
+
+    def choice(self, ended: "choose.Chosen") -> None:
+        """Show what a sweep or a training under limits came to, and where it is."""
+        choice = ended.choice
+        assert choice is not None
+        for line in choice.lines:
+            self._out.print(line, markup=False, emoji=False)
+        if not self._quiet:
+            self._out.print()
+            if choice.points:
+                self._out.print(_points_table(choice))
+                self._out.print()
+            self._out.print(_rows_table(choice))
+            for line in choice.costs:
+                self._out.print(f"cost: {line}", markup=False)
+        self._out.print(f"run folder: {ended.run_dir}", markup=False)
+        self._out.print(f"report: {ended.files[0]}", markup=False)
 
     def summary(self, outcome: "training.Outcome") -> None:
         """Show the result of a finished run, and what to try next."""
@@ -98,6 +128,7 @@ class TrainingConsole:
         )
         if self._quiet:
             return
+        _print_costs(outcome.summary["judged"]["test"])
         recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
         run = shlex.quote(str(outcome.folder))
         costly = f"--class-weight {shlex.quote(f'{hardest}=5')}"
@@ -116,6 +147,7 @@ class TrainingConsole:
 
 
 _SHOWN, _MOST = 10, 24  # classes side by side, and below each other
+_SQUARE = 20  # decisions in a printed matrix
 
 
 def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
@@ -215,14 +247,131 @@ def _number(value: Any, form: str) -> str:
     return "-" if math.isnan(float(value)) else format(float(value), form)
 
 
-def class_table(scores: "training.Evaluation", classes: tuple[str, ...]) -> Table:
-    """Return a table of count, recall and precision, a row a class."""
+def _steered(record: dict[str, Any]) -> str:
+    weights = ", ".join(f"{name}={w:g}" for name, w in record["weights"].items()) or "all 1"
+    reached = ", ".join(
+        f"{text}: {'-' if v is None else f'{v:.4f}'}" for text, v in record["reached"].items()
+    )
+    return f"{reached}  accuracy {record['accuracy']:.2%}  class weights {weights}"
+
+
+def _print_costs(judged: dict[str, Any]) -> None:
+    """Print what the decisions of a summary cost, by rule."""
+    for name, rule in judged["rules"].items():
+        cost, low, high = rule["expected_cost"]
+        normal = rule["normalised_cost"]
+        part = "" if normal is None else f", {normal:.3f} of the best constant decision"
+        print(
+            f"decisions by {name}: expected cost {cost:.4f} [{low:.4f}, {high:.4f}]{part}; "
+            f"accuracy {rule['accuracy'][0]:.2%}"
+        )
+
+
+def _points_table(choice: "choose.Choice") -> Table:
+    """Return a row a member of a sweep, on validation data."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("on validation data", no_wrap=True)
+    recalls = [f"recall {escape(name)}" for name in choice.focus]
+    for name in ("accuracy", *recalls, "expected cost", "by the rule", "note"):
+        table.add_column(name, justify="left" if name == "note" else "right", no_wrap=True)
+    for p in choice.points:
+        notes = ["chosen"] * p.chosen + ["plain"] * p.plain + ["misses"] * (p.feasible is False)
+        notes += [f"diverged on {p.diverged} of {p.seeds}"] * bool(p.diverged)
+        cells = [_ranged(p.accuracy, ".2%"), *(_ranged(r, ".2%") for r in p.recall)]
+        cells += [_ranged(p.expected_cost, ".4f"), _ranged(p.rule_cost, ".4f"), ", ".join(notes)]
+        table.add_row(escape(p.name), *cells)
+    return table
+
+
+def _rows_table(choice: "choose.Choice") -> Table:
+    """Return a row a model and rule, on the test set."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("on the test set, 95 %", no_wrap=True)
+    recalls = [f"recall {escape(name)}" for name in choice.focus]
+    for name in ("accuracy", *recalls, "expected cost", "against plain, paired"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in choice.rows:
+        cells = [_between(row.accuracy, ".2%"), *(_between(r, ".2%") for r in row.recall)]
+        cells.append(_between(row.expected_cost, ".4f"))
+        cells.append("-" if row.difference is None else _between(row.difference, "+.4f"))
+        table.add_row(escape(row.name), *cells)
+    return table
+
+
+def _ranged(score: "choose.Score", form: str) -> str:
+    """Return a mean over seeds and half of its interval."""
+    if math.isnan(score.low):
+        return _number(score.value, form)
+    half = format((score.high - score.low) / 2, form)
+    return f"{_number(score.value, form)} ± {half}"
+
+
+def _between(score: "choose.Score", form: str) -> str:
+    if math.isnan(score.low):
+        return _number(score.value, form)
+    return escape(f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def print_judgement(found: "training.Judgement") -> None:
+    """Print what a model's decisions cost, by rule, class by class and pair by pair."""
+    out, judged, costs = _console(), found.judged, found.costs
+    for line in decisions.cost_sentences(costs):
+        out.print(f"cost: {line}", markup=False, emoji=False)
+    fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation part"
+    out.print(
+        f"calibration error {judged.calibration_error:.4f}, {judged.calibrated_error:.4f} at "
+        f"temperature {judged.temperature:.3f} ({fitted})",
+        markup=False,
+    )
+    for name, scores in judged.rules.items():
+        out.print()
+        out.print(_rule_line(name, scores), markup=False)
+        out.print(_class_table(scores, costs.classes))
+        if len(costs.decisions) <= _SQUARE:
+            for title, matrix in (("counts", scores.confusion), ("cost", scores.cost)):
+                out.print(_confusion_table(f"{title}, rows the truth", matrix, costs))
+
+
+def _rule_line(name: str, scores: "decisions.RuleScores") -> str:
+    cost, accuracy = scores.expected_cost, scores.accuracy
+    part = scores.normalised_cost
+    normal = "" if math.isnan(part) else f", {part:.3f} of the best constant decision"
+    return (
+        f"decisions by {name}: accuracy {accuracy.value:.2%} [{accuracy.low:.2%}, "
+        f"{accuracy.high:.2%}], expected cost {cost.value:.4f} [{cost.low:.4f}, {cost.high:.4f}]"
+        f"{normal}"
+    )
+
+
+def _confusion_table(title: str, matrix: Any, costs: "decisions.Costs") -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for name in costs.decisions:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for name, row in zip(costs.classes, matrix.tolist(), strict=True):
+        table.add_row(escape(name), *("." if v == 0 else f"{v:g}" for v in row))
+    return table
+
+
+def _class_table(scores: "decisions.RuleScores", classes: tuple[str, ...]) -> Table:
+    """Return a table of count, recall and precision with their intervals, a row a class."""
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
-    for name in ("count", "recall", "precision"):
-        table.add_column(name, justify="right")
-    rows = zip(classes, scores.support, scores.recall, scores.precision, strict=True)
-    for name, count, recall, precision in rows:
-        parts = (_number(part, ".2%") for part in (recall, precision))
-        table.add_row(escape(name), f"{int(count):,}", *parts)
+    for name in ("count", "recall", "95 %", "precision", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    columns = (
+        (scores.recall, scores.recall_low, scores.recall_high),
+        (scores.precision, scores.precision_low, scores.precision_high),
+    )
+    for c, (name, count) in enumerate(zip(classes, scores.confusion.sum(1).tolist(), strict=True)):
+        cells = []
+        for part, low, high in columns:
+            known = not math.isnan(float(part[c]))
+            between = f"{float(low[c]):.2%} to {float(high[c]):.2%}" if known else "-"
+            cells += [_number(part[c], ".2%"), between]
+        table.add_row(escape(name), f"{count:,}", *cells)
     return table

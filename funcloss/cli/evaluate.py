@@ -1,11 +1,12 @@
-"""``funcloss evaluate``: a run's model on any data set."""
+"""``funcloss evaluate``: a run's model on any data set, and what its decisions cost."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from funcloss.config import DATASETS
+from funcloss.cli.parsing import pairs
+from funcloss.config import DATASETS, make_config, read_cost_matrix
 from funcloss.errors import ConfigError
 
 _PARTS = ("test", "validation", "train")
@@ -21,6 +22,21 @@ def evaluate(
         ),
     ] = "",
     split: Annotated[str, typer.Option(help="Part of it.", metavar="|".join(_PARTS))] = "test",
+    cost_matrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV table of what decisions cost, rows the truth; else the run's costs.",
+            metavar="FILE",
+        ),
+    ] = None,
+    class_cost: Annotated[
+        list[str] | None,
+        typer.Option(help="What every mistake on a true class costs.", metavar="CLASS=COST"),
+    ] = None,
+    prior: Annotated[
+        list[str] | None,
+        typer.Option(help="Part of a class where the model is used.", metavar="CLASS=PART"),
+    ] = None,
     data_dir: Annotated[str, typer.Option(help="Folder of the data.")] = "",
     device: Annotated[
         str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda|mps")
@@ -28,31 +44,41 @@ def evaluate(
     csv: Annotated[
         Path | None, typer.Option(help="Write a line an example: truth, prediction, probability.")
     ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all scores, matrices included.")] = None,
 ) -> None:
-    """Evaluate a run's model, class by class."""
+    """Evaluate a run's model, class by class, and say what its decisions cost.
+
+    Twice: the likeliest class, and the decision of minimum expected cost at probabilities whose
+    temperature is fitted on validation data.
+    """
     for name, value, known in (("dataset", dataset, ("", *DATASETS)), ("split", split, _PARTS)):
         if value not in known:
             raise ConfigError(
                 f"{name} must be one of {', '.join(filter(None, known))}; got {value!r}"
             )
-
-    from rich.console import Console
+    judge_by: dict[str, Any] = {}
+    if cost_matrix is not None:
+        judge_by["cost_matrix"] = read_cost_matrix(cost_matrix)
+    for name, texts in (("class_cost", class_cost), ("prior", prior)):
+        if texts:
+            judge_by[name] = pairs(name, texts)
+    make_config(judge_by)
 
     from funcloss import training
-    from funcloss.cli.console import class_table
+    from funcloss.cli.console import print_judgement
 
-    judged = training.evaluate_run(
-        run, dataset=dataset, part=split, data_dir=data_dir, device=device
+    found = training.evaluate_run(
+        run, dataset=dataset, part=split, data_dir=data_dir, device=device, judge_by=judge_by
     )
     if csv is not None:
-        training.write_predictions(csv, judged)
-    scores = judged.evaluation
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(class_table(scores, judged.classes))
-    out.print(
+        training.write_predictions(csv, found)
+    if json is not None:
+        training.write_judgement(json, found)
+    print_judgement(found)
+    scores = found.evaluation
+    print(
         f"accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}  "
-        f"on {int(scores.confusion.sum()):,} images of {judged.dataset}, {split}",
-        markup=False,
+        f"on {int(scores.confusion.sum()):,} images of {found.dataset}, {split}"
     )
-    if judged.note:
-        out.print(f"note: {judged.note}", markup=False)
+    if found.note:
+        print(f"note: {found.note}")

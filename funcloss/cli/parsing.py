@@ -1,18 +1,23 @@
 """How the commands read what is given as text."""
 
+from funcloss.config import fields
 from funcloss.errors import ConfigError
+
+_OPTIONS = {field.name: field.option for field in fields()}
 
 
 def pairs(name: str, values: list[str]) -> dict[str, float]:
-    """Read ``CLASS=WEIGHT``, the last = being the one that counts."""
+    """Read ``KEY=NUMBER``, the last = being the one that counts; ``name`` is a field's."""
+    metavar, example = _OPTIONS[name].metavar, _OPTIONS[name].example
     read: dict[str, float] = {}
     for text in values:
-        key, equals, weight = text.rpartition("=")
+        key, equals, number = text.rpartition("=")
         if not equals or not key:
-            raise ConfigError(f"{name} must be CLASS=WEIGHT, as in 9=5; got {text!r}")
+            raise ConfigError(f"{name} must be {metavar}, as in {example}; got {text!r}")
         if key in read:
-            raise ConfigError(f"{name}: class {key!r} is given twice")
-        read[key] = as_number(name, weight)
+            what = metavar.partition("=")[0].lower()
+            raise ConfigError(f"{name}: {what} {key!r} is given twice")
+        read[key] = as_number(name, number)
     return read
 
 

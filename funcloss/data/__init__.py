@@ -3,6 +3,8 @@
 from funcloss.data.dataset import (
     Dataset,
     Examples,
+    class_counts,
+    long_tailed,
     make_dataset,
     moved,
     normalised,
@@ -15,8 +17,10 @@ from funcloss.data.sources import data_folder, load_dataset
 __all__ = [
     "Dataset",
     "Examples",
+    "class_counts",
     "data_folder",
     "load_dataset",
+    "long_tailed",
     "make_dataset",
     "moved",
     "normalised",

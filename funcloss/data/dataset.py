@@ -1,5 +1,6 @@
 """A data set in memory: its types, its parts, and the way from an index to a batch."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from funcloss.errors import DataError
+from funcloss.errors import ConfigError, DataError
 from funcloss.typing import Batch
 
 
@@ -125,6 +126,62 @@ def _shares(counts: list[int], fraction: float) -> list[int]:
     for i in by_remainder[: round(fraction * sum(counts)) - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def class_counts(examples: Examples, classes: int) -> Int[Tensor, " classes"]:
+    """Count the examples of each of ``classes`` classes.
+
+    Example:
+        >>> images = torch.zeros(3, 2, 2, 1, dtype=torch.uint8)
+        >>> class_counts(Examples(images, torch.tensor([0, 2, 2])), 4)
+        tensor([1, 0, 2, 0])
+    """
+    return examples.labels.bincount(minlength=classes)
+
+
+def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
+    """Thin out the training part: ``n_c = n_max * factor^(-c / (C - 1))`` examples of class ``c``.
+
+    The classes are taken in the order of their labels, so the last is the rarest. Validation and
+    test set stay as they are: scores on them are of the classes as they came.
+
+    Args:
+        dataset: A data set of ``C`` classes, at least 2, the largest with ``n_max`` examples.
+        factor: Largest over smallest class of what is kept, at least 1.
+        seed: Seed of which examples are kept; the same seed keeps the same.
+
+    Returns:
+        The data set with fewer training examples, in their order: ``n_c`` of a class, rounded
+        down and at least 1; all of a class that has fewer.
+
+    Raises:
+        ConfigError: ``factor`` is below 1 or not finite, or there is but one class.
+
+    Example:
+        >>> part = Examples(torch.zeros(20, 2, 2, 1, dtype=torch.uint8), torch.arange(20) % 2)
+        >>> even = make_dataset("even", ("a", "b"), part, part, mean=(0.0,), std=(1.0,),
+        ...                     val_fraction=0.0)
+        >>> class_counts(long_tailed(even, 5).train, 2)
+        tensor([10,  2])
+
+    References:
+        Cui et al., "Class-balanced loss based on effective number of samples", 2019, section 5.1.
+    """
+    if not 1.0 <= factor < math.inf:
+        raise ConfigError(f"imbalance must be at least 1 and finite, got {factor}")
+    last = len(dataset.classes) - 1
+    if last < 1:
+        raise ConfigError(f"imbalance needs two classes, and {dataset.name} has {last + 1}")
+    labels = dataset.train.labels.cpu()
+    largest = int(labels.bincount().max())
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for c in range(last + 1):
+        members = (labels == c).nonzero().squeeze(1)
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
+    index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
+    return dataset._replace(train=_subset(dataset.train, index))
 
 
 def normalised(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcloss.config import DATASETS
-from funcloss.data.dataset import Dataset, Examples, make_dataset
+from funcloss.data.dataset import Dataset, Examples, long_tailed, make_dataset
 from funcloss.data.fetch import fetch
 from funcloss.data.files import check_md5, read_cifar, read_idx
 from funcloss.errors import ConfigError, DataError, UnavailableError
@@ -57,7 +57,13 @@ _SAMPLE_NOTE = (
 )
 
 
-def load_dataset(name: str, data_dir: str | Path = "", *, val_fraction: float = 0.1) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "",
+    *,
+    val_fraction: float = 0.1,
+    imbalance: float = 1.0,
+) -> Dataset:
     """Load a data set, from the data folder if it is there, else from the network.
 
     Args:
@@ -66,15 +72,21 @@ def load_dataset(name: str, data_dir: str | Path = "", *, val_fraction: float = 
         data_dir: Folder in torchvision's layout, read-only if it holds the files; else that in
             ``$FUNCLOSS_DATA_DIR``, else the user's cache folder.
         val_fraction: Part of each class of the training set that becomes validation, in [0, 1).
+        imbalance: Largest over smallest class of what is left to train on, made
+            :func:`long_tailed`; 1: as it comes. Validation and test set stay as they are.
 
     Returns:
         The data set on the CPU.
 
     Raises:
-        ConfigError: there is no data set of that name.
+        ConfigError: there is no data set of that name, or it cannot be made so long-tailed.
         DataError: it cannot be had; the message says what was tried and the ways out.
     """
-    folder = data_folder(data_dir)
+    dataset = _load(name, data_folder(data_dir), val_fraction)
+    return dataset if imbalance == 1.0 else long_tailed(dataset, imbalance)
+
+
+def _load(name: str, folder: Path, val_fraction: float) -> Dataset:
     if name == "auto":
         return _load_auto(folder, val_fraction)
     if name not in DATASETS:

@@ -1,6 +1,7 @@
 """Training: the stateless step, the loop around it, and the run folder that keeps it all."""
 
-from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
+from funcloss.training import folder
+from funcloss.training.checkpoint import beneath, flatten, load_tensors, restore, save_tensors
 from funcloss.training.compilation import Compiled, prepare
 from funcloss.training.evaluation import Evaluation, confusion_matrix, evaluate
 from funcloss.training.loop import Epoch, Progress, epoch_order, fit
@@ -18,9 +19,12 @@ from funcloss.training.run import (
     Note,
     Outcome,
     Started,
+    Steered,
     resume,
     train,
+    write_run,
 )
+from funcloss.training.steering import Model, Steering
 from funcloss.training.step import TrainState, init_state, make_train_step
 from funcloss.training.use import (
     Guess,
@@ -29,6 +33,7 @@ from funcloss.training.use import (
     evaluate_run,
     load,
     predict_files,
+    write_judgement,
     write_predictions,
 )
 
@@ -42,17 +47,22 @@ __all__ = [
     "Guess",
     "Judgement",
     "LoadedRun",
+    "Model",
     "Note",
     "Outcome",
     "Progress",
     "Started",
+    "Steered",
+    "Steering",
     "TrainState",
+    "beneath",
     "confusion_matrix",
     "epoch_order",
     "evaluate",
     "evaluate_run",
     "fit",
     "flatten",
+    "folder",
     "init_state",
     "load",
     "load_tensors",
@@ -68,5 +78,7 @@ __all__ = [
     "supervised",
     "train",
     "weighted_mean_of",
+    "write_judgement",
     "write_predictions",
+    "write_run",
 ]

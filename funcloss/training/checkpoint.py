@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from funcloss._files import replacing
 from funcloss.errors import RunError
-from funcloss.training.step import TrainState, preferred_layout
+from funcloss.training.step import preferred_layout
+
+Tree = TypeVar("Tree")  # tensors in NamedTuples and dicts
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -80,7 +82,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
     return {path: leaf for place, branch in paths for path, leaf in flatten(branch, place).items()}
 
 
-def restore(template: TrainState, tensors: Mapping[str, Tensor]) -> TrainState:
+def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
     """Return a state of the form of ``template`` from the tensors that :func:`flatten` gave.
 
     Args:
@@ -105,6 +107,25 @@ def restore(template: TrainState, tensors: Mapping[str, Tensor]) -> TrainState:
                 f"{want.dtype} {tuple(want.shape)}: it is of another model"
             )
     return _fill(template, tensors)
+
+
+def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose path begins with a prefix, by the rest of it.
+
+    Args:
+        tensors: Tensors by path.
+        prefix: The first name of the paths wanted.
+
+    Returns:
+        Tensors by path beneath it.
+
+    Example:
+        >>> import torch
+        >>> list(beneath({"state/step": torch.tensor(0), "hyper/a": torch.tensor(1)}, "state"))
+        ['step']
+    """
+    start = f"{prefix}/"
+    return {p.removeprefix(start): t for p, t in tensors.items() if p.startswith(start)}
 
 
 def _fill(template: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:

@@ -23,23 +23,25 @@ CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool, sign: str = CONFIG, what: str = "run") -> None:
     """Raise ``ConfigError`` unless a new run may be made at ``path``.
 
     Args:
-        path: The run folder to make.
+        path: The folder to make.
         overwrite: A run that is there already may go; anything else never.
+        sign: The file that tells such a folder.
+        what: What is made, for the error.
     """
     try:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
     except OSError as error:
-        raise ConfigError(f"cannot use {path} as run folder: {error.strerror}") from None
-    if not path.is_dir() or not (path / CONFIG).exists():
-        raise ConfigError(f"{path} is there and is not a run folder: name another one")
+        raise ConfigError(f"cannot use {path} as {what} folder: {error.strerror}") from None
+    if not path.is_dir() or not (path / sign).exists():
+        raise ConfigError(f"{path} is there and is not a {what} folder: name another one")
     if not overwrite:
         raise ConfigError(
-            f"{path} holds a run already: resume it, overwrite it or name another folder"
+            f"{path} holds a {what} already: resume it, overwrite it or name another folder"
         )
 
 
@@ -105,39 +107,77 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
-        with (folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-    except OSError as error:
-        raise RunError(f"cannot write {folder / METRICS}: {error.strerror}") from None
+    append_line(folder / METRICS, record)
 
 
 def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
     """Return the records of ``metrics.jsonl``, without a last line that a kill cut short."""
-    records = []
-    if (folder / METRICS).exists():
-        try:
-            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read {folder / METRICS}: {error}") from None
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if up_to_step is None or record["step"] <= up_to_step:
-                records.append(record)
-    return records
+    records = read_lines(folder / METRICS)
+    if up_to_step is None:
+        return records
+    # What steers a step measures before it: at the step of a checkpoint, not yet.
+    return [r for r in records if r["step"] + (r["kind"] == "steering") <= up_to_step]
 
 
 def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write ``metrics.jsonl`` anew."""
-    write_text(folder / METRICS, "".join(map(_line, records)))
+    write_lines(folder / METRICS, records)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of JSON lines.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, up to a line that a kill cut short.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    records = []
+    if path.exists():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"cannot read {path}: {error}") from None
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a file of JSON lines anew, whole or not at all."""
+    write_text(path, "".join(map(_line, records)))
 
 
 def _line(record: dict[str, Any]) -> str:
-    plain = {k: defined(v) if isinstance(v, float) else v for k, v in record.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(plain(record), allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it, numbers that are not finite as None.
+
+    Example:
+        >>> plain({"loss": math.nan, "recall": [1.0, math.inf]})
+        {'loss': None, 'recall': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return defined(value) if isinstance(value, float) else value
 
 
 def defined(score: float) -> float | None:

@@ -2,17 +2,31 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from funcloss.keys import fold_in
-from funcloss.training.step import TrainState
 from funcloss.typing import Metrics
 
-IndexedStep = Callable[[TrainState, Tensor], tuple[TrainState, Metrics]]
+
+class Counted(Protocol):
+    """What the loop needs of a state, of one training or of many side by side."""
+
+    @property
+    def step(self) -> Tensor:
+        """Steps done, an int64 scalar."""
+        ...
+
+    @property
+    def key(self) -> Tensor:
+        """The key of the training, an int64 scalar."""
+        ...
+
+
+State = TypeVar("State", bound=Counted)
 
 
 class Progress(NamedTuple):
@@ -26,20 +40,20 @@ class Progress(NamedTuple):
     images_per_second: float  # over these
 
 
-class Epoch(NamedTuple):
+class Epoch(NamedTuple, Generic[State]):
     """What a pass over the training set, or the part of it before a stop, came to."""
 
     number: int  # from 1
     finished: bool  # False when the loop was told to stop within it
-    state: TrainState
+    state: State
     step: int  # steps done since the beginning of the training
     examples: int  # examples seen since the beginning of the training
     loss: float  # mean over the steps of the epoch that this call made
 
 
 def fit(
-    state: TrainState,
-    step_on: IndexedStep,
+    state: State,
+    step_on: Callable[[State, Tensor], tuple[State, Metrics]],
     n: int,
     *,
     epochs: int,
@@ -47,7 +61,7 @@ def fit(
     log_every: int = 50,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Epoch]:
+) -> Iterator[Epoch[State]]:
     """Train from ``state`` to the end of epoch ``epochs``, and yield after each epoch.
 
     Where to begin follows from ``state.step`` alone, and the order of an epoch from its number and

@@ -1,7 +1,9 @@
 """What a step minimises: a model, a loss and a reduction, as one pure function."""
 
 import copy
+import inspect
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from funcloss.combinators import (
     from_logits,
     masking,
     one_hot_targets,
+    summed,
 )
+from funcloss.combinators._combined import Combined
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import mean, weighted_mean
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
@@ -39,7 +43,37 @@ LOSSES: dict[str, LossFn] = {  # of logits and labels
     "bi_tempered": losses.bi_tempered,
     "earth_mover": losses.earth_mover,
     "sord": losses.sord,
+    "balanced_softmax": losses.balanced_softmax,
+    "logit_adjusted": losses.logit_adjusted,
+    "ldam": losses.ldam,
+    "vector_scaling": losses.vector_scaling,
+    "equalization": losses.equalization,
+    "expected_cost": losses.expected_cost,
+    "log_bilinear": losses.log_bilinear,
+    "softmax_margin": losses.softmax_margin,
+    "cost_hinge": losses.cost_hinge,
+    "cross_entropy_with_cost": summed(
+        {"fit": (1.0, losses.cross_entropy), "cost": ("price", losses.expected_cost)}
+    ),
 }
+
+
+def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
+    """Return the options of a loss that are numbers, by name whether they must be given.
+
+    Class weights, counts, cost matrices and masks are none, nor is what shapes the computation,
+    such as a number of iterations.
+
+    Example:
+        >>> number_options(losses.equalization), number_options(losses.bi_tempered)
+        ({'threshold': True}, {'t1': False, 't2': False, 'label_smoothing': False})
+    """
+    if isinstance(loss, Combined):
+        numbers = {name: n for part in loss.losses for name, n in number_options(part).items()}
+        factors = [name for name in loss.takes if not name.endswith("_weights")]
+        return numbers | dict.fromkeys(factors, True)
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if float in get_args(p.annotation)}
 
 
 def mean_of(loss: LossFn) -> Criterion:

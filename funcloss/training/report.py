@@ -13,9 +13,11 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.config import TrainConfig
+from funcloss.data import class_counts
 from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
 from funcloss.training.evaluation import Evaluation
+from funcloss.training.judging import judge_parts, judged_record
 from funcloss.training.setup import Setup
 from funcloss.training.step import TrainState
 
@@ -46,7 +48,12 @@ def scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dict
 
 
 def sum_up(
-    run_dir: Path, setup: Setup, state: TrainState, evaluations: dict[str, Evaluation]
+    run_dir: Path,
+    setup: Setup,
+    state: TrainState,
+    class_weights: Tensor | None,
+    evaluations: dict[str, Evaluation],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """Draw the figures and write the summary, which is the sign of a finished run."""
     config, classes, test = setup.config, setup.dataset.classes, setup.dataset.test
@@ -91,10 +98,29 @@ def sum_up(
         "compile": config.compile,
         "threads": config.threads,
         "torch": torch.__version__,
+        **more,
         **scores(evaluations, classes),
+        "judged": _judged(setup, class_weights, evaluations),
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _judged(
+    setup: Setup, class_weights: Tensor | None, evaluations: dict[str, Evaluation]
+) -> dict[str, Any]:
+    """Return what the decisions on each part cost, under both rules."""
+    dataset = setup.dataset
+    labels = {"validation": dataset.validation.labels, "test": dataset.test.labels}
+    judged = judge_parts(
+        evaluations,
+        {name: labels[name].cpu() for name in evaluations},
+        config=setup.config,
+        costs=setup.costs,
+        counts=class_counts(dataset.train, len(dataset.classes)),
+        class_weights=class_weights,
+    )
+    return {name: judged_record(found, setup.costs) for name, found in judged.items()}
 
 
 @contextlib.contextmanager

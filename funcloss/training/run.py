@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,24 @@ from torch import Tensor
 
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
-from funcloss.data import take
-from funcloss.errors import AuditError
+from funcloss.data import class_counts, take
+from funcloss.errors import AuditError, ConfigError
 from funcloss.training import folder, report
-from funcloss.training.checkpoint import flatten, load_tensors, restore, save_tensors
-from funcloss.training.compilation import prepare
+from funcloss.training.checkpoint import (
+    beneath,
+    flatten,
+    load_tensors,
+    restore,
+    save_tensors,
+)
+from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.loop import IndexedStep, Progress, fit
+from funcloss.training.loop import Progress, fit
 from funcloss.training.objective import Forward, make_forward
 from funcloss.training.setup import Setup, input_shape, make_setup
+from funcloss.training.steering import Memory, Model, Steering
 from funcloss.training.step import TrainState
-from funcloss.typing import Metrics
+from funcloss.typing import Hyper, Metrics
 
 
 class Note(NamedTuple):
@@ -61,10 +68,17 @@ class Audited(NamedTuple):
     rows: list[dict[str, Any]]  # one a class
 
 
-Event = Note | Started | Progress | EpochReport | Audited
+class Steered(NamedTuple):
+    """A measurement by what steers the training, after ``step`` steps."""
+
+    step: int
+    record: dict[str, Any]
+
+
+Event = Note | Started | Progress | EpochReport | Audited | Steered
 Show = Callable[[Event], None]
 # what looks at the step on the training examples at an index: a record a class
-Observe = Callable[[TrainState, Tensor], list[dict[str, Any]]]
+Observe = Callable[[TrainState, Tensor, Hyper], list[dict[str, Any]]]
 
 
 class Outcome(NamedTuple):
@@ -83,6 +97,8 @@ def train(
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     observer: Callable[[Setup], Observe] | None = None,
+    steer: Callable[[Setup], Steering] | None = None,
+    test_once: bool = False,
 ) -> Outcome:
     """Train as a configuration says, into a new run folder.
 
@@ -94,6 +110,10 @@ def train(
         should_stop: Asked after every step; True saves and ends.
         observer: What audits a step every ``audit_every`` steps, ``funcloss.audit.observer``;
             None: nothing does.
+        steer: What sets ``hyper`` as the training goes, ``funcloss.choose.steer_by_limits``, which
+            floors and ceilings need; None: nothing does.
+        test_once: Read the test set at the end only, not after each epoch too. So it is where
+            something steers.
 
     Returns:
         The run folder and the summary.
@@ -107,7 +127,9 @@ def train(
         run_dir = Path(run_dir).expanduser()
         folder.check_free(run_dir, overwrite=overwrite)
     report.check_tensorboard(config)
+    _check_steered(config, steer)
     setup = make_setup(config)
+    hooks = Hooks(observer, steer and steer(setup), test_once)
     if setup.dataset.note:
         show(Note(setup.dataset.note, warning=True))
     step, setup = _prepared(setup, config.compile, setup.state, show)
@@ -121,11 +143,12 @@ def train(
         "requested": {name: getattr(config, name) for name in ("dataset", "device", "compile")},
         "environment": folder.environment(),
     }
+    memory = hooks.steering.init(setup.state) if hooks.steering else None
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside, setup.config, run)
-        _save(beside, setup, setup.state)
+        _save(beside, setup, setup.state, memory, hooks.steering)
         folder.write_records(beside, [])
-    return _run_from(setup, setup.state, step, run_dir, show, should_stop, observer)
+    return _run_from(setup, setup.state, memory, step, run_dir, show, should_stop, hooks)
 
 
 def resume(
@@ -135,6 +158,8 @@ def resume(
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     observer: Callable[[Setup], Observe] | None = None,
+    steer: Callable[[Setup], Steering] | None = None,
+    test_once: bool = False,
 ) -> Outcome:
     """Take up a run where its last checkpoint is, as if it had never stopped.
 
@@ -144,6 +169,8 @@ def resume(
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
         observer: As for :func:`train`.
+        steer: As for :func:`train`.
+        test_once: As for :func:`train`.
 
     Returns:
         The run folder and the summary.
@@ -161,42 +188,108 @@ def resume(
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
+    _check_steered(config, steer)
     setup = make_setup(config._replace(data_dir=data_dir or config.data_dir))
-    state = restore(setup.state, tensors)
+    hooks = Hooks(observer, steer and steer(setup), test_once)
+    state = restore(setup.state, beneath(tensors, "state"))
+    memory = None
+    if hooks.steering is not None:
+        memory = restore(hooks.steering.init(setup.state), beneath(tensors, "steering"))
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
-    return _run_from(setup, state, step, run_dir, show, should_stop, observer)
+    return _run_from(setup, state, memory, step, run_dir, show, should_stop, hooks)
 
 
-def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[IndexedStep, Setup]:
+def write_run(
+    run_dir: Path,
+    setup: Setup,
+    state: TrainState,
+    records: Sequence[dict[str, Any]],
+    evaluations: dict[str, Evaluation],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the folder of a run that was trained elsewhere, whole or not at all.
+
+    Args:
+        run_dir: The run folder to make or replace.
+        setup: The training.
+        state: The state after its last step.
+        records: What was logged of its steps, for ``metrics.jsonl``.
+        evaluations: The model on validation and test set.
+        run: What else ``config.toml`` says of it.
+
+    Returns:
+        The summary.
+
+    Raises:
+        RunError: it cannot be written; what was there is as it was.
+    """
+    step = int(state.step)
+    epoch = step // setup.per_epoch
+    loss, seconds = report.of_epoch(list(records), epoch) if epoch else (math.nan, 0.0)
+    line = {"kind": "epoch", "epoch": epoch, "step": step}
+    line |= {"examples": step * setup.config.batch_size, "loss": loss, "seconds": seconds}
+    last = line | report.scores(evaluations, setup.dataset.classes)
+    with folder_replacing(run_dir, last=folder.CONFIG) as beside:
+        folder.write_config(beside, setup.config, run)
+        _save(beside, setup, state)
+        folder.write_records(beside, [*records, last])
+        weights = setup.hyper.get("class_weights")
+        return report.sum_up(beside, setup, state, weights, evaluations, {})
+
+
+def _check_steered(config: TrainConfig, steer: object) -> None:
+    if (config.floor or config.ceiling) and steer is None:
+        raise ConfigError(
+            "floors and ceilings need what steers by them: funcloss.choose.train_under_limits, or "
+            "steer=funcloss.choose.steer_by_limits"
+        )
+
+
+def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[AnyStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
     steps = config.epochs * setup.per_epoch - int(state.step)
     if steps == 0:
         return setup.step_on, setup
     index = torch.arange(config.batch_size, device=config.device)
-    made = prepare(setup.step_on, mode, state, index, steps)
+    made = prepare(setup.step_on, mode, state, (index, setup.hyper), steps)
     show(Note(f"step: {made.note}"))
     config = config._replace(compile="on" if made.on else "off")
     return made.step_on, setup._replace(config=config)
 
 
+class Hooks(NamedTuple):
+    """What goes along with a training."""
+
+    observer: Callable[[Setup], Observe] | None
+    steering: Steering | None
+    test_once: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the parts of the data that are evaluated on the way."""
+        once = self.test_once or self.steering is not None
+        return ("validation",) if once else ("validation", "test")
+
+
 def _run_from(
     setup: Setup,
     state: TrainState,
-    step_on: IndexedStep,
+    memory: Memory,
+    step_on: AnyStep,
     run_dir: Path,
     show: Show,
     should_stop: Callable[[], bool],
-    observer: Callable[[Setup], Observe] | None,
+    hooks: Hooks,
 ) -> Outcome:
     """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
-    config, n = setup.config, len(setup.dataset.train.labels)
+    config, n, steering = setup.config, len(setup.dataset.train.labels), hooks.steering
     steps = config.epochs * setup.per_epoch
     show(Started(run_dir, config, int(state.step), steps))
     forward = make_forward(copy.deepcopy(setup.model).eval())
-    diverged = unaudited = False
+    done, diverged = int(state.step), False  # a state's own counter may be on a busy device
     with report.scalars(run_dir, config.tensorboard) as add_scalars:
 
         def record(line: dict[str, Any]) -> None:
@@ -213,35 +306,34 @@ def _run_from(
                 text = f"the loss is {progress.loss} at step {progress.step:,}"
                 show(Note(f"{text}: a smaller learning_rate may help", warning=True))
 
-        if observer is not None and config.audit_every and int(state.step) < steps:
+        def steer(memory: Memory, state: TrainState) -> Memory:
+            assert steering is not None
+            memory, line = steering.update(memory, state)
+            epoch = max(done - 1, 0) // setup.per_epoch + 1
+            record({"kind": "steering", "step": done, "epoch": epoch} | line)
+            show(Steered(done, line))
+            return memory
 
-            def on_audit(audited: Audited) -> None:
-                place = {"step": audited.step, "epoch": (audited.step - 1) // setup.per_epoch + 1}
-                for row in audited.rows:
-                    record({"kind": "audit"} | place | row | {"seconds": audited.seconds})
-                show(audited)
+        def take_step(state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
+            nonlocal memory, done
+            if steering is not None and done and done % steering.every == 0:
+                memory = steer(memory, state)
+            hyper = setup.hyper if steering is None else steering.hyper(memory)
+            if observe is not None and done % config.audit_every == 0:
+                observe(state, index, hyper)
+            done += 1
+            return step_on(state, index, hyper)
 
-            def on_failure(why: str) -> None:
-                nonlocal unaudited
-                if not unaudited:
-                    unaudited = True
-                    show(Note(f"steps go unaudited: {why}", warning=True))
-
-            try:
-                observe = observer(setup)
-            except AuditError as error:
-                on_failure(str(error))
-            else:
-                step_on = _observed(
-                    step_on, observe, config.audit_every, int(state.step), on_audit, on_failure
-                )
-        evaluations = _evaluations(setup, forward, state)
+        observe = _observed(hooks.observer, setup, record, show) if done < steps else None
         if not folder.read_records(run_dir):
+            evaluations = _evaluations(
+                setup, forward, Model(state.params, state.buffers, setup.hyper), hooks.parts
+            )
             line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
             record(line | report.scores(evaluations, setup.dataset.classes))
         for epoch in fit(
             state,
-            step_on,
+            take_step,
             n,
             epochs=config.epochs,
             batch_size=config.batch_size,
@@ -251,81 +343,127 @@ def _run_from(
         ):
             state = epoch.state
             if epoch.finished:
-                evaluations = _evaluations(setup, forward, state)
+                evaluations = _evaluations(
+                    setup, forward, Model(state.params, state.buffers, setup.hyper), hooks.parts
+                )
                 loss, seconds = report.of_epoch(folder.read_records(run_dir), epoch.number)
                 line = {"kind": "epoch", "epoch": epoch.number, "step": epoch.step}
                 line |= {"examples": epoch.examples, "loss": loss, "seconds": seconds}
                 record(line | report.scores(evaluations, setup.dataset.classes))
                 show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
-            _save(run_dir, setup, state)
-    if int(state.step) < steps:
-        return Outcome(run_dir, False, {})
-    _save(run_dir, setup, state)  # a kill may have parted the model from its checkpoint
-    return Outcome(run_dir, True, report.sum_up(run_dir, setup, state, evaluations))
+            _save(run_dir, setup, state, memory, steering)
+        if int(state.step) < steps:
+            return Outcome(run_dir, False, {})
+        # The checkpoint keeps the memory from before the last measurement: a run that is killed
+        # from here on makes it again.
+        last = memory if steering is None else steer(memory, state)
+    model = (
+        Model(state.params, state.buffers, setup.hyper)
+        if steering is None
+        else steering.model(last)
+    )
+    more = {} if steering is None else steering.summary(last)
+    # A kill may have parted the model from its checkpoint.
+    _save(run_dir, setup, state, memory, steering, model)
+    evaluations = _evaluations(setup, forward, model, ("validation", "test"))
+    weights = model.hyper.get("class_weights")
+    summary = report.sum_up(run_dir, setup, state, weights, evaluations, more)
+    return Outcome(run_dir, True, summary)
 
 
 def _observed(
-    step_on: IndexedStep,
-    observe: Observe,
-    every: int,
-    step: int,
-    on_audit: Callable[[Audited], None],
-    on_failure: Callable[[str], None],
-) -> IndexedStep:
-    """Return the step, which first looks at what it is about to do, every so many steps."""
-    done = step  # a state's own counter may be on a device that is busy
+    observer: Callable[[Setup], Observe] | None,
+    setup: Setup,
+    record: Callable[[dict[str, Any]], None],
+    show: Show,
+) -> Callable[[TrainState, Tensor, Hyper], None] | None:
+    """Return what looks at a step before it is taken, and records what it saw."""
+    if observer is None or not setup.config.audit_every:
+        return None
+    told = False
 
-    def looked_at(state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
-        nonlocal done
-        if done % every == 0:
-            begin = time.perf_counter()
-            try:
-                rows = observe(state, index)
-            except AuditError as error:  # a training goes on without
-                on_failure(str(error))
-            else:
-                on_audit(Audited(done + 1, time.perf_counter() - begin, rows))
-        done += 1
-        return step_on(state, index)
+    def on_failure(error: AuditError) -> None:  # a training goes on without
+        nonlocal told
+        if not told:
+            show(Note(f"steps go unaudited: {error}", warning=True))
+        told = True
 
-    return looked_at
+    try:
+        observe = observer(setup)
+    except AuditError as error:
+        on_failure(error)
+        return None
+
+    def look(state: TrainState, index: Tensor, hyper: Hyper) -> None:
+        begin = time.perf_counter()
+        try:
+            rows = observe(state, index, hyper)
+        except AuditError as error:
+            on_failure(error)
+            return
+        number = int(state.step) + 1
+        audited = Audited(number, time.perf_counter() - begin, rows)
+        place = {"step": number, "epoch": (number - 1) // setup.per_epoch + 1}
+        for row in rows:
+            record({"kind": "audit"} | place | row | {"seconds": audited.seconds})
+        show(audited)
+
+    return look
 
 
-def _evaluations(setup: Setup, forward: Forward, state: TrainState) -> dict[str, Evaluation]:
-    """Evaluate on validation, if there is one, and test set. Nothing is chosen by either."""
-    parts = {"validation": setup.dataset.validation, "test": setup.dataset.test}
+def _evaluations(
+    setup: Setup, forward: Forward, model: Model, parts: tuple[str, ...]
+) -> dict[str, Evaluation]:
+    """Evaluate on the parts of the data that are named and not empty. Nothing is chosen by it."""
+    examples_of = {"validation": setup.dataset.validation, "test": setup.dataset.test}
     return {
         name: evaluate(
             forward,
-            state.params,
-            state.buffers,
+            model.params,
+            model.buffers,
             partial(take, setup.dataset, examples),
             len(examples.labels),
             setup.criterion,
-            setup.hyper,
+            model.hyper,
         )
-        for name, examples in parts.items()
-        if len(examples.labels)
+        for name, examples in examples_of.items()
+        if name in parts and len(examples.labels)
     }
 
 
-def _save(run_dir: Path, setup: Setup, state: TrainState) -> None:
+def _save(
+    run_dir: Path,
+    setup: Setup,
+    state: TrainState,
+    memory: Memory = None,
+    steering: Steering | None = None,
+    model: Model | None = None,
+) -> None:
     """Write the checkpoint to go on from, and the model to use."""
     config, dataset = setup.config, setup.dataset
     step = int(state.step)
+    kept = {"state": state}
+    if steering is not None:
+        # What the next step is given: an audit of the checkpoint needs it.
+        kept |= {"steering": memory, "hyper": steering.hyper(memory)}
+        model = model or steering.model(memory)
+    model = model or Model(state.params, state.buffers, setup.hyper)
+    weights = model.hyper.get("class_weights")
     header = {"step": step, "epoch": step // setup.per_epoch, "config": config._asdict()}
     save_tensors(
         run_dir / folder.CHECKPOINT,
-        flatten(state),
+        flatten(kept),
         header | {"environment": folder.environment()},
     )
     save_tensors(
         run_dir / folder.MODEL,
-        state.params | state.buffers,
+        model.params | model.buffers,
         {
             "step": step,
             "model": config.model,
             "classes": dataset.classes,
+            "class_weights": None if weights is None else weights.tolist(),
+            "class_counts": class_counts(dataset.train, len(dataset.classes)).tolist(),
             "mean": dataset.mean.tolist(),
             "std": dataset.std.tolist(),
             "input_shape": input_shape(dataset),

@@ -6,12 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from funcloss import models, optim
-from funcloss.config import TrainConfig
-from funcloss.data import Dataset, data_folder, load_dataset, moved, resized, take
+from funcloss.combinators import options_of
+from funcloss.config import TrainConfig, did_you_mean
+from funcloss.data import Dataset, class_counts, data_folder, load_dataset, moved, resized, take
+from funcloss.decisions import Costs, class_index, make_costs
 from funcloss.errors import ConfigError
-from funcloss.training.objective import Criterion, make_criterion, supervised
+from funcloss.training.objective import (
+    LOSSES,
+    Criterion,
+    make_criterion,
+    number_options,
+    supervised,
+)
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Hyper, Metrics
+
+_ROUNDING = 1e-6  # of parts that add up to 1
 
 
 class Setup(NamedTuple):
@@ -19,6 +29,7 @@ class Setup(NamedTuple):
 
     config: TrainConfig  # nothing left to decide but ``compile``
     dataset: Dataset  # on the device
+    costs: Costs  # of decisions, which not every loss looks at
     model: nn.Module  # in training mode, with its first weights
     criterion: Criterion
     hyper: Hyper
@@ -26,10 +37,9 @@ class Setup(NamedTuple):
     state: TrainState  # before the first step
     per_epoch: int  # steps of an epoch; the last partial batch is left out
 
-    def step_on(self, state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
+    def step_on(self, state: TrainState, index: Tensor, hyper: Hyper) -> tuple[TrainState, Metrics]:
         """Take the step on the training examples at ``index``."""
-        batch = take(self.dataset, self.dataset.train, index)
-        return self.train_step(state, batch, self.hyper)
+        return self.train_step(state, take(self.dataset, self.dataset.train, index), hyper)
 
 
 def make_setup(config: TrainConfig) -> Setup:
@@ -42,7 +52,8 @@ def make_setup(config: TrainConfig) -> Setup:
         Everything for the training. The number of torch's CPU threads is set on the way.
 
     Raises:
-        ConfigError: a device, a class or a size that this machine or data set does not have.
+        ConfigError: a device, a class or a size that this machine or data set does not have, or
+            an option that the loss does not take.
         DataError: the data cannot be had.
     """
     device = resolve_device(config.device)
@@ -51,16 +62,41 @@ def make_setup(config: TrainConfig) -> Setup:
     if config.threads:
         torch.set_num_threads(config.threads)
     config = config._replace(device=device, data_dir=str(data_folder(config.data_dir).absolute()))
-    loaded = load_dataset(config.dataset, config.data_dir, val_fraction=config.val_fraction)
+    loaded = load_dataset(
+        config.dataset,
+        config.data_dir,
+        val_fraction=config.val_fraction,
+        imbalance=config.imbalance,
+    )
     config, dataset = _resolve(config, loaded)
-    dataset = moved(dataset, device)
+    return setup_on(config, moved(dataset, device))
+
+
+def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
+    """Make what a resolved configuration names, on data that is there.
+
+    Args:
+        config: A resolved configuration, as a setup has it.
+        dataset: The data that it names, on its device.
+
+    Returns:
+        Everything for the training.
+
+    Raises:
+        ConfigError: a size or a cost that does not fit the data, or an option that the loss does
+            not take.
+    """
+    device = config.device
+    costs = make_costs(dataset.classes, config.cost_matrix, config.class_cost)
+    counts = class_counts(dataset.train, len(dataset.classes)).cpu()
+    hyper = make_hyper(config, costs, counts, device)
     if len(dataset.train.labels) < config.batch_size:
         raise ConfigError(
             f"batch_size {config.batch_size} is more than the {len(dataset.train.labels):,} "
             "training examples"
         )
     model = make_model(config, input_shape(dataset), len(dataset.classes)).to(device)
-    weighted = bool(config.class_weight)
+    weighted = "class_weights" in hyper
     criterion = make_criterion(config.loss, config.reduction, weighted=weighted)
     optimizer = make_optimizer(config)
     per_epoch = len(dataset.train.labels) // config.batch_size
@@ -73,13 +109,29 @@ def make_setup(config: TrainConfig) -> Setup:
     return Setup(
         config=config,
         dataset=dataset,
+        costs=costs,
         model=model,
         criterion=criterion,
-        hyper=make_hyper(config, dataset.classes, device),
+        hyper=hyper,
         train_step=train_step,
         state=init_state(model, optimizer, seed=config.seed),
         per_epoch=per_epoch,
     )
+
+
+def seeded_state(setup: Setup, seed: int) -> TrainState:
+    """Return the state before the first step of a training with another seed.
+
+    Args:
+        setup: A training.
+        seed: The seed of the model's first weights and of everything that the training draws.
+
+    Returns:
+        The state, as :func:`setup_on` makes it for a configuration with that seed.
+    """
+    config, dataset = setup.config._replace(seed=seed), setup.dataset
+    model = make_model(config, input_shape(dataset), len(dataset.classes)).to(config.device)
+    return init_state(model, make_optimizer(config), seed=seed)
 
 
 def resolve_device(name: str) -> str:
@@ -144,54 +196,134 @@ def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     return optim.constant()
 
 
-def make_hyper(config: TrainConfig, classes: tuple[str, ...], device: str) -> Hyper:
-    """Return what may be swept: ``learning_rate``, and ``class_weights`` if any is given.
+def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -> Hyper:
+    """Return what may be swept: learning rate, class weights if any, and what the loss takes.
 
     Args:
         config: Its ``class_weight`` by name of the class.
-        classes: Names of the classes, in the order of the labels.
+        costs: What decisions cost, for the losses that look at it.
+        counts: Training examples of each class, ``(classes,)``, for the losses of counts or priors.
         device: Where the tensors go.
 
     Returns:
-        Tensors by name.
+        float32 tensors by name.
+
+    Raises:
+        ConfigError: the loss has no such option, lacks one, refuses a value, or has no use for
+            these costs or counts.
     """
-    hyper = {"learning_rate": torch.tensor(config.learning_rate, device=device)}
-    if config.class_weight:
-        weights = [config.class_weight.get(name, 1.0) for name in classes]
-        hyper["class_weights"] = torch.tensor(weights, device=device)
-    return hyper
+    data = _data_options(config.loss, costs, counts)
+    _check_loss_options(config, data, len(costs.classes))
+    numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
+    if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
+        numbers["class_weights"] = [config.class_weight.get(name, 1.0) for name in costs.classes]
+    hyper = {name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()} | data
+    if large := [name for name, value in hyper.items() if not value.isfinite().all()]:
+        raise ConfigError(f"{', '.join(large)} must fit float32, so be below 3.4e38")
+    return {name: value.to(device) for name, value in hyper.items()}
+
+
+def _data_options(loss: str, costs: Costs, counts: Tensor) -> Hyper:
+    """Return those options of a loss that the data and the costs decide."""
+    takes = options_of(LOSSES[loss])
+    if takes & {"class_counts", "class_prior"} and not counts.all():
+        missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
+        raise ConfigError(
+            f"loss {loss} needs training examples of every class; of {', '.join(missing[:5])} "
+            "there are none"
+        )
+    if "cost_matrix" in takes and costs.extra:
+        raise ConfigError(
+            f"loss {loss} needs a square cost_matrix: the model has a logit a class, and none for "
+            f"{', '.join(costs.extra[:5])}; train with another loss, or without that column"
+        )
+    known = {
+        "class_counts": counts,
+        "class_prior": counts.double() / counts.sum(),
+        "cost_matrix": costs.matrix,
+    }
+    return {name: value.float() for name, value in known.items() if name in takes}
+
+
+def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
+    """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs."""
+    loss, given = config.loss, config.loss_option
+    known = number_options(LOSSES[loss])
+    for name in given:
+        if name not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none that is a number"
+            guess = did_you_mean(name, known)
+            raise ConfigError(f"loss_option: {loss} has no option {name!r}{guess}; {there}")
+    if missing := [name for name, needed in known.items() if needed and name not in given]:
+        raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
+    try:  # a loss checks the range of plain numbers only: in training they are tensors
+        LOSSES[loss](torch.eye(classes), torch.arange(classes), **data, **given)
+    except ValueError as error:
+        raise ConfigError(f"loss_option: {error}") from None
 
 
 def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
+    classes = dataset.classes
+    resolved = resolved_costs(config, classes)._replace(
+        dataset=dataset.name,
+        class_weight=_by_name("class_weight", config.class_weight, classes),
+        threads=torch.get_num_threads(),
+    )
+    weights = resolved.class_weight.values()
+    if len(weights) == len(classes) and not any(weights):
+        raise ConfigError("class_weight: every class weighs 0, so nothing would be learnt")
+    return resolved, _as_asked(config, dataset)
+
+
+def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:
+    """Return a configuration with its costs and priors by name of the class.
+
+    Args:
+        config: A configuration.
+        classes: Names of the classes, in the order of the labels.
+
+    Returns:
+        The same, each class named once.
+
+    Raises:
+        ConfigError: there is no such class, or the priors do not add up.
+    """
+    prior = _by_name("prior", config.prior, classes)
+    _check_prior(prior, len(classes))
+    return config._replace(
+        class_cost=_by_name("class_cost", config.class_cost, classes), prior=prior
+    )
+
+
+def _check_prior(prior: dict[str, float], classes: int) -> None:
+    total = sum(prior.values())
+    if total > 1.0 + _ROUNDING:
+        raise ConfigError(f"prior: the parts must not add up to more than 1, got {total:g}")
+    if len(prior) == classes and total < 1.0 - _ROUNDING:
+        raise ConfigError(f"prior: the parts of all classes must add up to 1, got {total:g}")
+
+
+def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """Return the data at the size and scale that a configuration asks for."""
     size = config.image_size or (32 if config.model == "lenet5" else 0)
     if size and dataset.test.images.shape[1:3] != (size, size):
         dataset = resized(dataset, size)
-    if config.pixel_mean:
-        channels = len(dataset.mean)
-        if not len(config.pixel_mean) == len(config.pixel_std) == channels:
-            raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
-        mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
-        dataset = dataset._replace(mean=mean, std=std)
-    resolved = config._replace(
-        dataset=dataset.name,
-        class_weight=_by_name(config.class_weight, dataset.classes),
-        threads=torch.get_num_threads(),
-    )
-    return resolved, dataset
+    if not config.pixel_mean:
+        return dataset
+    channels = len(dataset.mean)
+    if not len(config.pixel_mean) == len(config.pixel_std) == channels:
+        raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
+    mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
+    return dataset._replace(mean=mean, std=std)
 
 
-def _by_name(class_weight: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:
-    """Return the weights by name of the class; a key that is no name may be an index."""
+def _by_name(what: str, values: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:
+    """Return the values by name of the class; a key that is no name may be an index."""
     named = {}
-    for key, weight in class_weight.items():
-        if key not in classes and not (key.isdecimal() and int(key) < len(classes)):
-            known = ", ".join(classes)
-            raise ConfigError(f"class_weight: no class {key!r}; the classes are {known}")
-        name = key if key in classes else classes[int(key)]
+    for key, value in values.items():
+        name = classes[class_index(what, key, classes)]
         if name in named:
-            raise ConfigError(f"class_weight: class {name!r} is given twice")
-        named[name] = weight
-    if classes and len(named) == len(classes) and not any(named.values()):
-        raise ConfigError("class_weight: every class weighs 0, so nothing would be learnt")
+            raise ConfigError(f"{what}: class {name!r} is given twice")
+        named[name] = value
     return named

@@ -1,24 +1,33 @@
 """A trained model in use: on a data set, on image files."""
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from funcloss._files import replacing
-from funcloss.config import TrainConfig
+from funcloss._files import replacing, write_text
+from funcloss.config import TrainConfig, make_config
 from funcloss.data import Dataset, Examples, load_dataset, moved, normalised, resized, take
+from funcloss.decisions import Costs, Judged, make_costs
 from funcloss.errors import ConfigError, DataError, RunError
 from funcloss.training import folder
 from funcloss.training.checkpoint import load_tensors
 from funcloss.training.evaluation import Evaluation, evaluate
+from funcloss.training.judging import judge_parts, judged_record
 from funcloss.training.objective import make_criterion, make_forward
-from funcloss.training.setup import input_shape, make_hyper, make_model, resolve_device
+from funcloss.training.setup import (
+    input_shape,
+    make_hyper,
+    make_model,
+    resolve_device,
+    resolved_costs,
+)
 from funcloss.training.step import preferred_layout
 from funcloss.typing import Buffers, Params
 
@@ -30,6 +39,8 @@ class LoadedRun(NamedTuple):
     params: Params  # the same weights, for functional_call
     buffers: Buffers
     classes: tuple[str, ...]
+    class_counts: Tensor  # float32, training examples of each class
+    class_weights: Tensor | None  # that its last steps were given; None: none
     mean: Tensor  # of each channel, pixels in 0..1
     std: Tensor
     input_shape: tuple[int, int, int]  # channels, height, width
@@ -51,9 +62,10 @@ def load(run_dir: str | Path) -> LoadedRun:
     """
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir)
-    needs = ("input_shape", "classes", "mean", "std")
+    needs = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std")
     tensors, header = load_tensors(run_dir / folder.MODEL, needs=needs)
     channels, height, width = header["input_shape"]
+    weights = header["class_weights"]
     model = make_model(config, (channels, height, width), len(header["classes"]))
     try:
         model.load_state_dict(tensors)
@@ -65,6 +77,8 @@ def load(run_dir: str | Path) -> LoadedRun:
         params={name: t for name, t in tensors.items() if name in trained},
         buffers={name: t for name, t in tensors.items() if name not in trained},
         classes=tuple(header["classes"]),
+        class_counts=torch.tensor(header["class_counts"], dtype=torch.float32),
+        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
         mean=torch.tensor(header["mean"]),
         std=torch.tensor(header["std"]),
         input_shape=(channels, height, width),
@@ -76,6 +90,9 @@ class Judgement(NamedTuple):
     """How a run's model does on a part of a data set."""
 
     evaluation: Evaluation
+    judged: Judged  # what its decisions cost
+    costs: Costs
+    temperature_on: str  # the part that the temperature was fitted on; empty: it is 1
     labels: Tensor  # of the examples, in the order of ``evaluation.logits``
     classes: tuple[str, ...]
     dataset: str
@@ -96,18 +113,22 @@ def evaluate_run(
     part: str = "test",
     data_dir: str = "",
     device: str = "auto",
+    judge_by: Mapping[str, Any] | None = None,
 ) -> Judgement:
-    """Evaluate a run's model on a part of a data set.
+    """Evaluate a run's model on a part of a data set, and judge what its decisions cost.
 
     Args:
         run_dir: A run folder.
         dataset: Name of a data set with as many classes; empty: the one that was trained on.
-        part: ``test``, ``validation`` or ``train``, split as in the training.
+        part: ``test``, ``validation`` or ``train``, split as in the training; the last as
+            long-tailed as it was trained on, where the data set is the run's own.
         data_dir: Folder of the data; empty: that of the run.
         device: Where to run the model.
+        judge_by: ``cost_matrix``, ``class_cost`` and ``prior`` to judge by, instead of the run's.
 
     Returns:
-        The evaluation, under the loss and costs of the run.
+        The evaluation under the loss of the run, and its judgement. The temperature of the
+        probabilities is fitted on the validation part of the same data set, if there is one.
 
     Raises:
         ConfigError: the data set does not fit the model, the part is empty or the device absent.
@@ -117,24 +138,61 @@ def evaluate_run(
     run = load(run_dir)
     config = run.config
     device = resolve_device(device)
+    own = dataset in ("", config.dataset)
     data = load_dataset(
-        dataset or config.dataset, data_dir or config.data_dir, val_fraction=config.val_fraction
+        dataset or config.dataset,
+        data_dir or config.data_dir,
+        val_fraction=config.val_fraction,
+        imbalance=config.imbalance if own else 1.0,
     )
     data = moved(_fitted(data, run), device)
     examples = part_of(data, part)
+    costs = make_costs(run.classes, config.cost_matrix, config.class_cost)
+    hyper = make_hyper(config, costs, run.class_counts, device)
+    if run.class_weights is not None:
+        hyper["class_weights"] = run.class_weights.to(device)
     tensors = {
         name: preferred_layout(t.to(device)) for name, t in {**run.params, **run.buffers}.items()
     }
-    evaluation = evaluate(
-        make_forward(run.model),
-        tensors,
-        {},
-        partial(take, data, examples),
-        len(examples.labels),
-        make_criterion(config.loss, config.reduction, weighted=bool(config.class_weight)),
-        make_hyper(config, run.classes, device),
+    config, costs = _judged_by(config, data.classes, judge_by or {})
+    criterion = make_criterion(config.loss, config.reduction, weighted="class_weights" in hyper)
+    forward = make_forward(run.model)
+    parts = {"validation": data.validation} if len(data.validation.labels) else {}
+    parts |= {part: examples}
+    evaluations = {
+        name: evaluate(
+            forward, tensors, {}, partial(take, data, chosen), len(chosen.labels), criterion, hyper
+        )
+        for name, chosen in parts.items()
+    }
+    judged = judge_parts(
+        evaluations,
+        {name: chosen.labels.cpu() for name, chosen in parts.items()},
+        config=config,
+        costs=costs,
+        counts=run.class_counts,
+        class_weights=hyper.get("class_weights"),
     )
-    return Judgement(evaluation, examples.labels.cpu(), data.classes, data.name, data.note)
+    return Judgement(
+        evaluation=evaluations[part],
+        judged=judged[part],
+        costs=costs,
+        temperature_on="validation" if "validation" in parts else "",
+        labels=examples.labels.cpu(),
+        classes=data.classes,
+        dataset=data.name,
+        note=data.note,
+    )
+
+
+def _judged_by(
+    config: TrainConfig, classes: tuple[str, ...], judge_by: Mapping[str, Any]
+) -> tuple[TrainConfig, Costs]:
+    """Return the configuration with other costs and priors, and the costs."""
+    if "cost_matrix" in judge_by or "class_cost" in judge_by:
+        config = config._replace(cost_matrix={}, class_cost={})
+    config = resolved_costs(make_config(config._asdict(), judge_by), classes)
+    return config, make_costs(classes, config.cost_matrix, config.class_cost)
 
 
 def part_of(dataset: Dataset, part: str) -> Examples:
@@ -178,6 +236,24 @@ def write_predictions(path: Path, judgement: Judgement) -> None:
         for i, (label, guess, probability) in enumerate(zip(*columns, strict=True)):
             names = judgement.classes[label], judgement.classes[guess]
             writer.writerow((i, *names, f"{probability:.6f}"))
+
+
+def write_judgement(path: Path, judgement: Judgement) -> None:
+    """Write a JSON file with all scores of an evaluation, by rule.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    scores = judgement.evaluation
+    record = {
+        "dataset": judgement.dataset,
+        "note": judgement.note,
+        "n": len(judgement.labels),
+        "loss": folder.defined(scores.loss),
+        "accuracy": scores.accuracy,
+        "judged": judged_record(judgement.judged, judgement.costs),
+    }
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def predict_files(

@@ -1,0 +1,287 @@
+"""The end of a choice: the test set, the run folder of the chosen model, the report."""
+
+import copy
+import csv
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from funcloss._files import replacing, write_text
+from funcloss.audit import About, RunAudit, audit_run
+from funcloss.choose.ascent import decision_weights
+from funcloss.choose.figures import frontier
+from funcloss.choose.gradient import cost_gradient, mean_expected_cost
+from funcloss.choose.limits import Limit
+from funcloss.choose.page import render_choice_page
+from funcloss.choose.result import Choice, Row
+from funcloss.choose.tested import row_of
+from funcloss.config import TrainConfig
+from funcloss.data import class_counts, take
+from funcloss.decisions import Costs, Judged, RuleScores, log_posterior, score_decisions
+from funcloss.errors import AuditError
+from funcloss.training import (
+    Evaluation,
+    Model,
+    TrainState,
+    epoch_order,
+    evaluate,
+    folder,
+    make_forward,
+    make_train_step,
+    supervised,
+)
+from funcloss.training.figures import save_figure
+from funcloss.training.judging import judge_parts
+from funcloss.training.setup import Setup, make_optimizer
+from funcloss.typing import Hyper
+
+_HORIZON = 5  # steps of the cost gradient
+_BATCH, _VALIDATION = 128, 1000  # examples of each step, and of what it is judged by
+
+
+class Judgement(NamedTuple):
+    """A model on validation and test set."""
+
+    evaluations: dict[str, Evaluation]
+    judged: dict[str, Judged]
+
+
+def judge_model(setup: Setup, config: TrainConfig, model: Model) -> Judgement:
+    """Evaluate and judge a model on validation and test set: here the test set is read.
+
+    Args:
+        setup: The data, the network and the costs.
+        config: The training that made the model.
+        model: Its tensors, and what its last steps were given.
+
+    Returns:
+        The judgement, the temperature fitted on validation data.
+    """
+    dataset = setup.dataset
+    forward = make_forward(copy.deepcopy(setup.model).eval())
+    parts = {"validation": dataset.validation, "test": dataset.test}
+    evaluations = {
+        name: evaluate(
+            forward,
+            model.params,
+            model.buffers,
+            partial(take, dataset, examples),
+            len(examples.labels),
+            setup.criterion,
+            model.hyper,
+        )
+        for name, examples in parts.items()
+    }
+    labels = {name: examples.labels.cpu() for name, examples in parts.items()}
+    counts = class_counts(dataset.train, len(dataset.classes)).cpu()
+    weights = model.hyper.get("class_weights")
+    judged = judge_parts(
+        evaluations, labels, config=config, costs=setup.costs, counts=counts, class_weights=weights
+    )
+    return Judgement(evaluations, judged)
+
+
+def rows_of(
+    setup: Setup,
+    plain: Sequence[Judgement],
+    chosen: Sequence[Judgement] | None,
+    name: str,
+    limits: Sequence[Limit],
+    focus: Sequence[int],
+) -> list[Row]:
+    """Return the chosen model beside plain training and what needs no training at all.
+
+    Args:
+        setup: The data and the costs.
+        plain: Plain training, one a seed.
+        chosen: The chosen model, one a seed; None: it is plain training.
+        name: What it is called.
+        limits: What has to hold.
+        focus: Classes whose recall is told.
+
+    Returns:
+        Plain training by argmax, by minimum expected cost and, under limits, by moved thresholds;
+        then the chosen model by argmax and by minimum expected cost.
+    """
+    labels = setup.dataset.test.labels.cpu()
+    rule = "minimum expected cost"
+    base = [j.judged["test"].argmax for j in plain]
+
+    def row(title: str, scores: list[RuleScores], by: Sequence[Judgement]) -> Row:
+        against = None if title == "plain" else base
+        return row_of(title, scores, by[0].judged["test"], labels, focus, plain=against)
+
+    rows = [row("plain", base, plain)]
+    rows.append(row(f"plain, {rule}", [j.judged["test"].min_cost for j in plain], plain))
+    if limits:
+        moved = [_moved(setup, j, limits) for j in plain]
+        rows.append(row("plain, thresholds moved", moved, plain))
+    if chosen is not None:
+        rows.append(row(name, [j.judged["test"].argmax for j in chosen], chosen))
+        by_rule = [j.judged["test"].min_cost for j in chosen]
+        rows.append(row(f"{name}, {rule}", by_rule, chosen))
+    return rows
+
+
+def _moved(setup: Setup, plain: Judgement, limits: Sequence[Limit]) -> RuleScores:
+    """Move the thresholds of plain training to the limits on validation, and judge the test."""
+    dataset, costs = setup.dataset, setup.costs
+    held_out, test = plain.evaluations["validation"], plain.evaluations["test"]
+
+    def scored(part: str):
+        labels = getattr(dataset, part).labels.cpu()
+        return partial(score_decisions, labels=labels, costs=costs, prior=plain.judged[part].prior)
+
+    log_probs = log_posterior(held_out.logits)
+    log_weights, _ = decision_weights(log_probs, limits, costs, scored("validation"))
+    return scored("test")((log_posterior(test.logits) + log_weights).argmax(-1))
+
+
+def focus_of(
+    costs: Costs, limits: Sequence[Limit], swept: Sequence[str], most: int = 3
+) -> list[int]:
+    """Return the classes that a report speaks of: limited, swept, dearest, else the last.
+
+    Args:
+        costs: What decisions cost.
+        limits: What has to hold.
+        swept: Classes whose weight is swept.
+        most: How many at most.
+
+    Returns:
+        Indices of classes, at least one.
+    """
+    named = [limit.truth for limit in limits if limit.truth >= 0]
+    named += [costs.classes.index(name) for name in swept]
+    rows = costs.matrix.clamp(min=0).sum(1)
+    if not named and float(rows.max()) > float(rows.min()):
+        named.append(int(rows.argmax()))
+    return list(dict.fromkeys(named or [len(costs.classes) - 1]))[:most]
+
+
+def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> dict[str, float]:
+    """Return what one more unit of each class's weight would do to the validation cost.
+
+    Through five further steps at the peak learning rate, on a part of the validation data.
+
+    Args:
+        setup: The training of the state.
+        state: Where the steps begin.
+        hyper: What they are given.
+
+    Returns:
+        Changes of the expected cost by class; empty where there are no class weights.
+    """
+    if "class_weights" not in hyper or setup.costs.extra:
+        return {}
+    dataset, config = setup.dataset, setup.config
+    step = make_train_step(
+        supervised(setup.model, setup.criterion), make_optimizer(config), clip_norm=config.clip_norm
+    )
+    n = len(dataset.train.labels)
+    order = epoch_order(state.key, 0, n).to(state.key.device)
+    size = min(_BATCH, config.batch_size)
+    batches = [
+        take(dataset, dataset.train, i) for i in order.split(size)[:_HORIZON] if len(i) == size
+    ]
+    held = torch.arange(len(dataset.validation.labels), device=state.key.device)
+    batch = take(dataset, dataset.validation, held[:: max(1, len(held) // _VALIDATION)])
+    cost = mean_expected_cost(
+        make_forward(copy.deepcopy(setup.model).eval()),
+        batch.inputs,
+        batch.targets,
+        setup.costs.matrix.float().to(state.key.device),
+    )
+    found = cost_gradient(step, state, batches, cost, hyper)
+    return dict(zip(dataset.classes, found.gradient.tolist(), strict=True))
+
+
+def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: str) -> list[Path]:
+    """Write the page, the frontier, the table and the numbers of a choice.
+
+    Args:
+        choice: The choice.
+        out: The folder.
+        run_dir: The run folder of the chosen model, which is audited.
+        setup: Its training.
+        page: Name of the page, ``sweep.html`` say.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        RunError: one cannot be written; what was there is as it was.
+    """
+    audited = _audited(run_dir)
+    if audited is None:
+        about, found = _about(setup, choice.title), None
+        more: dict[str, Any] = {}
+    else:
+        found, about = audited.audit, audited.about._replace(title=choice.title)
+        more = {"history": audited.history, "pictures": audited.pictures}
+    stem = Path(page).stem
+    write_text(out / page, render_choice_page(choice, found, about, **more))
+    text = json.dumps(folder.plain(as_dict(choice)), indent=2, allow_nan=False)
+    write_text(out / f"{stem}.json", text + "\n")
+    files = [out / page, out / f"{stem}.json"]
+    if choice.points:
+        _write_points(out / f"{stem}.csv", choice)
+        save_figure(frontier(choice), out / "frontier.png")
+        files += [out / f"{stem}.csv", out / "frontier.png"]
+    return files
+
+
+def as_dict(value: Any) -> Any:
+    """Return nested NamedTuples as dicts."""
+    if hasattr(value, "_asdict"):
+        return {name: as_dict(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: as_dict(part) for name, part in value.items()}
+    return [as_dict(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _write_points(path: Path, choice: Choice) -> None:
+    names = [*choice.axes, "accuracy", "expected_cost", "rule_cost"]
+    names += [f"recall {name}" for name in choice.focus]
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        spread = [part for name in names[len(choice.axes) :] for part in (name, "low", "high")]
+        writer.writerow((*choice.axes, *spread, "feasible", "chosen", "plain", "diverged", "seeds"))
+        for p in choice.points:
+            scores = (p.accuracy, p.expected_cost, p.rule_cost, *p.recall)
+            values = [p.values.get(axis, "") for axis in choice.axes]
+            numbers = [f"{v:.6g}" for score in scores for v in score]
+            writer.writerow((*values, *numbers, p.feasible, p.chosen, p.plain, p.diverged, p.seeds))
+
+
+def _audited(run_dir: Path) -> RunAudit | None:
+    try:
+        return audit_run(run_dir)
+    except AuditError:  # the page says what was chosen all the same
+        return None
+
+
+def _about(setup: Setup, title: str) -> About:
+    config = setup.config
+    versions = folder.environment()
+    return About(
+        title=title,
+        model=config.model,
+        parameters=sum(p.numel() for p in setup.state.params.values()),
+        loss=config.loss,
+        dataset=config.dataset,
+        note=setup.dataset.note,
+        part="train",
+        examples=len(setup.dataset.train.labels),
+        step=None,
+        mode="train",
+        optimizer=config.optimizer,
+        command=folder.command_line(),
+        versions={name: str(versions[name]) for name in ("funcloss", "torch", "python")},
+        made=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )

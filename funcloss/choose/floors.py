@@ -1,0 +1,166 @@
+"""Training under floors and ceilings: what steers it, and what it came to."""
+
+import copy
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcloss.choose.ascent import Dual, Snapshot, ascend, init_dual, snapshot_of, weights_of
+from funcloss.choose.limits import Limit, held, limit_text, make_limits, reached
+from funcloss.data import take
+from funcloss.decisions import RuleScores, judge
+from funcloss.errors import ConfigError
+from funcloss.training import Model, Steering, TrainState, evaluate, make_forward
+from funcloss.training.judging import deployment_prior
+from funcloss.training.setup import Setup
+from funcloss.typing import Buffers, Hyper, Params
+
+_AN_EPOCH = 5  # measurements
+
+
+class Held(NamedTuple):
+    """What a training under limits remembers: its multipliers, and the best moment so far."""
+
+    dual: Dual
+    params: Params  # of the best moment
+    buffers: Buffers
+    log_weights: Float[Tensor, " classes"]  # at it
+    reached: Float[Tensor, " limits"]
+    feasible: Float[Tensor, ""]  # 1 where every limit holds
+    margin: Float[Tensor, ""]
+    accuracy: Float[Tensor, ""]
+    step: Int[Tensor, ""]
+
+
+def limits_of(setup: Setup) -> tuple[Limit, ...]:
+    """Return the limits of a training.
+
+    Args:
+        setup: The training.
+
+    Returns:
+        Its floors and ceilings.
+
+    Raises:
+        ConfigError: there is none, one makes no sense, or nothing is held out to measure it on.
+    """
+    config, dataset = setup.config, setup.dataset
+    limits = make_limits(config.floor, config.ceiling, dataset.classes)
+    if not limits:
+        raise ConfigError("no floor and no ceiling is given, as in floor 9=0.99")
+    support = dataset.validation.labels.bincount(minlength=len(dataset.classes))
+    if not support.sum():
+        raise ConfigError(
+            "floors and ceilings are measured on validation data, and none is held out: set "
+            "val_fraction, to 0.1 say"
+        )
+    for limit in limits:
+        if limit.truth >= 0 and not support[limit.truth]:
+            name = dataset.classes[limit.truth]
+            raise ConfigError(f"there is no validation example of {name} to measure its limit on")
+    if config.reduction != "mean":
+        raise ConfigError("floors and ceilings set class weights, which reduction mean lets act")
+    return limits
+
+
+def steer_by_limits(setup: Setup) -> Steering:
+    """Return what keeps a training within its floors and ceilings: dual ascent on class weights.
+
+    Every so many steps the model decides on the validation data, a multiplier a limit moves by how
+    far it is missed (:func:`funcloss.choose.ascend`), and the multipliers make the class weights
+    that the next steps are given in ``hyper``, times those that the configuration has. The best
+    moment is kept: one at which every limit holds before one at which some does not, then by
+    accuracy.
+
+    Args:
+        setup: The training.
+
+    Returns:
+        The init/update pair, for :func:`funcloss.training.train`.
+
+    Raises:
+        ConfigError: the limits make no sense, or nothing is held out to measure them on.
+    """
+    limits, dataset, costs = limits_of(setup), setup.dataset, setup.costs
+    classes, config = dataset.classes, setup.config
+    forward = make_forward(copy.deepcopy(setup.model).eval())
+    base = setup.hyper["class_weights"]
+    half = config.epochs * setup.per_epoch // 2
+    labels = dataset.validation.labels.cpu()
+    prior = deployment_prior(config, classes, labels.bincount(minlength=len(classes)))
+
+    def measure(state: TrainState) -> RuleScores:
+        found = evaluate(
+            forward,
+            state.params,
+            state.buffers,
+            partial(take, dataset, dataset.validation),
+            len(labels),
+            setup.criterion,
+            setup.hyper,
+        )
+        return judge(found.logits, labels, costs, prior=prior).argmax
+
+    def init(state: TrainState) -> Held:
+        dual = init_dual(limits, len(classes))
+        worst = torch.tensor(-math.inf, dtype=torch.float64)
+        none = torch.full((len(limits),), math.nan, dtype=torch.float64)
+        return Held(
+            dual, state.params, state.buffers, dual.log_weights, none,
+            feasible=torch.zeros_like(worst), margin=worst, accuracy=worst, step=state.step.cpu(),
+        )  # fmt: skip
+
+    def update(memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
+        scores = measure(state)
+        now, values = snapshot_of(limits, scores), reached(limits, scores)
+        best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.accuracy))
+        if now > best:
+            feasible, margin, accuracy = (torch.tensor(float(v)).double() for v in now)
+            memory = Held(
+                memory.dual, state.params, state.buffers, memory.dual.log_weights,
+                torch.tensor(values, dtype=torch.float64), feasible, margin, accuracy,
+                state.step.cpu(),
+            )  # fmt: skip
+        record = {
+            "weights": {classes[c]: w for c, w in weights_of(memory.dual.log_weights).items()},
+            "reached": {
+                limit_text(limit, classes): None if math.isnan(v) else v
+                for limit, v in zip(limits, values, strict=True)
+            },
+            "accuracy": scores.accuracy.value,
+            "feasible": now.feasible,
+        }
+        dual = memory.dual
+        if int(state.step) <= half:  # the weights found are a mean over the second half
+            dual = dual._replace(total=0 * dual.total, measured=0 * dual.measured)
+        return memory._replace(dual=ascend(dual, limits, scores, costs)), record
+
+    def hyper(memory: Held) -> Hyper:
+        weights = base * memory.dual.log_weights.exp().to(base)
+        return setup.hyper | {"class_weights": weights}
+
+    def model(memory: Held) -> Model:
+        weights = base * memory.log_weights.exp().to(base)
+        return Model(memory.params, memory.buffers, setup.hyper | {"class_weights": weights})
+
+    def summary(memory: Held) -> dict[str, Any]:
+        values = memory.reached.tolist()
+        mean = memory.dual.total / memory.dual.measured.clamp(min=1)
+        return {
+            "limits": [
+                {"limit": limit_text(limit, classes), "bound": limit.bound,
+                 "reached": None if math.isnan(v) else v, "held": held([limit], [v])}
+                for limit, v in zip(limits, values, strict=True)
+            ],
+            "feasible": bool(memory.feasible),
+            "best_step": int(memory.step),
+            "weights_found": {classes[c]: w for c, w in weights_of(mean).items()},
+            "weights_at_best": {classes[c]: w for c, w in weights_of(memory.log_weights).items()},
+        }  # fmt: skip
+
+    every = config.floor_every or max(1, setup.per_epoch // _AN_EPOCH)
+    return Steering(every, init, update, hyper, model, summary)

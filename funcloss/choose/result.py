@@ -1,0 +1,75 @@
+"""What a sweep or a training under floors came to: the numbers behind its report."""
+
+import math
+from typing import NamedTuple
+
+
+class Score(NamedTuple):
+    """A number with an interval around it; NaN bounds where none is known."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+class Point(NamedTuple):
+    """A member of a sweep on validation data, intervals from seed to seed."""
+
+    name: str  # "class_weight 9=5"
+    values: dict[str, float]  # by axis: {"class_weight 9": 5.0}
+    accuracy: Score
+    expected_cost: Score  # an example, of the decisions by argmax
+    rule_cost: Score  # of the decisions of minimum expected cost
+    recall: tuple[Score, ...]  # of each class in focus
+    plain: bool  # every cost at 1, every option at its default: the baseline
+    chosen: bool
+    feasible: bool | None  # whether every limit holds; None: there is no limit
+    seeds: int
+    diverged: int  # of the seeds
+
+
+class Row(NamedTuple):
+    """A model under a decision rule on the test set, which is read once, at the end."""
+
+    name: str  # "plain, minimum expected cost"
+    accuracy: Score
+    expected_cost: Score
+    normalised_cost: Score  # part of what the best constant decision costs
+    recall: tuple[Score, ...]  # of each class in focus
+    difference: Score | None  # expected cost less that of plain, paired by example; None: plain
+
+
+class Limit(NamedTuple):
+    """A floor or ceiling, and what was reached on validation data by the chosen model."""
+
+    text: str  # "recall of 9 at least 0.99"
+    bound: float
+    reached: float
+    held: bool
+
+
+class Ascent(NamedTuple):
+    """A measurement of the dual ascent."""
+
+    step: int  # steps done
+    weights: dict[str, float]  # class weights that differ from 1, by class
+    reached: tuple[float, ...]  # of each limit
+    accuracy: float
+    feasible: bool
+
+
+class Choice(NamedTuple):
+    """All that the report of a choice shows."""
+
+    title: str
+    lines: tuple[str, ...]  # in plain words, the answer first
+    costs: tuple[str, ...]  # the costs in words
+    focus: tuple[str, ...]  # classes whose recall is shown; the first spans the frontier
+    axes: tuple[str, ...]  # what was swept; empty under floors
+    points: tuple[Point, ...]
+    limits: tuple[Limit, ...]
+    ascent: tuple[Ascent, ...]  # empty for a sweep
+    rows: tuple[Row, ...]
+    gradient: dict[str, float]  # by class: change of validation cost per unit of its weight
+    gradient_steps: int
+    seeds: int

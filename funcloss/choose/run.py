@@ -1,0 +1,370 @@
+"""What a user asks for: a sweep, or a training under limits, from start to report."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from funcloss.choose.axes import Axis, describe, plain_config
+from funcloss.choose.finish import (
+    focus_of,
+    gradient_of,
+    judge_model,
+    rows_of,
+    write_choice,
+)
+from funcloss.choose.floors import limits_of, steer_by_limits
+from funcloss.choose.limits import Limit, held, limit_text
+from funcloss.choose.members import member_hyper
+from funcloss.choose.result import Ascent, Choice
+from funcloss.choose.result import Limit as Reached
+from funcloss.choose.seeds import STEPS, Sweep, run_seeds, start, state_of, taken_up
+from funcloss.choose.select import chosen_of, faded, misses, points_of
+from funcloss.choose.words import limit_sentences, sweep_sentences, tested_sentences
+from funcloss.config import TrainConfig
+from funcloss.decisions import cost_sentences
+from funcloss.errors import RunError
+from funcloss.training import (
+    Model,
+    Note,
+    Outcome,
+    beneath,
+    folder,
+    load,
+    load_tensors,
+    restore,
+    resume,
+    train,
+    write_run,
+)
+from funcloss.training.setup import Setup, make_setup, setup_on
+
+Show = Callable[[Any], None]
+
+
+class Chosen(NamedTuple):
+    """How a choice ended."""
+
+    folder: Path
+    run_dir: Path  # of the chosen model
+    choice: Choice | None  # None: it was told to stop
+    files: list[Path]  # of the report, the page first
+
+    @property
+    def finished(self) -> bool:
+        """Return whether it came to its end, and was not told to stop."""
+        return self.choice is not None
+
+
+def sweep(
+    config: TrainConfig,
+    axes: Sequence[Axis],
+    out: str | Path | None = None,
+    *,
+    seeds: int = 1,
+    method: str = "auto",
+    overwrite: bool = False,
+    show: Show = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Chosen:
+    """Train every member of a sweep, choose one by validation data, and report on the test set.
+
+    Args:
+        config: What the members share; its floors and ceilings are what the choice must keep.
+        axes: What is swept: class weights, options of the loss, the learning rate.
+        out: The folder to make; None: a new one under ``sweeps``.
+        seeds: How many seeds each member is trained with, from the configuration's on.
+        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: what a
+            few steps show to be faster.
+        overwrite: A sweep that is at ``out`` may be replaced.
+        show: Called with everything that happens.
+        should_stop: Asked after every step; True saves and ends.
+
+    Returns:
+        The folder, with the run folder of the chosen member in it, and the choice.
+
+    Raises:
+        ConfigError: the request makes no sense on this machine or data, or the folder is in use.
+        DataError: the data cannot be had.
+        RunError: the folder cannot be written, or every member diverged.
+    """
+    if out is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = folder.fresh_name(Path("sweeps"), f"{config.dataset}-{config.model}-{stamp}")
+    path = Path(out).expanduser()
+    made = start(config, axes, path, seeds=seeds, method=method, overwrite=overwrite, show=show)
+    return _swept(made, show, should_stop)
+
+
+def resume_sweep(
+    out: str | Path,
+    *,
+    data_dir: str = "",
+    show: Show = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Chosen:
+    """Take up a sweep where its files are, as if it had never stopped.
+
+    Args:
+        out: The folder of a sweep.
+        data_dir: Where the data is now, if it has moved.
+        show: Called with everything that happens.
+        should_stop: Asked after every step; True saves and ends.
+
+    Returns:
+        As :func:`sweep` does.
+
+    Raises:
+        DataError: the data cannot be had.
+        RunError: the folder is not that of a sweep, is finished, or cannot be written.
+    """
+    path = Path(out).expanduser()
+    if (path / "sweep.json").exists():
+        raise RunError(f"{path} is finished: its report is {path / 'sweep.html'}")
+    return _swept(taken_up(path, data_dir=data_dir, show=show), show, should_stop)
+
+
+def train_under_limits(
+    config: TrainConfig,
+    run_dir: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    show: Show = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    observer: Any = None,
+) -> Chosen:
+    """Train within floors and ceilings, then once more plainly to compare with, and report.
+
+    Args:
+        config: The training; its ``floor`` and ``ceiling`` are the limits.
+        run_dir: The run folder to make; None: a new one under ``runs``.
+        overwrite: A run that is at ``run_dir`` may be replaced.
+        show: Called with everything that happens.
+        should_stop: Asked after every step; True saves and ends.
+        observer: As for :func:`funcloss.training.train`.
+
+    Returns:
+        The run folder, whose model is the best moment of the training, and the choice.
+
+    Raises:
+        ConfigError: the request makes no sense on this machine or data, or the folder is in use.
+        DataError: the data cannot be had.
+        RunError: the folder cannot be written.
+    """
+    watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
+    outcome = train(config, run_dir, overwrite=overwrite, steer=steer_by_limits, **watch)
+    return _compared(outcome, watch)
+
+
+def resume_under_limits(
+    run_dir: str | Path,
+    *,
+    data_dir: str = "",
+    show: Show = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    observer: Any = None,
+) -> Chosen:
+    """Take up a training under limits, or the plain one after it, where its files are.
+
+    Args:
+        run_dir: A run folder with limits.
+        data_dir: Where the data is now, if it has moved.
+        show: Called with everything that happens.
+        should_stop: Asked after every step; True saves and ends.
+        observer: As for :func:`funcloss.training.train`.
+
+    Returns:
+        As :func:`train_under_limits` does.
+
+    Raises:
+        ConfigError: a device of the run is not on this machine.
+        DataError: the data cannot be had.
+        RunError: the folder is not that of a run, is finished, or cannot be written.
+    """
+    path = Path(run_dir).expanduser()
+    if (path / "floor.json").exists():
+        raise RunError(f"{path} is finished: its report is {path / 'floor.html'}")
+    watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
+    return _compared(resume(path, data_dir=data_dir, steer=steer_by_limits, **watch), watch)
+
+
+def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
+    records = run_seeds(made, show=show, should_stop=should_stop)
+    run_dir = made.folder / "chosen"
+    if records is None:
+        return Chosen(made.folder, run_dir, None, [])
+    classes, costs = made.setup.dataset.classes, made.setup.costs
+    swept = [axis.key for axis in made.axes if axis.option == "class_weight"]
+    focus = focus_of(costs, made.limits, swept)
+    names = tuple(classes[c] for c in focus)
+    points = points_of(records, made.limits, names)
+    number = chosen_of(points, made.axes, made.limits, misses(records, made.limits))
+    if number is None:
+        raise RunError(
+            f"every member of {made.folder} diverged: sweep smaller values, or lower learning_rate"
+        )
+    points[number] = points[number]._replace(chosen=True)
+    own = [r for r in records if r["member"] == number]
+    seed = min(
+        own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
+    )["seed"]
+    show(Note("reading the test set"))
+    plain = next(i for i, entry in enumerate(made.entries) if entry.plain)
+    judged = {n: [_judged(made, s, n) for s in range(made.seeds)] for n in {plain, number}}
+    rows = rows_of(
+        made.setup,
+        judged[plain],
+        None if number == plain else judged[number],
+        made.entries[number].name,
+        made.limits,
+        focus,
+    )
+    setup, state = _write_chosen(made, seed, number, judged[number][seed].evaluations, run_dir)
+    reached = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
+    lines = sweep_sentences(points, points[number], reached, made.axes, faded(records, made.axes))
+    choice = Choice(
+        title=f"Sweep of {', '.join(axis.name for axis in made.axes)}",
+        lines=(*lines, *tested_sentences(rows, names)),
+        costs=tuple(cost_sentences(costs)),
+        focus=names,
+        axes=tuple(axis.name for axis in made.axes),
+        points=tuple(points),
+        limits=reached,
+        ascent=(),
+        rows=tuple(rows),
+        gradient=gradient_of(setup, state, setup.hyper),
+        gradient_steps=5,
+        seeds=made.seeds,
+    )
+    files = write_choice(choice, made.folder, run_dir, setup, "sweep.html")
+    for s in range(made.seeds):  # every member of every seed: nothing reads them any more
+        made.seed_file(s).unlink(missing_ok=True)
+    return Chosen(made.folder, run_dir, choice, files)
+
+
+def _judged(made: Sweep, seed: int, number: int):
+    state = state_of(made, seed, number)
+    hyper = member_hyper(made.groups, number)
+    config = made.entries[number].config
+    setup = made.setup if made.entries[number].values else setup_on(config, made.setup.dataset)
+    return judge_model(setup, config, Model(state.params, state.buffers, hyper))
+
+
+def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Path):
+    """Write the run folder of a member, as its training alone would have."""
+    entry = made.entries[number]
+    config = entry.config._replace(seed=made.config.seed + seed, compile=made.config.compile)
+    setup, state = setup_on(config, made.setup.dataset), state_of(made, seed, number)
+    per_epoch = setup.per_epoch
+    records = []
+    for line in folder.read_lines(made.folder / STEPS):
+        if line["seed"] == seed:
+            kept = {k: v for k, v in line.items() if k not in ("seed", "losses", "loss")}
+            place = {"kind": "step", "epoch": (line["step"] - 1) // per_epoch + 1}
+            records.append(place | kept | {"loss": line["losses"][number]})
+    run = {
+        "command": folder.command_line(),
+        "dataset_note": setup.dataset.note,
+        "sweep": f"{describe(entry.values) or 'plain'}, beside {len(made.entries) - 1} others",
+        "environment": folder.environment(),
+    }
+    write_run(run_dir, setup, state, records, evaluations, run)
+    return setup, state
+
+
+def _compared(outcome: Outcome, watch: dict[str, Any]) -> Chosen:
+    """Train plainly, if that is not done, and report on both."""
+    run_dir = outcome.folder
+    if not outcome.finished:
+        return Chosen(run_dir, run_dir, None, [])
+    config = folder.read_config(run_dir)
+    plain_dir = run_dir / "plain"
+    if folder.read_summary(plain_dir) is None:
+        text = f"training once more without limits, to compare with, into {plain_dir}"
+        watch["show"](Note(text))
+        if (plain_dir / folder.CONFIG).is_file():
+            plain = resume(plain_dir, data_dir=config.data_dir, test_once=True, **watch)
+        else:
+            plain = train(plain_config(config), plain_dir, test_once=True, **watch)
+        if not plain.finished:
+            return Chosen(run_dir, run_dir, None, [])
+    return _reported(run_dir, make_setup(config), plain_dir, outcome.summary)
+
+
+def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, Any]) -> Chosen:
+    dataset, costs = setup.dataset, setup.costs
+    classes, limits = dataset.classes, limits_of(setup)
+    swept = list(summary["weights_found"])
+    focus = focus_of(costs, limits, swept)
+    names = tuple(classes[c] for c in focus)
+    plain = setup_on(plain_config(setup.config), dataset)
+    model = _model(run_dir, setup)
+    rows = rows_of(
+        setup,
+        [judge_model(plain, plain.config, _model(plain_dir, plain))],
+        [judge_model(setup, setup.config, model)],
+        "trained under limits",
+        limits,
+        focus,
+    )
+    records = [r for r in folder.read_records(run_dir) if r["kind"] == "steering"]
+    ascent = tuple(
+        Ascent(
+            step=r["step"],
+            weights=r["weights"],
+            reached=tuple(_defined(list(r["reached"].values()))),
+            accuracy=r["accuracy"],
+            feasible=r["feasible"],
+        )
+        for r in records
+    )
+    best = next((a for a in ascent if a.step == summary["best_step"]), None)
+    reached = _limits(limits, _defined([row["reached"] for row in summary["limits"]]), classes)
+    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
+    state = restore(setup.state, beneath(tensors, "state"))
+    choice = Choice(
+        title=f"Limits of {run_dir.name}",
+        lines=(
+            *limit_sentences(reached, ascent, best, summary["weights_found"]),
+            *tested_sentences(rows, names),
+        ),
+        costs=tuple(cost_sentences(costs)),
+        focus=names,
+        axes=(),
+        points=(),
+        limits=reached,
+        ascent=ascent,
+        rows=tuple(rows),
+        gradient=gradient_of(setup, state, model.hyper),
+        gradient_steps=5,
+        seeds=1,
+    )
+    files = write_choice(choice, run_dir, run_dir, setup, "floor.html")
+    return Chosen(run_dir, run_dir, choice, files)
+
+
+def _model(run_dir: Path, setup: Setup) -> Model:
+    """Return the model that a run kept, on the device of a setup."""
+    run, device = load(run_dir), setup.config.device
+    hyper = dict(setup.hyper)
+    if run.class_weights is not None:
+        hyper["class_weights"] = run.class_weights.to(device)
+    params = {name: t.to(device) for name, t in run.params.items()}
+    return Model(params, {name: t.to(device) for name, t in run.buffers.items()}, hyper)
+
+
+def _limits(
+    limits: Sequence[Limit], values: Sequence[float], classes: Sequence[str]
+) -> tuple[Reached, ...]:
+    return tuple(
+        Reached(limit_text(limit, classes), limit.bound, value, held([limit], [value]))
+        for limit, value in zip(limits, values, strict=True)
+    )
+
+
+def _mean(rows: list[list[float | None]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*map(_defined, rows), strict=True)]
+
+
+def _defined(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if v is None else v for v in values]

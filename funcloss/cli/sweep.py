@@ -1,0 +1,111 @@
+"""``funcloss sweep``: many trainings side by side, and the one to choose."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from funcloss.cli.stopping import INTERRUPTED, StopOnSignal
+from funcloss.cli.table import parsed, with_table
+from funcloss.config import make_config, read_recipe, read_toml, recipe_names
+from funcloss.errors import ConfigError
+
+_SWEPT = ("class_weight", "loss_option", "learning_rate")
+
+
+def sweep(
+    *,
+    recipe: Annotated[
+        str, typer.Option(help=f"Options that come with funcloss: {', '.join(recipe_names())}.")
+    ] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of options, a run's config.toml say.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds each member is trained with.", min=1)] = 1,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="All members in one program, or one after another; auto: what is faster.",
+            metavar="auto|vmap|loop",
+        ),
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make.", show_default="a new one under sweeps/")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a sweep to go on with.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the sweep in --out.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    **options: Any,
+) -> None:
+    """Train with many costs at once, and choose by validation data.
+
+    --class-weight, --loss-option and --learning-rate take values to sweep: 9=1:100:log16 is sixteen
+    from 1 to 100 in equal ratios, tau=0:2:5 five in equal steps, 0.01,0.1 a list. Under --floor and
+    --ceiling the smallest weight that keeps them is chosen, else the member of least expected cost.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    swept, fixed = _parted(given)
+    layers = [read_recipe(recipe) if recipe else {}, read_toml(config) if config else {}]
+    chosen = make_config(*layers, parsed(fixed))
+    if resume is not None:
+        others = {"recipe": recipe, "config": config, "out": out, "overwrite": overwrite}
+        clash = [name for name, value in others.items() if value]
+        clash += [name for name in given if name != "data_dir"]
+        clash += ["seeds"] * (seeds != 1) + ["method"] * (method != "auto")
+        if clash:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
+            raise ConfigError(f"--resume goes on with the sweep as it was: leave out {flags}")
+
+    from funcloss import choose  # torch, from here on
+    from funcloss.cli.console import TrainingConsole
+
+    axes = [
+        choose.Axis(option, key, choose.parse_values(f"{option} {key}".strip(), text))
+        for option, key, text in swept
+    ]
+    stop = StopOnSignal()
+    with TrainingConsole(quiet=quiet) as console, stop:
+        watch: dict[str, Any] = {"show": console.show, "should_stop": stop.asked}
+        if resume is None:
+            how: dict[str, Any] = {"seeds": seeds, "method": method, "overwrite": overwrite}
+            ended = choose.sweep(chosen, axes, out, **how, **watch)
+        else:
+            ended = choose.resume_sweep(resume, data_dir=chosen.data_dir, **watch)
+    if not ended.finished:
+        folder = shlex.quote(str(ended.folder))
+        print(f"stopped and saved; go on with: funcloss sweep --resume {folder}")
+        raise typer.Exit(INTERRUPTED)
+    console.choice(ended)
+
+
+def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
+    """Part what is swept, as option, key and text of the values, from what is fixed."""
+    swept, fixed = [], dict(given)
+    for option in _SWEPT:
+        if option not in given:
+            continue
+        texts = [given[option]] if isinstance(given[option], str) else given[option]
+        kept = []
+        for text in texts:
+            key, _, values = text.rpartition("=")
+            if ":" in values or "," in values:
+                swept.append((option, key, values))
+            else:
+                kept.append(text)
+        fixed.pop(option)
+        if kept:
+            fixed[option] = _number(kept[0]) if option == "learning_rate" else kept
+    return swept, fixed
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"learning_rate: {text!r} is not a number") from None
+
+
+with_table(sweep, as_text=("learning_rate",))

@@ -1,0 +1,34 @@
+"""Decisions and what they cost: cost matrices, decision rules, and honest scores of both."""
+
+from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
+from funcloss.decisions.intervals import Interval, mean_interval, seed_interval, student, wilson
+from funcloss.decisions.judge import Judged, RuleScores, calibration_error, judge, score_decisions
+from funcloss.decisions.rules import (
+    expected_costs,
+    fit_temperature,
+    log_posterior,
+    min_cost_decisions,
+    posterior_shift,
+)
+
+__all__ = [
+    "Costs",
+    "Interval",
+    "Judged",
+    "RuleScores",
+    "calibration_error",
+    "class_index",
+    "cost_sentences",
+    "expected_costs",
+    "fit_temperature",
+    "judge",
+    "log_posterior",
+    "make_costs",
+    "mean_interval",
+    "min_cost_decisions",
+    "posterior_shift",
+    "score_decisions",
+    "seed_interval",
+    "student",
+    "wilson",
+]

@@ -1,0 +1,221 @@
+"""What each decision costs in each true class, named and put into words."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from funcloss.errors import ConfigError
+
+CostTable = Mapping[str, Mapping[str, float]]  # by name of the true class, then of the decision
+_SPOKEN = 20  # costs that are read out one by one
+
+
+class Costs(NamedTuple):
+    """What decisions cost: rows the truth, columns the decision."""
+
+    matrix: Float[Tensor, "classes decisions"]  # float64
+    classes: tuple[str, ...]
+    decisions: tuple[str, ...]  # the classes in their order, then those that are no class
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Return the decisions that are no class, such as to abstain."""
+        return self.decisions[len(self.classes) :]
+
+
+def make_costs(
+    classes: Sequence[str],
+    table: CostTable | None = None,
+    class_cost: Mapping[str, float] | None = None,
+) -> Costs:
+    """Return the costs that a table or a cost of each true class names; else 1 for every mistake.
+
+    Args:
+        classes: Names of the classes, in the order of the labels.
+        table: Cost of each decision (inner key) in each true class (outer key). Every class is a
+            row and a column; further columns are decisions that are no class.
+        class_cost: Cost of every mistake on a true class, by name or index; 1 for the others. The
+            row form of ``table``, instead of it.
+
+    Returns:
+        The costs, columns in the order of ``classes`` and then of the table's first row.
+
+    Raises:
+        ConfigError: both are given, two classes share a name, a name does not fit the classes, a
+            cost is missing, not finite or, in ``class_cost``, negative.
+
+    Example:
+        >>> make_costs(("cat", "dog"), class_cost={"dog": 5.0}).matrix
+        tensor([[0., 1.],
+                [5., 0.]], dtype=torch.float64)
+    """
+    classes = tuple(classes)
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise ConfigError(f"two classes are named {twice[0]!r}: give each a name of its own")
+    if table and class_cost:
+        raise ConfigError("cost_matrix and class_cost are two forms of the same: give one")
+    if table:
+        return _from_table(classes, table)
+    rows = _by_class(classes, class_cost or {})
+    return Costs(rows[:, None] * (1.0 - torch.eye(len(classes)).double()), classes, classes)
+
+
+def class_index(what: str, key: str, classes: Sequence[str]) -> int:
+    """Return the index of the class that ``key`` names; a key that is no name may be an index.
+
+    Where a class is named by a number, as in ``("1", "2")``, an index could be taken for a name:
+    only names count.
+
+    Args:
+        what: The option that named it, for the error.
+        key: A name, or an index as text.
+        classes: Names of the classes, in the order of the labels.
+
+    Returns:
+        The index.
+
+    Raises:
+        ConfigError: there is no such class.
+
+    Example:
+        >>> class_index("floor", "dog", ("cat", "dog")), class_index("floor", "0", ("cat", "dog"))
+        (1, 0)
+    """
+    if key in classes:
+        return classes.index(key)
+    numbered = any(name.isdecimal() for name in classes)
+    if not numbered and key.isascii() and key.isdecimal() and int(key) < len(classes):
+        return int(key)
+    known = ", ".join(classes[:20]) + (" and more" if len(classes) > 20 else "")
+    raise ConfigError(f"{what}: no class {key!r}; the classes are {known}")
+
+
+def cost_sentences(costs: Costs) -> list[str]:
+    r"""Return costs in plain words, those that stand out one by one.
+
+    Args:
+        costs: The costs.
+
+    Returns:
+        Lines such as ``calling a true 9 a 4 costs 10``, the rest in one.
+
+    Example:
+        >>> print(*cost_sentences(make_costs(("cat", "dog"), class_cost={"dog": 5.0})), sep="\n")
+        calling a true dog a cat costs 5
+        every other mistake costs 1, a right decision 0
+    """
+    size = len(costs.classes)
+    lines = []
+    for decision, column in zip(costs.extra, costs.matrix.T[size:].tolist(), strict=True):
+        each = [
+            (f"deciding {decision} on a true {t}", c)
+            for t, c in zip(costs.classes, column, strict=True)
+        ]
+        whole = f"deciding {decision}, whatever the truth,"
+        lines += _spoken(each, rest=f"deciding {decision} otherwise", whole=whole)
+    lines += _spoken(_mistakes(costs), rest="every other mistake", whole="every mistake")
+    own = costs.matrix.diagonal().tolist()
+    right = [(f"rightly deciding {t}", c) for t, c in zip(costs.classes, own, strict=True)]
+    told = _spoken(right, rest="every other right decision", whole="a right decision")
+    if len(told) > 1 or size == 1:
+        return lines + told
+    return [*lines[:-1], f"{lines[-1]}, a right decision {_number(own[0])}"]
+
+
+def _mistakes(costs: Costs) -> list[tuple[str, float]]:
+    """Return mistakes of classes and what they cost, a row of equal costs of its own as one."""
+    size = len(costs.classes)
+    rows = costs.matrix[:, :size].tolist()
+    common = _commonest([c for t, row in enumerate(rows) for c in row[:t] + row[t + 1 :]])
+    found = []
+    for name, row in zip(costs.classes, rows, strict=True):
+        wrong = [(d, c) for d, c in zip(costs.classes, row, strict=True) if d != name]
+        if size > 2 and len({c for _, c in wrong}) == 1 and wrong[0][1] != common:
+            found.append((f"calling a true {name} anything else", wrong[0][1]))
+        else:
+            found += [(f"calling a true {name} a {d}", c) for d, c in wrong]
+    return found
+
+
+def _spoken(each: list[tuple[str, float]], *, rest: str, whole: str) -> list[str]:
+    """Return what costs other than the most, at most some of it, and then what the most costs."""
+    if not each:
+        return []
+    common = _commonest([cost for _, cost in each])
+    odd = [f"{what} costs {_number(cost)}" for what, cost in each if cost != common]
+    left = len(odd) - _SPOKEN
+    more = ["1 more has a cost of its own" if left == 1 else f"{left} more have costs of their own"]
+    ending = f"{rest if odd else whole} costs {_number(common)}"
+    return [*odd[:_SPOKEN], *(more if left > 0 else []), ending]
+
+
+def _commonest(values: list[float]) -> float:
+    return Counter(values).most_common(1)[0][0] if values else 0.0
+
+
+def _number(cost: float) -> str:
+    return f"{cost + 0.0:.10g}"  # + 0.0: no -0
+
+
+def _by_class(classes: tuple[str, ...], class_cost: Mapping[str, float]) -> Tensor:
+    rows = torch.ones(len(classes), dtype=torch.float64)
+    seen = set()
+    for key, cost in class_cost.items():
+        index = class_index("class_cost", key, classes)
+        if index in seen:
+            raise ConfigError(f"class_cost: class {classes[index]!r} is given twice")
+        if not _finite(cost) or cost < 0:
+            raise ConfigError(f"class_cost {key} must be finite and at least 0, got {cost}")
+        seen.add(index)
+        rows[index] = float(cost)
+    return rows
+
+
+def _from_table(classes: tuple[str, ...], table: CostTable) -> Costs:
+    columns = tuple(next(iter(table.values())))
+    _check_names(classes, tuple(table), columns)
+    known = set(classes)
+    decisions = (*classes, *(name for name in columns if name not in known))
+    for truth in classes:
+        if odd := set(table[truth]) ^ set(columns):
+            raise ConfigError(
+                f"cost_matrix: the row of {truth} has not the columns of the others: "
+                f"{', '.join(sorted(odd)[:5])}"
+            )
+        for decision, cost in table[truth].items():
+            if not _finite(cost):
+                raise ConfigError(
+                    f"cost_matrix: the cost of deciding {decision} on a true {truth} must be a "
+                    f"finite number, got {cost!r}"
+                )
+    costs = [[float(table[truth][decision]) for decision in decisions] for truth in classes]
+    return Costs(torch.tensor(costs, dtype=torch.float64), classes, decisions)
+
+
+def _finite(cost: object) -> bool:
+    return isinstance(cost, Real) and not isinstance(cost, bool) and math.isfinite(cost)
+
+
+def _check_names(classes: tuple[str, ...], rows: tuple[str, ...], columns: tuple[str, ...]) -> None:
+    if set(columns) == set(classes) and set(rows) > set(classes):
+        raise ConfigError(
+            "cost_matrix is transposed: rows are the truth and columns the decision, but it has "
+            f"{', '.join(sorted(set(rows) - set(classes)))} as a row; swap its two axes"
+        )
+    for what, names in (("row", set(rows)), ("column", set(columns))):
+        if missing := [name for name in classes if name not in names]:
+            raise ConfigError(
+                f"cost_matrix has no {what} for class {', '.join(missing[:5])}; every class is a "
+                "row (the truth) and a column (the decision)"
+            )
+    if unknown := [name for name in rows if name not in set(classes)]:
+        raise ConfigError(
+            f"cost_matrix has a row {unknown[0]!r}, which is no class; the classes are "
+            f"{', '.join(classes[:20])}"
+        )

@@ -1,0 +1,174 @@
+"""Intervals around what was counted: of a part, of a mean, of a paired difference."""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_LEVEL = 0.95
+_Z = NormalDist().inv_cdf(0.5 + _LEVEL / 2)
+_MANY = 30.0  # degrees of freedom from which Student's quantile is told by its series
+
+
+class Interval(NamedTuple):
+    """A number and the interval of 95 % around it; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(
+    hits: Float[Tensor, "*batch"], trials: Float[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Return Wilson's interval of a part at 95 %, ``(low, high)``.
+
+    With ``p = hits / trials``: centre ``(p + z^2 / 2n) / (1 + z^2 / n)``, half-width ``z sqrt(p (1
+    - p) / n + z^2 / 4n^2) / (1 + z^2 / n)``. It stays within [0, 1] and has a width at 0 and 1 too.
+
+    Args:
+        hits: How often it was so.
+        trials: Out of how many; 0 gives NaN.
+
+    Returns:
+        The bounds, float64.
+
+    Example:
+        >>> wilson(torch.tensor(10.0), torch.tensor(10.0))
+        (tensor(0.7225, dtype=torch.float64), tensor(1., dtype=torch.float64))
+
+    References:
+        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    hits, n = hits.double(), trials.double()
+    part, z2 = hits / n, _Z**2
+    centre = (part + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z * (part * (1 - part) / n + z2 / (4 * n**2)).clamp(min=0).sqrt() / (1 + z2 / n)
+    # Exactly 0 and 1 at the ends, where rounding would pass them.
+    low = torch.where(hits <= 0, hits * 0, (centre - half).clamp(min=0))
+    high = torch.where(hits >= n, part, (centre + half).clamp(max=1))
+    return low + 0 * part, high
+
+
+def mean_interval(
+    values: Float[Tensor, "seeds n"],
+    weights: Float[Tensor, " n"] | None = None,
+    *,
+    strata: Int[Tensor, " n"] | None = None,
+) -> Interval:
+    """Return the mean over examples and seeds, with an interval for both at 95 %.
+
+    The variance of the mean is that over the examples, of their means over the seeds, plus that
+    over the seeds, of their means over the examples, each over its number; the quantile is
+    Student's, with Satterthwaite's degrees of freedom. What varies with seed and example together
+    is in both, so that the interval errs to the wide side. Values may be differences of two models
+    on the same examples: the interval is then a paired one. One seed says nothing of other seeds,
+    and equal values, an interval of no width, nothing of values that were not seen.
+
+    Args:
+        values: One value an example and seed, shape ``(seeds, n)``.
+        weights: Of each example, such as those of a deployment prior; None: equal.
+        strata: Groups of examples whose parts of the weight are known, not sampled: under a prior
+            the classes. What differs between them is then no uncertainty; None: one group.
+
+    Returns:
+        Mean and interval; NaN bounds for a single example and seed.
+
+    Example:
+        >>> mean_interval(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+        Interval(value=0.5, low=-0.418..., high=1.418...)
+
+    References:
+        Satterthwaite, "An approximate distribution of estimates of variance components", 1946;
+        Cochran, "Sampling techniques", 1977, eq. 5.6 and 5A.42 (a group of one is compared with
+        the mean of all).
+    """
+    seeds, n = values.shape
+    values = values.detach().cpu().double()
+    part = torch.ones(n) if weights is None else weights.detach().cpu()
+    part = part.double() / part.double().sum()
+    groups = torch.zeros(n).long() if strata is None else strata.cpu().long()
+    of_seed = values @ part
+    mean = float(of_seed.mean())
+    sources = _of_examples(values.mean(0), part, mean, groups) if n > 1 else []
+    if seeds > 1:
+        sources.append((float(of_seed.var()) / seeds, seeds - 1))
+    variance = sum(v for v, _ in sources)
+    if not sources or not math.isfinite(variance):
+        return Interval(mean, math.nan, math.nan)
+    freedom = variance**2 / max(sum(v**2 / df for v, df in sources), 1e-300)
+    half = student(freedom) * math.sqrt(variance) if variance else 0.0
+    return Interval(mean, mean - half, mean + half)
+
+
+def _of_examples(
+    values: Tensor, part: Tensor, mean: float, groups: Tensor
+) -> list[tuple[float, float]]:
+    """Return what each group adds to the variance of the mean, and its degrees of freedom."""
+
+    def summed(of_each: Tensor) -> Tensor:
+        return of_each.new_zeros(int(groups.max()) + 1).index_add(0, groups, of_each)
+
+    number, share = summed(torch.ones_like(part)), summed(part)
+    inside = summed(values * part) / torch.where(share > 0, share, 1.0)
+    centre = torch.where(number > 1, inside, mean)
+    scale = torch.where(number > 1, number / (number - 1), 1.0)  # unbiased
+    variance = summed((part * (values - centre[groups])) ** 2) * scale
+    return list(zip(variance.tolist(), (number - 1).clamp(min=1).tolist(), strict=True))
+
+
+def seed_interval(values: list[float]) -> Interval:
+    """Return the mean of a value a seed with Student's interval; NaN bounds for a single one.
+
+    Args:
+        values: One number a seed.
+
+    Returns:
+        Mean and interval at 95 %.
+
+    Example:
+        >>> seed_interval([1.0, 2.0, 3.0])
+        Interval(value=2.0, low=-0.484..., high=4.484...)
+    """
+    if not values:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Interval(mean, math.nan, math.nan)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    half = student(len(values) - 1) * math.sqrt(variance / len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def student(freedom: float) -> float:
+    """Return Student's quantile at 97.5 %, to 0.0002.
+
+    Args:
+        freedom: Degrees of freedom, at least 1, not necessarily whole.
+
+    Returns:
+        The quantile.
+
+    Example:
+        >>> round(student(3), 3), round(student(1e9), 3)
+        (3.182, 1.96)
+
+    References:
+        Student, "The probable error of a mean", 1908: of ``atan(t / sqrt(freedom))`` the density
+        goes as ``cos ** (freedom - 1)``; Cornish and Fisher, "Moments and cumulants in the
+        specification of distributions", 1937.
+    """
+    freedom = max(freedom, 1.0)
+    if freedom > _MANY:
+        first = (_Z**3 + _Z) / (4 * freedom)
+        return _Z + first + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+    # Finer towards the right angle, where the density of 1 to 2 degrees is steep.
+    angle = (1 - torch.linspace(1, 0, 4001, dtype=torch.float64) ** 2) * (math.pi / 2)
+    area = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (freedom - 1), angle)
+    wanted = _LEVEL * area[-1]
+    i = int(torch.searchsorted(area, wanted))  # area[i - 1] < wanted, which ends at angle[i]
+    inside = (wanted - area[i - 1]) / (area[i] - area[i - 1])
+    return math.tan(float(torch.lerp(angle[i], angle[i + 1], inside))) * math.sqrt(freedom)

@@ -1,0 +1,220 @@
+"""From logits to decisions: posteriors for another prior, temperature, minimum expected cost."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcloss._checks import (
+    check_floating,
+    check_labels,
+    check_number,
+    check_per_class,
+    check_shape,
+)
+
+_LEAST, _MOST = 0.05, 20.0  # temperatures; on data without an error the likeliest is 0
+
+_ROUNDING = 1e-12  # of the largest cost: sums over a thousand classes in float64
+
+
+def log_posterior(
+    logits: Float[Tensor, "*batch classes"],
+    *,
+    temperature: float | Tensor = 1.0,
+    log_shift: Float[Tensor, " classes"] | None = None,
+) -> Float[Tensor, "*batch classes"]:
+    """Return ``log_softmax(logits / temperature + log_shift)``, in nats.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        temperature: Above 0; above 1 the probabilities are evened out, below 1 sharpened.
+        log_shift: Added to each class, as :func:`posterior_shift` gives it.
+
+    Returns:
+        Log-probabilities in float64, shape ``(*batch, classes)``.
+
+    Raises:
+        TypeError: ``logits`` or ``log_shift`` is not floating point.
+        ValueError: ``log_shift`` has not an entry a class, or ``temperature`` is not above 0.
+
+    Example:
+        >>> log_posterior(torch.tensor([0.0, 2.0]), temperature=2.0).exp()
+        tensor([0.2689, 0.7311], dtype=torch.float64)
+
+    References:
+        Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017.
+    """
+    check_floating("log_posterior", "logits", logits)
+    check_number("log_posterior", "temperature", temperature, low=0.0, above=True)
+    if log_shift is not None:
+        check_per_class("log_posterior", "log_shift", log_shift, logits)
+    scores = logits.double() / temperature
+    return (scores if log_shift is None else scores + log_shift.to(scores)).log_softmax(-1)
+
+
+def posterior_shift(
+    *,
+    prior: Float[Tensor, " classes"] | None = None,
+    train_prior: Float[Tensor, " classes"] | None = None,
+    class_weights: Float[Tensor, " classes"] | None = None,
+) -> Float[Tensor, " classes"] | None:
+    """Return what takes a posterior of the training to one of the deployment, in nats.
+
+    ``log(prior / train_prior) - log(class_weights)``: the cross-entropy of class weights ``w`` is
+    least at ``w * p`` (made to sum to 1), so that weights act as a change of prior, which this
+    takes back. A class of weight or part 0 in the training was never learnt: it is divided by 1.
+
+    Args:
+        prior: Part of each class where the model is used; None: as in the training.
+        train_prior: Part of each class in the training set.
+        class_weights: Costs of the true classes in a training with the cross-entropy; None: 1.
+
+    Returns:
+        What to add to log-probabilities, float64, up to a constant; None: nothing.
+
+    Raises:
+        ValueError: ``prior`` comes without ``train_prior``, or the shapes differ.
+
+    Example:
+        >>> shift = posterior_shift(class_weights=torch.tensor([1.0, 4.0]))
+        >>> log_posterior(torch.zeros(2), log_shift=shift).exp()
+        tensor([0.8000, 0.2000], dtype=torch.float64)
+
+    References:
+        Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori
+        probabilities", 2002, eq. 2.4; Elkan, "The foundations of cost-sensitive learning", 2001.
+    """
+    who, factors = "posterior_shift", []
+    if prior is not None:
+        if train_prior is None:
+            raise ValueError(f"{who}: prior needs train_prior, which it replaces")
+        check_shape(who, "train_prior", train_prior, tuple(prior.shape), "prior")
+        factors += [prior.double(), 1 / _or_one(train_prior)]
+    if class_weights is not None:
+        if prior is not None:
+            check_shape(who, "class_weights", class_weights, tuple(prior.shape), "prior")
+        factors.append(1 / _or_one(class_weights))
+    return torch.stack(factors).log().sum(0) if factors else None
+
+
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values.double(), 1.0)
+
+
+def fit_temperature(
+    logits: Float[Tensor, "n classes"],
+    labels: Int[Tensor, " n"],
+    *,
+    log_shift: Float[Tensor, " classes"] | None = None,
+) -> float:
+    """Return the temperature of least cross-entropy on held-out examples.
+
+    The cross-entropy of ``log_softmax(b * logits + log_shift)`` is convex in ``b``, the inverse
+    temperature, so bisection of its derivative finds the one minimum.
+
+    Args:
+        logits: Unnormalised log-probabilities of held-out examples, shape ``(n, classes)``.
+        labels: Their classes, shape ``(n,)``.
+        log_shift: As for :func:`log_posterior`: what takes the model to the prior of these
+            examples, so of ``class_weights`` alone where they were split off the training set.
+
+    Returns:
+        The temperature, within 0.05 and 20: where no example is wrong the least is at 0. It is 1
+        where nothing tells it: no examples, logits that are not finite or the same for all classes.
+
+    Raises:
+        TypeError: ``logits`` is not floating point, or ``labels`` is.
+        ValueError: ``labels`` does not fit the shape of ``logits``.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 2 / log(3)
+        1.82
+
+    References:
+        Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks", 2017.
+    """
+    check_floating("fit_temperature", "logits", logits)
+    check_labels("fit_temperature", "labels", labels)
+    shape = tuple(logits.shape)
+    check_shape("fit_temperature", "labels", labels, shape[:-1], f"logits {shape}")
+    scores = logits.detach().double()
+    scores = scores - scores.amax(-1, keepdim=True)  # the same everywhere: exactly 0
+    if not len(labels) or not scores.isfinite().all() or not scores.any():
+        return 1.0
+    shift = 0.0 if log_shift is None else log_shift.to(scores)
+    of_label = scores.gather(-1, labels.to(scores.device).long()[:, None]).squeeze(-1)
+
+    def slope(inverse: float) -> float:
+        probs = (scores * inverse + shift).softmax(-1)
+        return float(((probs * scores).sum(-1) - of_label).mean())
+
+    low, high = math.log(1 / _MOST), math.log(1 / _LEAST)
+    for _ in range(40):  # to 6 / 2^40 of the logarithm
+        middle = (low + high) / 2
+        # 0 too goes up: so it rounds where no example is wrong, by a wide margin.
+        low, high = (middle, high) if slope(math.exp(middle)) <= 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def expected_costs(
+    log_probs: Float[Tensor, "*batch classes"], cost_matrix: Float[Tensor, "classes decisions"]
+) -> Float[Tensor, "*batch decisions"]:
+    """Return what each decision is expected to cost, ``softmax @ cost_matrix``.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape ``(*batch, classes)``.
+        cost_matrix: Cost of each decision (column) in each true class (row).
+
+    Returns:
+        Expected costs, shape ``(*batch, decisions)``, in float32 at least.
+
+    Raises:
+        ValueError: ``cost_matrix`` has not a row a class.
+
+    Example:
+        >>> cost_matrix = torch.tensor([[0.0, 1.0, 0.3], [9.0, 0.0, 0.3]])  # the last: abstain
+        >>> expected_costs(torch.tensor([0.9, 0.1]).log(), cost_matrix)
+        tensor([0.9000, 0.9000, 0.3000])
+    """
+    got, classes = tuple(cost_matrix.shape), log_probs.shape[-1]
+    if len(got) != 2 or got[0] != classes:
+        raise ValueError(
+            f"expected_costs: cost_matrix must have shape ({classes}, decisions), one row a class, "
+            f"got {got}"
+        )
+    precise = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    return precise.exp() @ cost_matrix.to(precise)
+
+
+def min_cost_decisions(
+    log_probs: Float[Tensor, "*batch classes"], cost_matrix: Float[Tensor, "classes decisions"]
+) -> Int[Tensor, "*batch"]:
+    """Return the decisions of minimum expected cost, ``argmin(softmax @ cost_matrix)``.
+
+    Bayes' decisions, the best there are if the probabilities are right. At equal costs, to the
+    rounding of float64, the first, as of equal logits argmax takes the first.
+
+    Args:
+        log_probs: Log-probabilities of the classes, shape ``(*batch, classes)``.
+        cost_matrix: Cost of each decision (column) in each true class (row).
+
+    Returns:
+        Decisions, shape ``(*batch)``.
+
+    Raises:
+        ValueError: ``cost_matrix`` has not a row a class.
+
+    Example:
+        >>> log_probs = torch.tensor([[0.8, 0.2], [0.95, 0.05]]).log()
+        >>> min_cost_decisions(log_probs, torch.tensor([[0.0, 1.0], [10.0, 0.0]]))
+        tensor([1, 0])
+
+    References:
+        Elkan, "The foundations of cost-sensitive learning", 2001, eq. 1.
+    """
+    expected = expected_costs(log_probs.double(), cost_matrix)
+    slack = _ROUNDING * cost_matrix.abs().max()
+    return (expected <= expected.amin(-1, keepdim=True) + slack).byte().argmax(-1)

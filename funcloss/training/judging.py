@@ -1,0 +1,162 @@
+"""What a run's decisions cost: from its loss and data to the judgement of its logits."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from funcloss.config import TrainConfig
+from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
+from funcloss.training import folder
+from funcloss.training.evaluation import Evaluation
+
+# By what power of the training prior the optimum of a loss is away from the posterior.
+_BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0}
+
+
+def implied_prior(
+    config: TrainConfig,
+    counts: Float[Tensor, " classes"],
+    class_weights: Float[Tensor, " classes"] | None,
+) -> Float[Tensor, " classes"]:
+    """Return the prior of which ``softmax(logits)`` is the posterior, as far as the loss tells.
+
+    The training prior times the class weights, for the cross-entropy; what the logit-adjusted
+    losses take out of it is out. Other losses are taken like the cross-entropy.
+
+    Args:
+        config: The training.
+        counts: Training examples of each class.
+        class_weights: What the training was given; None: 1.
+
+    Returns:
+        Parts that sum to 1, float64; a class that was never seen, or at weight 0, has the least of
+        the others.
+    """
+    tau = config.loss_option.get("tau", 1.0) * _BALANCED.get(config.loss, 0.0)
+    parts = counts.cpu().double() ** (1.0 - tau)
+    if class_weights is not None:
+        parts = parts * class_weights.cpu().double()
+    seen = (counts.cpu() > 0) & (parts > 0)
+    least = parts[seen].min() if seen.any() else torch.ones((), dtype=torch.float64)
+    parts = torch.where(seen, parts, least)
+    return parts / parts.sum()
+
+
+def deployment_prior(
+    config: TrainConfig, classes: tuple[str, ...], support: Float[Tensor, " classes"]
+) -> Float[Tensor, " classes"] | None:
+    """Return the part of each class where the model is used, None where nothing is said of it.
+
+    Args:
+        config: Its ``prior`` by name of the class; the classes without one share what is left, in
+            the proportions of ``support``.
+        classes: Names of the classes, in the order of the labels.
+        support: Examples of each class that are judged.
+
+    Returns:
+        Parts that sum to 1, float64.
+    """
+    if not config.prior:
+        return None
+    named = torch.tensor([config.prior.get(c, math.nan) for c in classes], dtype=torch.float64)
+    others = torch.where(named.isnan(), support.double(), 0.0)
+    rest = others / others.sum().clamp(min=1e-300) * (1.0 - named.nansum())
+    prior = torch.where(named.isnan(), rest, named)
+    return prior / prior.sum()
+
+
+def judge_parts(
+    evaluations: Mapping[str, Evaluation],
+    labels: Mapping[str, Tensor],
+    *,
+    config: TrainConfig,
+    costs: Costs,
+    counts: Float[Tensor, " classes"],
+    class_weights: Float[Tensor, " classes"] | None = None,
+) -> dict[str, Judged]:
+    """Judge a model on parts of its data, the temperature fitted on validation alone.
+
+    Args:
+        evaluations: The model on each part; without ``validation`` the temperature is 1.
+        labels: The truth of each part.
+        config: The training.
+        costs: What decisions cost.
+        counts: Training examples of each class.
+        class_weights: What the training was given; None: 1.
+
+    Returns:
+        The judgement of each part, under both rules.
+    """
+    implied = implied_prior(config, counts, class_weights)
+    fitted = "validation" if "validation" in evaluations else None
+    # What was held out stands for where the model will be used, unless a prior says otherwise.
+    support = {name: e.support for name, e in evaluations.items()}
+    temperature = 1.0
+    if fitted:
+        here = _shift(support[fitted].double(), implied)
+        temperature = fit_temperature(
+            evaluations[fitted].logits, labels[fitted].cpu(), log_shift=here
+        )
+    judged = {}
+    for name, evaluation in evaluations.items():
+        prior = deployment_prior(config, costs.classes, support[name])
+        expected = support[fitted or name].double() if prior is None else prior
+        judged[name] = judge(
+            evaluation.logits,
+            labels[name],
+            costs,
+            temperature=temperature,
+            log_shift=_shift(expected, implied),
+            prior=prior,
+        )
+    return judged
+
+
+def _shift(prior: Tensor, implied: Tensor) -> Tensor:
+    shift = posterior_shift(prior=prior / prior.sum(), train_prior=implied)
+    assert shift is not None
+    return shift
+
+
+def judged_record(judged: Judged, costs: Costs) -> dict[str, Any]:
+    """Return a judgement as JSON has it, None for what is not defined.
+
+    Args:
+        judged: The judgement.
+        costs: What decisions cost.
+
+    Returns:
+        Scores by rule, confusion matrices in counts and in cost units.
+    """
+    return folder.plain(
+        {
+            "rules": {name: _record(scores, costs) for name, scores in judged.rules.items()},
+            "temperature": judged.temperature,
+            "calibration_error": judged.calibration_error,
+            "calibrated_error": judged.calibrated_error,
+            "prior": dict(zip(costs.classes, judged.prior.tolist(), strict=True)),
+            "constant_decision": judged.constant_decision,
+            "constant_cost": judged.constant_cost,
+        }
+    )
+
+
+def _record(scores: RuleScores, costs: Costs) -> dict[str, Any]:
+    def by_class(*columns: Tensor) -> dict[str, list[float]]:
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return {c: list(row) for c, row in zip(costs.classes, rows, strict=True)}
+
+    return {
+        "expected_cost": list(scores.expected_cost),
+        "normalised_cost": scores.normalised_cost,
+        "accuracy": list(scores.accuracy),
+        "recall": by_class(scores.recall, scores.recall_low, scores.recall_high),
+        "precision": by_class(scores.precision, scores.precision_low, scores.precision_high),
+        "decisions": list(costs.decisions),
+        "confusion": scores.confusion.tolist(),
+        "confusion_cost": scores.cost.tolist(),
+    }
