@@ -48,6 +48,7 @@ _LOSSES = (  # of logits and labels
     "bi_tempered",
     "earth_mover",
     "sord",
+    "class_balanced",
     "balanced_softmax",
     "logit_adjusted",
     "ldam",
@@ -163,7 +164,7 @@ class TrainConfig(NamedTuple):
     ] = {}  # noqa: RUF012
     floor_every: Annotated[
         int,
-        Option("Steps between two measurements under floors; 0: ten an epoch.", low=0, high=1e9),
+        Option("Steps between two measurements under floors; 0: five an epoch.", low=0, high=1e9),
     ] = 0
     optimizer: Annotated[str, Option("Optimiser.", ("sgd", "adam", "adamw"))] = "adam"
     learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
@@ -254,7 +255,7 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read options from a TOML file; the table ``[run]`` that a run folder adds is left out.
+    """Read options from a TOML file; the tables that run and sweep folders add are left out.
 
     Args:
         path: A TOML file, such as the ``config.toml`` of a run folder.
@@ -271,7 +272,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    options.pop("run", None)
+    for table in ("run", "sweep"):
+        options.pop(table, None)
     return options
 
 
@@ -359,6 +361,8 @@ def _names(path: str | Path, what: str, names: list[str]) -> list[str]:
             raise ConfigError(f"{path}: {what} has no name in cell {i + 2}")
         if name in names[:i]:
             raise ConfigError(f"{path}: {what} has {name!r} twice")
+        if not name.isprintable():  # it will be read back on a terminal
+            raise ConfigError(f"{path}: {what} has {name!r}, a name that cannot be printed")
     return names
 
 

@@ -645,8 +645,10 @@ def test_a_run_of_no_step_is_audited(tmp_path, run_cli, no_figures):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
     """At the first weights, with costs and without: what trains can be audited."""
+    needed = {"equalization": {"threshold": 0.05}, "cross_entropy_with_cost": {"price": 0.5}}
+    options = {"loss": loss, "loss_option": needed.get(loss, {})}
     for name, weights in (("costs", {"9": 5}), ("none", {})):
-        made = make_config(SMALL, {"loss": loss, "class_weight": weights})
+        made = make_config(SMALL, options, {"class_weight": weights})
         tensors = make_setup(made).state.params
         training.save_tensors(tmp_path / f"{name}.safetensors", tensors, {})
         found = audit_checkpoint(tmp_path / f"{name}.safetensors", made, examples=100).audit

@@ -434,8 +434,9 @@ def test_every_option_is_audited(tmp_path, options):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_that_trains_is_audited_as_it_trains(loss):
+    needed = {"equalization": {"threshold": 0.05}, "cross_entropy_with_cost": {"price": 0.5}}
     options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
-    setup = make_setup(config(**options))
+    setup = make_setup(config(**options, loss_option=needed.get(loss, {})))
     index = torch.arange(0, 4000, 40)
     rows = observer(setup)(setup.state, index, setup.hyper)
     batch = take(setup.dataset, setup.dataset.train, index)

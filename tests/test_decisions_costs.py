@@ -77,6 +77,7 @@ REFUSED = [
     ({"class_cost": {"2": 1}}, "class_cost: no class '2'"),
     ({"class_cost": {"-1": 1}}, "class_cost: no class '-1'"),
     ({"class_cost": {"²": 1}}, "class_cost: no class '²'"),
+    ({"class_cost": {"١": 1}}, "class_cost: no class '١'"),  # an Arabic 1
     ({"class_cost": {"": 1}}, "class_cost: no class ''"),
     ({"class_cost": {"dog": 1, "1": 2}}, "class_cost: class 'dog' is given twice"),
     ({"class_cost": {"1": 1, "01": 2}}, "class_cost: class 'dog' is given twice"),
@@ -206,6 +207,21 @@ SAID = [
             "deciding vet otherwise costs 0.3",
             "every mistake costs 1",
             "rightly deciding dog costs -2",
+            "every other right decision costs 0",
+        ],
+    ),
+    (  # most mistakes cost 1, though more rows name a 7
+        make_costs(
+            "abcd", table("abcd", "abcd", [[0, 1, 1, 1], [7, 0, 7, 1], [7, 7, 0, 8], [1] * 4])
+        ),
+        [
+            "calling a true b a a costs 7",
+            "calling a true b a c costs 7",
+            "calling a true c a a costs 7",
+            "calling a true c a b costs 7",
+            "calling a true c a d costs 8",
+            "every other mistake costs 1",
+            "rightly deciding d costs 1",
             "every other right decision costs 0",
         ],
     ),

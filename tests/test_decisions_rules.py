@@ -116,11 +116,13 @@ def test_expected_costs_are_those_of_a_plain_loop():
         assert float(got[i, j, d]) == pytest.approx(cost, abs=1e-12)
 
 
-def test_costs_beyond_half_precision_decide_right():
+def test_costs_beyond_the_precision_of_the_logits_decide_right():
     log_probs = torch.tensor([0.9999, 0.0001]).log().half()
     matrix = torch.tensor([[0.0, 1.0], [1e5, 0.0]])
     assert expected_costs(log_probs, matrix).isfinite().all()
     assert int(min_cost_decisions(log_probs, matrix)) == 1
+    nearly = torch.tensor([[2.0**24 + 1, 2.0**24]], dtype=torch.float64)  # one number in float32
+    assert int(min_cost_decisions(torch.zeros(1), nearly)) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])

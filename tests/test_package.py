@@ -134,8 +134,10 @@ def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_the_documentation_shows_runs(page, tmp_path, monkeypatch):
+def test_what_the_documentation_shows_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for block in blocks("bash", page.read_text()):
+        run_as_shown(block, monkeypatch, capsys)
     names: dict = {}
     for block in blocks("python", page.read_text()):  # each goes on where the last one ended
         exec(compile(block, page.name, "exec"), names)
@@ -179,6 +181,9 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
         f"scripts/bench_losses.py --rounds 2 --only nll --json {tmp_path / 'losses.json'}",
         "scripts/bench_audit.py --rounds 2 --only article --examples 512 --no-peers "
         f"--json {tmp_path / 'audit.json'}",
+        "scripts/bench_sweep.py --model linear --rounds 1 --steps 2 --dataset mnist-sample",
+        "scripts/floors.py --recipe fast --seeds 1 --floor 9=0.9",
+        f"scripts/long_tail.py --seeds 1 --epochs 1 --only focal --out {tmp_path / 'tail'}",
     ):
         subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, check=True)
     assert (tmp_path / "bench.json").exists()

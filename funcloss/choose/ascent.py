@@ -13,6 +13,7 @@ from funcloss.decisions import Costs, RuleScores
 
 RATE = 0.2  # of a multiplier's logarithm, for a floor missed by all the room that it leaves
 CAP = math.log(1000.0)  # of a multiplier's logarithm
+_NOTHING = 0.005  # a weight as near to 1 is none
 
 
 class Dual(NamedTuple):
@@ -67,11 +68,12 @@ def ascend(
     moved = dual.multipliers + rate * missed.clamp(-1.0, 1.0)
     multipliers = moved.clamp(0.0, CAP)
     log_weights = (multipliers @ directions(limits, scores, costs)).clamp(-CAP, CAP)
-    return Dual(multipliers, log_weights, dual.total + log_weights, dual.measured + 1)
+    # The mean is of what was in force, which the new weights are only now.
+    return Dual(multipliers, log_weights, dual.total + dual.log_weights, dual.measured + 1)
 
 
 def weights_of(log_weights: Float[Tensor, " classes"]) -> dict[int, float]:
-    """Return the class weights that are not 1, by class, to four digits.
+    """Return the class weights that differ from 1 by half a percent, by class, to four digits.
 
     Args:
         log_weights: Logarithms of the class weights.
@@ -80,7 +82,7 @@ def weights_of(log_weights: Float[Tensor, " classes"]) -> dict[int, float]:
         Weights by index of the class.
     """
     weights = {c: float(f"{math.exp(v):.4g}") for c, v in enumerate(log_weights.tolist())}
-    return {c: w for c, w in weights.items() if w != 1.0}
+    return {c: w for c, w in weights.items() if abs(w - 1.0) >= _NOTHING}
 
 
 class Snapshot(NamedTuple):
@@ -88,11 +90,11 @@ class Snapshot(NamedTuple):
 
     feasible: bool
     margin: float  # less the largest violation; 0 where every limit holds
-    accuracy: float
+    worth: float  # less the expected cost
 
 
 def snapshot_of(limits: Sequence[Limit], scores: RuleScores) -> Snapshot:
-    """Return how good a moment is: limits first, then accuracy.
+    """Return how good a moment is: limits first, then expected cost.
 
     Args:
         limits: What is to hold.
@@ -103,11 +105,11 @@ def snapshot_of(limits: Sequence[Limit], scores: RuleScores) -> Snapshot:
     """
     values = reached(limits, scores)
     if held(limits, values):
-        return Snapshot(True, 0.0, scores.accuracy.value)
+        return Snapshot(True, 0.0, -scores.expected_cost.value)
     missed = violations(limits, values, scores.confusion.sum(1))
     undefined = any(math.isnan(v) for v in values)
     margin = -math.inf if undefined else -float(missed.max())
-    return Snapshot(False, margin, scores.accuracy.value)
+    return Snapshot(False, margin, -scores.expected_cost.value)
 
 
 def decision_weights(

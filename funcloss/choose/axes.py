@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from funcloss.errors import ConfigError
 from funcloss.typing import Hyper
 
 _MOST = 4096  # members
+_ROUNDING = 0.02  # of a step
+_KEYS = {"class_weight": "CLASS", "loss_option": "NAME", "learning_rate": ""}
 
 
 class Axis(NamedTuple):
@@ -45,7 +47,7 @@ def parse_values(name: str, text: str) -> tuple[float, ...]:
         The values, ends included.
 
     Raises:
-        ConfigError: it is none of these, or ``log`` goes through 0.
+        ConfigError: it is none of these, ``log`` goes through 0, or the ends are too close.
 
     Example:
         >>> parse_values("class_weight 9", "1:100:log3"), parse_values("tau", "0:2:5")
@@ -64,19 +66,12 @@ def parse_values(name: str, text: str) -> tuple[float, ...]:
         )
     first, last = (_number(name, part) for part in parts[:2])
     log = parts[2].startswith("log")
-    count = parts[2].removeprefix("log")
-    if not (count.isascii() and count.isdecimal() and 2 <= int(count) <= _MOST):
-        raise ConfigError(f"{name}: {parts[2]!r} must be how many, 2 or more, as in 16 or log16")
+    count = _count(name, parts[2])
     if first == last:
         raise ConfigError(f"{name}: {text} begins and ends at one value")
     if log and not (first > 0 and last > 0):
         raise ConfigError(f"{name}: log values must be above 0, got {text}")
-    steps = [i / (int(count) - 1) for i in range(int(count))]
-    if log:
-        inner = [math.exp((1 - s) * math.log(first) + s * math.log(last)) for s in steps]
-    else:
-        inner = [(1 - s) * first + s * last for s in steps]
-    return (first, *(float(f"{v:.4g}") for v in inner[1:-1]), last)
+    return _between(name, first, last, count, _in_ratios if log else _in_steps)
 
 
 def members_of(axes: Sequence[Axis]) -> list[Member]:
@@ -89,7 +84,8 @@ def members_of(axes: Sequence[Axis]) -> list[Member]:
         Values by name of the axis, one dict a member, the last axis changing fastest.
 
     Raises:
-        ConfigError: there is no axis, one is given twice, or there are more than 4,096 members.
+        ConfigError: there is no axis, one is given twice or names nothing that can be swept, or
+            there are more than 4,096 members.
 
     Example:
         >>> members_of([Axis("class_weight", "9", (2.0, 4.0))])
@@ -100,6 +96,8 @@ def members_of(axes: Sequence[Axis]) -> list[Member]:
             "a sweep needs something to sweep: a class_weight, loss_option or learning_rate as in "
             "9=1:100:log16 or 1,2,5"
         )
+    for axis in axes:
+        _check(axis)
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -111,7 +109,7 @@ def members_of(axes: Sequence[Axis]) -> list[Member]:
     return [dict(zip(names, values, strict=True)) for values in grid]
 
 
-def plain_member(axes: Sequence[Axis], config: TrainConfig) -> Member | None:
+def plain_members(axes: Sequence[Axis], config: TrainConfig) -> list[Member]:
     """Return the values at which a member is plain training: cross-entropy at costs of 1.
 
     Args:
@@ -119,14 +117,21 @@ def plain_member(axes: Sequence[Axis], config: TrainConfig) -> Member | None:
         config: The training that all members share, what is swept left out.
 
     Returns:
-        Values by name of the axis; None where no value is, as under another loss.
+        Values by name of the axis, one for each learning rate that is swept; none where no value
+        makes it plain, as under another loss.
     """
     weighted = any(weight != 1.0 for weight in config.class_weight.values())
     options = any(axis.option == "loss_option" for axis in axes) or config.loss_option
     if config.loss != "cross_entropy" or weighted or options:
-        return None
-    plain = {"class_weight": 1.0, "learning_rate": config.learning_rate}
-    return {axis.name: plain[axis.option] for axis in axes}
+        return []
+    ones = [a._replace(values=(1.0,)) if a.option == "class_weight" else a for a in axes]
+    return members_of(ones)
+
+
+def learning_rates(axes: Sequence[Axis], config: TrainConfig) -> tuple[float, ...]:
+    """Return the learning rates that are swept, or the one that is not."""
+    swept = [axis.values for axis in axes if axis.option == "learning_rate"]
+    return swept[0] if swept else (config.learning_rate,)
 
 
 def plain_config(config: TrainConfig) -> TrainConfig:
@@ -216,6 +221,54 @@ def describe(member: Mapping[str, float]) -> str:
         'class_weight 9=5, tau=0.25'
     """
     return ", ".join(f"{name}={value:.6g}" for name, value in member.items())
+
+
+def _check(axis: Axis) -> None:
+    if axis.option not in _KEYS:
+        raise ConfigError(f"a sweep is of {', '.join(_KEYS)}; got {axis.option!r}")
+    wanted = _KEYS[axis.option]
+    if bool(axis.key) != bool(wanted):
+        form = f"{wanted}=VALUES" if wanted else "VALUES alone"
+        raise ConfigError(f"{axis.option} must be swept as {form}, got the key {axis.key!r}")
+    if not axis.values:
+        raise ConfigError(f"{axis.name}: there is no value to sweep")
+
+
+def _in_steps(first: float, last: float, part: float) -> float:
+    value = (1 - part) * first + part * last
+    return value if abs(value) > 1e-12 * max(abs(first), abs(last)) else 0.0  # rounded away from it
+
+
+def _in_ratios(first: float, last: float, part: float) -> float:
+    return math.exp((1 - part) * math.log(first) + part * math.log(last))
+
+
+def _between(
+    name: str, first: float, last: float, count: int, at: Callable[[float, float, float], float]
+) -> tuple[float, ...]:
+    """Return values from first to last, of as few digits as leave the steps between them even."""
+    exact = [at(first, last, i / (count - 1)) for i in range(1, count - 1)]
+    for digits in range(4, 18):
+        values = (first, *(float(f"{v:.{digits}g}") for v in exact), last)
+        if _is_even(values, (first, *exact, last)):
+            return values
+    raise ConfigError(f"{name}: {first!r} and {last!r} are too close together for {count} values")
+
+
+def _is_even(values: Sequence[float], exact: Sequence[float]) -> bool:
+    pairs = itertools.pairwise(zip(values, exact, strict=True))
+    return all(
+        a != b and abs(b - y) <= _ROUNDING * abs(y - x) and (a < b) == (values[0] < values[-1])
+        for (a, x), (b, y) in pairs
+    )
+
+
+def _count(name: str, text: str) -> int:
+    digits = text.removeprefix("log")
+    count = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else 0
+    if not 2 <= count <= _MOST:
+        raise ConfigError(f"{name}: {text!r} must be how many, 2 to {_MOST:,}, as in 16 or log16")
+    return count
 
 
 def _number(name: str, text: str) -> float:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
@@ -14,12 +15,13 @@ import torch
 from funcloss._files import replacing, write_text
 from funcloss.audit import About, RunAudit, audit_run
 from funcloss.choose.ascent import decision_weights
-from funcloss.choose.figures import frontier
+from funcloss.choose.figures import frontier, placed
 from funcloss.choose.gradient import cost_gradient, mean_expected_cost
-from funcloss.choose.limits import Limit
+from funcloss.choose.limits import Limit, limit_text, reached
 from funcloss.choose.page import render_choice_page
 from funcloss.choose.result import Choice, Row
 from funcloss.choose.tested import row_of
+from funcloss.choose.words import tested_sentences
 from funcloss.config import TrainConfig
 from funcloss.data import class_counts, take
 from funcloss.decisions import Costs, Judged, RuleScores, log_posterior, score_decisions
@@ -36,7 +38,7 @@ from funcloss.training import (
     supervised,
 )
 from funcloss.training.figures import save_figure
-from funcloss.training.judging import judge_parts
+from funcloss.training.judging import deployment_prior, judge_parts
 from funcloss.training.setup import Setup, make_optimizer
 from funcloss.typing import Hyper
 
@@ -86,14 +88,23 @@ def judge_model(setup: Setup, config: TrainConfig, model: Model) -> Judgement:
     return Judgement(evaluations, judged)
 
 
-def rows_of(
+class Tested(NamedTuple):
+    """What the test set says of the chosen model, beside what is cheaper."""
+
+    rows: tuple[Row, ...]
+    lines: tuple[str, ...]  # in plain words
+
+
+def on_test(
     setup: Setup,
     plain: Sequence[Judgement],
     chosen: Sequence[Judgement] | None,
     name: str,
     limits: Sequence[Limit],
     focus: Sequence[int],
-) -> list[Row]:
+    *,
+    by_rule: bool = True,
+) -> Tested:
     """Return the chosen model beside plain training and what needs no training at all.
 
     Args:
@@ -103,29 +114,37 @@ def rows_of(
         name: What it is called.
         limits: What has to hold.
         focus: Classes whose recall is told.
+        by_rule: The chosen model's logits make probabilities for the rule.
 
     Returns:
-        Plain training by argmax, by minimum expected cost and, under limits, by moved thresholds;
-        then the chosen model by argmax and by minimum expected cost.
+        Rows of plain training by argmax, by minimum expected cost and, under limits, by moved
+        thresholds; then of the chosen model by argmax and by minimum expected cost.
     """
-    labels = setup.dataset.test.labels.cpu()
-    rule = "minimum expected cost"
+    labels, costs = setup.dataset.test.labels.cpu(), setup.costs
+    rule, known = "minimum expected cost", bool(setup.config.prior)
     base = [j.judged["test"].argmax for j in plain]
-
-    def row(title: str, scores: list[RuleScores], by: Sequence[Judgement]) -> Row:
-        against = None if title == "plain" else base
-        return row_of(title, scores, by[0].judged["test"], labels, focus, plain=against)
-
-    rows = [row("plain", base, plain)]
-    rows.append(row(f"plain, {rule}", [j.judged["test"].min_cost for j in plain], plain))
+    scores = {"plain": base, f"plain, {rule}": [j.judged["test"].min_cost for j in plain]}
     if limits:
-        moved = [_moved(setup, j, limits) for j in plain]
-        rows.append(row("plain, thresholds moved", moved, plain))
+        scores["plain, thresholds moved"] = [_moved(setup, j, limits) for j in plain]
+    cheap = list(scores)[-1]
+    best = base
     if chosen is not None:
-        rows.append(row(name, [j.judged["test"].argmax for j in chosen], chosen))
-        by_rule = [j.judged["test"].min_cost for j in chosen]
-        rows.append(row(f"{name}, {rule}", by_rule, chosen))
-    return rows
+        best = scores[name] = [j.judged["test"].argmax for j in chosen]
+        if by_rule:
+            scores[f"{name}, {rule}"] = [j.judged["test"].min_cost for j in chosen]
+    compare = partial(row_of, judged=plain[0].judged["test"], labels=labels, focus=focus)
+    compare = partial(compare, known_prior=known)
+    rows = {
+        title: compare(title, found, plain=None if title == "plain" else base)
+        for title, found in scores.items()
+    }
+    gap = compare(name, best, plain=scores[cheap]).difference if chosen is not None else None
+    names = [costs.classes[c] for c in focus]
+    reaches = zip(*(reached(limits, s) for s in best), strict=True)
+    texts = [limit_text(limit, costs.classes) for limit in limits]
+    held_out = [(text, sum(v) / len(v)) for text, v in zip(texts, reaches, strict=True)]
+    lines = tested_sentences(rows["plain"], rows.get(name), rows[cheap], gap, held_out, names)
+    return Tested(tuple(rows.values()), tuple(lines))
 
 
 def _moved(setup: Setup, plain: Judgement, limits: Sequence[Limit]) -> RuleScores:
@@ -135,7 +154,9 @@ def _moved(setup: Setup, plain: Judgement, limits: Sequence[Limit]) -> RuleScore
 
     def scored(part: str):
         labels = getattr(dataset, part).labels.cpu()
-        return partial(score_decisions, labels=labels, costs=costs, prior=plain.judged[part].prior)
+        support = labels.bincount(minlength=len(costs.classes))
+        prior = deployment_prior(setup.config, costs.classes, support)
+        return partial(score_decisions, labels=labels, costs=costs, prior=prior)
 
     log_probs = log_posterior(held_out.logits)
     log_weights, _ = decision_weights(log_probs, limits, costs, scored("validation"))
@@ -164,7 +185,7 @@ def focus_of(
     return list(dict.fromkeys(named or [len(costs.classes) - 1]))[:most]
 
 
-def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> dict[str, float]:
+def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str, float], int]:
     """Return what one more unit of each class's weight would do to the validation cost.
 
     Through five further steps at the peak learning rate, on a part of the validation data.
@@ -175,30 +196,35 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> dict[str, floa
         hyper: What they are given.
 
     Returns:
-        Changes of the expected cost by class; empty where there are no class weights.
+        Changes of the expected cost by class, and over how many steps; none where there are no
+        class weights.
     """
     if "class_weights" not in hyper or setup.costs.extra:
-        return {}
-    dataset, config = setup.dataset, setup.config
+        return {}, 0
+    dataset, config, device = setup.dataset, setup.config, state.key.device
     step = make_train_step(
         supervised(setup.model, setup.criterion), make_optimizer(config), clip_norm=config.clip_norm
     )
-    n = len(dataset.train.labels)
-    order = epoch_order(state.key, 0, n).to(state.key.device)
+    order = epoch_order(state.key, 0, len(dataset.train.labels)).to(device)
     size = min(_BATCH, config.batch_size)
-    batches = [
-        take(dataset, dataset.train, i) for i in order.split(size)[:_HORIZON] if len(i) == size
-    ]
-    held = torch.arange(len(dataset.validation.labels), device=state.key.device)
-    batch = take(dataset, dataset.validation, held[:: max(1, len(held) // _VALIDATION)])
+    pieces = [piece for piece in order.split(size)[:_HORIZON] if len(piece) == size]
+    held = torch.arange(len(dataset.validation.labels), device=device)
+    batch = take(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
+    support = batch.targets.bincount(minlength=len(dataset.classes)).cpu()
+    prior = deployment_prior(config, dataset.classes, support)
+    weights = None
+    if prior is not None:
+        weights = (prior / support).float().to(device)[batch.targets] * len(batch.targets)
     cost = mean_expected_cost(
         make_forward(copy.deepcopy(setup.model).eval()),
         batch.inputs,
         batch.targets,
-        setup.costs.matrix.float().to(state.key.device),
+        setup.costs.matrix.float().to(device),
+        sample_weights=weights,
     )
+    batches = [take(dataset, dataset.train, piece) for piece in pieces]
     found = cost_gradient(step, state, batches, cost, hyper)
-    return dict(zip(dataset.classes, found.gradient.tolist(), strict=True))
+    return dict(zip(dataset.classes, found.gradient.tolist(), strict=True)), len(batches)
 
 
 def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: str) -> list[Path]:
@@ -217,7 +243,7 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     Raises:
         RunError: one cannot be written; what was there is as it was.
     """
-    audited = _audited(run_dir)
+    audited = _audited(run_dir, setup.config.data_dir)
     if audited is None:
         about, found = _about(setup, choice.title), None
         more: dict[str, Any] = {}
@@ -226,13 +252,16 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
         more = {"history": audited.history, "pictures": audited.pictures}
     stem = Path(page).stem
     write_text(out / page, render_choice_page(choice, found, about, **more))
-    text = json.dumps(folder.plain(as_dict(choice)), indent=2, allow_nan=False)
-    write_text(out / f"{stem}.json", text + "\n")
     files = [out / page, out / f"{stem}.json"]
     if choice.points:
-        _write_points(out / f"{stem}.csv", choice)
-        save_figure(frontier(choice), out / "frontier.png")
-        files += [out / f"{stem}.csv", out / "frontier.png"]
+        files.append(out / f"{stem}.csv")
+        _write_points(files[-1], choice)
+    if len(placed(choice)) > 1:
+        files.append(out / "frontier.png")
+        save_figure(frontier(choice), files[-1])
+    # Last: it is the sign that all of it is there.
+    text = json.dumps(folder.plain(as_dict(choice)), indent=2, allow_nan=False)
+    write_text(files[1], text + "\n")
     return files
 
 
@@ -259,9 +288,9 @@ def _write_points(path: Path, choice: Choice) -> None:
             writer.writerow((*values, *numbers, p.feasible, p.chosen, p.plain, p.diverged, p.seeds))
 
 
-def _audited(run_dir: Path) -> RunAudit | None:
+def _audited(run_dir: Path, data_dir: str) -> RunAudit | None:
     try:
-        return audit_run(run_dir)
+        return audit_run(run_dir, data_dir=data_dir)
     except AuditError:  # the page says what was chosen all the same
         return None
 

@@ -10,7 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss.choose.ascent import Dual, Snapshot, ascend, init_dual, snapshot_of, weights_of
-from funcloss.choose.limits import Limit, held, limit_text, make_limits, reached
+from funcloss.choose.limits import (
+    Limit,
+    check_measurable,
+    held,
+    limit_text,
+    make_limits,
+    reached,
+)
 from funcloss.data import take
 from funcloss.decisions import RuleScores, judge
 from funcloss.errors import ConfigError
@@ -32,7 +39,7 @@ class Held(NamedTuple):
     reached: Float[Tensor, " limits"]
     feasible: Float[Tensor, ""]  # 1 where every limit holds
     margin: Float[Tensor, ""]
-    accuracy: Float[Tensor, ""]
+    worth: Float[Tensor, ""]  # less the expected cost
     step: Int[Tensor, ""]
 
 
@@ -52,18 +59,12 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
     limits = make_limits(config.floor, config.ceiling, dataset.classes)
     if not limits:
         raise ConfigError("no floor and no ceiling is given, as in floor 9=0.99")
-    support = dataset.validation.labels.bincount(minlength=len(dataset.classes))
-    if not support.sum():
-        raise ConfigError(
-            "floors and ceilings are measured on validation data, and none is held out: set "
-            "val_fraction, to 0.1 say"
-        )
-    for limit in limits:
-        if limit.truth >= 0 and not support[limit.truth]:
-            name = dataset.classes[limit.truth]
-            raise ConfigError(f"there is no validation example of {name} to measure its limit on")
+    check_measurable(limits, dataset)
     if config.reduction != "mean":
-        raise ConfigError("floors and ceilings set class weights, which reduction mean lets act")
+        raise ConfigError(
+            f"floors and ceilings set class weights, which reduction {config.reduction} divides "
+            "by again: use reduction mean"
+        )
     return limits
 
 
@@ -74,7 +75,7 @@ def steer_by_limits(setup: Setup) -> Steering:
     far it is missed (:func:`funcloss.choose.ascend`), and the multipliers make the class weights
     that the next steps are given in ``hyper``, times those that the configuration has. The best
     moment is kept: one at which every limit holds before one at which some does not, then by
-    accuracy.
+    expected cost.
 
     Args:
         setup: The training.
@@ -105,28 +106,32 @@ def steer_by_limits(setup: Setup) -> Steering:
         )
         return judge(found.logits, labels, costs, prior=prior).argmax
 
+    def told(log_weights: Tensor) -> dict[str, float]:
+        weights = weights_of(log_weights + base.cpu().double().log())
+        return {classes[c]: w for c, w in weights.items()}
+
     def init(state: TrainState) -> Held:
         dual = init_dual(limits, len(classes))
         worst = torch.tensor(-math.inf, dtype=torch.float64)
         none = torch.full((len(limits),), math.nan, dtype=torch.float64)
         return Held(
             dual, state.params, state.buffers, dual.log_weights, none,
-            feasible=torch.zeros_like(worst), margin=worst, accuracy=worst, step=state.step.cpu(),
+            feasible=torch.zeros_like(worst), margin=worst, worth=worst, step=state.step.cpu(),
         )  # fmt: skip
 
     def update(memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
         scores = measure(state)
         now, values = snapshot_of(limits, scores), reached(limits, scores)
-        best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.accuracy))
+        best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.worth))
         if now > best:
-            feasible, margin, accuracy = (torch.tensor(float(v)).double() for v in now)
+            feasible, margin, worth = (torch.tensor(v, dtype=torch.float64) for v in now)
             memory = Held(
                 memory.dual, state.params, state.buffers, memory.dual.log_weights,
-                torch.tensor(values, dtype=torch.float64), feasible, margin, accuracy,
+                torch.tensor(values, dtype=torch.float64), feasible, margin, worth,
                 state.step.cpu(),
             )  # fmt: skip
         record = {
-            "weights": {classes[c]: w for c, w in weights_of(memory.dual.log_weights).items()},
+            "weights": told(memory.dual.log_weights),
             "reached": {
                 limit_text(limit, classes): None if math.isnan(v) else v
                 for limit, v in zip(limits, values, strict=True)
@@ -158,8 +163,8 @@ def steer_by_limits(setup: Setup) -> Steering:
             ],
             "feasible": bool(memory.feasible),
             "best_step": int(memory.step),
-            "weights_found": {classes[c]: w for c, w in weights_of(mean).items()},
-            "weights_at_best": {classes[c]: w for c, w in weights_of(memory.log_weights).items()},
+            "weights_found": told(mean),
+            "weights_at_best": told(memory.log_weights),
         }  # fmt: skip
 
     every = config.floor_every or max(1, setup.per_epoch // _AN_EPOCH)

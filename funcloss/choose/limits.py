@@ -1,5 +1,6 @@
 """Floors and ceilings: what must hold of a model's decisions, measured and weighed."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from funcloss.data import Dataset
 from funcloss.decisions import Costs, RuleScores, class_index
 from funcloss.errors import ConfigError
 
 _PAIRS = "TRUE:DECIDED as in 9:4, or cost"
+_ROUNDING = 1e-9  # of rates and costs, which are sums of float64
 
 
 class Limit(NamedTuple):
@@ -57,6 +60,25 @@ def make_limits(
     return tuple(limits)
 
 
+def check_measurable(limits: Sequence[Limit], dataset: Dataset) -> None:
+    """Raise ``ConfigError`` unless validation data has what limits are measured on.
+
+    Args:
+        limits: The limits.
+        dataset: The data.
+    """
+    labels = dataset.validation.labels
+    if limits and not len(labels):
+        raise ConfigError(
+            "floors and ceilings are measured on validation data, and none is held out: set "
+            "val_fraction, to 0.1 say"
+        )
+    for limit in limits:
+        if limit.truth >= 0 and not (labels == limit.truth).any():
+            name = dataset.classes[limit.truth]
+            raise ConfigError(f"there is no validation example of {name} to measure its limit on")
+
+
 def limit_text(limit: Limit, classes: Sequence[str]) -> str:
     """Return a limit in words.
 
@@ -90,7 +112,7 @@ def reached(limits: Sequence[Limit], scores: RuleScores) -> tuple[float, ...]:
 
 
 def held(limits: Sequence[Limit], values: Sequence[float]) -> bool:
-    """Return whether every limit is kept; what is not defined is not.
+    """Return whether every limit is kept, to rounding; what is not defined is not.
 
     Args:
         limits: The limits.
@@ -100,7 +122,8 @@ def held(limits: Sequence[Limit], values: Sequence[float]) -> bool:
         Whether all hold.
     """
     return all(
-        v >= limit.bound if limit.is_floor else v <= limit.bound
+        (limit.bound - v if limit.is_floor else v - limit.bound)
+        <= _ROUNDING * max(1.0, abs(limit.bound))
         for limit, v in zip(limits, values, strict=True)
     )
 
@@ -127,6 +150,8 @@ def violations(
         room = 1.0 - limit.bound if limit.is_floor else limit.bound
         least = 1.0 / max(float(support[limit.truth] if limit.truth >= 0 else support.sum()), 1.0)
         gap = limit.bound - value if limit.is_floor else value - limit.bound
+        if limit.kind == "cost":  # in units of the costs, whatever they are
+            room, least = abs(limit.bound), max(abs(value) * least, 1e-300)
         missed.append(gap / max(room, least))
     return torch.tensor(missed, dtype=torch.float64).nan_to_num(0.0)
 
@@ -137,7 +162,8 @@ def directions(
     """Return which classes' log-weights each limit's multiplier moves.
 
     A recall and a pair raise their true class; a precision lowers its class, so that fewer examples
-    are taken for it; a cost raises the classes in the proportion in which it arises in them now.
+    are taken for it; a cost raises the classes in which it arises and lowers the others, so that
+    the mean over the examples stays: all together would only be a larger learning rate.
 
     Args:
         limits: The limits.
@@ -150,8 +176,9 @@ def directions(
     rows = torch.zeros(len(limits), len(costs.classes), dtype=torch.float64)
     for row, limit in zip(rows, limits, strict=True):
         if limit.kind == "cost":
-            paid = scores.cost.sum(1).clamp(min=0)
-            row += paid / paid.max().clamp(min=1e-300)
+            arises, part = scores.class_cost.clamp(min=0), scores.confusion.sum(1).double()
+            relative = arises / arises.max().clamp(min=1e-300)
+            row += relative - (part * relative).sum() / part.sum()
         else:
             row[limit.truth] = -1.0 if limit.kind == "precision" else 1.0
     return rows
@@ -181,18 +208,25 @@ def _ceiling(key: str, bound: float, classes: Sequence[str]) -> Limit:
         if not math.isfinite(bound):
             raise ConfigError(f"ceiling cost must be a number, got {bound:g}")
         return Limit("cost", bound)
-    colons = [i for i, letter in enumerate(key) if letter == ":"]
-    for colon in colons:  # a name may hold one
-        try:
-            pair = [class_index("ceiling", k, classes) for k in (key[:colon], key[colon + 1 :])]
-        except ConfigError:
-            continue
-        if pair[0] == pair[1]:
-            raise ConfigError(f"ceiling {key}: a {key[:colon]} called itself is no mistake")
-        if not 0.0 <= bound < 1.0:
-            raise ConfigError(
-                f"ceiling {key} must be a rate of at least 0 and below 1, got {bound:g}"
-            )
-        return Limit("pair", bound, *pair)
-    known = ", ".join(classes[:20])
-    raise ConfigError(f"ceiling must be {_PAIRS}; got {key!r}; the classes are {known}")
+    truth, decided = _pair(key, classes)
+    if truth == decided:
+        raise ConfigError(f"ceiling {key}: a {classes[truth]} called itself is no mistake")
+    if not 0.0 <= bound < 1.0:
+        raise ConfigError(f"ceiling {key} must be a rate of at least 0 and below 1, got {bound:g}")
+    return Limit("pair", bound, truth, decided)
+
+
+def _pair(key: str, classes: Sequence[str]) -> tuple[int, int]:
+    """Return the classes that ``TRUE:DECIDED`` names; a name may hold a colon of its own."""
+    pairs = []
+    for colon in (i for i, letter in enumerate(key) if letter == ":"):
+        with contextlib.suppress(ConfigError):
+            truth = class_index("ceiling", key[:colon], classes)
+            pairs.append((truth, class_index("ceiling", key[colon + 1 :], classes)))
+    if not pairs:
+        known = ", ".join(classes[:20])
+        raise ConfigError(f"ceiling must be {_PAIRS}; got {key!r}; the classes are {known}")
+    if len(pairs) > 1:
+        told = " or ".join(f"a true {classes[t]} called {classes[d]}" for t, d in pairs)
+        raise ConfigError(f"ceiling {key} may be {told}: name the classes by their index")
+    return pairs[0]

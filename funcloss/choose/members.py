@@ -17,7 +17,7 @@ from funcloss.typing import Batch, Hyper, Metrics
 # What members have each to themselves; the counter and the key are one for all.
 _OWN = TrainState(params=0, buffers=0, opt_state=0, step=None, key=None)  # type: ignore[arg-type]
 _TIMED = 3  # steps of each width
-_WIDTHS = (1, 8)  # tried beside all at once: of many, a few at a time stay in the cache
+_WIDTHS = (8, 64, 512)  # tried before all at once: a few at a time stay in the cache
 
 
 class Members(NamedTuple):
@@ -184,7 +184,7 @@ def choose_width(
     take: Callable[[Tensor], Batch],
     index: Tensor,
 ) -> Width:
-    """Time a few steps of members alone, a few together and all together, and take the fastest.
+    """Time a few steps of members alone, of a few together, of more, and take the fastest.
 
     Args:
         train_step: The pure step of a single member.
@@ -198,15 +198,19 @@ def choose_width(
     """
     if len(hypers) == 1:
         return Width(1, "one member")
-    widths = sorted({w for w in (*_WIDTHS, len(hypers)) if w <= len(hypers)})
-    runs = {w: _timer(train_step, state, hypers, take, index, w) for w in widths}
-    times: dict[int, list[float]] = {w: [] for w in widths}
-    for _ in range(1 + _TIMED):  # interleaved, since other work comes and goes
-        for w in widths:
-            times[w].append(runs[w]())
-    medians = {w: statistics.median(seconds[1:]) for w, seconds in times.items()}
-    best = min(medians, key=lambda w: medians[w])
-    told = ", ".join(f"{_spoken(w, len(hypers))} {1e3 * t:.1f} ms" for w, t in medians.items())
+    best, times = 1, {}
+    # Wider takes more memory, so it is tried only as long as it pays.
+    for wider in (*(w for w in _WIDTHS if w < len(hypers)), len(hypers)):
+        runs = {w: _timer(train_step, state, hypers, take, index, w) for w in (best, wider)}
+        taken: dict[int, list[float]] = {w: [] for w in runs}
+        for _ in range(1 + _TIMED):  # interleaved, since other work comes and goes
+            for w, run in runs.items():
+                taken[w].append(run())
+        times |= {w: statistics.median(seconds[1:]) for w, seconds in taken.items()}
+        if times[wider] > times[best]:
+            break
+        best = wider
+    told = ", ".join(f"{_spoken(w, len(hypers))} {1e3 * t:.1f} ms" for w, t in times.items())
     return Width(best, f"{len(hypers)} members {_spoken(best, len(hypers))}; a step takes {told}")
 
 

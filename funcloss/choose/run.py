@@ -10,18 +10,19 @@ from funcloss.choose.finish import (
     focus_of,
     gradient_of,
     judge_model,
-    rows_of,
+    on_test,
     write_choice,
 )
 from funcloss.choose.floors import limits_of, steer_by_limits
-from funcloss.choose.limits import Limit, held, limit_text
+from funcloss.choose.limits import Limit, held, limit_text, reached
 from funcloss.choose.members import member_hyper
 from funcloss.choose.result import Ascent, Choice
 from funcloss.choose.result import Limit as Reached
 from funcloss.choose.seeds import STEPS, Sweep, run_seeds, start, state_of, taken_up
-from funcloss.choose.select import chosen_of, faded, misses, points_of
-from funcloss.choose.words import limit_sentences, sweep_sentences, tested_sentences
+from funcloss.choose.select import baseline_of, chosen_of, faded, misses, points_of
+from funcloss.choose.words import fading_sentence, limit_sentences, sweep_sentences
 from funcloss.config import TrainConfig
+from funcloss.data import class_counts
 from funcloss.decisions import cost_sentences
 from funcloss.errors import RunError
 from funcloss.training import (
@@ -37,6 +38,7 @@ from funcloss.training import (
     train,
     write_run,
 )
+from funcloss.training.judging import rule_caveat
 from funcloss.training.setup import Setup, make_setup, setup_on
 
 Show = Callable[[Any], None]
@@ -153,7 +155,7 @@ def train_under_limits(
     """
     watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
     outcome = train(config, run_dir, overwrite=overwrite, steer=steer_by_limits, **watch)
-    return _compared(outcome, watch)
+    return _compared(outcome, "", watch)
 
 
 def resume_under_limits(
@@ -185,7 +187,8 @@ def resume_under_limits(
     if (path / "floor.json").exists():
         raise RunError(f"{path} is finished: its report is {path / 'floor.html'}")
     watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
-    return _compared(resume(path, data_dir=data_dir, steer=steer_by_limits, **watch), watch)
+    outcome = resume(path, data_dir=data_dir, steer=steer_by_limits, **watch)
+    return _compared(outcome, data_dir, watch)
 
 
 def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
@@ -205,35 +208,45 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
         )
     points[number] = points[number]._replace(chosen=True)
     own = [r for r in records if r["member"] == number]
+    show(Note("reading the test set"))
+    # Where every plain training diverged, the chosen member is compared with itself.
+    plain = baseline_of(points)
+    base = number if plain is None else plain
+    judged = {n: [_judged(made, s, n) for s in range(made.seeds)] for n in {base, number}}
+    entry = made.entries[number]
+    test = on_test(
+        made.setup,
+        judged[base],
+        None if number == base else judged[number],
+        entry.name,
+        made.limits,
+        focus,
+        by_rule=not rule_caveat(entry.config),
+    )
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
     )["seed"]
-    show(Note("reading the test set"))
-    plain = next(i for i, entry in enumerate(made.entries) if entry.plain)
-    judged = {n: [_judged(made, s, n) for s in range(made.seeds)] for n in {plain, number}}
-    rows = rows_of(
-        made.setup,
-        judged[plain],
-        None if number == plain else judged[number],
-        made.entries[number].name,
-        made.limits,
-        focus,
-    )
     setup, state = _write_chosen(made, seed, number, judged[number][seed].evaluations, run_dir)
-    reached = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
-    lines = sweep_sentences(points, points[number], reached, made.axes, faded(records, made.axes))
+    limit_rows = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
+    compared = None if plain is None else points[plain]
+    lines = sweep_sentences(points, points[number], compared, limit_rows, made.axes)
+    if (error := faded(records, made.axes)) is not None:
+        counts = class_counts(made.setup.dataset.train, len(classes))
+        even = float(counts.max()) < 1.1 * float(counts.min())
+        lines.append(fading_sentence(error, even=even))
+    gradient, horizon = gradient_of(setup, state, setup.hyper)
     choice = Choice(
         title=f"Sweep of {', '.join(axis.name for axis in made.axes)}",
-        lines=(*lines, *tested_sentences(rows, names)),
+        lines=(*lines, *test.lines),
         costs=tuple(cost_sentences(costs)),
         focus=names,
         axes=tuple(axis.name for axis in made.axes),
         points=tuple(points),
-        limits=reached,
+        limits=limit_rows,
         ascent=(),
-        rows=tuple(rows),
-        gradient=gradient_of(setup, state, setup.hyper),
-        gradient_steps=5,
+        rows=test.rows,
+        gradient=gradient,
+        gradient_steps=horizon,
         seeds=made.seeds,
     )
     files = write_choice(choice, made.folder, run_dir, setup, "sweep.html")
@@ -272,12 +285,13 @@ def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Pat
     return setup, state
 
 
-def _compared(outcome: Outcome, watch: dict[str, Any]) -> Chosen:
+def _compared(outcome: Outcome, data_dir: str, watch: dict[str, Any]) -> Chosen:
     """Train plainly, if that is not done, and report on both."""
     run_dir = outcome.folder
     if not outcome.finished:
         return Chosen(run_dir, run_dir, None, [])
     config = folder.read_config(run_dir)
+    config = config._replace(data_dir=data_dir or config.data_dir)
     plain_dir = run_dir / "plain"
     if folder.read_summary(plain_dir) is None:
         text = f"training once more without limits, to compare with, into {plain_dir}"
@@ -294,21 +308,45 @@ def _compared(outcome: Outcome, watch: dict[str, Any]) -> Chosen:
 def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, Any]) -> Chosen:
     dataset, costs = setup.dataset, setup.costs
     classes, limits = dataset.classes, limits_of(setup)
-    swept = list(summary["weights_found"])
-    focus = focus_of(costs, limits, swept)
-    names = tuple(classes[c] for c in focus)
+    focus = focus_of(costs, limits, list(summary["weights_found"]))
     plain = setup_on(plain_config(setup.config), dataset)
-    model = _model(run_dir, setup)
-    rows = rows_of(
-        setup,
-        [judge_model(plain, plain.config, _model(plain_dir, plain))],
-        [judge_model(setup, setup.config, model)],
-        "trained under limits",
-        limits,
-        focus,
+    as_plain = judge_model(plain, plain.config, _model(plain_dir, plain))
+    found = judge_model(setup, setup.config, _model(run_dir, setup))
+    name, caveat = "the model under limits", rule_caveat(setup.config)
+    test = on_test(setup, [as_plain], [found], name, limits, focus, by_rule=not caveat)
+    ascent = _ascent(run_dir)
+    best = next((a for a in ascent if a.step == summary["best_step"]), None)
+    limit_rows = _limits(limits, _defined([row["reached"] for row in summary["limits"]]), classes)
+    plain_keeps = held(limits, reached(limits, as_plain.judged["validation"].argmax))
+    weights = summary["weights_found"]
+    lines = limit_sentences(limit_rows, ascent, best, weights, plain_keeps=plain_keeps)
+    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
+    state = restore(setup.state, beneath(tensors, "state"))
+    last = setup.hyper | {
+        name: t.to(state.key.device) for name, t in beneath(tensors, "hyper").items()
+    }
+    gradient, horizon = gradient_of(setup, state, last)
+    choice = Choice(
+        title=f"Limits of {run_dir.name}",
+        lines=(*lines, *test.lines),
+        costs=tuple(cost_sentences(costs)),
+        focus=tuple(classes[c] for c in focus),
+        axes=(),
+        points=(),
+        limits=limit_rows,
+        ascent=ascent,
+        rows=test.rows,
+        gradient=gradient,
+        gradient_steps=horizon,
+        seeds=1,
     )
-    records = [r for r in folder.read_records(run_dir) if r["kind"] == "steering"]
-    ascent = tuple(
+    files = write_choice(choice, run_dir, run_dir, setup, "floor.html")
+    return Chosen(run_dir, run_dir, choice, files)
+
+
+def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
+    """Return the measurements of a training under limits."""
+    return tuple(
         Ascent(
             step=r["step"],
             weights=r["weights"],
@@ -316,31 +354,9 @@ def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, A
             accuracy=r["accuracy"],
             feasible=r["feasible"],
         )
-        for r in records
+        for r in folder.read_records(run_dir)
+        if r["kind"] == "steering"
     )
-    best = next((a for a in ascent if a.step == summary["best_step"]), None)
-    reached = _limits(limits, _defined([row["reached"] for row in summary["limits"]]), classes)
-    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    state = restore(setup.state, beneath(tensors, "state"))
-    choice = Choice(
-        title=f"Limits of {run_dir.name}",
-        lines=(
-            *limit_sentences(reached, ascent, best, summary["weights_found"]),
-            *tested_sentences(rows, names),
-        ),
-        costs=tuple(cost_sentences(costs)),
-        focus=names,
-        axes=(),
-        points=(),
-        limits=reached,
-        ascent=ascent,
-        rows=tuple(rows),
-        gradient=gradient_of(setup, state, model.hyper),
-        gradient_steps=5,
-        seeds=1,
-    )
-    files = write_choice(choice, run_dir, run_dir, setup, "floor.html")
-    return Chosen(run_dir, run_dir, choice, files)
 
 
 def _model(run_dir: Path, setup: Setup) -> Model:

@@ -1,6 +1,7 @@
 """A sweep: many trainings side by side, each seed in turn, kept in a folder that can be resumed."""
 
 import copy
+import math
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ from funcloss.choose.axes import (
     Member,
     by_name,
     describe,
+    learning_rates,
     member_config,
     members_of,
     plain_config,
-    plain_member,
+    plain_members,
 )
-from funcloss.choose.limits import Limit, make_limits, reached
+from funcloss.choose.limits import Limit, check_measurable, make_limits, reached
 from funcloss.choose.members import (
     Group,
     Members,
@@ -52,13 +54,14 @@ from funcloss.training import (
     restore,
     save_tensors,
 )
-from funcloss.training.judging import judge_parts
+from funcloss.training.judging import judge_parts, rule_caveat
 from funcloss.training.objective import Forward
 from funcloss.training.setup import Setup, make_hyper, make_setup, seeded_state, setup_on
 from funcloss.typing import Hyper
 
 SPEC, MEMBERS, STEPS = "sweep.toml", "members.jsonl", "steps.jsonl"
 _METHODS = ("auto", "vmap", "loop")
+_SEEDS = 2**63  # from 0 on
 _TRAINING_EXAMPLES = 10_000  # that tell the training error
 
 
@@ -146,18 +149,24 @@ def start(
         DataError: the data cannot be had.
         RunError: the folder cannot be written.
     """
-    folder.check_free(out, overwrite=overwrite, sign=SPEC, what="sweep")
+    check_free(out, overwrite=overwrite)
     if method not in _METHODS:
         raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    if config.seed + seeds > _SEEDS:
+        raise ConfigError(
+            f"seeds count up from seed {config.seed}, which leaves no room for {seeds}"
+        )
     made = _assembled(config, axes, out, seeds, width=1)
     if made.setup.dataset.note:
         show(Note(made.setup.dataset.note, warning=True))
     width = _width(made, method, show)
     made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
+    # With weights of the swept classes too: what reads it refuses a weighted mean without any.
+    shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
     spec = {
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in made.config._asdict().items()},
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in shared._asdict().items()},
         "sweep": {
             "seeds": seeds,
             "width": width,
@@ -165,9 +174,28 @@ def start(
         },
         "run": {"command": folder.command_line(), "environment": folder.environment()},
     }
+    check_free(out, overwrite=overwrite)  # another may have come while this one was timed
     with folder_replacing(out, last=SPEC) as beside:
         write_text(beside / SPEC, tomli_w.dumps(spec))
     return made
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise ``ConfigError`` unless a new sweep may be made at ``out``.
+
+    Args:
+        out: The folder to make.
+        overwrite: A sweep that is there already may go; anything else never.
+    """
+    folder.check_free(out, overwrite=overwrite, sign=SPEC, what="sweep")
+    if not (out / SPEC).is_file():
+        return
+    try:
+        made_here = "axes" in tomllib.loads((out / SPEC).read_text(encoding="utf-8"))["sweep"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_here = False
+    if not made_here:
+        raise ConfigError(f"{out} is there and is not a sweep folder: name another one")
 
 
 def taken_up(out: Path, *, data_dir: str = "", show: Show = lambda event: None) -> Sweep:
@@ -192,13 +220,14 @@ def taken_up(out: Path, *, data_dir: str = "", show: Show = lambda event: None) 
         spec = tomllib.loads((out / SPEC).read_text(encoding="utf-8"))
         own, run = spec.pop("sweep"), spec.pop("run")
         axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
+        seeds, width, before = own["seeds"], own["width"], run["environment"]
         config = make_config(spec)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
-    for line in folder.differences(run["environment"], folder.environment()):
+    for line in folder.differences(before, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     config = config._replace(data_dir=data_dir or config.data_dir)
-    return _assembled(config, axes, out, own["seeds"], width=own["width"])
+    return _assembled(config, axes, out, seeds, width=width)
 
 
 def run_seeds(
@@ -277,7 +306,8 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
         class_weights=hyper.get("class_weights"),
     )["validation"]
     scores = judged.argmax
-    finite = all(t.isfinite().all() for t in state.params.values())
+    # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
+    finite = all(t.isfinite().all() for t in flatten(state).values())
     return folder.plain(
         {
             "member": number,
@@ -287,7 +317,9 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
             "diverged": not (finite and bool(found.logits.isfinite().all())),
             "accuracy": scores.accuracy.value,
             "expected_cost": scores.expected_cost.value,
-            "rule_cost": judged.min_cost.expected_cost.value,
+            "rule_cost": judged.min_cost.expected_cost.value
+            if not rule_caveat(entry.config)
+            else math.nan,
             "temperature": judged.temperature,
             "calibration_error": judged.calibration_error,
             "recall": dict(zip(dataset.classes, scores.recall.tolist(), strict=True)),
@@ -305,7 +337,7 @@ def evaluate_part(sweep: Sweep, forward: Forward, state: TrainState, part: str):
     examples = getattr(dataset, part)
     n = len(examples.labels)
     # Every so many: the training set may be sorted by class.
-    stride = max(1, n // _TRAINING_EXAMPLES) if part == "train" else 1
+    stride = math.ceil(n / _TRAINING_EXAMPLES) if part == "train" else 1
 
     def batch(index: Tensor):
         return take(dataset, examples, index * stride)
@@ -334,6 +366,7 @@ def _assembled(
         )
     axes = tuple(by_name(axes, classes))
     limits = make_limits(config.floor, config.ceiling, classes)
+    check_measurable(limits, setup.dataset)
     # What the first member resolved holds for all; what is swept, and the limits, do not.
     swept = {axis.key for axis in axes if axis.option == "class_weight"}
     options = {axis.key for axis in axes if axis.option == "loss_option"}
@@ -343,6 +376,7 @@ def _assembled(
         loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
         floor=config.floor,
         ceiling=config.ceiling,
+        compile="on" if config.compile == "on" else "off",  # nothing tries whether it pays
     )
     made = Sweep(out, base, axes, seeds, width, setup, [], [], limits)
     entries = _entries(base, axes)
@@ -352,12 +386,16 @@ def _assembled(
 def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
     """Return the members, plain training among them or, if it is none of the grid, at the end."""
     alone = config._replace(floor={}, ceiling={})
-    grid, plain = members_of(axes), plain_member(axes, config)
-    if plain is not None and plain not in grid:
-        grid.insert(0, plain)
-    entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m == plain) for m in grid]
-    if plain is None:
-        entries.append(Entry("plain", {}, plain_config(config), plain=True))
+    grid, plain = members_of(axes), plain_members(axes, config)
+    grid = [m for m in plain if m not in grid] + grid
+    entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m in plain) for m in grid]
+    if plain:
+        return entries
+    rates = learning_rates(axes, config)
+    for rate in rates:
+        name = "plain" if len(rates) == 1 else f"plain at learning_rate={rate:g}"
+        own = plain_config(config._replace(learning_rate=rate))
+        entries.append(Entry(name, {}, own, plain=True))
     return entries
 
 
@@ -383,6 +421,8 @@ def _width(sweep: Sweep, method: str, show: Show) -> int:
     hypers = _hypers(setup, sweep.entries)
     if method != "auto":
         return len(hypers) if method == "vmap" else 1
+    if not sweep.steps or not hypers:
+        return 1
     index = torch.arange(setup.config.batch_size, device=setup.config.device)
     batch_at = partial(take, setup.dataset, setup.dataset.train)
     found = choose_width(setup.train_step, setup.state, hypers, batch_at, index)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcloss.choose.axes import Axis
-from funcloss.choose.limits import Limit, violations
+from funcloss.choose.limits import Limit, held, violations
 from funcloss.choose.result import Point, Score
 from funcloss.decisions import seed_interval
 
@@ -42,9 +42,10 @@ def chosen_of(
 ) -> int | None:
     """Return which member to choose, by validation data alone.
 
-    Under limits the one that keeps them with the smallest class weight, or, where more than one
+    Under limits the one that keeps them with the class weight nearest to 1, or, where more than one
     option or another is swept, with the least expected cost; if none keeps them, the one that comes
-    nearest. Without limits the one of least expected cost. A member that diverged on a seed is out.
+    nearest. Without limits the one of least expected cost. Plain training is a member as any other;
+    one that diverged on a seed is out.
 
     Args:
         points: The members.
@@ -55,7 +56,7 @@ def chosen_of(
     Returns:
         Its position among the points; None if all diverged.
     """
-    sound = [i for i, p in enumerate(points) if not p.diverged and p.values]
+    sound = [i for i, p in enumerate(points) if not p.diverged]
     if not sound:
         return None
     if not limits:
@@ -64,8 +65,21 @@ def chosen_of(
     if not feasible:
         return min(sound, key=lambda i: missed[i])
     if len(axes) == 1 and axes[0].option == "class_weight":
-        return min(feasible, key=lambda i: points[i].values[axes[0].name])
+        return min(feasible, key=lambda i: _tilt(points[i].values.get(axes[0].name, 1.0)))
     return min(feasible, key=lambda i: points[i].expected_cost.value)
+
+
+def baseline_of(points: Sequence[Point]) -> int | None:
+    """Return which plain training to compare with: that of least expected cost on validation data.
+
+    Args:
+        points: The members; plain training is there once for each learning rate.
+
+    Returns:
+        Its position among the points; None if all plain trainings diverged.
+    """
+    plain = [i for i, p in enumerate(points) if p.plain and not p.diverged]
+    return min(plain, key=lambda i: points[i].expected_cost.value, default=None)
 
 
 def misses(records: Sequence[Record], limits: Sequence[Limit]) -> list[float]:
@@ -116,23 +130,23 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
 def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> Point:
     sound = [r for r in own if not r["diverged"]]
     values = _means([r["reached"] for r in sound])
-    kept = [
-        v >= limit.bound if limit.is_floor else v <= limit.bound
-        for limit, v in zip(limits, values, strict=False)
-    ]
     return Point(
         name=own[0]["name"],
         values=own[0]["values"],
         accuracy=_score([r["accuracy"] for r in sound]),
         expected_cost=_score([r["expected_cost"] for r in sound]),
-        rule_cost=_score([r["rule_cost"] for r in sound]),
+        rule_cost=_score([_number(r["rule_cost"]) for r in sound]),
         recall=tuple(_score([_number(r["recall"][name]) for r in sound]) for name in focus),
         plain=own[0]["plain"],
         chosen=False,
-        feasible=(len(kept) == len(limits) and all(kept)) if limits else None,
+        feasible=(bool(sound) and held(limits, values)) if limits else None,
         seeds=len(own),
         diverged=len(own) - len(sound),
     )
+
+
+def _tilt(weight: float) -> float:
+    return abs(math.log(weight)) if weight > 0 else math.inf
 
 
 def _score(values: list[float]) -> Score:

@@ -21,11 +21,12 @@ from funcloss.decisions import (
 def row_of(
     name: str,
     scores: Sequence[RuleScores],
+    *,
     judged: Judged,
     labels: Int[Tensor, " n"],
     focus: Sequence[int],
-    *,
     plain: Sequence[RuleScores] | None = None,
+    known_prior: bool = False,
 ) -> Row:
     """Return what a model does on the test set, over its seeds, beside plain training.
 
@@ -36,6 +37,7 @@ def row_of(
         labels: The truth, shape ``(n,)``.
         focus: Classes whose recall is told.
         plain: What is compared with, one a seed, on the same examples; None: nothing.
+        known_prior: The prior was given, not counted: how often each class comes is then certain.
 
     Returns:
         The row, intervals at 95 % over examples and seeds.
@@ -43,14 +45,21 @@ def row_of(
     weights = (judged.prior / scores[0].confusion.sum(1))[labels]
     paid = torch.stack([s.example_cost for s in scores])
     right = torch.stack([(s.decisions == labels).double() for s in scores])
-    cost = mean_interval(paid, weights)
+    strata = labels if known_prior else None
+    cost = mean_interval(paid, weights, strata=strata)
     difference = None
     if plain is not None:
-        difference = mean_interval(paid - torch.stack([s.example_cost for s in plain]), weights)
+        gap = paid - torch.stack([s.example_cost for s in plain])
+        difference = mean_interval(gap, weights, strata=strata)
+    accuracy = (
+        mean_interval(right, weights, strata=strata)
+        if known_prior
+        else part_interval(right.mean(1).tolist(), len(labels))
+    )
     constant = judged.constant_cost if judged.constant_cost > 0 else math.nan
     return Row(
         name=name,
-        accuracy=Score(*mean_interval(right, weights)),
+        accuracy=Score(*accuracy),
         expected_cost=Score(*cost),
         normalised_cost=Score(*(v / constant for v in cost)),
         recall=tuple(

@@ -1,6 +1,7 @@
 """What a sweep or a training under limits came to, in plain words."""
 
 import math
+import shlex
 from collections.abc import Sequence
 
 from funcloss.choose.axes import Axis
@@ -10,42 +11,60 @@ from funcloss.choose.result import Ascent, Limit, Point, Row, Score
 def sweep_sentences(
     points: Sequence[Point],
     chosen: Point,
+    plain: Point | None,
     limits: Sequence[Limit],
     axes: Sequence[Axis],
-    faded: Score | None,
 ) -> list[str]:
     """Return what a sweep chose on validation data, and what must be known of it.
 
     Args:
         points: Its members.
         chosen: The one that was chosen.
+        plain: The plain training that it is compared with; None: it diverged.
         limits: What had to hold, and what it reaches.
         axes: What was swept.
-        faded: The training error, where class weights have nothing left to weigh.
 
     Returns:
         Sentences, the answer first.
     """
-    lines = [_answer(points, chosen, limits, axes)]
+    lines = [_answer(chosen, plain, limits, axes)]
     lost = [p for p in points if p.diverged]
     if lost:
-        names = ", ".join(
-            f"{p.name or 'plain'} on {p.diverged} of {p.seeds} seeds" for p in lost[:5]
-        )
+        names = ", ".join(f"{p.name} on {p.diverged} of {p.seeds} seeds" for p in lost[:5])
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         lines.append(f"Diverged, and out of the choice: {names}{more}.")
-    if faded is not None:
-        lines.append(
-            f"The training error is {100 * faded.value:.2f} %: where no training example is wrong, "
-            "class weights fade (Byrd and Lipton 2019). Margins and logit adjustment do not: sweep "
-            "tau of logit_adjusted or vector_scaling, as in --loss vector_scaling --loss-option "
-            "tau=0:2:5."
-        )
     return lines
 
 
+def fading_sentence(error: Score, *, even: bool) -> str:
+    """Return what to know where no training example is wrong any more.
+
+    Args:
+        error: The training error of the members.
+        even: All classes have as many training examples, so that adjusting by counts does nothing.
+
+    Returns:
+        A sentence.
+    """
+    told = (
+        f"The training error is {100 * error.value:.2f} %: where no training example is wrong, "
+        "class weights fade (Byrd and Lipton 2019)"
+    )
+    if even:
+        return f"{told}; decisions of minimum expected cost do not."
+    return (
+        f"{told}. Logit adjustment and vector scaling do not: sweep tau, as in --loss "
+        "vector_scaling --loss-option tau=0:2:5."
+    )
+
+
 def limit_sentences(
-    limits: Sequence[Limit], ascent: Sequence[Ascent], best: Ascent | None, found: dict[str, float]
+    limits: Sequence[Limit],
+    ascent: Sequence[Ascent],
+    best: Ascent | None,
+    found: dict[str, float],
+    *,
+    plain_keeps: bool,
 ) -> list[str]:
     """Return what a training under limits came to on validation data.
 
@@ -54,94 +73,110 @@ def limit_sentences(
         ascent: All measurements.
         best: The one whose model is kept.
         found: The class weights found, those that are not 1.
+        plain_keeps: Plain training keeps every limit on validation data.
 
     Returns:
         Sentences, the answer first.
     """
     missed = [limit for limit in limits if not limit.held]
     at = f" after {best.step:,} steps" if best else ""
-    weights = " ".join(f"--class-weight {name}={w:g}" for name, w in found.items())
+    kept = sum(a.feasible for a in ascent)
+    of = f"the best of {len(ascent)} measurements, at {kept} of which every limit held"
     if not missed:
         told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
-        lines = [f"Every limit is kept on validation data{at}. {told}."]
+        lines = [f"Every limit is kept on validation data{at}, {of}. {told}."]
     else:
-        told = "; ".join(
-            f"{limit.text} is missed by {_four(abs(limit.bound - limit.reached))}, at "
-            f"{_four(limit.reached)}"
-            for limit in missed
-        )
-        lines = [f"Not every limit could be kept on validation data; nearest{at}: {told}."]
-    if weights:
+        told = "; ".join(map(_missed, missed))
+        lines = [f"Not every limit could be kept on validation data. Nearest{at}, {of}: {told}."]
+    if plain_keeps:
+        lines.append("Plain training keeps every limit on validation data as it is.")
+    weights = " ".join(
+        f"--class-weight {shlex.quote(f'{name}={w:g}')}" for name, w in found.items()
+    )
+    if weights and missed:
+        lines.append(f"Weights that it came to, which keep not every limit: {weights}")
+    elif weights:
         lines.append(f"Weights found, to be used plainly: {weights}")
-    else:
-        lines.append("The limits needed no weights: plain training keeps them.")
-    kept = sum(a.feasible for a in ascent)
-    lines.append(f"All limits held at {kept} of {len(ascent)} measurements.")
     return lines
 
 
-def tested_sentences(rows: Sequence[Row], focus: Sequence[str]) -> list[str]:
-    """Return what the test set, read once, says of the model beside its cheap alternatives.
+def tested_sentences(
+    plain: Row,
+    chosen: Row | None,
+    cheap: Row,
+    gap: Score | None,
+    reached: Sequence[tuple[str, float]],
+    focus: Sequence[str],
+) -> list[str]:
+    """Return what the test set, read once, says of the model beside its cheap alternative.
 
     Args:
-        rows: What was tested: plain training first, by argmax and by minimum expected cost, the
-            chosen model last but for its own rule.
+        plain: Plain training by argmax.
+        chosen: The chosen model by argmax; None: it is plain training.
+        cheap: What needs no training: plain training under another rule.
+        gap: Expected cost of the chosen model less that of ``cheap``, paired.
+        reached: Each limit in words, and what the chosen model reaches of it on the test set.
         focus: Classes whose recall is told.
 
     Returns:
         Sentences.
     """
-    plain = rows[0]
-    others = [row for row in rows[1:] if not row.name.startswith("plain")]
-    cheap = [row for row in rows[1:] if row.name.startswith("plain")]
     lines = []
-    if others:
-        lines.append(
-            f"On the test set, read once: {_row(others[0], focus)}; plain: {_row(plain, focus)}."
-        )
-        lines.append(f"Expected cost of {others[0].name} against plain: {_difference(others[0])}.")
-    else:
+    if chosen is None:
         lines.append(f"On the test set, read once: {_row(plain, focus)}.")
-    for row in cheap:
-        lines.append(f"Without training anew, {row.name}: {_row(row, focus)}; {_difference(row)}.")
-    if others and cheap:
-        best = min(cheap, key=lambda row: row.expected_cost.value)
-        gain = plain.expected_cost.value - others[0].expected_cost.value
-        share = (
-            (plain.expected_cost.value - best.expected_cost.value) / gain if gain > 0 else math.nan
+    else:
+        told = f"{_row(chosen, focus)}; plain: {_row(plain, focus)}"
+        lines.append(f"On the test set, read once: {told}.")
+        lines.append(
+            f"Expected cost of {chosen.name} against plain: {_difference(chosen.difference)}."
         )
-        if share >= 1:
-            lines.append(
-                "The decision rule alone costs no more than the costs in training: prefer it."
-            )
-        elif share >= 0.5:
-            lines.append(
-                f"The decision rule alone gives {100 * share:.0f} % of what the costs in training "
-                "give."
-            )
+    if reached:
+        told = "; ".join(f"{text}: {_four(value)}" for text, value in reached)
+        lines.append(f"The limits on the test set: {told}.")
+    told = f"{_row(cheap, focus)}; {_difference(cheap.difference)}"
+    lines.append(f"Without training anew, {cheap.name}: {told}.")
+    if gap is not None and not math.isnan(gap.low):
+        lines.append(f"{_verdict(gap)} ({_difference(gap)}).")
     return lines
 
 
 def _answer(
-    points: Sequence[Point], chosen: Point, limits: Sequence[Limit], axes: Sequence[Axis]
+    chosen: Point, plain: Point | None, limits: Sequence[Limit], axes: Sequence[Axis]
 ) -> str:
-    name = chosen.name or "plain training"
     if not limits:
-        plain = next((p for p in points if p.plain), None)
-        if plain is None or plain is chosen or plain.values == chosen.values:
-            against = "no other member costs less"
+        if plain is None or chosen.plain:
+            against = "no member that was swept costs less" if chosen.plain else "plain diverged"
         else:
             against = f"plain training costs {_four(plain.expected_cost.value)}"
         return (
-            f"{name} has the least expected cost on validation data, "
+            f"{chosen.name} has the least expected cost on validation data, "
             f"{_four(chosen.expected_cost.value)} an example; {against}."
         )
     told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
     if not chosen.feasible:
-        return f"No member keeps every limit on validation data; nearest is {name}. {told}."
+        return f"No member keeps every limit on validation data; nearest is {chosen.name}. {told}."
     weighted = len(axes) == 1 and axes[0].option == "class_weight"
-    by = "the smallest weight" if weighted else "the member of least expected cost"
-    return f"{name} is {by} that keeps every limit on validation data. {told}."
+    if weighted:
+        rising = min(axes[0].values) >= 1
+        by = "the smallest weight" if rising else "the weight nearest to 1"
+    else:
+        by = "the member of least expected cost"
+    return f"{chosen.name} is {by} that keeps every limit on validation data. {told}."
+
+
+def _missed(limit: Limit) -> str:
+    if math.isnan(limit.reached):
+        return f"{limit.text} is missed: it is not defined, as the class is never decided"
+    gap = abs(limit.bound - limit.reached)
+    return f"{limit.text} is missed by {_four(gap)}, at {_four(limit.reached)}"
+
+
+def _verdict(gap: Score) -> str:
+    if gap.low > 0:
+        return "The decision rule alone costs less than the costs in training: prefer it"
+    if gap.high < 0:
+        return "The costs in training save more than the decision rule alone"
+    return "Between the costs in training and the decision rule alone no difference can be told"
 
 
 def _row(row: Row, focus: Sequence[str]) -> str:
@@ -150,10 +185,10 @@ def _row(row: Row, focus: Sequence[str]) -> str:
     return f"{', '.join(parts)}, expected cost {_with(row.expected_cost)}"
 
 
-def _difference(row: Row) -> str:
-    if row.difference is None:
-        return "the same"
-    value, low, high = row.difference
+def _difference(difference: Score | None) -> str:
+    if difference is None or difference == (0.0, 0.0, 0.0):
+        return "the same decisions"
+    value, low, high = difference
     told = f"{value:+.4f} an example"
     if math.isnan(low):
         return told
@@ -170,4 +205,4 @@ def _with(score: Score, factor: float = 1.0) -> str:
 
 
 def _four(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.4f}"
+    return "not defined" if math.isnan(value) else f"{value:.4f}"

@@ -115,7 +115,7 @@ class TrainingConsole:
                 self._out.print()
             self._out.print(_rows_table(choice))
             for line in choice.costs:
-                self._out.print(f"cost: {line}", markup=False)
+                self._out.print(f"cost: {line}", markup=False, emoji=False)
         self._out.print(f"run folder: {ended.run_dir}", markup=False)
         self._out.print(f"report: {ended.files[0]}", markup=False)
 

@@ -1,6 +1,7 @@
 """``funcloss sweep``: many trainings side by side, and the one to choose."""
 
 import shlex
+from collections import ChainMap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,8 @@ def sweep(
     given = {name: value for name, value in options.items() if value is not None and value != []}
     swept, fixed = _parted(given)
     layers = [read_recipe(recipe) if recipe else {}, read_toml(config) if config else {}]
-    chosen = make_config(*layers, parsed(fixed))
+    layers.append(parsed(fixed))
+    chosen = make_config(*layers, _swept_weights(layers, swept))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "out": out, "overwrite": overwrite}
         clash = [name for name, value in others.items() if value]
@@ -99,6 +101,20 @@ def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str
         if kept:
             fixed[option] = _number(kept[0]) if option == "learning_rate" else kept
     return swept, fixed
+
+
+def _swept_weights(
+    layers: list[dict[str, Any]], swept: list[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """Return the class weights with those swept among them, which a weighted mean may need."""
+    for option, key, _ in swept:
+        if key in layers[-1].get(option, {}):
+            raise ConfigError(f"{option} {key} is given a value and swept: leave out one of them")
+    keys = [key for option, key, _ in swept if option == "class_weight" and key]
+    fixed = ChainMap(*reversed(layers)).get("class_weight", {})
+    if not keys or not isinstance(fixed, dict):
+        return {}
+    return {"class_weight": {**fixed, **dict.fromkeys(keys, 1.0)}}
 
 
 def _number(text: str) -> float:

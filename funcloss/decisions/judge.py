@@ -23,6 +23,7 @@ class RuleScores(NamedTuple):
     confusion: Int[Tensor, "classes decisions"]  # rows the truth, in counts
     cost: Float[Tensor, "classes decisions"]  # the same in cost units, of all examples together
     expected_cost: Interval  # an example, under the prior of the deployment
+    class_cost: Float[Tensor, " classes"]  # its parts by true class
     normalised_cost: float  # over the best constant decision's; NaN unless that is above 0
     accuracy: Interval  # under the prior; a decision that is no class is never right
     recall: Float[Tensor, " classes"]  # NaN for a class that does not occur
@@ -56,6 +57,7 @@ def judge(
     labels: Int[Tensor, " n"],
     costs: Costs,
     *,
+    scores: Float[Tensor, "n classes"] | None = None,
     temperature: float = 1.0,
     log_shift: Float[Tensor, " classes"] | None = None,
     prior: Float[Tensor, " classes"] | None = None,
@@ -71,6 +73,7 @@ def judge(
         logits: What the model says, shape ``(n, classes)``.
         labels: The truth, shape ``(n,)``.
         costs: What decisions cost.
+        scores: What the calibrated probabilities are made of, if not of the logits.
         temperature: Of the calibrated probabilities, fitted on other examples than these.
         log_shift: What their log-probabilities are shifted by: see :func:`posterior_shift`.
         prior: Part of each class where the model is used; None: as among the examples. Classes
@@ -104,7 +107,8 @@ def judge(
     check_shape("judge", "labels", labels, shape[:1], f"logits {shape}")
     logits, labels = logits.detach().cpu(), labels.cpu().long()
     ground = _ground("judge", labels, costs, prior)
-    log_probs = log_posterior(logits, temperature=temperature, log_shift=log_shift)
+    scores = logits if scores is None else scores.detach().cpu()
+    log_probs = log_posterior(scores, temperature=temperature, log_shift=log_shift)
     best = int(ground.constant.argmin())
     return Judged(
         argmax=_scored(logits.argmax(-1), labels, costs, ground),
@@ -231,6 +235,7 @@ def _scored(decisions: Tensor, labels: Tensor, costs: Costs, ground: _Ground) ->
         confusion=confusion,
         cost=torch.where(confusion > 0, confusion * costs.matrix, 0.0),
         expected_cost=expected,
+        class_cost=torch.zeros(classes).double().index_add(0, labels, weights * paid),
         normalised_cost=expected.value / constant if constant > 0 else math.nan,
         accuracy=_part(right, weights),
         recall=hits.double() / support,

@@ -216,5 +216,8 @@ def min_cost_decisions(
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 1.
     """
     expected = expected_costs(log_probs.double(), cost_matrix)
-    slack = _ROUNDING * cost_matrix.abs().max()
-    return (expected <= expected.amin(-1, keepdim=True) + slack).byte().argmax(-1)
+    cheapest = expected.amin(-1, keepdim=True)
+    # Of what is compared: one enormous cost must not make equals of all the others.
+    size = log_probs.double().exp() @ cost_matrix.abs().double()
+    slack = _ROUNDING * size.gather(-1, expected.argmin(-1, keepdim=True))
+    return (expected <= cheapest + slack).byte().argmax(-1)

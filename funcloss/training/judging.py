@@ -8,13 +8,64 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from funcloss.combinators import options_of
 from funcloss.config import TrainConfig
 from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
+from funcloss.losses import effective_number_weights
 from funcloss.training import folder
 from funcloss.training.evaluation import Evaluation
+from funcloss.training.objective import LOSSES
 
 # By what power of the training prior the optimum of a loss is away from the posterior.
-_BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0}
+_BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}
+_NO_PROBABILITIES = (
+    "squared_error",
+    "multiclass_hinge",
+    "multi_margin",
+    "mean_absolute_error",
+    "earth_mover",
+)
+
+
+def rule_caveat(config: TrainConfig) -> str:
+    """Return why the rule of minimum expected cost does not fit what a loss makes of logits.
+
+    Args:
+        config: The training.
+
+    Returns:
+        A sentence; empty where the softmax of the logits estimates probabilities.
+    """
+    if "cost_matrix" in options_of(LOSSES[config.loss]):
+        return (
+            f"the logits of {config.loss} have the costs in them already: decisions of minimum "
+            "expected cost count them twice, go by argmax"
+        )
+    if config.loss in _NO_PROBABILITIES:
+        return (
+            f"the softmax of the logits of {config.loss} estimates no probabilities: decisions of "
+            "minimum expected cost rest on a temperature alone"
+        )
+    return ""
+
+
+def probability_scores(
+    logits: Float[Tensor, "n classes"], config: TrainConfig, counts: Float[Tensor, " classes"]
+) -> Float[Tensor, "n classes"]:
+    """Return the logits as the loss takes them before its softmax, but for what is added to them.
+
+    Args:
+        logits: What the model says.
+        config: The training.
+        counts: Training examples of each class.
+
+    Returns:
+        The logits, those of vector scaling times ``(n / max(n))^gamma``.
+    """
+    if config.loss != "vector_scaling":
+        return logits
+    counts = counts.cpu().double().clamp(min=0.5)
+    return logits * (counts / counts.max()) ** config.loss_option.get("gamma", 0.2)
 
 
 def implied_prior(
@@ -38,6 +89,9 @@ def implied_prior(
     """
     tau = config.loss_option.get("tau", 1.0) * _BALANCED.get(config.loss, 0.0)
     parts = counts.cpu().double() ** (1.0 - tau)
+    if config.loss == "class_balanced":
+        beta = config.loss_option.get("beta", 0.9999)
+        parts = parts * effective_number_weights(counts.cpu().double(), beta=beta)
     if class_weights is not None:
         parts = parts * class_weights.cpu().double()
     seen = (counts.cpu() > 0) & (parts > 0)
@@ -93,27 +147,35 @@ def judge_parts(
     """
     implied = implied_prior(config, counts, class_weights)
     fitted = "validation" if "validation" in evaluations else None
-    # What was held out stands for where the model will be used, unless a prior says otherwise.
+    # What was held out, else the training set, stands for where the model will be used, unless a
+    # prior says otherwise; the examples that are judged have no say in the decisions.
     support = {name: e.support for name, e in evaluations.items()}
+    scores = {name: probability_scores(e.logits, config, counts) for name, e in evaluations.items()}
     temperature = 1.0
     if fitted:
-        here = _shift(support[fitted].double(), implied)
-        temperature = fit_temperature(
-            evaluations[fitted].logits, labels[fitted].cpu(), log_shift=here
-        )
+        here = _shift(_counted(support[fitted]), implied)
+        temperature = fit_temperature(scores[fitted], labels[fitted].cpu(), log_shift=here)
     judged = {}
     for name, evaluation in evaluations.items():
         prior = deployment_prior(config, costs.classes, support[name])
-        expected = support[fitted or name].double() if prior is None else prior
+        there = _counted(support[fitted] if fitted else counts.cpu())
+        expected = there if prior is None else deployment_prior(config, costs.classes, there)
+        assert expected is not None
         judged[name] = judge(
             evaluation.logits,
             labels[name],
             costs,
+            scores=scores[name],
             temperature=temperature,
             log_shift=_shift(expected, implied),
             prior=prior,
         )
     return judged
+
+
+def _counted(support: Tensor) -> Tensor:
+    """Return counts as a prior; a class that was not met is rare, not impossible."""
+    return support.double().clamp(min=0.5)
 
 
 def _shift(prior: Tensor, implied: Tensor) -> Tensor:

@@ -27,6 +27,39 @@ from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Obje
 Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
 
+
+def class_balanced(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_counts: Tensor,
+    beta: float | Tensor = 0.9999,
+    where: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy weighted by :func:`funcloss.losses.effective_number_weights`.
+
+    The weights are scaled to a mean of 1 over the training examples, so that ``beta`` moves the
+    balance and not the size of the steps.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        labels: Class indices, shape ``(*batch)``.
+        class_counts: Training examples of each class, shape ``(classes,)``.
+        beta: How slowly another example of a class loses its novelty, in ``[0, 1]``.
+        where: Examples that count.
+
+    Returns:
+        Loss of each example, shape ``(*batch)``.
+
+    References:
+        Cui et al., "Class-balanced loss based on effective number of samples", 2019.
+    """
+    weights = losses.effective_number_weights(class_counts, beta=beta)
+    weights = weights * (class_counts.sum() / (weights * class_counts).sum())
+    weighted = class_weighted(losses.cross_entropy)
+    return weighted(logits, labels, class_weights=weights, **masking(where))
+
+
 LOSSES: dict[str, LossFn] = {  # of logits and labels
     "cross_entropy": losses.cross_entropy,
     "nll": from_logits(losses.nll),
@@ -43,6 +76,7 @@ LOSSES: dict[str, LossFn] = {  # of logits and labels
     "bi_tempered": losses.bi_tempered,
     "earth_mover": losses.earth_mover,
     "sord": losses.sord,
+    "class_balanced": class_balanced,
     "balanced_softmax": losses.balanced_softmax,
     "logit_adjusted": losses.logit_adjusted,
     "ldam": losses.ldam,

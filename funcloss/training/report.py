@@ -17,7 +17,7 @@ from funcloss.data import class_counts
 from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
 from funcloss.training.evaluation import Evaluation
-from funcloss.training.judging import judge_parts, judged_record
+from funcloss.training.judging import judge_parts, judged_record, rule_caveat
 from funcloss.training.setup import Setup
 from funcloss.training.step import TrainState
 
@@ -120,7 +120,8 @@ def _judged(
         counts=class_counts(dataset.train, len(dataset.classes)),
         class_weights=class_weights,
     )
-    return {name: judged_record(found, setup.costs) for name, found in judged.items()}
+    caveat = {"caveat": rule_caveat(setup.config)} if rule_caveat(setup.config) else {}
+    return caveat | {n: judged_record(found, setup.costs) for n, found in judged.items()}
 
 
 @contextlib.contextmanager

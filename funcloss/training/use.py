@@ -19,7 +19,7 @@ from funcloss.errors import ConfigError, DataError, RunError
 from funcloss.training import folder
 from funcloss.training.checkpoint import load_tensors
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.judging import judge_parts, judged_record
+from funcloss.training.judging import judge_parts, judged_record, rule_caveat
 from funcloss.training.objective import make_criterion, make_forward
 from funcloss.training.setup import (
     input_shape,
@@ -181,7 +181,7 @@ def evaluate_run(
         labels=examples.labels.cpu(),
         classes=data.classes,
         dataset=data.name,
-        note=data.note,
+        note="; ".join(filter(None, (data.note, rule_caveat(config)))),
     )
 
 

@@ -1,0 +1,1022 @@
+"""A sweep: members train as they would alone, stop and go on, and the test set is read once."""
+
+import errno
+import itertools
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import StopAt
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from funcloss import choose, data, losses, optim, training
+from funcloss._files import write_text
+from funcloss.choose import Axis, finish, members, run, seeds
+from funcloss.choose.axes import member_config, members_of
+from funcloss.choose.members import mapped, member_state
+from funcloss.combinators import class_weighted
+from funcloss.config import make_config, read_toml
+from funcloss.errors import ConfigError, RunError
+from funcloss.training import folder, setup
+from funcloss.typing import Batch
+
+SMALL = {
+    "dataset": "mnist-sample",
+    "model": "linear",
+    "learning_rate": 0.02,
+    "epochs": 2,
+    "batch_size": 400,  # 10 steps an epoch
+    "log_every": 5,
+    "compile": "off",
+    "audit_every": 0,
+}
+NINE = Axis("class_weight", "9", (2.0, 10.0))
+RATES = Axis("learning_rate", "", (0.02, 0.1))
+
+
+def config(**options):
+    return make_config(SMALL, options)
+
+
+def plainly(monkeypatch):
+    """Draw nothing and audit nothing: what is looked at here is in the other files."""
+    for module, names in (
+        (training.figures, ("curves", "confusion", "predictions")),
+        (finish, ("frontier",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args: None)
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: write_text(path, "drawn"))
+    monkeypatch.setattr(finish, "_audited", lambda run_dir: None)
+
+
+@pytest.fixture
+def plain_files(monkeypatch):
+    plainly(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep over two seeds that nothing stopped, and what it showed."""
+    events = []
+    out = tmp_path_factory.mktemp("sweeps") / "whole"
+    with pytest.MonkeyPatch.context() as patched:
+        plainly(patched)
+        ended = choose.sweep(config(), [NINE], out, seeds=2, method="vmap", show=events.append)
+    return out, ended, events
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A sweep under a floor and costs, with all of its files."""
+    out = tmp_path_factory.mktemp("sweeps") / "full"
+    made = config(class_cost={"9": 5}, floor={"9": 0.93})
+    axis = Axis("class_weight", "9", (1.0, 3.0, 30.0))
+    return out, choose.sweep(made, [axis], out, seeds=2, method="vmap")
+
+
+@pytest.fixture(scope="module")
+def tiny(sample):
+    """Every tenth digit of the sample."""
+    parts = {
+        name: data.Examples(*(t[::10].clone() for t in getattr(sample, name)))
+        for name in ("train", "validation", "test")
+    }
+    return sample._replace(**parts)
+
+
+def given(monkeypatch, dataset):
+    """Let a data set be the sample."""
+    monkeypatch.setattr(setup, "load_dataset", lambda *args, **options: dataset)
+
+
+def tensors(path):
+    return training.load_tensors(Path(path))[0]
+
+
+def same(a, b):
+    """Whether two sweeps ended in the same records, choice and model, to the bit."""
+    files = ("members.jsonl", "sweep.json", "sweep.csv")
+    if any((a / file).read_bytes() != (b / file).read_bytes() for file in files):
+        return False
+    pairs = [[tensors(x / "chosen" / f"{n}.safetensors") for x in (a, b)]
+             for n in ("model", "checkpoint")]  # fmt: skip
+    return all(x.keys() == y.keys() and all(map(torch.equal, x.values(), y.values()))
+               for x, y in pairs)  # fmt: skip
+
+
+# Every member's step is the step of that training alone.
+
+
+class Trainings:
+    """Members, each also as a training of its own, and a batch in a precision."""
+
+    def __init__(self, steps, hypers, state, batch_at):
+        self.steps, self.hypers, self.state, self.batch_at = steps, hypers, state, batch_at
+
+    @classmethod
+    def of(cls, options, axis, dtype):
+        made = make_config(SMALL, {"batch_size": 16, "learning_rate": 0.01}, options)
+        configs = [member_config(made, [axis], member) for member in members_of([axis])]
+        first = setup.make_setup(configs[0])
+        alone = [setup.setup_on(c._replace(device="cpu"), first.dataset) for c in configs]
+
+        def batch_at(index):
+            batch = data.take(first.dataset, first.dataset.train, index)
+            return batch._replace(inputs=batch.inputs.to(dtype))
+
+        hypers = [{n: t.to(dtype) for n, t in s.hyper.items()} for s in alone]
+        return cls([s.train_step for s in alone], hypers, in_dtype(first.state, dtype), batch_at)
+
+
+def in_dtype(state, dtype):
+    return mapped(lambda t, _: t.to(dtype) if t.is_floating_point() else t, state, None)
+
+
+def index_of(step):
+    return torch.arange(16) * 61 + 7 * step  # the sample is sorted by class
+
+
+def gaps(trainings, width, steps=3):
+    """Return how far members and trainings alone are apart after a step, of what it moved."""
+    groups = choose.make_groups(trainings.steps[0], trainings.hypers, width)
+    step_on = choose.make_members_step(groups, trainings.batch_at)
+    state, found = choose.init_members(trainings.state, groups), []
+    for i in range(steps):
+        before = state
+        state, metrics = step_on(state, index_of(i))
+        for n, (alone, hyper) in enumerate(zip(trainings.steps, trainings.hypers, strict=True)):
+            own = member_state(before, groups, n)
+            expected, scores = alone(own, trainings.batch_at(index_of(i)), hyper)
+            got = member_state(state, groups, n)
+            assert int(got.step) == int(expected.step) == i + 1
+            assert torch.equal(got.key, expected.key)
+            found.append(float((metrics["losses"][n] - scores["loss"]).abs()))
+            pairs = [(got.params, expected.params, own.params),
+                     (got.buffers, expected.buffers, own.buffers),
+                     *opt_pairs(got, expected, own)]  # fmt: skip
+            found += [apart(*trees) for trees in pairs if trees[0]]
+    return found
+
+
+def opt_pairs(*states):
+    trees = [training.flatten({"": s.opt_state}) for s in states]
+    return [trees]
+
+
+def apart(got, expected, before):
+    moved = torch.cat([(expected[k] - before[k]).double().flatten() for k in expected]).norm()
+    error = torch.cat([(got[k] - expected[k]).double().flatten() for k in expected]).norm()
+    return float(error / moved.clamp(min=1e-12))
+
+
+WEIGHTS = Axis("class_weight", "9", (0.0, 1.0, 3.0, 10.0, 100.0))
+STEPS = {
+    "weights, linear, nesterov": ({"optimizer": "sgd", "nesterov": True}, WEIGHTS),
+    "weights, cnn with dropout, adamw, one-cycle": (
+        {"model": "article-cnn", "optimizer": "adamw", "weight_decay": 0.1},
+        WEIGHTS,
+    ),
+    "learning rate, mlp, adam, clipped, cosine": (
+        {"model": "mlp", "optimizer": "adam", "clip_norm": 0.5, "schedule": "cosine"},
+        Axis("learning_rate", "", (1e-4, 1e-3, 3e-3, 1e-2, 1e-1)),
+    ),
+    "gamma, linear, sgd, step": (
+        {"loss": "softmax_focal", "optimizer": "sgd", "schedule": "step"},
+        Axis("loss_option", "gamma", (0.0, 0.5, 1.0, 2.0, 5.0)),
+    ),
+    "tau, mlp, adam, long tail": (
+        {"model": "mlp", "loss": "logit_adjusted", "optimizer": "adam", "imbalance": 20},
+        Axis("loss_option", "tau", (0.0, 0.5, 1.0, 2.0, 3.0)),
+    ),
+    "price, linear, adamw": (
+        {"loss": "cross_entropy_with_cost", "class_cost": {"9": 5}, "optimizer": "adamw"},
+        Axis("loss_option", "price", (0.0, 0.5, 1.0, 2.0, 5.0)),
+    ),
+    "weights in a weighted mean": ({"reduction": "weighted_mean", "class_weight": {"4": 2}},
+                                   WEIGHTS),
+}  # fmt: skip
+DTYPES = [pytest.param(torch.float32, 1e-4, id="32"), pytest.param(torch.float64, 1e-10, id="64")]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("options", "axis"), STEPS.values(), ids=STEPS)
+def test_a_members_step_is_that_of_its_training_alone(options, axis, dtype, tolerance):
+    trainings = Trainings.of(options, axis, dtype)
+    assert max(gaps(trainings, 1)) == 0.0
+    for width in (2, 5):  # two do not divide five
+        assert max(gaps(trainings, width)) < tolerance
+
+
+class Normed(nn.Module):
+    """A network with batch normalisation, dropout and a buffer of counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 26 * 26, 10)
+
+    def forward(self, images):
+        hidden = nn.functional.dropout(self.norm(self.conv(images)).relu(), 0.2, self.training)
+        return self.fc(hidden.flatten(1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_so_it_is_of_a_model_of_ones_own_with_batch_normalisation(sample, dtype, tolerance):
+    optimizer, model = optim.sgd(momentum=0.9), Normed().to(dtype)
+    objective = training.supervised(model, training.mean_of(class_weighted(losses.cross_entropy)))
+    step = training.make_train_step(objective, optimizer, clip_norm=1.0)
+
+    def batch_at(index):
+        batch = data.take(sample, sample.train, index)
+        return Batch(batch.inputs.to(dtype), batch.targets)
+
+    hypers = []
+    for i in range(5):
+        weights = torch.ones(10, dtype=dtype)
+        weights[9] = 3.0**i
+        hypers.append({"learning_rate": torch.tensor(0.01 * (i + 1), dtype=dtype),
+                       "class_weights": weights})  # fmt: skip
+    trainings = Trainings([step] * 5, hypers, training.init_state(model, optimizer), batch_at)
+    for width in (1, 2, 5):
+        assert max(gaps(trainings, width)) < tolerance
+
+
+def indices(monkeypatch, module, asked):
+    """Note which training examples a module asks for."""
+    real = module.take
+
+    def take(dataset, examples, index):
+        if examples is dataset.train:
+            asked.append(index)
+        return real(dataset, examples, index)
+
+    monkeypatch.setattr(module, "take", take)
+
+
+def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, plain_files):
+    shared = config(model="mlp", epochs=1)
+    asked = []
+    with monkeypatch.context() as patched:
+        indices(patched, seeds, asked)
+        made = seeds.start(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
+        made = made._replace(entries=made.entries[1:], groups=made.groups[1:])  # plain apart
+        # Scoring asks for training examples too, in order.
+        patched.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
+        seeds.run_seeds(made)
+    orders = []
+    for seed, (number, weight) in itertools.product(range(2), enumerate(NINE.values)):
+        alone, order = tmp_path / f"{seed}{number}", []
+        with monkeypatch.context() as patched:
+            indices(patched, setup, order)
+            training.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
+        state = seeds.state_of(made, seed, number)
+        expected = training.beneath(tensors(alone / "checkpoint.safetensors"), "state")
+        found = training.flatten(state)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], t) for name, t in expected.items())
+        orders.append(torch.stack(order))
+    # One order a seed, each batch taken once for all members.
+    assert torch.equal(torch.stack(asked), torch.cat([orders[0], orders[2]]))
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_path, plain_files):
+    out, ended, _ = whole
+    again = choose.sweep(config(), [NINE], tmp_path / "loop", seeds=2, method="loop")
+    for a, b in zip(again.choice.points, ended.choice.points, strict=True):
+        assert (a.name, a.chosen) == (b.name, b.chosen)
+        assert a.accuracy.value == pytest.approx(b.accuracy.value, abs=0.004)
+    first = [json.loads((x / "steps.jsonl").read_text().splitlines()[0])["losses"]
+             for x in (out, tmp_path / "loop")]  # fmt: skip
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "width"), [({1: 3, 8: 1, 20: 2}, 8), ({1: 1, 8: 2, 20: 3}, 1),
+                           ({1: 3, 8: 2, 20: 1}, 20)],
+)  # fmt: skip
+def test_the_width_is_the_one_that_takes_least_time(monkeypatch, seconds, width):
+    monkeypatch.setattr(members, "_timer", lambda *args: lambda: seconds[args[-1]] / 1e3)
+    found = members.choose_width(None, None, [{}] * 20, None, None)
+    assert found.width == width
+    assert "20 members" in found.note
+    assert "in a loop" in found.note
+    assert members.choose_width(None, None, [{}], None, None).width == 1
+
+
+def test_auto_times_the_ways_and_says_so(tmp_path):
+    notes = []
+    made = seeds.start(config(), [NINE], tmp_path / "s", method="auto", show=notes.append)
+    assert made.width in (1, 3)
+    assert re.match(r"3 members .*; a step takes in a loop [\d.]+ ms, in one program [\d.]+ ms$",
+                    notes[-1].text)  # fmt: skip
+
+
+def test_what_a_sweep_shows_on_its_way(whole):
+    _, ended, events = whole
+    assert ended.finished
+    started, *rest = [e for e in events if not isinstance(e, training.Note)]
+    assert isinstance(started, choose.SweepStarted)
+    assert (started.members, started.seeds, started.steps, started.done) == (3, 2, 20, 0)
+    done = [e for e in rest if isinstance(e, choose.SeedReport)]
+    assert [(e.number, e.seeds, len(e.records)) for e in done] == [(1, 2, 3), (2, 2, 3)]
+    steps = [e.step for e in rest if isinstance(e, training.Progress)]
+    assert steps == 2 * [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("n", [9_999, 10_000, 10_001, 19_999, 54_000])
+def test_the_training_error_is_of_ten_thousand_examples_at_most(n):
+    labels = torch.arange(n) % 2
+    part = data.Examples(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), labels)
+    dataset = SimpleNamespace(train=part, mean=torch.zeros(1), std=torch.ones(1))
+    sweep = SimpleNamespace(setup=SimpleNamespace(dataset=dataset))
+    state = SimpleNamespace(params={"w": torch.zeros(1)}, buffers={})
+    found = seeds.evaluate_part(
+        sweep, lambda params, buffers, x: (torch.zeros(len(x), 2), buffers), state, "train"
+    )
+    assert 5_000 <= int(found.confusion.sum()) <= 10_000
+
+
+# Divergence.
+
+LOST = {
+    "learning rate": ({"model": "mlp", "optimizer": "sgd"}, RATES, (1e9,)),
+    "weight": ({"model": "mlp", "optimizer": "sgd"}, NINE, (1e30, 1e35)),
+    "weight, in Adam's memory": ({"optimizer": "adam"}, NINE, (1e30,)),
+}
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize(("options", "axis", "lost"), LOST.values(), ids=LOST)
+def test_a_member_that_diverges_leaves_the_others_alone(tmp_path, options, axis, lost, method):
+    records, states = {}, {}
+    for name, values in (("with", (*lost, *axis.values)), ("without", axis.values)):
+        wide = axis._replace(values=values)
+        made = seeds.start(config(epochs=1, **options), [wide], tmp_path / name, method=method)
+        records[name] = {r["name"]: r for r in seeds.run_seeds(made)}
+        states[name] = {e.name: seeds.state_of(made, 0, n) for n, e in enumerate(made.entries)}
+    diverged = {name for name, record in records["with"].items() if record["diverged"]}
+    assert diverged == records["with"].keys() - records["without"].keys()
+    assert len(diverged) == len(lost)
+    for name, state in states["without"].items():
+        if method == "loop":
+            assert records["with"][name]["accuracy"] == records["without"][name]["accuracy"]
+        found = training.flatten(states["with"][name])
+        for path, tensor in training.flatten(state).items():
+            if method == "loop":
+                assert torch.equal(found[path], tensor)
+            else:  # the products of fewer members may be rounded in another order
+                assert_close(found[path], tensor, rtol=1e-4, atol=1e-6)
+    text = (tmp_path / "with" / "steps.jsonl").read_text()
+    text += (tmp_path / "with" / "members.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    # The loss that is shown is that of the members that have one.
+    assert json.loads(text.splitlines()[1])["loss"] is not None
+
+
+def test_what_diverged_is_told_and_plain_training_may_be_it(tmp_path, plain_files):
+    made = config(model="mlp", epochs=1, optimizer="sgd", learning_rate=1e9)
+    out = tmp_path / "s"
+    ended = choose.sweep(made, [RATES], out)
+    said = ended.choice.lines
+    assert said[1] == "Diverged, and out of the choice: learning_rate=1e+09 on 1 of 1 seeds."
+    assert said[0].startswith("learning_rate=0.")
+    assert [p.diverged for p in ended.choice.points] == [1, 0, 0]
+    assert [p.plain for p in ended.choice.points] == [True, False, False]
+    assert "NaN" not in (out / "sweep.json").read_text()
+
+
+def test_where_all_diverge_it_says_so_and_the_folder_can_be_used_again(
+    tmp_path, run_cli, plain_files
+):
+    out = tmp_path / "s"
+    base = [*FAST, "--model", "mlp", "--learning-rate", "1e30,1e31", "--out", out,
+            "--batch-size", "1000"]  # fmt: skip
+    config_file = tmp_path / "c.toml"
+    config_file.write_text("learning_rate = 1e32\n")  # of plain training
+    for args in (["sweep", *base, "--config", config_file], ["sweep", "--resume", out]):
+        code, _, err = run_cli(*args)
+        assert code == 1
+        assert f"error: every member of {out} diverged: sweep smaller values, or lower" in err
+        assert "Traceback" not in err
+    assert not (out / "sweep.json").exists()
+    code, said, _ = run_cli("sweep", *FAST, "--learning-rate", "0.01,0.1", "--out", out,
+                            "--overwrite")  # fmt: skip
+    assert code == 0
+    assert said.splitlines()[-1] == f"report: {out}/sweep.html"
+    assert (out / "sweep.json").exists()
+
+
+# Stopped, killed, out of space.
+
+
+@pytest.mark.parametrize("at", [(1,), (10,), (13,), (20,), (21,), (39,), (7, 9, 15)])
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain_files, at):
+    out, started = tmp_path / "s", []
+    ended = choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(at[0]))
+    assert not ended.finished
+    assert ended.choice is None
+    assert sorted(f.name for f in out.iterdir() if f.name[:4] != "seed") == (
+        ["members.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
+    )
+    for more in at[1:]:
+        assert not choose.resume_sweep(out, should_stop=StopAt(more)).finished
+    ended = choose.resume_sweep(out, show=started.append)
+    assert ended.finished
+    done = next(e.done for e in started if isinstance(e, choose.SweepStarted))
+    assert done == (20 if sum(at) >= 20 else 0)
+    assert same(out, whole[0])
+    steps = [(r["seed"], r["step"]) for r in folder.read_lines(out / "steps.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_stopped_at_the_last_step_it_is_finished(tmp_path, whole, plain_files):
+    out = tmp_path / "s"
+    stop = StopAt(40)
+    assert choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=stop).finished
+    assert same(out, whole[0])
+
+
+def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
+    made = config(model="article-cnn", epochs=1, imbalance=100, batch_size=100)
+    states = []
+    for name, stop in (("a", lambda: False), ("b", StopAt(3))):
+        out = tmp_path / name
+        found = seeds.run_seeds(seeds.start(made, [NINE], out, method="vmap"), should_stop=stop)
+        sweep = seeds.taken_up(out)
+        if name == "b":
+            assert found is None
+            assert seeds.run_seeds(sweep)
+        states.append([training.flatten(seeds.state_of(sweep, 0, n)) for n in range(3)])
+    for a, b in zip(*states, strict=True):
+        assert int(a["step"]) > 3
+        assert all(torch.equal(a[path], b[path]) for path in a)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing(monkeypatch, at):
+    """Let nothing arrive in its place from the ``at``-th file or folder on."""
+    left = [at]
+    for name in ("replace", "rename"):
+        real = getattr(Path, name)
+
+        def moved(path, target, real=real):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            return real(path, target)
+
+        monkeypatch.setattr(Path, name, moved)
+
+
+def test_killed_at_any_write_the_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch, tiny):
+    plainly(monkeypatch)
+    given(monkeypatch, tiny)
+    monkeypatch.setattr(run, "gradient_of", lambda *args: ({}, 0))
+    made = config(epochs=1, batch_size=100, log_every=10)
+    how = {"seeds": 2, "method": "vmap"}
+    choose.sweep(made, [NINE], tmp_path / "whole", **how)
+    for at in range(1, 60):
+        out = tmp_path / str(at)
+        with monkeypatch.context() as patched:
+            killing(patched, at)
+            try:
+                choose.sweep(made, [NINE], out, **how)
+                break
+            except Killed:
+                pass
+        if out.exists():
+            assert not (out / "sweep.json").exists()  # the sign that all is there comes last
+            assert choose.resume_sweep(out).finished
+            assert same(out, tmp_path / "whole")
+        names = {f.name for f in (out if out.exists() else tmp_path / "whole").iterdir()}
+        assert names == {f.name for f in (tmp_path / "whole").iterdir()}
+        shutil.rmtree(out, ignore_errors=True)
+    assert at > 12
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_killed_while_finishing_twice_it_still_ends_well(tmp_path, monkeypatch, whole):
+    plainly(monkeypatch)
+    out = tmp_path / "s"
+    assert not choose.sweep(config(), [NINE], out, seeds=2, method="vmap",
+                            should_stop=StopAt(39)).finished  # fmt: skip
+    for at in (14, 12):  # after the chosen run is written, then where it is written over
+        with monkeypatch.context() as patched:
+            killing(patched, at)
+            with pytest.raises(Killed):
+                choose.resume_sweep(out)
+    assert choose.resume_sweep(out).finished
+    assert same(out, whole[0])
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4, 6, 9])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, whole, writes):
+    plainly(monkeypatch)
+    out = tmp_path / "s"
+    with monkeypatch.context() as patched:
+        filling(patched, writes)
+        with pytest.raises(RunError, match="cannot (write|make) .*: No space left on device"):
+            choose.sweep(config(), [NINE], out, seeds=2, method="vmap")
+    assert not [f for f in out.rglob(".*")]
+    assert not (out / "sweep.json").exists()
+    for path in out.glob("seed-*.safetensors"):
+        tensors(path)  # whole
+    choose.resume_sweep(out)
+    assert same(out, whole[0])
+
+
+def filling(monkeypatch, writes):
+    """Let a number of files be written, and half of the next."""
+    left = [writes]
+    for name in ("write_bytes", "write_text"):
+        real = getattr(Path, name)
+
+        def written(path, content, *args, real=real, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                real(path, content[: len(content) // 2], *args, **options)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(path, content, *args, **options)
+
+        monkeypatch.setattr(Path, name, written)
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_the_sweep_that_was_there(
+    tmp_path, monkeypatch, whole
+):
+    out = tmp_path / "s"
+    shutil.copytree(whole[0], out)
+    with monkeypatch.context() as patched:
+        filling(patched, 0)
+        with pytest.raises(RunError, match="No space left on device"):
+            choose.sweep(config(), [NINE], out, overwrite=True)
+        with pytest.raises(RunError, match="No space left on device"):
+            choose.sweep(config(), [NINE], tmp_path / "new")
+    assert same(out, whole[0])
+    assert [f.name for f in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path, whole, plain_files):
+    out = tmp_path / "s"
+    choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
+    for name in ("members.jsonl", "steps.jsonl"):
+        text = (out / name).read_text()
+        (out / name).write_text(text + '{"seed": 1, "step": 7, "lo')
+    choose.resume_sweep(out)
+    assert same(out, whole[0])
+
+
+def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch, plain_files):
+    out, notes = tmp_path / "s", []
+    choose.sweep(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
+    monkeypatch.setattr(folder, "environment", lambda: {"torch": "1.0"})
+    seeds.taken_up(out, show=notes.append)
+    assert [n.text for n in notes] == [
+        f"not the same to the bit as without a stop: torch was {torch.__version__}, is 1.0"
+    ]
+
+
+DAMAGE = {
+    "no table": lambda spec: re.sub(r"(?s)\[sweep\].*?\[run\]", "[run]", spec),
+    "no environment": lambda spec: spec.partition("[run.environment]")[0],
+    "no seeds": lambda spec: spec.replace("\nseeds = 1\n", "\n"),
+    "no width": lambda spec: re.sub(r"\nwidth = \d+\n", "\n", spec),
+    "an axis without values": lambda spec: re.sub(r"(?s)values = \[.*?\]", "", spec, count=1),
+    "an unknown option": lambda spec: "colour = 3\n" + spec,
+    "no TOML": lambda spec: spec[: len(spec) // 2] + "[",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
+    made = seeds.start(config(), [NINE], tmp_path / "s", method="loop")
+    path = made.folder / "sweep.toml"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match="cannot read .*sweep.toml: "):
+        choose.resume_sweep(made.folder)
+
+
+def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
+    options = {"reduction": "weighted_mean", "class_weight": {"9": 1}, "class_cost": {"4": 2},
+               "floor": {"9": 0.9}, "betas": (0.5, 0.6)}  # fmt: skip
+    axes = [NINE, RATES._replace(values=(0.1, 0.2))]
+    made = seeds.start(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
+    again = seeds.taken_up(tmp_path / "s")
+    for name in ("config", "axes", "seeds", "width", "entries", "limits"):
+        assert getattr(again, name) == getattr(made, name), name
+    assert len(made.entries) == 5  # plain training is at none of these learning rates
+    for a, b in zip(made.groups, again.groups, strict=True):
+        assert a.hyper.keys() == b.hyper.keys()
+        assert all(torch.equal(a.hyper[name], b.hyper[name]) for name in a.hyper)
+
+
+def test_seeds_that_cannot_be_counted_are_refused(tmp_path):
+    last = 2**63 - 1
+    assert seeds.start(config(seed=last), [NINE], tmp_path / "s", method="loop").seeds == 1
+    with pytest.raises(ConfigError, match="which leaves no room for 2"):
+        seeds.start(config(seed=last), [NINE], tmp_path / "t", seeds=2, method="loop")
+
+
+# Honest: chosen by validation data, the test set read once.
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that is given a tensor of the test set."""
+
+    def __init__(self, examples):
+        super().__init__()
+        self.places = {t.untyped_storage().data_ptr(): n for n, t in examples._asdict().items()}
+        self.log = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                place = self.places.get(leaf.untyped_storage().data_ptr())
+                if place:
+                    self.log.append((place, str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+FLOORED = {"class_cost": {"9": 5}, "floor": {"9": 0.95}, "epochs": 1}
+
+
+def test_the_test_set_is_read_once_and_at_the_end(tmp_path, monkeypatch, tiny, plain_files):
+    given(monkeypatch, tiny)
+    marks = []
+    with Reads(tiny.test) as reads:
+
+        def show(event):
+            marks.append((event, len(reads.log)))
+
+        made = config(**FLOORED, batch_size=100, log_every=2)
+        ended = choose.sweep(made, [NINE], tmp_path / "s", seeds=2, method="vmap", show=show)
+    early = [type(e) for e, n in marks if not n]
+    assert early.count(training.Progress) == 4
+    assert early.count(choose.SeedReport) == 2
+    assert marks[-1] == (training.Note("reading the test set"), 0)
+    assert [row.name for row in ended.choice.rows][3] == "class_weight 9=10"
+    # Plain training and the chosen member, on each of two seeds, in one batch each.
+    passes = [where for where, func in reads.log if where == "images" and "aten.index." in func]
+    assert len(passes) == 4
+
+
+def garbage(dataset):
+    """Return a data set whose test set is noise under wrong labels."""
+    draw = torch.Generator().manual_seed(7)
+    images = torch.randint(256, dataset.test.images.shape, generator=draw, dtype=torch.uint8)
+    labels = (dataset.test.labels + torch.randint(1, 10, (500,), generator=draw)) % 10
+    return dataset._replace(test=data.Examples(images, labels))
+
+
+def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, sample, plain_files):
+    ended = {}
+    for name, dataset in (("real", sample), ("noise", garbage(sample))):
+        with monkeypatch.context() as patched:
+            given(patched, dataset)
+            ended[name] = choose.sweep(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
+                                       method="vmap")  # fmt: skip
+    real, noise = (tmp_path / name for name in ended)
+    assert (real / "members.jsonl").read_bytes() == (noise / "members.jsonl").read_bytes()
+    assert (real / "sweep.csv").read_bytes() == (noise / "sweep.csv").read_bytes()
+    a, b = (e.choice for e in ended.values())
+    kept = [f for f in a._fields if f not in ("rows", "lines")]
+    assert all(getattr(a, f) == getattr(b, f) for f in kept)
+    assert a.lines[0] == b.lines[0]
+    assert a.lines[1] != b.lines[1]
+    assert [row.name for row in a.rows] == [row.name for row in b.rows]
+    assert all(x.accuracy.value > 0.7 and y.accuracy.value < 0.3
+               for x, y in zip(a.rows, b.rows, strict=True))  # fmt: skip
+    models = [tensors(x / "chosen" / "model.safetensors") for x in (real, noise)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    said = [folder.read_summary(x / "chosen") for x in (real, noise)]
+    for part in ("validation", "test"):
+        found = [s["judged"][part]["temperature"] for s in said]
+        assert found[0] == found[1] != 1.0
+    assert said[0]["validation"] == said[1]["validation"]
+    assert said[0]["judged"]["validation"] == said[1]["judged"]["validation"]
+    assert said[0]["test"] != said[1]["test"]
+
+
+# What it leaves.
+
+
+def test_a_sweep_leaves_all_of_it_in_its_folder(full):
+    out, ended = full
+    assert sorted(f.name for f in out.iterdir()) == [
+        "chosen", "frontier.png", "members.jsonl", "steps.jsonl", "sweep.csv", "sweep.html",
+        "sweep.json", "sweep.toml",
+    ]  # fmt: skip
+    assert sorted(f.name for f in (out / "chosen").iterdir()) == [
+        "checkpoint.safetensors", "config.toml", "confusion.png", "curves.png", "metrics.jsonl",
+        "model.safetensors", "predictions.png", "summary.json",
+    ]  # fmt: skip
+    assert ended.files[0] == out / "sweep.html"
+    assert all(file.is_file() for file in ended.files)
+    records = folder.read_lines(out / "members.jsonl")
+    assert [(r["seed"], r["member"]) for r in records] == list(itertools.product((0, 1), range(3)))
+    assert json.loads((out / "sweep.json").read_text())["seeds"] == 2
+
+
+def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(full):
+    out, ended = full
+    records = folder.read_lines(out / "members.jsonl")
+    recall = {
+        w: sum(r["recall"]["9"] for r in records if r["values"]["class_weight 9"] == w) / 2
+        for w in (1.0, 3.0, 30.0)
+    }
+    assert recall[1.0] < 0.93 <= recall[30.0]
+    smallest = min(w for w, r in recall.items() if r >= 0.93)
+    chosen = next(p for p in ended.choice.points if p.chosen)
+    assert chosen.values == {"class_weight 9": smallest}
+    assert ended.choice.limits[0].reached == pytest.approx(recall[smallest])
+    assert f"9={smallest:g} is the smallest weight that keeps every limit" in ended.choice.lines[0]
+    # Of its seeds one that keeps the floor itself, of least expected cost.
+    own = [r for r in records if r["name"] == chosen.name and r["recall"]["9"] >= 0.93]
+    best = min(own, key=lambda r: r["expected_cost"])
+    resolved = read_toml(out / "chosen" / "config.toml")
+    assert resolved["seed"] == best["seed"]
+    assert resolved["class_weight"] == {"9": smallest}
+    assert resolved["compile"] == "off"
+    summary = folder.read_summary(out / "chosen")
+    assert summary["validation"]["accuracy"] == pytest.approx(best["accuracy"])
+    assert summary["validation"]["recall"] == pytest.approx(best["recall"])
+    assert summary["judged"]["validation"]["temperature"] == pytest.approx(best["temperature"])
+
+
+def test_the_report_says_what_the_summary_of_the_chosen_run_says(tmp_path, plain_files):
+    made = config(epochs=1, class_cost={"9": 5}, prior={"9": 0.3})
+    ended = choose.sweep(made, [NINE], tmp_path / "s", method="vmap")
+    summary = folder.read_summary(tmp_path / "s" / "chosen")
+    name = next(p.name for p in ended.choice.points if p.chosen and not p.plain)
+    rows = {row.name: row for row in ended.choice.rows}
+    for row, rule in ((name, "argmax"), (f"{name}, minimum expected cost",
+                                         "minimum expected cost")):  # fmt: skip
+        judged = summary["judged"]["test"]["rules"][rule]
+        assert rows[row].expected_cost == pytest.approx(judged["expected_cost"])
+        assert rows[row].normalised_cost.value == pytest.approx(judged["normalised_cost"])
+        assert rows[row].accuracy.value == pytest.approx(judged["accuracy"][0])
+        assert rows[row].recall[0].value == pytest.approx(judged["recall"]["9"][0])
+
+
+def test_the_chosen_run_is_a_run_like_any_other(full, run_cli, tmp_path, sample):
+    chosen = full[0] / "chosen"
+    summary = folder.read_summary(chosen)
+    code, table, _ = run_cli("evaluate", chosen, "--json", tmp_path / "e.json")
+    assert code == 0
+    assert f"accuracy {summary['judged']['test']['rules']['argmax']['accuracy'][0]:.2%}" in table
+    Image.fromarray(sample.test.images[0].squeeze().numpy()).save(tmp_path / "a.png")
+    code, out, _ = run_cli("predict", chosen, tmp_path / "a.png")
+    assert code == 0
+    assert re.match(r".*a\.png: \d \(\d+\.\d%\)$", out)
+    code, out, _ = run_cli("audit", chosen, "--out", tmp_path / "audit")
+    assert code == 0
+    code, out, _ = run_cli("train", "--resume", chosen)
+    assert code == 0
+    assert "is finished: there is nothing to resume" in out
+    assert folder.read_summary(chosen) == summary
+
+
+def test_its_configuration_trains_that_member_alone(full, run_cli, tmp_path):
+    out, ended = full
+    alone = tmp_path / "again"
+    code, _, _ = run_cli("train", "--config", out / "chosen" / "config.toml", "--run-dir", alone)
+    assert code == 0
+    chosen = next(p for p in ended.choice.points if p.chosen)
+    found = [r for r in folder.read_lines(out / "members.jsonl") if r["name"] == chosen.name]
+    spread = abs(found[0]["accuracy"] - found[1]["accuracy"])
+    again, once = (folder.read_summary(r) for r in (alone, out / "chosen"))
+    for part in ("validation", "test"):
+        gap = abs(again[part]["accuracy"] - once[part]["accuracy"])
+        assert gap <= max(spread, 0.004)
+    assert again["class_weight"] == once["class_weight"]
+    assert again["steps"] == once["steps"] == 20
+
+
+def test_plain_training_beside_the_grid_is_compared_with_and_never_chosen(tmp_path, plain_files):
+    tau = Axis("loss_option", "tau", (0.5, 1.0))
+    made = config(loss="logit_adjusted", imbalance=10, epochs=1)
+    ended = choose.sweep(made, [tau], tmp_path / "s", method="vmap")
+    names = [(p.name, p.plain) for p in ended.choice.points]
+    assert names == [("tau=0.5", False), ("tau=1", False), ("plain", True)]
+    assert ended.choice.rows[0].name == "plain"
+    assert ended.choice.rows[2].name in ("tau=0.5", "tau=1")
+    assert ended.choice.gradient == {}
+    alone = training.train(config(imbalance=10, epochs=1), tmp_path / "plain").summary
+    rules = alone["judged"]["test"]["rules"]
+    for row, rule in zip(ended.choice.rows, rules.values(), strict=False):
+        assert row.expected_cost.value == pytest.approx(rule["expected_cost"][0], abs=1e-9)
+
+
+def test_weights_that_have_faded_are_told_and_what_does_not_fade_is_named(tmp_path, plain_files):
+    few = config(model="mlp", val_fraction=0.8, batch_size=100, epochs=12, learning_rate=0.005)
+    ended = choose.sweep(few, [NINE], tmp_path / "few", method="vmap")
+    said = [line for line in ended.choice.lines if "class weights fade" in line]
+    assert len(said) == 1
+    assert said[0].startswith("The training error is 0.0")
+    assert "tau of logit_adjusted or vector_scaling" in said[0]
+    assert "--loss vector_scaling --loss-option tau=0:2:5" in said[0]
+
+
+def test_weights_that_have_not_faded_are_not_told_so(whole):
+    assert not [line for line in whole[1].choice.lines if "fade" in line]
+
+
+# The command.
+
+FAST = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1",
+        "--audit-every", "0", "--method", "loop"]  # fmt: skip
+SWEPT = ["--class-weight", "9=1,5"]
+REFUSED = [
+    ([], "a sweep needs something to sweep: a class_weight, loss_option or learning_rate"),
+    (["--class-weight", "9=5"], "a sweep needs something to sweep"),
+    (["--class-weight", "9=1:2"], "class_weight 9 must be a number, a list as in 1,2,5, or FIRST"),
+    (["--class-weight", "9=a:b:3"], "class_weight 9: 'a' is not a number"),
+    (["--class-weight", "9=0:10:log4"], "class_weight 9: log values must be above 0"),
+    (["--class-weight", "9=1,-2"], "class_weight 9: a weight must be at least 0"),
+    (["--class-weight", "9=1,1e39"], "class_weights must fit float32"),
+    (["--class-weight", "ten=1,2"], "no class 'ten'"),
+    (["--class-weight", "1,2"], "class_weight must be swept as CLASS=VALUES, got the key ''"),
+    (["--learning-rate", "x=1,2"], "learning_rate must be swept as VALUES alone, got the key 'x'"),
+    (["--learning-rate", "0,1"], "learning_rate must be above 0"),
+    (["--learning-rate", "fast"], "learning_rate: 'fast' is not a number"),
+    (["--loss-option", "tau=0:2:3"], "loss_option: cross_entropy has no option 'tau'"),
+    (["--loss", "logit_adjusted", "--loss-option", "tua=0:2:3"], "did you mean 'tau'?"),
+    (["--loss", "softmax_focal", "--loss-option", "gamma=1,-1"], "gamma must be"),
+    ([*SWEPT, "--val-fraction", "0"], "none is held out: set val_fraction, to 0.1 say"),
+    ([*SWEPT, "--method", "x"], "method must be one of auto, vmap, loop; got 'x'"),
+    ([*SWEPT, *SWEPT], "class_weight 9 is swept twice"),
+    ([*SWEPT, "--class-weight", "9=3"], "class_weight 9 is given a value and swept: leave out one"),
+    ([*SWEPT, "--class-weight", "09=3"], "no class '09'"),
+    ([*SWEPT, "--floor", "9=2"], "floor 9 must be a recall above 0 and at most 1"),
+    ([*SWEPT, "--ceiling", "9=0.1"], "ceiling must be TRUE:DECIDED"),
+    ([*SWEPT, "--batch-size", "5000"], "batch_size 5000 is more than the 4,000"),
+    ([*SWEPT, "--config", "none.toml"], "cannot read none.toml"),
+    ([*SWEPT, "--reduction", "weighted_mean", "--learning-rate", "0"], "learning_rate must be"),
+    (["--reduction", "weighted_mean", "--learning-rate", "1,2"], "weighted_mean needs a class_w"),
+    (["--class-weight", "9=1:100:4096", "--learning-rate", "1,2"], "8,192 members; at most 4,096"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_a_bad_request_is_one_line_and_leaves_nothing(
+    run_cli, tmp_path, monkeypatch, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    method = [] if "--method" in args else FAST[-2:]
+    code, out, err = run_cli("sweep", *FAST[:-2], *method, *args)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["--momentum", "0:0.9:3"], ["--seeds", "0"], ["--seeds", "two"]])
+def test_what_typer_refuses_leaves_nothing_either(run_cli, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_cli("sweep", *FAST, *SWEPT, *args)
+    assert code == 2
+    assert args[0] in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+RESUMED = [
+    (["--seeds", "2"], "leave out --seeds"),
+    (SWEPT, "leave out --class-weight"),
+    (["--method", "loop", "--overwrite", "--out", "y"], "leave out --out, --overwrite, --method"),
+    (["--epochs", "3", "--floor", "9=0.9"], "leave out --floor, --epochs"),
+    (["--recipe", "fast"], "leave out --recipe"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), RESUMED)
+def test_resume_takes_nothing_beside_it(run_cli, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_cli("sweep", "--resume", "x", *args)
+    assert code == 2
+    assert err == f"error: --resume goes on with the sweep as it was: {message}\n"
+
+
+def test_folders_in_use_and_folders_of_something_else(run_cli, tmp_path, whole):
+    used, other, empty = (tmp_path / name for name in ("used", "other", "empty"))
+    shutil.copytree(whole[0], used)
+    other.mkdir()
+    (other / "thesis.tex").write_text("ten years")
+    empty.mkdir()
+    cases = [
+        (["--out", used, *FAST, *SWEPT], 2, f"{used} holds a sweep already: resume it, overwrite"),
+        (["--out", other, *FAST, *SWEPT], 2, f"{other} is there and is not a sweep folder"),
+        (["--out", other, "--overwrite", *FAST, *SWEPT], 2, "is not a sweep folder"),
+        (["--out", used, "--overwrite", *FAST, "--class-weight", "ten=1,2"], 2, "no class 'ten'"),
+        (["--resume", other], 1, f"{other} is not the folder of a sweep: it has no sweep.toml"),
+        (["--resume", tmp_path / "none"], 1, "is not the folder of a sweep"),
+        (["--resume", used], 1, f"{used} is finished: its report is {used}/sweep.html"),
+    ]
+    for args, exit_code, message in cases:
+        code, out, err = run_cli("sweep", *args)
+        assert (code, out) == (exit_code, "")
+        assert message in err
+        assert err.count("\n") == 1
+    assert same(used, whole[0])
+    assert (other / "thesis.tex").read_text() == "ten years"
+    assert not (tmp_path / "none").exists()
+    assert list(empty.iterdir()) == []
+
+
+def interrupting(monkeypatch, *, at):
+    """Send Ctrl-C when a number of reports were shown."""
+    from funcloss.cli.console import TrainingConsole
+
+    real, seen = TrainingConsole.show, []
+
+    def show(console, event):
+        real(console, event)
+        seen.append(isinstance(event, training.Progress))
+        if seen[-1] and sum(seen) == at:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingConsole, "show", show)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(run_cli, tmp_path, monkeypatch, plain_files):
+    out = tmp_path / "my sweep"
+    args = ["sweep", *FAST, "--class-weight", "9=1:9:log2", "--reduction", "weighted_mean",
+            "--seeds", "2", "--log-every", "5", "--out", out]  # fmt: skip
+    with monkeypatch.context() as patched:
+        interrupting(patched, at=9)  # in the second seed
+        code, said, err = run_cli(*args)
+    assert code == 130
+    last = said.splitlines()[-1]
+    assert last == f"stopped and saved; go on with: funcloss sweep --resume '{out}'"
+    assert "finishing this step, then saving" in err
+    assert "seed 1/2 trained in" in said
+    assert not (out / "sweep.json").exists()
+    code, said, _ = run_cli(*shlex.split(last.partition("go on with: funcloss ")[2]))
+    assert code == 0
+    assert re.search(r"^class_weight 9=\d has the least expected cost on validation", said, re.M)
+    assert re.search(r"^training 2 members with 2 seeds each, 31 steps, into ", said, re.M)
+    assert f"run folder: {out}/chosen" in said
+    assert f"report: {out}/sweep.html" in said
+    resolved = read_toml(out / "chosen" / "config.toml")
+    assert resolved["reduction"] == "weighted_mean"
+    # A second one over the first.
+    before = (out / "sweep.json").read_bytes()
+    code, _, err = run_cli("sweep", *FAST, *SWEPT, "--out", out)
+    assert code == 2
+    assert "holds a sweep already" in err
+    code, said, _ = run_cli("sweep", *FAST, *SWEPT, "--out", out, "--overwrite", "--quiet")
+    assert code == 0
+    assert (out / "sweep.json").read_bytes() != before
+    assert said.count("\n") < 8
+    assert not [f.name for f in tmp_path.iterdir() if f != out]
+
+
+def test_a_file_gives_what_is_fixed_and_the_command_line_what_is_swept(
+    run_cli, tmp_path, monkeypatch
+):
+    plainly(monkeypatch)
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 5\n[class_weight]\n4 = 2.0\n9 = 7.0\n")
+    code, _, _ = run_cli("sweep", *FAST, *SWEPT, "--config", file, "--out", tmp_path / "s")
+    assert code == 0
+    spec = read_toml(tmp_path / "s" / "sweep.toml")
+    assert spec["seed"] == 5
+    assert spec["class_weight"]["4"] == 2.0
+    resolved = read_toml(tmp_path / "s" / "chosen" / "config.toml")
+    assert resolved["class_weight"] in ({"4": 2.0, "9": 1.0}, {"4": 2.0, "9": 5.0})
+    points = json.loads((tmp_path / "s" / "sweep.json").read_text())["points"]
+    assert [p["name"] for p in points] == ["class_weight 9=1", "class_weight 9=5", "plain"]
+
+
+def test_help_of_the_sweep_does_not_load_torch():
+    code = (
+        "import sys; sys.argv = ['funcloss', 'sweep', '--help']\n"
+        "from funcloss.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--resume" in done.stdout

@@ -1,0 +1,491 @@
+"""What a run's decisions cost: from its loss, counts and priors to what ``evaluate`` prints."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from funcloss import training
+from funcloss.config import make_config
+from funcloss.data import normalised
+from funcloss.decisions import fit_temperature, make_costs
+from funcloss.errors import ConfigError
+from funcloss.training.judging import (
+    deployment_prior,
+    implied_prior,
+    judge_parts,
+    judged_record,
+)
+from funcloss.training.objective import make_criterion
+from funcloss.training.setup import make_hyper
+from funcloss.typing import Batch
+
+ABC = ("a", "b", "c")
+COUNTS = torch.tensor([600.0, 300.0, 100.0])
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
+
+LOSSES = [
+    ({}, None, lambda n, w: n),
+    ({}, WEIGHTS, lambda n, w: n * w),
+    ({"loss": "balanced_softmax"}, None, lambda n, w: n**0),
+    ({"loss": "balanced_softmax"}, WEIGHTS, lambda n, w: w),
+    ({"loss": "logit_adjusted"}, None, lambda n, w: n**0),
+    ({"loss": "logit_adjusted", "loss_option": {"tau": 0.5}}, None, lambda n, w: n**0.5),
+    ({"loss": "logit_adjusted", "loss_option": {"tau": 0.0}}, WEIGHTS, lambda n, w: n * w),
+    ({"loss": "logit_adjusted", "loss_option": {"tau": 2.0}}, WEIGHTS, lambda n, w: w / n),
+]
+NAMED = [
+    "cross_entropy", "weighted", "balanced_softmax", "balanced_softmax weighted",
+    "logit_adjusted", "tau 0.5", "tau 0 weighted", "tau 2 weighted",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "weights", "by_hand"), LOSSES, ids=NAMED)
+def test_the_implied_prior_is_what_the_loss_is_least_at(options, weights, by_hand):
+    """A model that sees nothing learns the prior: minimise over one vector of logits."""
+    config = make_config(options)
+    n, w = COUNTS.double().numpy(), (torch.ones(3) if weights is None else weights).double().numpy()
+    expected = by_hand(n, w) / by_hand(n, w).sum()
+    found = implied_prior(config, COUNTS, weights)
+    assert_close(found, torch.from_numpy(expected))
+
+    hyper = make_hyper(config, make_costs(ABC), COUNTS, "cpu")
+    if weights is not None:
+        hyper["class_weights"] = weights
+    hyper = {name: value.double() for name, value in hyper.items()}
+    criterion = make_criterion(config.loss, "mean", weighted=weights is not None)
+    labels = torch.arange(3).repeat_interleave((COUNTS / 100).long())
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    batch = Batch(inputs=labels, targets=labels)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = criterion(logits.expand(len(labels), 3), batch, hyper)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert_close(logits.detach().softmax(-1), found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "parts"),
+    [
+        ([6.0, 0.0, 2.0], None, [6, 2, 2]),  # never seen: as rare as the rarest
+        ([6.0, 3.0, 1.0], [1.0, 0.0, 9.0], [6, 6, 9]),  # at weight 0
+        ([6.0, 3.0, 1.0], [0.0, 0.0, 0.0], [1, 1, 1]),
+    ],
+)
+def test_a_class_that_was_never_learnt_has_the_least_of_the_others(counts, weights, parts):
+    weights = None if weights is None else torch.tensor(weights)
+    found = implied_prior(make_config(), torch.tensor(counts), weights)
+    parts = torch.tensor(parts, dtype=torch.float64)
+    assert_close(found, parts / parts.sum())
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"a": 0.2}, [0.2, 0.8 * 10 / 30, 0.8 * 20 / 30]),
+        ({"a": 0.2, "b": 0.5, "c": 0.3}, [0.2, 0.5, 0.3]),
+        ({"a": 0.0}, [0.0, 1 / 3, 2 / 3]),
+        ({"a": 0.25, "c": 0.75}, [0.25, 0.0, 0.75]),
+        ({"b": 1.0}, [0.0, 1.0, 0.0]),
+    ],
+)
+def test_a_prior_leaves_the_rest_to_the_others_as_they_occur(given, parts):
+    found = deployment_prior(make_config({"prior": given}), ABC, torch.tensor([70, 10, 20]))
+    assert_close(found, torch.tensor(parts, dtype=torch.float64))
+    assert deployment_prior(make_config(), ABC, torch.tensor([70, 10, 20])) is None
+
+
+# Judged, against numpy.
+
+
+def evaluation(logits, labels):
+    """The evaluation of a model that says these logits."""
+    return training.evaluate(
+        lambda params, buffers, inputs: (inputs, buffers),
+        {"w": torch.zeros(1)},
+        {},
+        lambda index: Batch(inputs=logits[index], targets=labels[index]),
+        len(labels),
+        lambda scores, batch, hyper: scores.sum() * 0,
+        {},
+    )
+
+
+def drawn(seed, counts):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    logits = torch.randn(len(labels), 3, generator=g) + 1.5 * torch.eye(3)[labels]
+    return logits * 2.5, labels  # too sure of itself
+
+
+COSTS = make_costs(
+    ABC,
+    {
+        "a": {"a": 0, "b": 1, "c": 2, "ask": 0.4},
+        "b": {"a": 3, "b": 0, "c": 1, "ask": 0.4},
+        "c": {"a": 9, "b": 6, "c": 0, "ask": 0.4},
+    },
+)
+TABLE = np.array([[0, 1, 2, 0.4], [3, 0, 1, 0.4], [9, 6, 0, 0.4]])
+
+
+def softmax(scores):
+    e = np.exp(scores - scores.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def temperature_by_grid(logits, labels, shift):
+    """The least cross-entropy over a grid, finer and finer."""
+    low, high = math.log(0.05), math.log(20.0)
+    for _ in range(12):
+        grid = np.linspace(low, high, 21)
+        losses = [
+            -np.log(softmax(logits / math.exp(t) + shift)[np.arange(len(labels)), labels]).mean()
+            for t in grid
+        ]
+        best = int(np.argmin(losses))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 20)]
+    return math.exp((low + high) / 2)
+
+
+def expected_by_hand(given, support):
+    """Deployment prior where ``given`` names some parts."""
+    left = 1.0 - sum(given.values())
+    others = sum(s for c, s in zip(ABC, support, strict=True) if c not in given)
+    rest = {c: left * s / others if others else 0.0 for c, s in zip(ABC, support, strict=True)}
+    return np.array([given.get(c, rest[c]) for c in ABC])
+
+
+@pytest.mark.parametrize("given", [{}, {"c": 0.05}, {"a": 0.2, "b": 0.5, "c": 0.3}],
+                         ids=["no prior", "a part", "all"])  # fmt: skip
+@pytest.mark.parametrize(("options", "weights", "by_hand"), LOSSES, ids=NAMED)
+def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
+    held_out, tested = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
+    judged = judge_parts(
+        {"validation": evaluation(*held_out), "test": evaluation(*tested)},
+        {"validation": held_out[1], "test": tested[1]},
+        config=make_config(options, {"prior": given}),
+        costs=COSTS,
+        counts=COUNTS,
+        class_weights=weights,
+    )
+    n, w = COUNTS.double().numpy(), (torch.ones(3) if weights is None else weights).double().numpy()
+    implied = by_hand(n, w) / by_hand(n, w).sum()
+    support = np.array([120, 100, 80]) / 300
+    val_logits, val_labels = held_out[0].double().numpy(), held_out[1].numpy()
+    temperature = temperature_by_grid(val_logits, val_labels, np.log(support / implied))
+    # Decisions know the validation data alone; the scores weigh each class as the prior has it.
+    expected = expected_by_hand(given, support) if given else support
+    for name, (logits, labels) in (("validation", held_out), ("test", tested)):
+        found, y = judged[name], labels.numpy()
+        assert found.temperature == pytest.approx(temperature, rel=1e-4)
+        assert found.temperature > 1.1
+        scores = logits.double().numpy() / found.temperature + np.log(expected / implied)
+        decisions = (softmax(scores) @ TABLE).argmin(1)
+        assert found.min_cost.decisions.tolist() == decisions.tolist()
+        counted = np.bincount(y, minlength=3)
+        prior = expected_by_hand(given, counted) if given else counted / len(y)
+        example = (prior / counted)[y]
+        for scores, made in (
+            (found.argmax, logits.numpy().argmax(1)),
+            (found.min_cost, found.min_cost.decisions.numpy()),
+        ):
+            cost = (example * TABLE[y, made]).sum()
+            assert scores.expected_cost.value == pytest.approx(cost)
+            assert scores.normalised_cost == pytest.approx(cost / (prior @ TABLE).min())
+            assert scores.accuracy.value == pytest.approx((example * (y == made)).sum())
+            assert_close(scores.confusion.sum(1), torch.from_numpy(counted))
+        assert set(found.min_cost.decisions.tolist()) == {0, 1, 2, 3}
+        assert_close(found.prior, torch.from_numpy(prior))
+
+
+def parts(tested, held_out, **options):
+    found = {"validation": held_out, "test": tested} if held_out else {"test": tested}
+    return judge_parts(
+        {name: evaluation(*part) for name, part in found.items()},
+        {name: part[1] for name, part in found.items()},
+        config=make_config(options),
+        costs=COSTS,
+        counts=COUNTS,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"prior": {"c": 0.05}}], ids=["no prior", "a part"])
+def test_the_labels_that_are_judged_have_no_say_in_the_decisions(options):
+    held_out, (logits, labels) = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
+    honest = parts((logits, labels), held_out, **options)
+    for garbage in (torch.zeros_like(labels), labels.flip(0)):
+        other = parts((logits, garbage), held_out, **options)
+        assert other["test"].temperature == honest["test"].temperature
+        assert torch.equal(other["test"].min_cost.decisions, honest["test"].min_cost.decisions)
+        assert (
+            other["validation"].min_cost.expected_cost
+            == honest["validation"].min_cost.expected_cost
+        )
+    louder = parts((logits * 4, labels), held_out, **options)
+    assert louder["test"].temperature == honest["test"].temperature
+
+
+def test_a_temperature_is_fitted_where_the_labels_come_from():
+    """To the parts of validation, not to those of a prior elsewhere."""
+    held_out = drawn(0, [120, 100, 80])
+    shift = (torch.tensor([120.0, 100.0, 80.0]) / 300).log() - (COUNTS / 1000).log()
+    expected = fit_temperature(*held_out, log_shift=shift)
+    for options in ({}, {"prior": {"c": 0.9}}):
+        found = parts(held_out, held_out, **options)
+        assert found["validation"].temperature == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_validation_the_temperature_is_1():
+    found = parts(drawn(1, [150, 90, 60]), None)
+    assert list(found) == ["test"]
+    assert found["test"].temperature == 1.0
+
+
+def test_a_class_that_validation_lacks_is_rare_not_impossible():
+    found = parts(drawn(1, [150, 90, 60]), drawn(0, [120, 100, 0]))
+    made = found["test"].min_cost
+    assert math.isfinite(made.expected_cost.value)
+    assert int(made.confusion[2, 2]) > 0
+
+
+def test_a_record_is_json_with_none_for_what_is_not_defined():
+    found = parts(drawn(1, [150, 90, 0]), None)["test"]
+    record = json.loads(json.dumps(judged_record(found, COSTS), allow_nan=False))
+    argmax = record["rules"]["argmax"]
+    assert argmax["recall"]["c"] == [None, None, None]
+    assert argmax["decisions"] == ["a", "b", "c", "ask"]
+    assert argmax["confusion"] == found.argmax.confusion.tolist()
+    assert record["prior"] == pytest.approx({"a": 150 / 240, "b": 90 / 240, "c": 0.0})
+    assert list(record["rules"]) == ["argmax", "minimum expected cost"]
+
+
+# The command, on real digits.
+
+DIGITS = tuple("0123456789")
+NINES = np.ones((10, 10)) - np.eye(10)
+NINES[9] *= 8.0
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    return tmp_path_factory.mktemp("judging")
+
+
+@pytest.fixture(scope="module")
+def run(room):
+    """A run of class weights and class costs on a tail."""
+    config = make_config(
+        {
+            "dataset": "mnist-sample", "model": "linear", "epochs": 1, "compile": "off",
+            "audit_every": 0, "threads": 1, "imbalance": 5, "class_weight": {"9": 3},
+            "class_cost": {"9": 8},
+        }
+    )  # fmt: skip
+    training.train(config, room / "run")
+    return room / "run"
+
+
+def table_file(path, matrix, extra=(), corner="true\\decided"):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([corner, *DIGITS, *extra])
+        writer.writerows([name, *row] for name, row in zip(DIGITS, matrix.tolist(), strict=True))
+    return path
+
+
+ABSTAIN = np.concatenate([NINES, np.full((10, 1), 0.3)], axis=1)
+JUDGED = [
+    ([], NINES, {}),
+    (["--class-cost", "3=20", "--class-cost", "5=0"], None, {}),
+    (["--cost-matrix", "FILE"], ABSTAIN, {}),
+    (["--prior", "9=0.3"], NINES, {"9": 0.3}),
+    (["--prior", "0=0.5", "--class-cost", "0=2"], None, {"0": 0.5}),
+    (["--cost-matrix", "FILE", "--prior", "9=0.01"], ABSTAIN, {"9": 0.01}),
+]
+
+
+def wilson_by_roots(p, n):
+    """The bounds are where ``(p - x)^2 = z^2 x (1 - x) / n``."""
+    z2 = 1.959963984540054**2 / n
+    return sorted(float(np.real(x)) for x in np.roots([1 + z2, -(2 * p + z2), p * p]))
+
+
+@pytest.mark.parametrize(("args", "matrix", "given"), JUDGED, ids=[" ".join(a) for a, *_ in JUDGED])
+def test_evaluate_writes_what_loops_count(run, tmp_path, sample, run_cli, args, matrix, given):
+    if matrix is None:
+        costly = dict(pair.split("=") for pair in args[args.index("--class-cost") + 1 :: 2])
+        matrix = np.ones((10, 10)) - np.eye(10)
+        for name, cost in costly.items():
+            matrix[int(name)] *= float(cost)
+    file = table_file(tmp_path / "costs.csv", ABSTAIN, ["ask"])
+    args = [file if a == "FILE" else a for a in args]
+    path, lines = tmp_path / "scores.json", tmp_path / "lines.csv"
+    code, out, err = run_cli("evaluate", run, "--json", path, "--csv", lines, *args)
+    assert (code, err) == (0, "")
+    record = json.loads(path.read_text())
+    judged = record["judged"]
+
+    loaded = training.load(run)
+    with torch.no_grad():
+        held_out, tested = (
+            loaded.model(normalised(part.images, loaded.mean, loaded.std)).double().numpy()
+            for part in (sample.validation, sample.test)
+        )
+    y = sample.test.labels.numpy()
+    counts = loaded.class_counts.double().numpy()
+    assert counts.tolist()[::9] == [400.0, 80.0]
+    implied = counts * np.where(np.arange(10) == 9, 3.0, 1.0)
+    implied /= implied.sum()
+    temperature = temperature_by_grid(
+        held_out, sample.validation.labels.numpy(), np.log(0.1 / implied)
+    )
+    assert judged["temperature"] == pytest.approx(temperature, rel=1e-3)
+    rest = (1 - sum(given.values())) / (10 - len(given))
+    prior = np.array([given.get(name, rest) for name in DIGITS])
+    assert judged["prior"] == pytest.approx(dict(zip(DIGITS, prior, strict=True)))
+    posterior = softmax(tested / judged["temperature"] + np.log(prior / implied))
+    rules = {
+        "argmax": tested.argmax(1),
+        "minimum expected cost": (posterior @ matrix).argmin(1),
+    }
+    with lines.open() as rows:
+        argmax = [int(row["prediction"]) for row in csv.DictReader(rows)]
+    assert argmax == rules["argmax"].tolist()
+    assert judged["constant_cost"] == pytest.approx((prior @ matrix).min())
+    for name, made in rules.items():
+        found = judged["rules"][name]
+        confusion = np.zeros_like(matrix)
+        for truth, decision in zip(y, made, strict=True):
+            confusion[truth, decision] += 1
+        assert found["confusion"] == confusion.tolist()
+        assert_close(np.array(found["confusion_cost"]), confusion * matrix)
+        cost = sum(prior[t] / 50 * matrix[t, d] for t, d in zip(y, made, strict=True))
+        assert found["expected_cost"][0] == pytest.approx(cost)
+        assert found["expected_cost"][1] < cost < found["expected_cost"][2]
+        assert found["normalised_cost"] == pytest.approx(cost / judged["constant_cost"])
+        for c, digit in enumerate(DIGITS):
+            recall = confusion[c, c] / 50
+            low, high = wilson_by_roots(recall, 50)
+            assert found["recall"][digit] == pytest.approx([recall, low, high], abs=1e-9)
+        assert f"decisions by {name}: accuracy {found['accuracy'][0]:.2%} [" in out
+        assert f"expected cost {cost:.4f} [" in out
+        assert f"{found['normalised_cost']:.3f} of the best constant decision" in out
+        assert printed(out, name, "counts") == confusion.tolist()
+        assert_close(np.array(printed(out, name, "cost")), confusion * matrix, rtol=1e-5, atol=0)
+    assert rules["argmax"].tolist() != rules["minimum expected cost"].tolist()
+    abstained = judged["rules"]["minimum expected cost"]["confusion"]
+    assert (sum(row[-1] for row in abstained) > 0) or "FILE" not in args
+
+
+def printed(out, rule, what):
+    """A matrix that was printed below a rule's name."""
+    text = out[out.index(f"decisions by {rule}") :]
+    text = text[text.index(f"{what}, rows the truth") :].splitlines()[1:11]
+    rows = [line.split() for line in text]
+    assert [row[0] for row in rows] == list(DIGITS)
+    return [[0.0 if cell == "." else float(cell) for cell in row[1:]] for row in rows]
+
+
+def test_evaluate_says_what_it_judged_by(run, run_cli):
+    code, out, _ = run_cli("evaluate", run)
+    assert code == 0
+    assert out.startswith("cost: calling a true 9 anything else costs 8\n")
+    assert re.search(r"^calibration error 0\.\d{4}, 0\.\d{4} at temperature \d\.\d{3} "
+                     r"\(fitted on validation\)$", out, re.M)  # fmt: skip
+    assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 images of mnist-sample, test$",
+                     out, re.M)  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())["judged"]["test"]
+    cost, low, high = summary["rules"]["minimum expected cost"]["expected_cost"]
+    assert f"expected cost {cost:.4f} [{low:.4f}, {high:.4f}]" in out
+
+
+def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
+    file = table_file(tmp_path / "costs.csv", ABSTAIN, ["ask"])
+    own = training.evaluate_run(run)
+    assert own.costs.matrix.tolist() == NINES.tolist()
+    from funcloss.config import read_cost_matrix
+
+    by_table = training.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
+    assert by_table.costs.extra == ("ask",)
+    by_class = training.evaluate_run(run, judge_by={"class_cost": {"0": 2.0}})
+    assert by_class.costs.matrix[9].tolist() == [1.0] * 9 + [0.0]
+    weighed = training.evaluate_run(run, judge_by={"prior": {"9": 0.5}})
+    assert weighed.costs.matrix.tolist() == NINES.tolist()
+    for other in (by_table, by_class, weighed):  # what it learnt by is what it was
+        assert other.evaluation.loss == own.evaluation.loss
+        assert other.judged.temperature == own.judged.temperature
+        assert torch.equal(other.evaluation.logits, own.evaluation.logits)
+
+
+def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
+    made = {"dataset": "mnist-sample", "model": "linear", "epochs": 0, "val_fraction": 0,
+            "compile": "off"}  # fmt: skip
+    training.train(make_config(made), tmp_path / "run")
+    code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
+    assert code == 0
+    assert "at temperature 1.000 (no validation part)" in out
+    assert json.loads((tmp_path / "scores.json").read_text())["judged"]["temperature"] == 1.0
+    code, _, err = run_cli("evaluate", tmp_path / "run", "--split", "validation")
+    assert code == 2
+    assert "has no validation part: the run held out none" in err
+
+
+REFUSED = [
+    (["--cost-matrix", "CORNER"], "is transposed: its first cell 'decided\\\\true' makes"),
+    (["--cost-matrix", "ROWS"], "cost_matrix is transposed: rows are the truth and columns the"),
+    (["--cost-matrix", "SHORT"], "cost_matrix has no row for class 9"),
+    (["--cost-matrix", "none.csv"], "cannot read none.csv: No such file"),
+    (["--cost-matrix", "GOOD", "--class-cost", "9=2"], "two forms of the same: give one"),
+    (["--class-cost", "ten=2"], "class_cost: no class 'ten'; the classes are 0, 1"),
+    (["--class-cost", "9=-1"], "class_cost 9 must be at least 0"),
+    (["--class-cost", "9"], "class_cost must be CLASS=COST, as in 9=5; got '9'"),
+    (["--prior", "9=1.5"], "prior 9 must be at least 0 and at most 1, got 1.5"),
+    (["--prior", "9=0.6", "--prior", "8=0.6"], "must not add up to more than 1, got 1.2"),
+    (["--prior", "ten=0.1"], "prior: no class 'ten'"),
+    (["--prior", "9=0.1", "--prior", "9=0.2"], "class '9' is given twice"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_what_cannot_be_judged_by_is_one_line_and_exit_code_2(
+    run, tmp_path, monkeypatch, run_cli, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "CORNER": table_file(tmp_path / "corner.csv", NINES, corner="decided\\true"),
+        "GOOD": table_file(tmp_path / "good.csv", NINES),
+        "ROWS": tmp_path / "rows.csv",
+        "SHORT": tmp_path / "short.csv",
+    }
+    good = files["GOOD"].read_text()
+    files["ROWS"].write_text(good + "ask" + ",0.3" * 10 + "\n")
+    files["SHORT"].write_text("\n".join(good.splitlines()[:-1]))
+    args = [files.get(a, a) for a in args]
+    code, out, err = run_cli("evaluate", run, *args, "--json", tmp_path / "scores.json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_prior_of_no_class_that_is_judged_is_refused(run):
+    with pytest.raises(ConfigError, match="the parts of all classes must add up to 1, got 0.5"):
+        training.evaluate_run(run, judge_by={"prior": dict.fromkeys(DIGITS, 0.05)})
+
+
+def test_scores_that_cannot_be_written_are_exit_code_1(run, tmp_path, run_cli):
+    code, _, err = run_cli("evaluate", run, "--json", tmp_path / "no" / "scores.json")
+    assert code == 1
+    assert err.startswith("error: cannot write ")
