@@ -148,7 +148,7 @@ class TrainConfig(NamedTuple):
     floor: Annotated[
         dict[str, float],
         Option(
-            "Least recall of a class, CLASS=RECALL; repeatable.",
+            "Least recall of a class on validation data, or precision:CLASS=PRECISION; repeatable.",
             metavar="CLASS=RECALL",
             example="9=0.99",
         ),
@@ -156,8 +156,8 @@ class TrainConfig(NamedTuple):
     ceiling: Annotated[
         dict[str, float],
         Option(
-            "Largest part of a true class that may be decided as another, TRUE:DECIDED=RATE; "
-            "repeatable.",
+            "Largest part of a true class that may be decided as another, or cost=COST, the "
+            "expected cost of an example; repeatable.",
             metavar="TRUE:DECIDED=RATE",
             example="9:4=0.01",
         ),

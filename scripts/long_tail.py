@@ -84,7 +84,7 @@ def _swept(
         else:
             swept = [Axis("loss_option", key, values) for key, values in axes.items()]
             # Without a parameter of its own, only how fast it learns is left to choose.
-            swept = swept or [Axis("learning_rate", "", (0.001, 0.002, 0.004))]
+            swept = swept or [Axis("learning_rate", "", (0.001, 0.002))]
             options = {"loss": loss, "loss_option": fixed, "epochs": epochs}
             choose.sweep(make_config(BASE, options), swept, folder, seeds=seeds)
         print(f"{loss} is swept", flush=True)

@@ -387,29 +387,39 @@ def test_how_far_a_member_is_from_its_limits_is_in_units_of_their_room():
 # What is said of it.
 
 
-def sentences(records, axes, limits=(), chosen=None, fade=None):
+def sentences(records, axes, limits=()):
     points = points_of(records, limits, ("9",))
-    number = chosen_of(points, axes, limits, misses(records, limits)) if chosen is None else chosen
-    point = points[number]
+    number = chosen_of(points, axes, limits, misses(records, limits))
+    baseline = baseline_of(points)
     reached = tuple(
         Reached("recall of 9 at least 0.9", x.bound, v, v >= x.bound)
         for x, v in zip(limits, records[number]["reached"], strict=True)
     )
-    return words.sweep_sentences(points, point, reached, axes, fade)
+    plain = None if baseline is None else points[baseline]
+    return words.sweep_sentences(points, points[number], plain, reached, axes)
 
 
 def test_the_answer_names_the_member_and_the_reason():
-    rows = [(1, 0.3, 0.8), (2, 0.1, 0.91), (5, 0.2, 0.95)]
-    records = nines(*rows)
+    records = nines((1, 0.3, 0.8), (2, 0.1, 0.91), (5, 0.2, 0.95))
     records[0]["plain"] = True
     assert sentences(records, [NINE], FLOOR) == [
         "class_weight 9=2 is the smallest weight that keeps every limit on validation data. "
         "recall of 9 at least 0.9: 0.9100."
     ]
+    both_ways = NINE._replace(values=(0.5, 2.0))
+    assert (
+        "9=2 is the weight nearest to 1 that keeps every"
+        in (sentences(records, [both_ways], FLOOR)[0])
+    )
     free = [r | {"reached": []} for r in records]
-    assert sentences(free, [NINE]) == [
-        "class_weight 9=2 has the least expected cost on validation data, 0.1000 an example; "
-        "plain training costs 0.3000."
+    best = "class_weight 9=2 has the least expected cost on validation data, 0.1000 an example; "
+    assert sentences(free, [NINE]) == [best + "plain training costs 0.3000."]
+    lost = [free[0] | {"diverged": True}, *free[1:]]
+    assert sentences(lost, [NINE])[0] == best + "plain diverged."
+    cheap = [free[0] | {"expected_cost": 0.05}, *free[1:]]
+    assert sentences(cheap, [NINE]) == [
+        "class_weight 9=1 has the least expected cost on validation data, 0.0500 an example; no "
+        "member that was swept costs less."
     ]
     low = nines((1, 0.3, 0.7), (2, 0.1, 0.8))
     assert sentences(low, [NINE], FLOOR) == [
@@ -513,8 +523,8 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
     known = None if prior is None else torch.tensor(prior)
     judged = judge(torch.tensor(chosen[0]), torch.tensor(labels), COSTS, prior=known)
     row = row_of(
-        "chosen", scored(chosen, labels, prior), judged, torch.tensor(labels), [2, 0],
-        plain=scored(plain, labels, prior), known_prior=prior is not None,
+        "chosen", scored(chosen, labels, prior), judged=judged, labels=torch.tensor(labels),
+        focus=[2, 0], plain=scored(plain, labels, prior), known_prior=prior is not None,
     )  # fmt: skip
     table = COSTS.matrix.numpy()
     paid = table[labels, chosen.argmax(-1)]
@@ -540,11 +550,10 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
 def test_the_row_of_plain_training_has_no_difference():
     labels, plain, _ = made_up()
     judged = judge(torch.tensor(plain[0]), torch.tensor(labels), COSTS)
-    row = row_of("plain", scored(plain, labels, None), judged, torch.tensor(labels), [0])
-    assert row.difference is None
-    same = row_of("again", scored(plain, labels, None), judged, torch.tensor(labels), [0],
-                  plain=scored(plain, labels, None))  # fmt: skip
-    assert same.difference == (0.0, 0.0, 0.0)
+    by = {"judged": judged, "labels": torch.tensor(labels), "focus": [0]}
+    found = scored(plain, labels, None)
+    assert row_of("plain", found, **by).difference is None
+    assert row_of("again", found, **by, plain=found).difference == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (499, 500)])
@@ -568,25 +577,48 @@ def test_the_interval_of_a_part_widens_with_the_spread_of_the_seeds():
     assert all(map(math.isnan, part_interval([math.nan], 0)))
 
 
-def test_a_rule_that_does_as_well_as_the_costs_is_preferred():
-    def row(name, cost, difference):
-        one = Score(0.9, 0.88, 0.92)
-        gap = difference and Score(difference, difference - 0.01, difference + 0.015)
-        return Row(name, one, Score(cost, cost - 0.01, cost + 0.01), one, (one,), gap)
+def row(name, cost, difference=None):
+    one = Score(0.9, 0.88, 0.92)
+    return Row(name, one, Score(cost, cost - 0.01, cost + 0.01), one, (one,), difference)
 
-    plain, chosen = row("plain", 0.2, None), row("class_weight 9=5", 0.1, -0.1)
-    said = {
-        cost: words.tested_sentences([plain, row("plain, minimum expected cost", cost, cost - 0.2),
-                                chosen], ("9",))
-        for cost in (0.09, 0.12, 0.19)
-    }  # fmt: skip
-    assert "The decision rule alone costs no more than the costs in training" in said[0.09][-1]
-    assert "The decision rule alone gives 80 % of what the costs" in said[0.12][-1]
-    assert said[0.19][-1].startswith("Without training anew")
-    assert said[0.19][-1].endswith("-0.0100 an example [-0.0200, +0.0050], which may be chance.")
-    assert "accuracy 90.00 [88.00, 92.00] %" in said[0.12][0]
-    alone = words.tested_sentences(
-        [plain, row("plain, minimum expected cost", 0.12, -0.08)], ("9",)
+
+PLAIN, RULE = row("plain", 0.2), row("plain, thresholds moved", 0.12, Score(-0.08, -0.09, -0.07))
+CHOSEN = row("class_weight 9=5", 0.1, Score(-0.1, -0.11, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        (Score(0.02, 0.01, 0.03), "The decision rule alone costs less than the costs in training: "
+         "prefer it (+0.0200 an example [+0.0100, +0.0300])."),
+        (Score(-0.02, -0.03, -0.01), "The costs in training save more than the decision rule alone "
+         "(-0.0200 an example [-0.0300, -0.0100])."),
+        (Score(0.02, -0.01, 0.05), "Between the costs in training and the decision rule alone no "
+         "difference can be told (+0.0200 an example [-0.0100, +0.0500], which may be chance)."),
+    ],
+)  # fmt: skip
+def test_the_costs_in_training_are_held_against_the_decision_rule(gap, said):
+    limits = [("recall of 9 at least 0.9", 0.875)]
+    lines = words.tested_sentences(PLAIN, CHOSEN, RULE, gap, limits, ("9",))
+    scores = "accuracy 90.00 [88.00, 92.00] %, recall of 9 90.00 [88.00, 92.00] %, expected cost"
+    assert lines == [
+        f"On the test set, read once: {scores} 0.1000 [0.0900, 0.1100]; plain: {scores} 0.2000 "
+        "[0.1900, 0.2100].",
+        "Expected cost of class_weight 9=5 against plain: -0.1000 an example [-0.1100, +0.0100], "
+        "which may be chance.",
+        "The limits on the test set: recall of 9 at least 0.9: 0.8750.",
+        f"Without training anew, plain, thresholds moved: {scores} 0.1200 [0.1100, 0.1300]; "
+        "-0.0800 an example [-0.0900, -0.0700].",
+        said,
+    ]
+
+
+def test_where_plain_training_is_chosen_it_is_not_compared_with_itself():
+    lines = words.tested_sentences(PLAIN, None, RULE, None, [], ("9",))
+    assert len(lines) == 2
+    assert lines[0].startswith("On the test set, read once: accuracy 90.00")
+    assert "; plain:" not in lines[0]
+    same = row("plain, minimum expected cost", 0.2, Score(0.0, 0.0, 0.0))
+    assert words.tested_sentences(PLAIN, None, same, None, [], ("9",))[1].endswith(
+        "; the same decisions."
     )
-    assert alone[0].startswith("On the test set, read once: accuracy")
-    assert len(alone) == 2

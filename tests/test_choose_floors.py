@@ -216,7 +216,8 @@ def test_what_is_reached_and_missed_is_that_of_loops(seed):
             gap, room = limit.bound - rate, 1 - limit.bound
         else:
             gap, room = rate - limit.bound, limit.bound
-        assert miss == pytest.approx(gap / max(room, 1 / n), abs=1e-10)
+        one = rate / n if limit.kind == COST else 1 / n  # an example's part of it
+        assert miss == pytest.approx(gap / max(room, one), abs=1e-10)
         assert held([limit], [value]) == (gap <= 0)
     assert held(EVERY, values) == all(held([e], [v]) for e, v in zip(EVERY, values, strict=True))
     assert len({held([e], [v]) for e, v in zip(EVERY, values, strict=True)}) == 2
@@ -230,7 +231,7 @@ def test_what_is_not_defined_is_not_held_and_moves_nothing():
     assert not any(held([limit], [v]) for limit, v in zip(limits, values, strict=True))
     missed = violations(limits, values, scores.confusion.sum(1))
     assert missed.tolist() == [0.0, 0.0, 0.0]
-    assert snapshot_of(limits, scores) == Snapshot(False, -math.inf, pytest.approx(2 / 3))
+    assert snapshot_of(limits, scores) == Snapshot(False, -math.inf, pytest.approx(-4 / 3))
     before = init_dual(limits, 3)._replace(multipliers=torch.ones(3, dtype=torch.float64))
     assert ascend(before, limits, scores, ABC).multipliers.tolist() == [1.0, 1.0, 1.0]
 
@@ -244,11 +245,24 @@ def test_a_bound_without_room_leaves_that_of_one_example():
     assert values == pytest.approx((0.9, 1.0, 0.1, 0.05))
     assert_close(
         violations(limits, values, scores.confusion.sum(1)),
-        torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64),
+        torch.tensor([1.0, 0.0, 1.0, 20.0], dtype=torch.float64),
     )
     assert [held([e], [v]) for e, v in zip(limits, values, strict=True)] == [
         False, True, False, False,
     ]  # fmt: skip
+
+
+def test_a_cost_is_missed_by_as_much_in_any_unit():
+    decisions, labels = decided(2)
+    found = []
+    for unit in (1.0, 1e6, 1e-6):
+        costs = ABC._replace(matrix=ABC.matrix * unit)
+        scores = score_decisions(decisions, labels, costs)
+        limits = tuple(Limit(COST, bound * unit) for bound in (0.3, 0.0, -1.0))
+        found.append(violations(limits, reached(limits, scores), scores.confusion.sum(1)))
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+    assert (found[0] > 0).all()
 
 
 def test_a_rate_that_is_met_exactly_is_held_whatever_the_rounding():
@@ -287,15 +301,29 @@ def test_a_limit_moves_the_classes_that_it_names():
     rows = directions(EVERY, scores, ABC)
     for limit, row in zip(EVERY, rows.tolist(), strict=True):
         if limit.kind == COST:
-            pairs = zip(labels.tolist(), decisions.tolist(), strict=True)
             paid = [0.0, 0.0, 0.0]
-            for truth, decision in pairs:
+            for truth, decision in zip(labels.tolist(), decisions.tolist(), strict=True):
                 paid[truth] += float(ABC.matrix[truth, decision])
-            assert row == pytest.approx([p / max(paid) for p in paid])
-            assert max(row) == 1.0
+            mean = sum(paid[truth] for truth in labels.tolist()) / len(labels)
+            assert row == pytest.approx([(p - mean) / max(paid) for p in paid])
+            # The mean weight of the examples stays: else all would learn faster, no more.
+            assert sum(row[truth] for truth in labels.tolist()) == pytest.approx(0, abs=1e-12)
         else:
             sign = -1.0 if limit.kind == PRECISION else 1.0
             assert row == [sign if c == limit.truth else 0.0 for c in range(3)]
+
+
+def test_a_cost_is_that_of_the_prior():
+    """What is dear here and does not come there is not raised."""
+    labels = torch.arange(3).repeat_interleave(10)
+    decisions = torch.where(torch.arange(30) % 10 < 4, (labels + 1) % 3, labels)
+    limits = make_limits({}, {"cost": 0.1}, ABC.classes)
+    here = directions(limits, score_decisions(decisions, labels, ABC), ABC)[0]
+    prior = torch.tensor([0.9, 0.0, 0.1])
+    there = directions(limits, score_decisions(decisions, labels, ABC, prior=prior), ABC)[0]
+    assert here.tolist() == pytest.approx([-0.25, 0.5, -0.25])
+    assert there.argmax() == 0
+    assert there[1] == there.min()
 
 
 def test_benefits_and_no_cost_at_all_move_nothing():
@@ -314,7 +342,7 @@ def test_benefits_and_no_cost_at_all_move_nothing():
         ({"a": 0.99}, {}, (1, 0, 0)),
         ({"precision:a": 0.99}, {}, (-1, 0, 0)),
         ({}, {"b:a": 0.001}, (0, 1, 0)),
-        ({}, {"cost": 0.01}, (1, 1, 1)),
+        ({}, {"cost": 0.01}, (-1, 1, -1)),  # raised and lowered around the mean
         ({"a": 0.01}, {"b:a": 0.9}, (0, 0, 0)),  # kept: at 0 already
     ],
 )
@@ -324,9 +352,11 @@ def test_a_missed_limit_raises_or_lowers_its_class(floor, ceiling, signs):
     dual = ascend(init_dual(limits, 3), limits, scores, ABC)
     assert dual.log_weights.sign().tolist() == list(signs)
     assert float(dual.multipliers.max()) == (RATE if any(signs) else 0.0)  # missed by far
-    assert float(dual.log_weights.abs().max()) == float(dual.multipliers.max())
-    assert torch.equal(dual.total, dual.log_weights)
-    assert dual.measured == 1
+    assert_close(dual.log_weights, dual.multipliers @ directions(limits, scores, ABC))
+    assert dual.total.tolist() == [0.0, 0.0, 0.0]  # what was in force until now
+    again = ascend(dual, limits, scores, ABC)
+    assert torch.equal(again.total, dual.log_weights)
+    assert again.measured == 2
 
 
 def test_multipliers_stay_between_0_and_the_cap():
@@ -357,7 +387,7 @@ def responding(kind, log_weights):
         PAIR: base._replace(confusion=missed),
         COST: base._replace(
             expected_cost=base.expected_cost._replace(value=1 - rate),
-            cost=torch.tensor([[0.0, 3.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+            class_cost=torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64),
         ),
     }[kind]
 
@@ -382,16 +412,19 @@ def test_the_ascent_finds_the_smallest_weight_that_keeps_a_limit(kind, bound, we
     for _ in range(300):
         dual = ascend(dual, limits, responding(kind, dual.log_weights), ABC)
     assert float(dual.log_weights[0]) == pytest.approx(weight, abs=1e-3)
-    share = {COST: 0.25}.get(kind, 0.0)  # class b costs a quarter of what a does
-    assert_close(dual.log_weights[1:], dual.log_weights[0] * torch.tensor([share, 0.0]).double())
+    # Around the mean of 4, 1 and 0 the others are two and five sevenths below, as a is above.
+    others = [-2 / 7, -5 / 7] if kind == COST else [0.0, 0.0]
+    assert_close(dual.log_weights[1:], dual.log_weights[0] * torch.tensor(others).double())
 
 
 def test_weights_are_told_to_four_digits_without_those_of_1():
-    told = weights_of(torch.tensor([0.0, math.log(1.23456), -math.log(3), 1e-9]).double())
-    assert told == {1: 1.235, 2: 0.3333}
+    logs = [0.0, math.log(1.23456), -math.log(3), 1e-9, math.log(1.0049), math.log(0.9949)]
+    told = weights_of(torch.tensor(logs, dtype=torch.float64))
+    assert told == {1: 1.235, 2: 0.3333, 5: 0.9949}
+    assert weights_of(torch.tensor([-math.inf])) == {0: 0.0}
 
 
-def test_a_moment_that_keeps_all_is_better_than_an_accurate_one():
+def test_a_moment_that_keeps_all_is_better_than_a_cheap_one():
     labels = torch.arange(2).repeat_interleave(10)
     limits = make_limits({"a": 0.9}, {}, ("a", "b"))
 
@@ -408,6 +441,9 @@ def test_a_moment_that_keeps_all_is_better_than_an_accurate_one():
     assert len(set(worst_first)) == len(worst_first)
     assert [m.feasible for m in worst_first] == [False] * 4 + [True] * 3
     assert moment(7, 10).margin == pytest.approx(-2.0)  # two examples, of the one there is room for
+    assert moment(9, 5).worth == pytest.approx(-0.3)
+    costs = make_costs(("a", "b"), class_cost={"b": 5.0})
+    assert moment(9, 10) > moment(10, 9)  # as accurate, and cheaper
 
 
 # Thresholds moved, against all thresholds.
@@ -574,10 +610,7 @@ def floored(room, quick):
 
 
 def replayed(made, bound, every):
-    """A training under a floor on the 8, by hand: ``(step, weight, recall, accuracy, state)``.
-
-    Then the last state, and what the weight would have been after it.
-    """
+    """A training under a floor on the 8, by hand: ``(step, weight, recall, accuracy, state)``."""
     setup = make_setup(made)
     held_out = setup.dataset.validation
     images = normalised(held_out.images, setup.dataset.mean, setup.dataset.std)
@@ -600,12 +633,12 @@ def replayed(made, bound, every):
             weights = torch.ones(10)
             weights[8] = float(torch.tensor(multiplier, dtype=torch.float64).exp())
             state, _ = setup.step_on(state, index, setup.hyper | {"class_weights": weights})
-    return rows, state, math.exp(multiplier)
+    return rows, state
 
 
 def test_every_measurement_is_that_of_the_pure_steps_and_the_best_is_kept(floored):
     run = floored.folder
-    rows, last, _ = replayed(folder.read_config(run), 0.93, every=4)
+    rows, last = replayed(folder.read_config(run), 0.93, every=4)
     records = steered(run)
     assert [r["step"] for r in records] == [row[0] for row in rows] == list(range(4, 161, 4))
     for record, (_, weight, recall, accuracy, _) in zip(records, rows, strict=True):
@@ -631,8 +664,8 @@ def test_every_measurement_is_that_of_the_pure_steps_and_the_best_is_kept(floore
 
 
 def test_the_weight_found_is_the_mean_of_the_second_half(floored):
-    rows, _, last = replayed(folder.read_config(floored.folder), 0.93, every=4)
-    after = [math.log(weight) for step, weight, *_ in rows if step > 80] + [math.log(last)]
+    rows, _ = replayed(folder.read_config(floored.folder), 0.93, every=4)
+    after = [math.log(weight) for step, weight, *_ in rows if step > 80]  # in force up to there
     found = floored.summary["weights_found"]
     assert list(found) == ["8"]
     assert found["8"] == pytest.approx(math.exp(sum(after) / len(after)), rel=1e-3)
@@ -658,6 +691,14 @@ def test_an_audit_sees_the_weights_of_the_last_steps(floored):
     found = audit_run(run, examples=500).audit
     assert_close(found.class_weights.float(), weights)
     assert found.balance.share.sum() == pytest.approx(1.0)
+
+
+def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
+    """They tell what prior the probabilities are of, and what the loss was."""
+    found = training.evaluate_run(floored.folder, part="validation")
+    record = training.judging.judged_record(found.judged, found.costs)
+    assert record == floored.summary["judged"]["validation"]
+    assert found.evaluation.loss == pytest.approx(floored.summary["validation"]["loss"])
 
 
 def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
@@ -787,7 +828,7 @@ def test_floors_that_cannot_be_kept_are_said_first_how_near_and_at_what_price(mi
     assert code == 0
     summary = json.loads((run / "summary.json").read_text())
     first, *rest = out.splitlines()
-    assert first.startswith("Not every limit could be kept on validation data; nearest after ")
+    assert first.startswith("Not every limit could be kept on validation data. Nearest after ")
     assert summary["feasible"] is False
     for limit in summary["limits"]:
         if limit["held"]:
@@ -796,13 +837,16 @@ def test_floors_that_cannot_be_kept_are_said_first_how_near_and_at_what_price(mi
             by = 1 - limit["reached"]
             assert f"{limit['limit']} is missed by {by:.4f}, at {limit['reached']:.4f}" in first
     assert not all(limit["held"] for limit in summary["limits"])
-    assert f"nearest after {summary['best_step']:,} steps" in first
-    assert any(
-        line.startswith("Weights found, to be used plainly: --class-weight ") for line in rest
+    measured = len(steered(run))
+    assert f"after {summary['best_step']} steps, the best of {measured} measurements, at 0" in first
+    weights = "Weights that it came to, which keep not every limit: --class-weight 3="
+    assert any(line.startswith(weights) for line in rest)
+    price = r"Expected cost of the model under limits against plain: [+-]\d"
+    assert any(re.match(price, line) for line in rest)
+    tested = (
+        r"The limits on the test set: recall of 3 at least 1: \d\.\d{4}; recall of 8 at least 1"
     )
-    assert any(re.match(r"Expected cost of trained under limits against plain: [+-]", line)
-               for line in rest)  # fmt: skip
-    assert any(line.startswith("All limits held at 0 of ") for line in rest)
+    assert any(re.match(tested, line) for line in rest)
     nearest = max(
         steered(run), key=lambda r: (min(r["reached"].values()), r["accuracy"], -r["step"])
     )
@@ -838,18 +882,17 @@ def test_words_of_what_is_kept_and_of_what_is_missed():
     kept = Told("recall of 9 at least 0.9", 0.9, 0.95, True)
     lost = Told("precision of 4 at least 0.9", 0.9, math.nan, False)
     moments = [Ascent(10, {}, (0.5,), 0.9, False), Ascent(1234, {"9": 2.5}, (0.95,), 0.9, True)]
-    lines = limit_sentences([kept], moments, moments[1], {"9": 2.5})
-    assert lines[0] == (
-        "Every limit is kept on validation data after 1,234 steps. "
-        "recall of 9 at least 0.9: 0.9500."
-    )
-    assert lines[1:] == [
-        "Weights found, to be used plainly: --class-weight 9=2.5",
-        "All limits held at 1 of 2 measurements.",
+    assert limit_sentences([kept], moments, moments[1], {"a b": 2.5}, plain_keeps=False) == [
+        "Every limit is kept on validation data after 1,234 steps, the best of 2 measurements, "
+        "at 1 of which every limit held. recall of 9 at least 0.9: 0.9500.",
+        "Weights found, to be used plainly: --class-weight 'a b=2.5'",
     ]
-    lines = limit_sentences([kept, lost], moments, moments[0], {})
-    assert "precision of 4 at least 0.9 is missed by undefined, at undefined" in lines[0]
+    lines = limit_sentences([kept, lost], moments, moments[0], {}, plain_keeps=False)
+    assert len(lines) == 1
+    assert "precision of 4 at least 0.9 is missed: it is not defined" in lines[0]
     assert "recall of 9" not in lines[0]
+    lines = limit_sentences([kept], moments, moments[1], {}, plain_keeps=True)
+    assert lines[1:] == ["Plain training keeps every limit on validation data as it is."]
 
 
 # Stops and kills.
@@ -866,7 +909,7 @@ def no_report(monkeypatch):
         return [out / page]
 
     monkeypatch.setattr("funcloss.choose.run.write_choice", write_choice)
-    monkeypatch.setattr("funcloss.choose.run.gradient_of", lambda *args: {})
+    monkeypatch.setattr("funcloss.choose.run.gradient_of", lambda *args: ({}, 0))
 
 
 @pytest.fixture
@@ -1059,5 +1102,34 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
     of_test = ("rows", "lines")
     for name in choices[0].keys() - set(of_test):
         assert choices[0][name] == choices[1][name]
-    assert choices[0]["lines"][:3] == choices[1]["lines"][:3]
+    before = [line for line in choices[1]["lines"] if "test set" not in line][:2]
+    assert choices[0]["lines"][:2] == choices[1]["lines"][:2] == before
     assert all(choices[0][name] != choices[1][name] for name in of_test)
+
+
+def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
+    setup = make_setup(config(epochs=4, floor={"9": 0.3}))
+    steering, state = steer_by_limits(setup), setup.state
+    order = training.epoch_order(state.key, 0, len(setup.dataset.train.labels))
+    for index in order.split(setup.config.batch_size)[:10]:
+        state, _ = setup.step_on(state, index, setup.hyper)
+    half = setup.config.epochs * setup.per_epoch // 2
+
+    def at(step, bias):  # a larger bias of the 9 keeps its floor, and spoils the rest
+        raised = state.params["fc.bias"] + bias * (torch.arange(10) == 9)
+        return state._replace(step=torch.tensor(step), params={**state.params, "fc.bias": raised})
+
+    memory = steering.init(setup.state)
+    worth = []
+    for step, bias in ((1, 1.0), (half, 3.0), (half + 1, 2.0), (half + 2, -9.0)):
+        memory, line = steering.update(memory, at(step, bias))
+        assert line["feasible"] == (bias > 0)
+        worth.append(line["accuracy"])
+    assert worth[2] < worth[0]
+    assert int(memory.step) == half + 1
+
+
+@pytest.mark.parametrize("floor", [{"9": 0.9}, {"precision:9": 0.9}])
+def test_a_limit_on_a_class_of_no_weight_is_refused(floor):
+    with pytest.raises(ConfigError, match="class 9 has class_weight 0, which no multiplier"):
+        steer_by_limits(make_setup(config(class_weight={"9": 0.0}, floor=floor)))

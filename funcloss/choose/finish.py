@@ -104,6 +104,7 @@ def on_test(
     focus: Sequence[int],
     *,
     by_rule: bool = True,
+    plain_name: str = "plain",
 ) -> Tested:
     """Return the chosen model beside plain training and what needs no training at all.
 
@@ -115,6 +116,7 @@ def on_test(
         limits: What has to hold.
         focus: Classes whose recall is told.
         by_rule: The chosen model's logits make probabilities for the rule.
+        plain_name: What plain training is called; that of another model that stands in for it.
 
     Returns:
         Rows of plain training by argmax, by minimum expected cost and, under limits, by moved
@@ -123,9 +125,9 @@ def on_test(
     labels, costs = setup.dataset.test.labels.cpu(), setup.costs
     rule, known = "minimum expected cost", bool(setup.config.prior)
     base = [j.judged["test"].argmax for j in plain]
-    scores = {"plain": base, f"plain, {rule}": [j.judged["test"].min_cost for j in plain]}
+    scores = {plain_name: base, f"{plain_name}, {rule}": [j.judged["test"].min_cost for j in plain]}
     if limits:
-        scores["plain, thresholds moved"] = [_moved(setup, j, limits) for j in plain]
+        scores[f"{plain_name}, thresholds moved"] = [_moved(setup, j, limits) for j in plain]
     cheap = list(scores)[-1]
     best = base
     if chosen is not None:
@@ -135,7 +137,7 @@ def on_test(
     compare = partial(row_of, judged=plain[0].judged["test"], labels=labels, focus=focus)
     compare = partial(compare, known_prior=known)
     rows = {
-        title: compare(title, found, plain=None if title == "plain" else base)
+        title: compare(title, found, plain=None if title == plain_name else base)
         for title, found in scores.items()
     }
     gap = compare(name, best, plain=scores[cheap]).difference if chosen is not None else None
@@ -143,7 +145,8 @@ def on_test(
     reaches = zip(*(reached(limits, s) for s in best), strict=True)
     texts = [limit_text(limit, costs.classes) for limit in limits]
     held_out = [(text, sum(v) / len(v)) for text, v in zip(texts, reaches, strict=True)]
-    lines = tested_sentences(rows["plain"], rows.get(name), rows[cheap], gap, held_out, names)
+    trained = None if chosen is None else rows[name]
+    lines = tested_sentences(rows[plain_name], trained, rows[cheap], gap, held_out, names)
     return Tested(tuple(rows.values()), tuple(lines))
 
 

@@ -60,6 +60,15 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
     if not limits:
         raise ConfigError("no floor and no ceiling is given, as in floor 9=0.99")
     check_measurable(limits, dataset)
+    weightless = [
+        dataset.classes[limit.truth]
+        for limit in limits
+        if limit.truth >= 0 and config.class_weight.get(dataset.classes[limit.truth]) == 0
+    ]
+    if weightless:
+        raise ConfigError(
+            f"class {weightless[0]} has class_weight 0, which no multiplier can raise: leave it out"
+        )
     if config.reduction != "mean":
         raise ConfigError(
             f"floors and ceilings set class weights, which reduction {config.reduction} divides "
@@ -74,8 +83,8 @@ def steer_by_limits(setup: Setup) -> Steering:
     Every so many steps the model decides on the validation data, a multiplier a limit moves by how
     far it is missed (:func:`funcloss.choose.ascend`), and the multipliers make the class weights
     that the next steps are given in ``hyper``, times those that the configuration has. The best
-    moment is kept: one at which every limit holds before one at which some does not, then by
-    expected cost.
+    moment is kept: one at which every limit holds before one at which some does not, then one of
+    the second half of the training, then by expected cost.
 
     Args:
         setup: The training.
@@ -123,7 +132,9 @@ def steer_by_limits(setup: Setup) -> Steering:
         scores = measure(state)
         now, values = snapshot_of(limits, scores), reached(limits, scores)
         best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.worth))
-        if now > best:
+        # Early on a limit may hold by chance, of a model that has hardly learnt.
+        late, was_late = int(state.step) > half, int(memory.step) > half
+        if (now.feasible, late, *now[1:]) > (best.feasible, was_late, *best[1:]):
             feasible, margin, worth = (torch.tensor(v, dtype=torch.float64) for v in now)
             memory = Held(
                 memory.dual, state.params, state.buffers, memory.dual.log_weights,
@@ -139,10 +150,10 @@ def steer_by_limits(setup: Setup) -> Steering:
             "accuracy": scores.accuracy.value,
             "feasible": now.feasible,
         }
-        dual = memory.dual
+        dual = ascend(memory.dual, limits, scores, costs)
         if int(state.step) <= half:  # the weights found are a mean over the second half
             dual = dual._replace(total=0 * dual.total, measured=0 * dual.measured)
-        return memory._replace(dual=ascend(dual, limits, scores, costs)), record
+        return memory._replace(dual=dual), record
 
     def hyper(memory: Held) -> Hyper:
         weights = base * memory.dual.log_weights.exp().to(base)

@@ -209,7 +209,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     points[number] = points[number]._replace(chosen=True)
     own = [r for r in records if r["member"] == number]
     show(Note("reading the test set"))
-    # Where every plain training diverged, the chosen member is compared with itself.
+    # Where every plain training diverged, the chosen member stands alone, under its own name.
     plain = baseline_of(points)
     base = number if plain is None else plain
     judged = {n: [_judged(made, s, n) for s in range(made.seeds)] for n in {base, number}}
@@ -222,6 +222,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
         made.limits,
         focus,
         by_rule=not rule_caveat(entry.config),
+        plain_name=entry.name if plain is None else "plain",
     )
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])

@@ -180,8 +180,8 @@ def _verdict(gap: Score) -> str:
 
 
 def _row(row: Row, focus: Sequence[str]) -> str:
-    recalls = [f"recall of {c} {_with(r, 100)} %" for c, r in zip(focus, row.recall, strict=True)]
-    parts = [f"accuracy {_with(row.accuracy, 100)} %", *recalls[:1]]
+    recalls = [f"recall of {c} {_with(r, 100)}" for c, r in zip(focus, row.recall, strict=True)]
+    parts = [f"accuracy {_with(row.accuracy, 100)}", *recalls[:1]]
     return f"{', '.join(parts)}, expected cost {_with(row.expected_cost)}"
 
 
@@ -197,11 +197,14 @@ def _difference(difference: Score | None) -> str:
 
 
 def _with(score: Score, factor: float = 1.0) -> str:
+    """Return a number with its interval; ``factor`` 100: in percent."""
     value, low, high = (factor * v for v in score)
-    digits = 2 if factor != 1.0 else 4
+    digits, unit = (2, " %") if factor != 1.0 else (4, "")
+    if math.isnan(value):
+        return "not defined"
     if math.isnan(low):
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{value:.{digits}f}{unit}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{unit}"
 
 
 def _four(value: float) -> str:
