@@ -38,8 +38,8 @@ SWEEPS = {  # loss, what is swept, fixed options
     "focal": ("softmax_focal", {"gamma": (0.5, 1.0, 2.0, 4.0)}, {}),
     "balanced softmax": ("balanced_softmax", {}, {}),
     "logit-adjusted": ("logit_adjusted", {"tau": (0.5, 1.0, 1.5, 2.0)}, {}),
-    "LDAM": ("ldam", {"max_margin": (0.5, 1.0, 2.0, 4.0)}, {"scale": 3.0}),
-    "VS": ("vector_scaling", {"gamma": (0.05, 0.1, 0.2), "tau": (0.75, 1.25)}, {}),
+    "LDAM": ("ldam", {"max_margin": (0.5, 1.0, 2.0)}, {"scale": 3.0}),
+    "VS": ("vector_scaling", {"gamma": (0.05, 0.2), "tau": (0.75, 1.25)}, {}),
 }
 
 

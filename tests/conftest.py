@@ -9,6 +9,10 @@ import torch
 from funcloss import data
 from funcloss.cli import app as shell
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _first_jvp():

@@ -17,9 +17,9 @@ from funcloss.choose.gradient import (
     cost_gradient,
     gradient_sentences,
     mean_expected_cost,
-    tune,
     unrolled_cost,
 )
+from funcloss.choose.tuning import tune
 from funcloss.data import Examples, take
 from funcloss.training import (
     flatten,

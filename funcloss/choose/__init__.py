@@ -4,11 +4,9 @@ from funcloss.choose.axes import Axis, parse_values
 from funcloss.choose.floors import steer_by_limits
 from funcloss.choose.gradient import (
     CostGradient,
-    Tuned,
     cost_gradient,
     gradient_sentences,
     mean_expected_cost,
-    tune,
     unrolled_cost,
 )
 from funcloss.choose.members import choose_width, init_members, make_groups, make_members_step
@@ -22,6 +20,7 @@ from funcloss.choose.run import (
     train_under_limits,
 )
 from funcloss.choose.seeds import SeedReport, SweepStarted
+from funcloss.choose.tuning import Tuned, tune
 
 __all__ = [
     "Ascent",
