@@ -122,6 +122,8 @@ def resume_sweep(
     """
     path = Path(out).expanduser()
     if (path / "sweep.json").exists():
+        for left in path.glob("seed-*.safetensors"):  # by a kill at the very end
+            left.unlink()
         raise RunError(f"{path} is finished: its report is {path / 'sweep.html'}")
     return _swept(taken_up(path, data_dir=data_dir, show=show), show, should_stop)
 

@@ -31,6 +31,7 @@ class TrainingConsole:
         self._quiet = quiet
         self._audits: list[list[dict[str, Any]]] = []  # of the epoch
         self._audit_seconds = 0.0
+        self._before = self._of_seed = 0  # steps of a sweep: before this seed, and of each
         self._out = _console()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -64,10 +65,11 @@ class TrainingConsole:
                     f"training {config.model} on {config.dataset}, {config.device}, "
                     f"{config.threads} threads, step {step:,} of {steps:,}, into {folder}"
                 )
-                self._bar.add_task(config.model, total=steps, completed=step, loss="-", rate="-")
+                self._begin(config.model, steps, step)
             case training.Progress(step=step, loss=loss, images_per_second=rate):
                 for task in self._bar.task_ids:
-                    self._bar.update(task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
+                    done = self._before + step
+                    self._bar.update(task, completed=done, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
                 if not self._out.is_terminal:
                     self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} images/s")
             case training.Audited(_, seconds, rows):
@@ -95,12 +97,19 @@ class TrainingConsole:
                     f"training {members} members with {_count(seeds, 'seed')} each, "
                     f"{steps:,} steps, into {folder}"
                 )
-                name = f"{members} members"
-                self._bar.add_task(name, total=seeds * steps, completed=done, loss="-", rate="-")
+                self._before, self._of_seed = done, steps
+                self._begin(f"{members} members", seeds * steps, done)
             case choose.SeedReport(number, seeds, seconds, records):
+                self._before += self._of_seed
                 lost = sum(record["diverged"] for record in records)
                 diverged = f", {lost} diverged" if lost else ""
                 self._print(f"seed {number}/{seeds} trained in {seconds:.1f} s{diverged}")
+
+    def _begin(self, name: str, total: int, done: int) -> None:
+        """Begin a bar, in the place of one that has ended."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(name, total=total, completed=done, loss="-", rate="-")
 
     def choice(self, ended: "choose.Chosen") -> None:
         """Show what a sweep or a training under limits came to, and where it is."""

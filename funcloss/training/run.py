@@ -226,15 +226,19 @@ def write_run(
         RunError: it cannot be written; what was there is as it was.
     """
     step = int(state.step)
-    epoch = step // setup.per_epoch
-    loss, seconds = report.of_epoch(list(records), epoch) if epoch else (math.nan, 0.0)
-    line = {"kind": "epoch", "epoch": epoch, "step": step}
-    line |= {"examples": step * setup.config.batch_size, "loss": loss, "seconds": seconds}
-    last = line | report.scores(evaluations, setup.dataset.classes)
+    epochs = []
+    for epoch in range(1, step // setup.per_epoch + 1):
+        loss, seconds = report.of_epoch(list(records), epoch)
+        line = {"kind": "epoch", "epoch": epoch, "step": epoch * setup.per_epoch}
+        examples = epoch * setup.per_epoch * setup.config.batch_size
+        epochs.append(line | {"examples": examples, "loss": loss, "seconds": seconds})
+    first = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
+    epochs = epochs or [first]  # of an empty training
+    epochs[-1] |= report.scores(evaluations, setup.dataset.classes)
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside, setup.config, run)
         _save(beside, setup, state)
-        folder.write_records(beside, [*records, last])
+        folder.write_records(beside, [*records, *epochs])
         weights = setup.hyper.get("class_weights")
         return report.sum_up(beside, setup, state, weights, evaluations, {})
 
