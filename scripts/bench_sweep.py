@@ -105,7 +105,7 @@ def _measured(
             times[run.__name__].append((time.perf_counter() - began) / steps)
     ratios = [a / b for a, b in zip(times["sweep"][1:], times["separate"][1:], strict=True)]
     return {
-        "width": "one program" if width.width == members else f"{width.width} at a time",
+        "width": {1: "a loop", members: "one program"}.get(width.width, f"{width.width} at a time"),
         "sweep": statistics.median(times["sweep"][1:]),
         "separate": statistics.median(times["separate"][1:]),
         "ratio": statistics.median(ratios),

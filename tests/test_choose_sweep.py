@@ -772,6 +772,13 @@ def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     records = folder.read_lines(out / "members.jsonl")
     assert [(r["seed"], r["member"]) for r in records] == list(itertools.product((0, 1), range(3)))
     assert json.loads((out / "sweep.json").read_text())["seeds"] == 2
+    summary = json.loads((out / "chosen" / "summary.json").read_text())
+    taken = sum(
+        line["seconds"]
+        for line in folder.read_lines(out / "steps.jsonl")
+        if line["seed"] == summary["seed"]
+    )
+    assert summary["train_seconds"] == pytest.approx(taken)
 
 
 def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(full):
