@@ -16,11 +16,17 @@ from funcloss.choose.finish import (
 from funcloss.choose.floors import limits_of, steer_by_limits
 from funcloss.choose.limits import Limit, held, limit_text, reached
 from funcloss.choose.members import member_hyper
+from funcloss.choose.plan import Sweep, start, taken_up
 from funcloss.choose.result import Ascent, Choice
 from funcloss.choose.result import Limit as Reached
-from funcloss.choose.seeds import STEPS, Sweep, run_seeds, start, state_of, taken_up
+from funcloss.choose.seeds import STEPS, run_seeds, state_of
 from funcloss.choose.select import baseline_of, chosen_of, faded, misses, points_of
-from funcloss.choose.words import fading_sentence, limit_sentences, sweep_sentences
+from funcloss.choose.words import (
+    fading_sentence,
+    limit_sentences,
+    slope_sentences,
+    sweep_sentences,
+)
 from funcloss.config import TrainConfig
 from funcloss.data import class_counts
 from funcloss.decisions import cost_sentences
@@ -240,7 +246,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     gradient, horizon = gradient_of(setup, state, setup.hyper)
     choice = Choice(
         title=f"Sweep of {', '.join(axis.name for axis in made.axes)}",
-        lines=(*lines, *test.lines),
+        lines=(*lines, *test.lines, *slope_sentences(gradient, horizon)),
         costs=tuple(cost_sentences(costs)),
         focus=names,
         axes=tuple(axis.name for axis in made.axes),
@@ -331,7 +337,7 @@ def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, A
     gradient, horizon = gradient_of(setup, state, last)
     choice = Choice(
         title=f"Limits of {run_dir.name}",
-        lines=(*lines, *test.lines),
+        lines=(*lines, *test.lines, *slope_sentences(gradient, horizon)),
         costs=tuple(cost_sentences(costs)),
         focus=tuple(classes[c] for c in focus),
         axes=(),

@@ -140,6 +140,26 @@ def tested_sentences(
     return lines
 
 
+def slope_sentences(gradient: dict[str, float], steps: int) -> list[str]:
+    """Return what the class weight that matters most would do, if there are class weights.
+
+    Args:
+        gradient: Change of the validation cost per unit of each class's weight.
+        steps: How many steps it looks ahead.
+
+    Returns:
+        A sentence, or none.
+    """
+    known = {name: slope for name, slope in gradient.items() if math.isfinite(slope)}
+    if not known:
+        return []
+    name = max(known, key=lambda c: abs(known[c]))
+    return [
+        f"One more unit of weight on {name} would change the validation cost by "
+        f"{known[name]:+.2g}, to first order, {steps} steps on."
+    ]
+
+
 def _answer(
     chosen: Point, plain: Point | None, limits: Sequence[Limit], axes: Sequence[Axis]
 ) -> str:

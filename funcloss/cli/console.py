@@ -137,7 +137,7 @@ class TrainingConsole:
         )
         if self._quiet:
             return
-        _print_costs(outcome.summary["judged"]["test"])
+        self._print_costs(outcome.summary)
         recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
         run = shlex.quote(str(outcome.folder))
         costly = f"--class-weight {shlex.quote(f'{hardest}=5')}"
@@ -150,6 +150,22 @@ class TrainingConsole:
         print("  # see every class in a table, and the loss while it learnt in curves.png")
         print(f"  funcloss evaluate {run}")
 
+    def _print_costs(self, summary: dict[str, Any]) -> None:
+        """Print what mistakes cost, if it was said, and what the decisions on the test set cost."""
+        if summary["costs"] != decisions.cost_sentences(decisions.make_costs(_ANY_TWO)):
+            for line in summary["costs"]:
+                self._print(f"cost: {line}")
+        for name, rule in summary["judged"]["test"]["rules"].items():
+            cost, low, high = rule["expected_cost"]
+            normal = rule["normalised_cost"]
+            part = "" if normal is None else f", {normal:.3f} of the best constant decision"
+            self._print(
+                f"decisions by {name}: expected cost {cost:.4f} [{low:.4f}, {high:.4f}]{part}; "
+                f"accuracy {rule['accuracy'][0]:.2%}"
+            )
+        if summary["caveat"]:
+            self._print(f"note: {summary['caveat']}")
+
     def _print(self, text: str) -> None:
         if not self._quiet:
             self._out.print(text, markup=False, emoji=False)
@@ -157,6 +173,7 @@ class TrainingConsole:
 
 _SHOWN, _MOST = 10, 24  # classes side by side, and below each other
 _SQUARE = 20  # decisions in a printed matrix
+_ANY_TWO = ("one", "two")  # classes, whose names costs of 1 do not speak
 
 
 def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
@@ -262,18 +279,6 @@ def _steered(record: dict[str, Any]) -> str:
         f"{text}: {'-' if v is None else f'{v:.4f}'}" for text, v in record["reached"].items()
     )
     return f"{reached}  accuracy {record['accuracy']:.2%}  class weights {weights}"
-
-
-def _print_costs(judged: dict[str, Any]) -> None:
-    """Print what the decisions of a summary cost, by rule."""
-    for name, rule in judged["rules"].items():
-        cost, low, high = rule["expected_cost"]
-        normal = rule["normalised_cost"]
-        part = "" if normal is None else f", {normal:.3f} of the best constant decision"
-        print(
-            f"decisions by {name}: expected cost {cost:.4f} [{low:.4f}, {high:.4f}]{part}; "
-            f"accuracy {rule['accuracy'][0]:.2%}"
-        )
 
 
 def _points_table(choice: "choose.Choice") -> Table:

@@ -14,6 +14,7 @@ from torch import Tensor
 from funcloss._files import write_text
 from funcloss.config import TrainConfig
 from funcloss.data import class_counts
+from funcloss.decisions import cost_sentences
 from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
 from funcloss.training.evaluation import Evaluation
@@ -100,6 +101,8 @@ def sum_up(
         "torch": torch.__version__,
         **more,
         **scores(evaluations, classes),
+        "costs": cost_sentences(setup.costs),
+        "caveat": rule_caveat(config),
         "judged": _judged(setup, class_weights, evaluations),
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -120,8 +123,7 @@ def _judged(
         counts=class_counts(dataset.train, len(dataset.classes)),
         class_weights=class_weights,
     )
-    caveat = {"caveat": rule_caveat(setup.config)} if rule_caveat(setup.config) else {}
-    return caveat | {n: judged_record(found, setup.costs) for n, found in judged.items()}
+    return {name: judged_record(found, setup.costs) for name, found in judged.items()}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,257 @@
+"""What a sweep is: its members, how they are run, and the file that says so."""
+
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+import torch
+
+from funcloss._files import folder_replacing, write_text
+from funcloss.choose.axes import (
+    Axis,
+    Member,
+    by_name,
+    describe,
+    learning_rates,
+    member_config,
+    members_of,
+    plain_config,
+    plain_members,
+)
+from funcloss.choose.limits import Limit, check_measurable, make_limits
+from funcloss.choose.members import Group, choose_width, make_groups
+from funcloss.config import TrainConfig, make_config
+from funcloss.data import class_counts, take
+from funcloss.errors import ConfigError, RunError
+from funcloss.training import Note, folder
+from funcloss.training.setup import Setup, make_hyper, make_setup, setup_on
+from funcloss.typing import Hyper
+
+SPEC = "sweep.toml"
+_METHODS = ("auto", "vmap", "loop")
+_SEEDS = 2**63  # from 0 on
+
+Show = Callable[[Any], None]
+
+
+class Entry(NamedTuple):
+    """A member of a sweep."""
+
+    name: str
+    values: Member  # by name of the axis; empty: plain training, outside of the grid
+    config: TrainConfig  # that trains it alone
+    plain: bool
+
+
+class Sweep(NamedTuple):
+    """All that a sweep needs, made from its specification."""
+
+    folder: Path
+    config: TrainConfig  # what the members share
+    axes: tuple[Axis, ...]
+    seeds: int
+    width: int
+    setup: Setup  # of the first member; data, model and schedule are those of all
+    entries: list[Entry]
+    groups: list[Group]
+    limits: tuple[Limit, ...]
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps each member takes."""
+        return self.config.epochs * self.setup.per_epoch
+
+    def seed_file(self, seed: int) -> Path:
+        """Return where the states of a seed are kept."""
+        return self.folder / f"seed-{seed}.safetensors"
+
+
+def start(
+    config: TrainConfig,
+    axes: Sequence[Axis],
+    out: Path,
+    *,
+    seeds: int = 1,
+    method: str = "auto",
+    overwrite: bool = False,
+    show: Show = lambda event: None,
+) -> Sweep:
+    """Check a sweep, decide how to run it, and make its folder.
+
+    Args:
+        config: What the members share; its floors and ceilings are what the choice must keep.
+        axes: What is swept.
+        out: The folder to make.
+        seeds: How many seeds each member is trained with, from the configuration's on.
+        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: what a
+            few steps show to be faster.
+        overwrite: A sweep that is at ``out`` may be replaced.
+        show: Called with everything that happens.
+
+    Returns:
+        The sweep, nothing of it trained.
+
+    Raises:
+        ConfigError: the request makes no sense on this machine or data, or the folder is in use.
+        DataError: the data cannot be had.
+        RunError: the folder cannot be written.
+    """
+    check_free(out, overwrite=overwrite)
+    if method not in _METHODS:
+        raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
+    if seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    if config.seed + seeds > _SEEDS:
+        raise ConfigError(
+            f"seeds count up from seed {config.seed}, which leaves no room for {seeds}"
+        )
+    made = _assembled(config, axes, out, seeds, width=1)
+    if made.setup.dataset.note:
+        show(Note(made.setup.dataset.note, warning=True))
+    width = _width(made, method, show)
+    made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
+    # With weights of the swept classes too: what reads it refuses a weighted mean without any.
+    shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
+    spec = {
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in shared._asdict().items()},
+        "sweep": {
+            "seeds": seeds,
+            "width": width,
+            "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
+        },
+        "run": {"command": folder.command_line(), "environment": folder.environment()},
+    }
+    check_free(out, overwrite=overwrite)  # another may have come while this one was timed
+    with folder_replacing(out, last=SPEC) as beside:
+        write_text(beside / SPEC, tomli_w.dumps(spec))
+    return made
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise ``ConfigError`` unless a new sweep may be made at ``out``.
+
+    Args:
+        out: The folder to make.
+        overwrite: A sweep that is there already may go; anything else never.
+    """
+    folder.check_free(out, overwrite=overwrite, sign=SPEC, what="sweep")
+    if not (out / SPEC).is_file():
+        return
+    try:
+        made_here = "axes" in tomllib.loads((out / SPEC).read_text(encoding="utf-8"))["sweep"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_here = False
+    if not made_here:
+        raise ConfigError(f"{out} is there and is not a sweep folder: name another one")
+
+
+def taken_up(out: Path, *, data_dir: str = "", show: Show = lambda event: None) -> Sweep:
+    """Return a sweep that is in a folder, to go on with.
+
+    Args:
+        out: The folder of a sweep.
+        data_dir: Where the data is now, if it has moved.
+        show: Called with everything that happens.
+
+    Returns:
+        The sweep as it was started.
+
+    Raises:
+        ConfigError: a device of the sweep is not on this machine.
+        DataError: the data cannot be had.
+        RunError: the folder is not that of a sweep.
+    """
+    if not (out / SPEC).is_file():
+        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
+    try:
+        spec = tomllib.loads((out / SPEC).read_text(encoding="utf-8"))
+        own, run = spec.pop("sweep"), spec.pop("run")
+        axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
+        seeds, width, before = own["seeds"], own["width"], run["environment"]
+        config = make_config(spec)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"cannot read {out / SPEC}: {error}") from None
+    for line in folder.differences(before, folder.environment()):
+        show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
+    config = config._replace(data_dir=data_dir or config.data_dir)
+    return _assembled(config, axes, out, seeds, width=width)
+
+
+def _assembled(
+    config: TrainConfig, axes: Sequence[Axis], out: Path, seeds: int, *, width: int
+) -> Sweep:
+    grid = members_of(axes)
+    first = member_config(config._replace(floor={}, ceiling={}), axes, grid[0])
+    setup = make_setup(first)
+    classes = setup.dataset.classes
+    if not len(setup.dataset.validation.labels):
+        raise ConfigError(
+            "a sweep chooses by validation data, and none is held out: set val_fraction, to 0.1 say"
+        )
+    axes = tuple(by_name(axes, classes))
+    limits = make_limits(config.floor, config.ceiling, classes)
+    check_measurable(limits, setup.dataset)
+    # What the first member resolved holds for all; what is swept, and the limits, do not.
+    swept = {axis.key for axis in axes if axis.option == "class_weight"}
+    options = {axis.key for axis in axes if axis.option == "loss_option"}
+    base = setup.config._replace(
+        learning_rate=config.learning_rate,
+        class_weight={k: v for k, v in setup.config.class_weight.items() if k not in swept},
+        loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
+        floor=config.floor,
+        ceiling=config.ceiling,
+        compile="on" if config.compile == "on" else "off",  # nothing tries whether it pays
+    )
+    made = Sweep(out, base, axes, seeds, width, setup, [], [], limits)
+    entries = _entries(base, axes)
+    return made._replace(entries=entries, groups=_groups(setup, entries, width))
+
+
+def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
+    """Return the members, plain training among them or, if it is none of the grid, at the end."""
+    alone = config._replace(floor={}, ceiling={})
+    grid, plain = members_of(axes), plain_members(axes, config)
+    grid = [m for m in plain if m not in grid] + grid
+    entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m in plain) for m in grid]
+    if plain:
+        return entries
+    rates = learning_rates(axes, config)
+    for rate in rates:
+        name = "plain" if len(rates) == 1 else f"plain at learning_rate={rate:g}"
+        own = plain_config(config._replace(learning_rate=rate))
+        entries.append(Entry(name, {}, own, plain=True))
+    return entries
+
+
+def _groups(setup: Setup, entries: Sequence[Entry], width: int) -> list[Group]:
+    """Return the programs of the members; plain training outside of the grid has its own."""
+    groups = make_groups(setup.train_step, _hypers(setup, entries), width)
+    for entry in entries:
+        if not entry.values:
+            own = setup_on(entry.config, setup.dataset)
+            groups.append(Group(own.train_step, own.hyper, 1, False))
+    return groups
+
+
+def _hypers(setup: Setup, entries: Sequence[Entry]) -> list[Hyper]:
+    """Return what each member of the grid is given."""
+    counts = class_counts(setup.dataset.train, len(setup.dataset.classes)).cpu()
+    device = setup.config.device
+    return [make_hyper(e.config, setup.costs, counts, device) for e in entries if e.values]
+
+
+def _width(sweep: Sweep, method: str, show: Show) -> int:
+    setup = sweep.setup
+    hypers = _hypers(setup, sweep.entries)
+    if method != "auto":
+        return len(hypers) if method == "vmap" else 1
+    if not sweep.steps or not hypers:
+        return 1
+    index = torch.arange(setup.config.batch_size, device=setup.config.device)
+    batch_at = partial(take, setup.dataset, setup.dataset.train)
+    found = choose_width(setup.train_step, setup.state, hypers, batch_at, index)
+    show(Note(found.note))
+    return found.width
