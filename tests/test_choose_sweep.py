@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from funcloss import choose, data, losses, optim, training
 from funcloss._files import write_text
-from funcloss.choose import Axis, finish, members, run, seeds
+from funcloss.choose import Axis, finish, members, plan, run, seeds
 from funcloss.choose.axes import member_config, members_of
 from funcloss.choose.members import mapped, member_state
 from funcloss.combinators import class_weighted
@@ -276,7 +276,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
     asked = []
     with monkeypatch.context() as patched:
         indices(patched, seeds, asked)
-        made = seeds.start(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
+        made = plan.start(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
         made = made._replace(entries=made.entries[1:], groups=made.groups[1:])  # plain apart
         # Scoring asks for training examples too, in order.
         patched.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
@@ -325,7 +325,7 @@ def test_the_width_is_the_one_that_takes_least_time(monkeypatch, seconds, width)
 
 def test_auto_times_the_ways_and_says_so(tmp_path):
     notes = []
-    made = seeds.start(config(), [NINE], tmp_path / "s", method="auto", show=notes.append)
+    made = plan.start(config(), [NINE], tmp_path / "s", method="auto", show=notes.append)
     assert made.width in (1, 3)
     assert re.match(r"3 members .*; a step takes in a loop [\d.]+ ms, in one program [\d.]+ ms$",
                     notes[-1].text)  # fmt: skip
@@ -373,7 +373,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(
     records, states = {}, {}
     for name, values in (("with", (*lost, *axis.values)), ("without", axis.values)):
         wide = axis._replace(values=values)
-        made = seeds.start(config(epochs=1, **options), [wide], tmp_path / name, method=method)
+        made = plan.start(config(epochs=1, **options), [wide], tmp_path / name, method=method)
         records[name] = {r["name"]: r for r in seeds.run_seeds(made)}
         states[name] = {e.name: seeds.state_of(made, 0, n) for n, e in enumerate(made.entries)}
     diverged = {name for name, record in records["with"].items() if record["diverged"]}
@@ -478,8 +478,8 @@ def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     states = []
     for name, stop in (("a", lambda: False), ("b", StopAt(3))):
         out = tmp_path / name
-        found = seeds.run_seeds(seeds.start(made, [NINE], out, method="vmap"), should_stop=stop)
-        sweep = seeds.taken_up(out)
+        found = seeds.run_seeds(plan.start(made, [NINE], out, method="vmap"), should_stop=stop)
+        sweep = plan.taken_up(out)
         if name == "b":
             assert found is None
             assert seeds.run_seeds(sweep)
@@ -626,7 +626,7 @@ def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch, plain
     out, notes = tmp_path / "s", []
     choose.sweep(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
     monkeypatch.setattr(folder, "environment", lambda: {"torch": "1.0"})
-    seeds.taken_up(out, show=notes.append)
+    plan.taken_up(out, show=notes.append)
     assert [n.text for n in notes] == [
         f"not the same to the bit as without a stop: torch was {torch.__version__}, is 1.0"
     ]
@@ -645,7 +645,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
-    made = seeds.start(config(), [NINE], tmp_path / "s", method="loop")
+    made = plan.start(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
     path.write_text(damage(path.read_text()))
     with pytest.raises(RunError, match="cannot read .*sweep.toml: "):
@@ -656,8 +656,8 @@ def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
     options = {"reduction": "weighted_mean", "class_weight": {"9": 1}, "class_cost": {"4": 2},
                "floor": {"9": 0.9}, "betas": (0.5, 0.6)}  # fmt: skip
     axes = [NINE, RATES._replace(values=(0.1, 0.2))]
-    made = seeds.start(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
-    again = seeds.taken_up(tmp_path / "s")
+    made = plan.start(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
+    again = plan.taken_up(tmp_path / "s")
     for name in ("config", "axes", "seeds", "width", "entries", "limits"):
         assert getattr(again, name) == getattr(made, name), name
     assert [e.plain for e in made.entries] == [True, True, False, False, False, False]
@@ -668,9 +668,9 @@ def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
 
 def test_seeds_that_cannot_be_counted_are_refused(tmp_path):
     last = 2**63 - 1
-    assert seeds.start(config(seed=last), [NINE], tmp_path / "s", method="loop").seeds == 1
+    assert plan.start(config(seed=last), [NINE], tmp_path / "s", method="loop").seeds == 1
     with pytest.raises(ConfigError, match="which leaves no room for 2"):
-        seeds.start(config(seed=last), [NINE], tmp_path / "t", seeds=2, method="loop")
+        plan.start(config(seed=last), [NINE], tmp_path / "t", seeds=2, method="loop")
 
 
 # Honest: chosen by validation data, the test set read once.
@@ -1078,7 +1078,7 @@ def test_a_file_gives_what_is_fixed_and_the_command_line_what_is_swept(
     spec = read_toml(tmp_path / "s" / "sweep.toml")
     assert spec["seed"] == 5
     assert spec["class_weight"]["4"] == 2.0
-    entries = seeds.taken_up(tmp_path / "s").entries
+    entries = plan.taken_up(tmp_path / "s").entries
     assert [(e.name, e.config.class_weight) for e in entries] == [
         ("class_weight 9=1", {"4": 2.0, "9": 1.0}),
         ("class_weight 9=5", {"4": 2.0, "9": 5.0}),

@@ -53,8 +53,15 @@ def equalization(t):
     return (wrong * (t.is_label | (t.n / t.n.sum() >= 0.05))).sum(1)
 
 
+def class_balanced(t):
+    weights = (1 - 0.99) / (1 - 0.99**t.n)
+    weights = weights / ((weights * t.n).sum() / t.n.sum())  # 1 in the mean over the examples
+    return weights[t.y] * t.cross_entropy(t.z)
+
+
 # What is minimised, written once more; options as they are given, else the default.
 REFERENCES = {
+    "class_balanced": ({"beta": 0.99}, class_balanced),
     "balanced_softmax": ({}, lambda t: t.cross_entropy(t.z + t.n.log())),
     "logit_adjusted": (
         {"tau": 2},
