@@ -1059,8 +1059,7 @@ def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypa
         events.append("test" if take.args[1] is take.args[0].test else "validation")
         return real(forward, params, buffers, take, n, *rest, **options)
 
-    for module in ("training.run", "choose.floors", "choose.finish"):
-        monkeypatch.setattr(f"funcloss.{module}.evaluate", spy)
+    monkeypatch.setattr("funcloss.training.judging.evaluate", spy)
     show = lambda event: events.append(type(event).__name__)  # noqa: E731
     choose.train_under_limits(config(**BRIEF), tmp_path / "run", show=show)
     first = events.index("test")

@@ -50,6 +50,11 @@ def config(**options):
     return make_config(SMALL, options)
 
 
+def state_of(made, seed, number):
+    """The state of a member at the end of a seed's training."""
+    return member_state(seeds.restored(made, seed), made.groups, number)
+
+
 @pytest.fixture(scope="module")
 def tiny(sample):
     """Every tenth digit of the sample."""
@@ -287,7 +292,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
         with monkeypatch.context() as patched:
             indices(patched, setup, order)
             training.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
-        state = seeds.state_of(made, seed, number)
+        state = state_of(made, seed, number)
         expected = training.beneath(tensors(alone / "checkpoint.safetensors"), "state")
         found = training.flatten(state)
         assert found.keys() == expected.keys()
@@ -375,7 +380,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(
         wide = axis._replace(values=values)
         made = plan.start(config(epochs=1, **options), [wide], tmp_path / name, method=method)
         records[name] = {r["name"]: r for r in seeds.run_seeds(made)}
-        states[name] = {e.name: seeds.state_of(made, 0, n) for n, e in enumerate(made.entries)}
+        states[name] = {e.name: state_of(made, 0, n) for n, e in enumerate(made.entries)}
     diverged = {name for name, record in records["with"].items() if record["diverged"]}
     assert diverged == records["with"].keys() - records["without"].keys()
     assert len(diverged) == len(lost)
@@ -483,7 +488,7 @@ def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         if name == "b":
             assert found is None
             assert seeds.run_seeds(sweep)
-        states.append([training.flatten(seeds.state_of(sweep, 0, n)) for n in range(3)])
+        states.append([training.flatten(state_of(sweep, 0, n)) for n in range(3)])
     for a, b in zip(*states, strict=True):
         assert int(a["step"]) > 3
         assert all(torch.equal(a[path], b[path]) for path in a)

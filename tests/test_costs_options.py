@@ -198,7 +198,7 @@ def test_every_new_option_survives_the_file_of_a_run(tmp_path):
     }
     made = make_config(given, {"class_cost": {"9": 2}})
     assert {name: getattr(made, name) for name in given} == given
-    folder.write_config(tmp_path, made, {"command": "x"})
+    folder.write_config(tmp_path / folder.CONFIG, made, run={"command": "x"})
     assert folder.read_config(tmp_path) == made
 
 

@@ -19,7 +19,7 @@ from funcloss.audit.training import loss_of, loss_options
 from funcloss.config import TrainConfig
 from funcloss.data import Dataset, Examples, take
 from funcloss.errors import RunError
-from funcloss.training import TrainState, beneath, folder, load_tensors, restore
+from funcloss.training import TrainState, folder, load_checkpoint, load_tensors
 from funcloss.training.figures import save_figure
 from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.training.use import part_of
@@ -75,9 +75,8 @@ def audit_run(
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir)
     setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, device=device))
-    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    state = restore(setup.state, beneath(tensors, "state"))
-    setup = setup._replace(hyper=setup.hyper | beneath(tensors, "hyper"))
+    state, hyper = load_checkpoint(run_dir, setup)
+    setup = setup._replace(hyper=hyper)
     steps = config.epochs * setup.per_epoch
     going_on = int(state.step) < steps
     found = _audited(
@@ -94,7 +93,10 @@ def audit_run(
         note = f"trained in {config.amp}, audited in float32"
         found = found._replace(notes=(*found.notes, note))
     records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
-    about = _about(setup, part, found, f"Audit of {run_dir.name}", int(state.step), evaluation_mode)
+    about = about_of(
+        setup, f"Audit of {run_dir.name}", part=part, examples=int(found.count.sum()),
+        step=int(state.step), evaluation_mode=evaluation_mode,
+    )  # fmt: skip
     return RunAudit(found, about, records, _pictures(found, setup.dataset, part))
 
 
@@ -138,7 +140,10 @@ def audit_checkpoint(
     setup.model.load_state_dict(tensors)
     found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
     title = f"Audit of {Path(path).name}"
-    about = _about(setup, part, found, title, None, evaluation_mode)
+    about = about_of(
+        setup, title, part=part, examples=int(found.count.sum()),
+        step=None, evaluation_mode=evaluation_mode,
+    )  # fmt: skip
     return RunAudit(found, about, [], _pictures(found, setup.dataset, part))
 
 
@@ -244,21 +249,40 @@ def _png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _about(
-    setup: Setup, part: str, found: Audit, title: str, step: int | None, evaluation_mode: bool
+def about_of(
+    setup: Setup,
+    title: str,
+    *,
+    part: str,
+    examples: int,
+    step: int | None,
+    evaluation_mode: bool = False,
 ) -> About:
+    """Return what a page says of where its numbers come from.
+
+    Args:
+        setup: The training.
+        title: Of the page.
+        part: Of the data set.
+        examples: How many of it.
+        step: Of the training; None: not known.
+        evaluation_mode: The model was without dropout.
+
+    Returns:
+        The description, with the command and the versions of this process.
+    """
     config = setup.config
     environment = folder.environment()
     names = ("funcloss", "torch", "numpy", "python", "processor")
     return About(
         title=title,
         model=config.model,
-        parameters=sum(found.layer_sizes),
+        parameters=sum(p.numel() for p in setup.state.params.values()),
         loss=config.loss,
         dataset=config.dataset,
         note=setup.dataset.note,
         part=part,
-        examples=int(found.count.sum()),
+        examples=examples,
         step=step,
         mode="eval" if evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",

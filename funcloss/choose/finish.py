@@ -5,7 +5,6 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from funcloss._files import replacing, write_text
-from funcloss.audit import About, RunAudit, audit_run
+from funcloss.audit import RunAudit, audit_run
+from funcloss.audit.runs import about_of
 from funcloss.choose.ascent import decision_weights
 from funcloss.choose.figures import frontier, placed
 from funcloss.choose.gradient import cost_gradient, mean_expected_cost
@@ -22,8 +22,7 @@ from funcloss.choose.page import render_choice_page
 from funcloss.choose.result import Choice, Row
 from funcloss.choose.tested import row_of
 from funcloss.choose.words import tested_sentences
-from funcloss.config import TrainConfig
-from funcloss.data import class_counts, take
+from funcloss.data import take
 from funcloss.decisions import Costs, Judged, RuleScores, log_posterior, score_decisions
 from funcloss.errors import AuditError
 from funcloss.training import (
@@ -31,14 +30,13 @@ from funcloss.training import (
     Model,
     TrainState,
     epoch_order,
-    evaluate,
     folder,
     make_forward,
     make_train_step,
     supervised,
 )
 from funcloss.training.figures import save_figure
-from funcloss.training.judging import deployment_prior, judge_parts
+from funcloss.training.judging import deployment_prior, evaluate_model, judge_model, rule_caveat
 from funcloss.training.setup import Setup, make_optimizer
 from funcloss.typing import Hyper
 
@@ -53,39 +51,19 @@ class Judgement(NamedTuple):
     judged: dict[str, Judged]
 
 
-def judge_model(setup: Setup, config: TrainConfig, model: Model) -> Judgement:
+def judgement_of(setup: Setup, model: Model) -> Judgement:
     """Evaluate and judge a model on validation and test set: here the test set is read.
 
     Args:
-        setup: The data, the network and the costs.
-        config: The training that made the model.
+        setup: The training that made the model.
         model: Its tensors, and what its last steps were given.
 
     Returns:
         The judgement, the temperature fitted on validation data.
     """
-    dataset = setup.dataset
     forward = make_forward(copy.deepcopy(setup.model).eval())
-    parts = {"validation": dataset.validation, "test": dataset.test}
-    evaluations = {
-        name: evaluate(
-            forward,
-            model.params,
-            model.buffers,
-            partial(take, dataset, examples),
-            len(examples.labels),
-            setup.criterion,
-            model.hyper,
-        )
-        for name, examples in parts.items()
-    }
-    labels = {name: examples.labels.cpu() for name, examples in parts.items()}
-    counts = class_counts(dataset.train, len(dataset.classes)).cpu()
-    weights = model.hyper.get("class_weights")
-    judged = judge_parts(
-        evaluations, labels, config=config, costs=setup.costs, counts=counts, class_weights=weights
-    )
-    return Judgement(evaluations, judged)
+    evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
+    return Judgement(evaluations, judge_model(setup, evaluations, model.hyper))
 
 
 class Tested(NamedTuple):
@@ -103,27 +81,26 @@ def on_test(
     limits: Sequence[Limit],
     focus: Sequence[int],
     *,
-    by_rule: bool = True,
     plain_name: str = "plain",
 ) -> Tested:
     """Return the chosen model beside plain training and what needs no training at all.
 
     Args:
-        setup: The data and the costs.
+        setup: The training of the chosen model.
         plain: Plain training, one a seed.
         chosen: The chosen model, one a seed; None: it is plain training.
         name: What it is called.
         limits: What has to hold.
         focus: Classes whose recall is told.
-        by_rule: The chosen model's logits make probabilities for the rule.
         plain_name: What plain training is called; that of another model that stands in for it.
 
     Returns:
         Rows of plain training by argmax, by minimum expected cost and, under limits, by moved
-        thresholds; then of the chosen model by argmax and by minimum expected cost.
+        thresholds; then of the chosen model by argmax and, where its loss makes probabilities of
+        logits, by minimum expected cost.
     """
     labels, costs = setup.dataset.test.labels.cpu(), setup.costs
-    rule, known = "minimum expected cost", bool(setup.config.prior)
+    rule = "minimum expected cost"
     base = [j.judged["test"].argmax for j in plain]
     scores = {plain_name: base, f"{plain_name}, {rule}": [j.judged["test"].min_cost for j in plain]}
     if limits:
@@ -132,10 +109,15 @@ def on_test(
     best = base
     if chosen is not None:
         best = scores[name] = [j.judged["test"].argmax for j in chosen]
-        if by_rule:
+        if not rule_caveat(setup.config):
             scores[f"{name}, {rule}"] = [j.judged["test"].min_cost for j in chosen]
-    compare = partial(row_of, judged=plain[0].judged["test"], labels=labels, focus=focus)
-    compare = partial(compare, known_prior=known)
+    compare = partial(
+        row_of,
+        judged=plain[0].judged["test"],
+        labels=labels,
+        focus=focus,
+        known_prior=bool(setup.config.prior),
+    )
     rows = {
         title: compare(title, found, plain=None if title == plain_name else base)
         for title, found in scores.items()
@@ -248,7 +230,8 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     """
     audited = _audited(run_dir, setup.config.data_dir)
     if audited is None:
-        about, found = _about(setup, choice.title), None
+        n = len(setup.dataset.train.labels)
+        about, found = about_of(setup, choice.title, part="train", examples=n, step=None), None
         more: dict[str, Any] = {}
     else:
         found, about = audited.audit, audited.about._replace(title=choice.title)
@@ -296,24 +279,3 @@ def _audited(run_dir: Path, data_dir: str) -> RunAudit | None:
         return audit_run(run_dir, data_dir=data_dir)
     except AuditError:  # the page says what was chosen all the same
         return None
-
-
-def _about(setup: Setup, title: str) -> About:
-    config = setup.config
-    versions = folder.environment()
-    return About(
-        title=title,
-        model=config.model,
-        parameters=sum(p.numel() for p in setup.state.params.values()),
-        loss=config.loss,
-        dataset=config.dataset,
-        note=setup.dataset.note,
-        part="train",
-        examples=len(setup.dataset.train.labels),
-        step=None,
-        mode="train",
-        optimizer=config.optimizer,
-        command=folder.command_line(),
-        versions={name: str(versions[name]) for name in ("funcloss", "torch", "python")},
-        made=datetime.now().astimezone().isoformat(timespec="seconds"),
-    )

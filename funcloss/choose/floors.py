@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +17,10 @@ from funcloss.choose.limits import (
     make_limits,
     reached,
 )
-from funcloss.data import take
 from funcloss.decisions import RuleScores, judge
 from funcloss.errors import ConfigError
-from funcloss.training import Model, Steering, TrainState, evaluate, make_forward
-from funcloss.training.judging import deployment_prior
+from funcloss.training import Model, Steering, TrainState, make_forward
+from funcloss.training.judging import deployment_prior, evaluate_model
 from funcloss.training.setup import Setup
 from funcloss.typing import Buffers, Hyper, Params
 
@@ -104,15 +102,8 @@ def steer_by_limits(setup: Setup) -> Steering:
     prior = deployment_prior(config, classes, labels.bincount(minlength=len(classes)))
 
     def measure(state: TrainState) -> RuleScores:
-        found = evaluate(
-            forward,
-            state.params,
-            state.buffers,
-            partial(take, dataset, dataset.validation),
-            len(labels),
-            setup.criterion,
-            setup.hyper,
-        )
+        model = Model(state.params, state.buffers, setup.hyper)
+        found = evaluate_model(setup, forward, model, ("validation",))["validation"]
         return judge(found.logits, labels, costs, prior=prior).argmax
 
     def told(log_weights: Tensor) -> dict[str, float]:
@@ -155,13 +146,14 @@ def steer_by_limits(setup: Setup) -> Steering:
             dual = dual._replace(total=0 * dual.total, measured=0 * dual.measured)
         return memory._replace(dual=dual), record
 
+    def given(log_weights: Tensor) -> Hyper:
+        return setup.hyper | {"class_weights": base * log_weights.exp().to(base)}
+
     def hyper(memory: Held) -> Hyper:
-        weights = base * memory.dual.log_weights.exp().to(base)
-        return setup.hyper | {"class_weights": weights}
+        return given(memory.dual.log_weights)
 
     def model(memory: Held) -> Model:
-        weights = base * memory.log_weights.exp().to(base)
-        return Model(memory.params, memory.buffers, setup.hyper | {"class_weights": weights})
+        return Model(memory.params, memory.buffers, given(memory.log_weights))
 
     def summary(memory: Held) -> dict[str, Any]:
         values = memory.reached.tolist()

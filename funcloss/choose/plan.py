@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli_w
 import torch
 
-from funcloss._files import folder_replacing, write_text
+from funcloss._files import folder_replacing
 from funcloss.choose.axes import (
     Axis,
     Member,
@@ -24,7 +23,7 @@ from funcloss.choose.axes import (
 from funcloss.choose.limits import Limit, check_measurable, make_limits
 from funcloss.choose.members import Group, choose_width, make_groups
 from funcloss.config import TrainConfig, make_config
-from funcloss.data import class_counts, take
+from funcloss.data import take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import Note, folder
 from funcloss.training.setup import Setup, make_hyper, make_setup, setup_on
@@ -115,18 +114,15 @@ def start(
     made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
     shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
-    spec = {
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in shared._asdict().items()},
-        "sweep": {
-            "seeds": seeds,
-            "width": width,
-            "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
-        },
-        "run": {"command": folder.command_line(), "environment": folder.environment()},
+    own = {
+        "seeds": seeds,
+        "width": width,
+        "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
     }
+    run = {"command": folder.command_line(), "environment": folder.environment()}
     check_free(out, overwrite=overwrite)  # another may have come while this one was timed
     with folder_replacing(out, last=SPEC) as beside:
-        write_text(beside / SPEC, tomli_w.dumps(spec))
+        folder.write_config(beside / SPEC, shared, sweep=own, run=run)
     return made
 
 
@@ -238,9 +234,8 @@ def _groups(setup: Setup, entries: Sequence[Entry], width: int) -> list[Group]:
 
 def _hypers(setup: Setup, entries: Sequence[Entry]) -> list[Hyper]:
     """Return what each member of the grid is given."""
-    counts = class_counts(setup.dataset.train, len(setup.dataset.classes)).cpu()
     device = setup.config.device
-    return [make_hyper(e.config, setup.costs, counts, device) for e in entries if e.values]
+    return [make_hyper(e.config, setup.costs, setup.counts, device) for e in entries if e.values]
 
 
 def _width(sweep: Sweep, method: str, show: Show) -> int:

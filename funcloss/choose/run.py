@@ -1,25 +1,26 @@
 """What a user asks for: a sweep, or a training under limits, from start to report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcloss.choose.axes import Axis, describe, plain_config
 from funcloss.choose.finish import (
+    Judgement,
     focus_of,
     gradient_of,
-    judge_model,
+    judgement_of,
     on_test,
     write_choice,
 )
 from funcloss.choose.floors import limits_of, steer_by_limits
 from funcloss.choose.limits import Limit, held, limit_text, reached
-from funcloss.choose.members import member_hyper
+from funcloss.choose.members import member_hyper, member_state
 from funcloss.choose.plan import Sweep, start, taken_up
 from funcloss.choose.result import Ascent, Choice
 from funcloss.choose.result import Limit as Reached
-from funcloss.choose.seeds import STEPS, run_seeds, state_of
+from funcloss.choose.seeds import STEPS, restored, run_seeds
 from funcloss.choose.select import baseline_of, chosen_of, faded, misses, points_of
 from funcloss.choose.words import (
     fading_sentence,
@@ -28,23 +29,19 @@ from funcloss.choose.words import (
     sweep_sentences,
 )
 from funcloss.config import TrainConfig
-from funcloss.data import class_counts
 from funcloss.decisions import cost_sentences
 from funcloss.errors import RunError
 from funcloss.training import (
     Model,
     Note,
     Outcome,
-    beneath,
     folder,
     load,
-    load_tensors,
-    restore,
+    load_checkpoint,
     resume,
     train,
     write_run,
 )
-from funcloss.training.judging import rule_caveat
 from funcloss.training.setup import Setup, make_setup, setup_on
 
 Show = Callable[[Any], None]
@@ -220,28 +217,26 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     # Where every plain training diverged, the chosen member stands alone, under its own name.
     plain = baseline_of(points)
     base = number if plain is None else plain
-    judged = {n: [_judged(made, s, n) for s in range(made.seeds)] for n in {base, number}}
+    judged = [_judged(made, s, {base, number}) for s in range(made.seeds)]
     entry = made.entries[number]
     test = on_test(
-        made.setup,
-        judged[base],
-        None if number == base else judged[number],
+        made.setup._replace(config=entry.config),
+        [of_seed[base] for of_seed in judged],
+        None if number == base else [of_seed[number] for of_seed in judged],
         entry.name,
         made.limits,
         focus,
-        by_rule=not rule_caveat(entry.config),
         plain_name=entry.name if plain is None else "plain",
     )
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
     )["seed"]
-    setup, state = _write_chosen(made, seed, number, judged[number][seed].evaluations, run_dir)
+    setup, state = _write_chosen(made, seed, number, judged[seed][number].evaluations, run_dir)
     limit_rows = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
     compared = None if plain is None else points[plain]
     lines = sweep_sentences(points, points[number], compared, limit_rows, made.axes)
     if (error := faded(records, made.axes)) is not None:
-        counts = class_counts(made.setup.dataset.train, len(classes))
-        even = float(counts.max()) < 1.1 * float(counts.min())
+        even = float(setup.counts.max()) < 1.1 * float(setup.counts.min())
         lines.append(fading_sentence(error, even=even))
     gradient, horizon = gradient_of(setup, state, setup.hyper)
     choice = Choice(
@@ -264,19 +259,27 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     return Chosen(made.folder, run_dir, choice, files)
 
 
-def _judged(made: Sweep, seed: int, number: int):
-    state = state_of(made, seed, number)
-    hyper = member_hyper(made.groups, number)
-    config = made.entries[number].config
-    setup = made.setup if made.entries[number].values else setup_on(config, made.setup.dataset)
-    return judge_model(setup, config, Model(state.params, state.buffers, hyper))
+def _judged(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, Judgement]:
+    """Judge members of a seed, whose file is read once."""
+    members, found = restored(made, seed), {}
+    for number in numbers:
+        entry, state = made.entries[number], member_state(members, made.groups, number)
+        # The network, its optimiser and its data are those of every member; the loss may differ.
+        own = made.setup._replace(config=entry.config)
+        setup = own if entry.values else setup_on(entry.config, made.setup.dataset)
+        hyper = member_hyper(made.groups, number)
+        found[number] = judgement_of(setup, Model(state.params, state.buffers, hyper))
+    return found
 
 
 def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Path):
     """Write the run folder of a member, as its training alone would have."""
     entry = made.entries[number]
     config = entry.config._replace(seed=made.config.seed + seed, compile=made.config.compile)
-    setup, state = setup_on(config, made.setup.dataset), state_of(made, seed, number)
+    setup, state = (
+        setup_on(config, made.setup.dataset),
+        member_state(restored(made, seed), made.groups, number),
+    )
     per_epoch = setup.per_epoch
     records = []
     for line in folder.read_lines(made.folder / STEPS):
@@ -319,22 +322,16 @@ def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, A
     classes, limits = dataset.classes, limits_of(setup)
     focus = focus_of(costs, limits, list(summary["weights_found"]))
     plain = setup_on(plain_config(setup.config), dataset)
-    as_plain = judge_model(plain, plain.config, _model(plain_dir, plain))
-    found = judge_model(setup, setup.config, _model(run_dir, setup))
-    name, caveat = "the model under limits", rule_caveat(setup.config)
-    test = on_test(setup, [as_plain], [found], name, limits, focus, by_rule=not caveat)
+    as_plain = judgement_of(plain, _model(plain_dir, plain))
+    found = judgement_of(setup, _model(run_dir, setup))
+    test = on_test(setup, [as_plain], [found], "the model under limits", limits, focus)
     ascent = _ascent(run_dir)
     best = next((a for a in ascent if a.step == summary["best_step"]), None)
     limit_rows = _limits(limits, _defined([row["reached"] for row in summary["limits"]]), classes)
     plain_keeps = held(limits, reached(limits, as_plain.judged["validation"].argmax))
     weights = summary["weights_found"]
     lines = limit_sentences(limit_rows, ascent, best, weights, plain_keeps=plain_keeps)
-    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    state = restore(setup.state, beneath(tensors, "state"))
-    last = setup.hyper | {
-        name: t.to(state.key.device) for name, t in beneath(tensors, "hyper").items()
-    }
-    gradient, horizon = gradient_of(setup, state, last)
+    gradient, horizon = gradient_of(setup, *load_checkpoint(run_dir, setup))
     choice = Choice(
         title=f"Limits of {run_dir.name}",
         lines=(*lines, *test.lines, *slope_sentences(gradient, horizon)),

@@ -20,7 +20,7 @@ from funcloss.choose.members import (
     member_state,
 )
 from funcloss.choose.plan import Show, Sweep
-from funcloss.data import class_counts, take
+from funcloss.data import take
 from funcloss.training import (
     Note,
     Progress,
@@ -36,7 +36,7 @@ from funcloss.training import (
     restore,
     save_tensors,
 )
-from funcloss.training.judging import judge_parts, rule_caveat
+from funcloss.training.judging import judge_model, rule_caveat
 from funcloss.training.objective import Forward
 from funcloss.training.setup import seeded_state
 
@@ -79,7 +79,7 @@ def run_seeds(
     Returns:
         A record a member and seed, scored on validation data; None if it was told to stop.
     """
-    records = _read(sweep.folder / MEMBERS)
+    records = folder.read_lines(sweep.folder / MEMBERS)
     step_on = _ready(sweep, show)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
     show(SweepStarted(sweep.folder, len(sweep.entries), sweep.seeds, sweep.steps, done))
@@ -100,20 +100,6 @@ def run_seeds(
     return records
 
 
-def state_of(sweep: Sweep, seed: int, number: int) -> TrainState:
-    """Return the state of a member at the end of a seed's training.
-
-    Args:
-        sweep: The sweep, trained.
-        seed: Which seed, from 0.
-        number: Which member.
-
-    Returns:
-        Its state, as its training alone would have it.
-    """
-    return member_state(_restored(sweep, seed), sweep.groups, number)
-
-
 def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     """Return what a member does on validation data, and its training error.
 
@@ -129,15 +115,8 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     forward = make_forward(copy.deepcopy(setup.model).eval())
     dataset, hyper = setup.dataset, member_hyper(sweep.groups, number)
     found = evaluate_part(sweep, forward, state, "validation")
-    labels = dataset.validation.labels.cpu()
-    judged = judge_parts(
-        {"validation": found},
-        {"validation": labels},
-        config=entry.config,
-        costs=setup.costs,
-        counts=class_counts(dataset.train, len(dataset.classes)).cpu(),
-        class_weights=hyper.get("class_weights"),
-    )["validation"]
+    own = setup._replace(config=entry.config)
+    judged = judge_model(own, {"validation": found}, hyper)["validation"]
     scores = judged.argmax
     # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
     finite = all(t.isfinite().all() for t in flatten(state).values())
@@ -218,13 +197,13 @@ def _trained(
     config, setup = sweep.config, sweep.setup
     path = sweep.seed_file(seed)
     if path.exists():
-        members = _restored(sweep, seed)
+        members = restored(sweep, seed)
     else:
         members = init_members(seeded_state(setup, config.seed + seed), sweep.groups)
     up_to = int(members.step)
     lines = [
         line
-        for line in _read(sweep.folder / STEPS)
+        for line in folder.read_lines(sweep.folder / STEPS)
         if line["seed"] < seed or (line["seed"] == seed and line["step"] <= up_to)
     ]
     folder.write_lines(sweep.folder / STEPS, lines)
@@ -239,7 +218,6 @@ def _trained(
         losses = torch.stack(recent).mean(0).tolist()
         recent.clear()
         line = {"seed": seed} | progress._asdict() | {"losses": losses}
-        lines.append(line)
         folder.append_line(sweep.folder / STEPS, line)
         show(progress)
 
@@ -260,7 +238,16 @@ def _trained(
     return members if int(members.step) == sweep.steps else None
 
 
-def _restored(sweep: Sweep, seed: int) -> Members:
+def restored(sweep: Sweep, seed: int) -> Members:
+    """Return the states of all members as a seed's file has them.
+
+    Args:
+        sweep: The sweep.
+        seed: Which seed, from 0.
+
+    Returns:
+        The states; :func:`funcloss.choose.members.member_state` gives that of one.
+    """
     template = init_members(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
     tensors, _ = load_tensors(sweep.seed_file(seed))
     return restore(template, beneath(tensors, "members"))
@@ -268,7 +255,3 @@ def _restored(sweep: Sweep, seed: int) -> Members:
 
 def _scored(records: Sequence[dict[str, Any]], seed: int) -> bool:
     return any(record["seed"] == seed for record in records)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return folder.read_lines(path)

@@ -78,13 +78,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_config(folder: Path, config: TrainConfig, run: dict[str, Any]) -> None:
-    """Write the resolved configuration, with the table ``[run]`` of what was found on the way."""
+def write_config(path: Path, config: TrainConfig, **tables: dict[str, Any]) -> None:
+    """Write a resolved configuration as TOML, with the tables of what was found on the way."""
     options = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config._asdict().items()
     }
-    write_text(folder / CONFIG, tomli_w.dumps({**options, "run": run}))
+    write_text(path, tomli_w.dumps({**options, **tables}))
 
 
 def read_config(folder: Path) -> TrainConfig:

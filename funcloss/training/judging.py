@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from funcloss.combinators import options_of
 from funcloss.config import TrainConfig
+from funcloss.data import take
 from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
 from funcloss.losses import effective_number_weights
 from funcloss.training import folder
-from funcloss.training.evaluation import Evaluation
-from funcloss.training.objective import LOSSES
+from funcloss.training.evaluation import Evaluation, evaluate
+from funcloss.training.objective import LOSSES, Forward
+from funcloss.training.setup import Setup
+from funcloss.training.steering import Model
+from funcloss.typing import Hyper
 
 # By what power of the training prior the optimum of a loss is away from the posterior.
 _BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}
@@ -121,6 +126,61 @@ def deployment_prior(
     rest = others / others.sum().clamp(min=1e-300) * (1.0 - named.nansum())
     prior = torch.where(named.isnan(), rest, named)
     return prior / prior.sum()
+
+
+def evaluate_model(
+    setup: Setup, forward: Forward, model: Model, parts: tuple[str, ...]
+) -> dict[str, Evaluation]:
+    """Evaluate a model on the parts of the data that are named and not empty.
+
+    Args:
+        setup: The data and the loss.
+        forward: The network as a function, in evaluation mode.
+        model: Its tensors, and what its last steps were given.
+        parts: Of ``validation`` and ``test``.
+
+    Returns:
+        The evaluations by part, validation first.
+    """
+    examples_of = {"validation": setup.dataset.validation, "test": setup.dataset.test}
+    return {
+        name: evaluate(
+            forward,
+            model.params,
+            model.buffers,
+            partial(take, setup.dataset, examples),
+            len(examples.labels),
+            setup.criterion,
+            model.hyper,
+        )
+        for name, examples in examples_of.items()
+        if name in parts and len(examples.labels)
+    }
+
+
+def judge_model(
+    setup: Setup, evaluations: Mapping[str, Evaluation], hyper: Hyper
+) -> dict[str, Judged]:
+    """Judge a model on the parts of the data that it was evaluated on.
+
+    Args:
+        setup: Its training.
+        evaluations: The model on validation, test or both.
+        hyper: What its last steps were given, for the class weights.
+
+    Returns:
+        The judgement of each part.
+    """
+    dataset = setup.dataset
+    labels = {"validation": dataset.validation.labels, "test": dataset.test.labels}
+    return judge_parts(
+        evaluations,
+        {name: labels[name].cpu() for name in evaluations},
+        config=setup.config,
+        costs=setup.costs,
+        counts=setup.counts,
+        class_weights=hyper.get("class_weights"),
+    )
 
 
 def judge_parts(

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.config import TrainConfig
-from funcloss.data import class_counts
 from funcloss.decisions import cost_sentences
 from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
 from funcloss.training.evaluation import Evaluation
-from funcloss.training.judging import judge_parts, judged_record, rule_caveat
+from funcloss.training.judging import judge_model, judged_record, rule_caveat
 from funcloss.training.setup import Setup
 from funcloss.training.step import TrainState
+from funcloss.typing import Hyper
 
 
 def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def sum_up(
     run_dir: Path,
     setup: Setup,
     state: TrainState,
-    class_weights: Tensor | None,
+    hyper: Hyper,
     evaluations: dict[str, Evaluation],
     more: dict[str, Any],
 ) -> dict[str, Any]:
@@ -103,27 +103,13 @@ def sum_up(
         **scores(evaluations, classes),
         "costs": cost_sentences(setup.costs),
         "caveat": rule_caveat(config),
-        "judged": _judged(setup, class_weights, evaluations),
+        "judged": {
+            name: judged_record(found, setup.costs)
+            for name, found in judge_model(setup, evaluations, hyper).items()
+        },
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _judged(
-    setup: Setup, class_weights: Tensor | None, evaluations: dict[str, Evaluation]
-) -> dict[str, Any]:
-    """Return what the decisions on each part cost, under both rules."""
-    dataset = setup.dataset
-    labels = {"validation": dataset.validation.labels, "test": dataset.test.labels}
-    judged = judge_parts(
-        evaluations,
-        {name: labels[name].cpu() for name in evaluations},
-        config=setup.config,
-        costs=setup.costs,
-        counts=class_counts(dataset.train, len(dataset.classes)),
-        class_weights=class_weights,
-    )
-    return {name: judged_record(found, setup.costs) for name, found in judged.items()}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
-from funcloss.data import class_counts, take
 from funcloss.errors import AuditError, ConfigError
 from funcloss.training import folder, report
 from funcloss.training.checkpoint import (
@@ -25,9 +23,10 @@ from funcloss.training.checkpoint import (
     save_tensors,
 )
 from funcloss.training.compilation import AnyStep, prepare
-from funcloss.training.evaluation import Evaluation, evaluate
+from funcloss.training.evaluation import Evaluation
+from funcloss.training.judging import evaluate_model
 from funcloss.training.loop import Progress, fit
-from funcloss.training.objective import Forward, make_forward
+from funcloss.training.objective import make_forward
 from funcloss.training.setup import Setup, input_shape, make_setup
 from funcloss.training.steering import Memory, Model, Steering
 from funcloss.training.step import TrainState
@@ -145,7 +144,7 @@ def train(
     }
     memory = hooks.steering.init(setup.state) if hooks.steering else None
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-        folder.write_config(beside, setup.config, run)
+        folder.write_config(beside / folder.CONFIG, setup.config, run=run)
         _save(beside, setup, setup.state, memory, hooks.steering)
         folder.write_records(beside, [])
     return _run_from(setup, setup.state, memory, step, run_dir, show, should_stop, hooks)
@@ -236,11 +235,29 @@ def write_run(
     epochs = epochs or [first]  # of an empty training
     epochs[-1] |= report.scores(evaluations, setup.dataset.classes)
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-        folder.write_config(beside, setup.config, run)
+        folder.write_config(beside / folder.CONFIG, setup.config, run=run)
         _save(beside, setup, state)
         folder.write_records(beside, [*records, *epochs])
-        weights = setup.hyper.get("class_weights")
-        return report.sum_up(beside, setup, state, weights, evaluations, {})
+        return report.sum_up(beside, setup, state, setup.hyper, evaluations, {})
+
+
+def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
+    """Return the state of a run's last checkpoint, and what the step after it is given.
+
+    Args:
+        run_dir: A run folder.
+        setup: Its training.
+
+    Returns:
+        Both on the device of ``setup``.
+
+    Raises:
+        RunError: the checkpoint cannot be read, or is of another model.
+    """
+    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
+    given = beneath(tensors, "hyper").items()  # where something steers
+    hyper = setup.hyper | {name: t.to(setup.config.device) for name, t in given}
+    return restore(setup.state, beneath(tensors, "state")), hyper
 
 
 def _check_steered(config: TrainConfig, steer: object) -> None:
@@ -329,10 +346,9 @@ def _run_from(
             return step_on(state, index, hyper)
 
         observe = _observed(hooks.observer, setup, record, show) if done < steps else None
+        evaluations: dict[str, Evaluation] = {}
         if not folder.read_records(run_dir):
-            evaluations = _evaluations(
-                setup, forward, Model(state.params, state.buffers, setup.hyper), hooks.parts
-            )
+            evaluations = evaluate_model(setup, forward, _model_of(setup, state), hooks.parts)
             line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
             record(line | report.scores(evaluations, setup.dataset.classes))
         for epoch in fit(
@@ -347,9 +363,7 @@ def _run_from(
         ):
             state = epoch.state
             if epoch.finished:
-                evaluations = _evaluations(
-                    setup, forward, Model(state.params, state.buffers, setup.hyper), hooks.parts
-                )
+                evaluations = evaluate_model(setup, forward, _model_of(setup, state), hooks.parts)
                 loss, seconds = report.of_epoch(folder.read_records(run_dir), epoch.number)
                 line = {"kind": "epoch", "epoch": epoch.number, "step": epoch.step}
                 line |= {"examples": epoch.examples, "loss": loss, "seconds": seconds}
@@ -361,17 +375,13 @@ def _run_from(
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
         last = memory if steering is None else steer(memory, state)
-    model = (
-        Model(state.params, state.buffers, setup.hyper)
-        if steering is None
-        else steering.model(last)
-    )
+    model = _model_of(setup, state) if steering is None else steering.model(last)
     more = {} if steering is None else steering.summary(last)
     # A kill may have parted the model from its checkpoint.
     _save(run_dir, setup, state, memory, steering, model)
-    evaluations = _evaluations(setup, forward, model, ("validation", "test"))
-    weights = model.hyper.get("class_weights")
-    summary = report.sum_up(run_dir, setup, state, weights, evaluations, more)
+    if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
+        evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
+    summary = report.sum_up(run_dir, setup, state, model.hyper, evaluations, more)
     return Outcome(run_dir, True, summary)
 
 
@@ -415,24 +425,8 @@ def _observed(
     return look
 
 
-def _evaluations(
-    setup: Setup, forward: Forward, model: Model, parts: tuple[str, ...]
-) -> dict[str, Evaluation]:
-    """Evaluate on the parts of the data that are named and not empty. Nothing is chosen by it."""
-    examples_of = {"validation": setup.dataset.validation, "test": setup.dataset.test}
-    return {
-        name: evaluate(
-            forward,
-            model.params,
-            model.buffers,
-            partial(take, setup.dataset, examples),
-            len(examples.labels),
-            setup.criterion,
-            model.hyper,
-        )
-        for name, examples in examples_of.items()
-        if name in parts and len(examples.labels)
-    }
+def _model_of(setup: Setup, state: TrainState) -> Model:
+    return Model(state.params, state.buffers, setup.hyper)
 
 
 def _save(
@@ -451,7 +445,7 @@ def _save(
         # What the next step is given: an audit of the checkpoint needs it.
         kept |= {"steering": memory, "hyper": steering.hyper(memory)}
         model = model or steering.model(memory)
-    model = model or Model(state.params, state.buffers, setup.hyper)
+    model = model or _model_of(setup, state)
     weights = model.hyper.get("class_weights")
     header = {"step": step, "epoch": step // setup.per_epoch, "config": config._asdict()}
     save_tensors(
@@ -467,7 +461,7 @@ def _save(
             "model": config.model,
             "classes": dataset.classes,
             "class_weights": None if weights is None else weights.tolist(),
-            "class_counts": class_counts(dataset.train, len(dataset.classes)).tolist(),
+            "class_counts": setup.counts.tolist(),
             "mean": dataset.mean.tolist(),
             "std": dataset.std.tolist(),
             "input_shape": input_shape(dataset),

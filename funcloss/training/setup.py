@@ -29,6 +29,7 @@ class Setup(NamedTuple):
 
     config: TrainConfig  # nothing left to decide but ``compile``
     dataset: Dataset  # on the device
+    counts: Tensor  # training examples of each class, on the CPU
     costs: Costs  # of decisions, which not every loss looks at
     model: nn.Module  # in training mode, with its first weights
     criterion: Criterion
@@ -109,6 +110,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     return Setup(
         config=config,
         dataset=dataset,
+        counts=counts,
         costs=costs,
         model=model,
         criterion=criterion,
