@@ -3,17 +3,15 @@
 Nothing here loads torch, so that ``--help`` answers at once.
 """
 
-import csv
 import difflib
-import io
 import math
-import re
 import tomllib
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from funcloss._addresses import is_address
 from funcloss.errors import ConfigError
 
 
@@ -27,8 +25,10 @@ class Option(NamedTuple):
     above: bool = False  # low itself is refused
     metavar: str = ""  # how the command line writes a value; empty: as its type says
     example: str = ""
+    own: str = ""  # what else than its choices it may name; empty: nothing
 
 
+TORCHVISION = "torchvision:"  # what the models that torchvision has begin with
 TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
 _MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
@@ -68,13 +68,37 @@ class TrainConfig(NamedTuple):
 
     dataset: Annotated[
         str,
-        Option("Data set; auto: MNIST, else its 5,000-digit sample.", ("auto", *DATASETS)),
+        Option(
+            "Data set; auto: MNIST, else its 5,000-digit sample.",
+            ("auto", *DATASETS),
+            own="a folder of images, .npz, .safetensors or .csv of your own, or module:function",
+        ),
     ] = "auto"
+    target: Annotated[str, Option("Column of the classes, of a CSV table.", metavar="COLUMN")] = ""
+    ignore: Annotated[
+        tuple[str, ...],
+        Option("Column of a CSV table to leave out; repeatable.", metavar="COLUMN"),
+    ] = ()
+    validation_dataset: Annotated[
+        str, Option("Validation part of your own data, where it is apart.", metavar="PATH")
+    ] = ""
+    test_dataset: Annotated[
+        str, Option("Test part of your own data, where it is apart.", metavar="PATH")
+    ] = ""
     data_dir: Annotated[
         str, Option("Folder of the data; else $FUNCLOSS_DATA_DIR, else a cache folder.")
     ] = ""
     val_fraction: Annotated[
         float, Option("Part of the training set held out for validation.", low=0, high=0.8)
+    ] = 0.1
+    test_fraction: Annotated[
+        float,
+        Option(
+            "Part of your own data held out for the test, where it brings no test part.",
+            low=0,
+            high=0.8,
+            above=True,
+        ),
     ] = 0.1
     imbalance: Annotated[
         float,
@@ -95,8 +119,33 @@ class TrainConfig(NamedTuple):
         tuple[float, ...],
         Option("Standard deviation a channel; none: the data set's own.", low=0, above=True),
     ] = ()
-    model: Annotated[str, Option("Network.", _MODELS)] = "fast-cnn"
-    loss: Annotated[str, Option("Loss to minimise.", _LOSSES)] = "cross_entropy"
+    stream: Annotated[
+        str,
+        Option(
+            "Read a folder of images as it is needed; auto: where it would fill a quarter of the "
+            "memory.",
+            ("auto", "on", "off"),
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int, Option("Processes that read streamed data ahead; 0: none.", low=0, high=1024)
+    ] = 2
+    model: Annotated[
+        str,
+        Option(
+            "Network; auto: fast-cnn on images, mlp on what is none or too small.",
+            ("auto", *_MODELS),
+            own="module:factory, or torchvision:resnet18 and the like",
+        ),
+    ] = "auto"
+    init: Annotated[
+        str, Option("First weights, a .safetensors file; else drawn.", metavar="FILE")
+    ] = ""
+    loss: Annotated[
+        str,
+        Option("Loss to minimise.", _LOSSES, own="module:function, tried by the laws first"),
+    ] = "cross_entropy"
+    check: Annotated[bool, Option("Try the laws on a loss of your own first.")] = True
     loss_option: Annotated[
         dict[str, float],
         Option(
@@ -277,114 +326,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     return options
 
 
-_TRUTH = {"true", "truth", "actual", "label"}
-_DECISION = {"decided", "decision", "predicted", "prediction"}
-
-
-def read_cost_matrix(path: str | Path) -> dict[str, dict[str, float]]:
-    r"""Read what decisions cost from a CSV file: rows the truth, columns the decision.
-
-    Its first cell must say so, as ``true\decided`` does: a matrix that was written the other way
-    round looks just as good. The first row names the decisions, the first column the true
-    classes. Cells are separated by commas, semicolons or tabs.
-
-    Args:
-        path: A file in UTF-8.
-
-    Returns:
-        Costs by name of the true class, then of the decision, not yet held against any classes.
-
-    Raises:
-        ConfigError: the file cannot be read, is transposed or does not say whether it is, or a
-            name or number is missing, given twice or none.
-    """
-    header, *rows = _csv_rows(Path(path))
-    _check_corner(path, header)
-    decisions = _names(path, "row 1, the decisions,", header[1:])
-    truths = _names(path, "column 1, the true classes,", [row[0] for row in rows])
-    costs = {}
-    for truth, row in zip(truths, rows, strict=True):
-        if len(row) != len(header):
-            raise ConfigError(f"{path}: row {truth!r} has {len(row)} cells, row 1 {len(header)}")
-        cells = zip(decisions, row[1:], strict=True)
-        costs[truth] = {d: _cost(f"{path}: row {truth!r}, column {d!r}", c) for d, c in cells}
-    return costs
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    """Return the cells of a CSV file, less its blank rows, with the separator that splits most."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        parsed = [
-            [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=by)]
-            for by in ",;\t"
-        ]
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8: save it as CSV in UTF-8") from None
-    except csv.Error as error:
-        raise ConfigError(f"{path} is not CSV: {error}") from None
-    filled = [[row for row in rows if any(row)] for rows in parsed]
-    if not filled[0]:
-        raise ConfigError(f"{path} is empty")
-    return max(filled, key=lambda rows: len(rows[0]) if rows else 0)
-
-
-def _check_corner(path: str | Path, header: list[str]) -> None:
-    """Raise unless the first cell names the truth before the decision."""
-    corner = header[0]
-    words = [word.removesuffix("s") for word in re.findall("[a-z]+", corner.lower())]
-    truth, decision = (
-        next((i for i, word in enumerate(words) if word in known), None)
-        for known in (_TRUTH, _DECISION)
-    )
-    if truth is None or decision is None:
-        why = f"does not say which axis is the truth: its first cell is {corner!r}"
-        why = "has no names: its first row is all numbers" if all(map(_is_number, header)) else why
-        raise ConfigError(
-            f"{path} {why}; write true\\decided into the first cell, the decisions after it and "
-            "a true class before each row"
-        )
-    if decision < truth:
-        raise ConfigError(
-            f"{path} is transposed: its first cell {corner!r} makes the decisions its rows; swap "
-            "its two axes, so that rows are the truth and columns the decision"
-        )
-
-
-def _names(path: str | Path, what: str, names: list[str]) -> list[str]:
-    if not names:
-        raise ConfigError(f"{path}: {what} has no name")
-    for i, name in enumerate(names):
-        if not name:
-            raise ConfigError(f"{path}: {what} has no name in cell {i + 2}")
-        if name in names[:i]:
-            raise ConfigError(f"{path}: {what} has {name!r} twice")
-        if not name.isprintable():  # it will be read back on a terminal
-            raise ConfigError(f"{path}: {what} has {name!r}, a name that cannot be printed")
-    return names
-
-
-def _cost(where: str, cell: str) -> float:
-    if not cell:
-        raise ConfigError(f"{where}: the cost is missing")
-    if not _is_number(cell):
-        comma = " (write a decimal point, not a comma)" if "," in cell else ""
-        raise ConfigError(f"{where}: {cell!r} is not a number{comma}")
-    if not math.isfinite(cost := float(cell)):
-        raise ConfigError(f"{where}: the cost must be finite, got {cell}")
-    return cost
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def recipe_names() -> tuple[str, ...]:
     """Return the names of the recipes that come with the package.
 
@@ -424,9 +365,11 @@ def read_recipe(name: str) -> dict[str, Any]:
 def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
     """Return ``value`` as the type ``kind``, or say what is wrong with it."""
     if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} must be a list of numbers, got {value!r}")
-        return tuple(_number(name, option, item, float) for item in value)
+            what = "numbers" if inner is float else "texts"
+            raise ConfigError(f"{name} must be a list of {what}, got {value!r}")
+        return tuple(_checked(name, inner, option, item) for item in value)
     if get_origin(kind) is dict:
         _, inner = get_args(kind)
         if not isinstance(value, Mapping):
@@ -437,11 +380,44 @@ def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
         return _number(name, option, value, kind)
     if not isinstance(value, kind):
         raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
-    if option.choices and value not in option.choices:
+    if option.choices and value not in option.choices and not (option.own and names_own(value)):
         choices = ", ".join(option.choices)
         guess = did_you_mean(value, option.choices)
-        raise ConfigError(f"{name} must be one of {choices}; got {value!r}{guess}")
+        own = f", or {option.own}" if option.own else ""
+        raise ConfigError(f"{name} must be one of {choices}{own}; got {value!r}{guess}")
     return value
+
+
+def names_own(value: str) -> bool:
+    """Return whether a text names something of the user's: code, a file or a folder.
+
+    Example:
+        >>> names_own("mine:net"), names_own("rows.csv"), names_own("mnits")
+        (True, True, False)
+    """
+    return any(mark in value for mark in ":/.") or (value != "" and Path(value).exists())
+
+
+def code_in(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of some options that name code, which would be imported.
+
+    Args:
+        options: Options by name, a configuration's or a TOML file's.
+
+    Returns:
+        ``module:name`` by option.
+
+    Example:
+        >>> code_in({"model": "torchvision:resnet18", "loss": "mine:loss"})
+        {'loss': 'mine:loss'}
+    """
+    data = ("dataset", "validation_dataset", "test_dataset")
+    named = {name: options.get(name) for name in (*data, "model", "loss")}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, str) and is_address(value) and not value.startswith(TORCHVISION)
+    }
 
 
 def _number(name: str, option: Option, value: Any, kind: type) -> Any:

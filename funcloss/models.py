@@ -1,6 +1,7 @@
-"""Small networks, each a plain ``nn.Module`` from images to logits."""
+"""Small networks, each a plain ``nn.Module`` from images or features to logits."""
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -8,25 +9,24 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import nn
 
-InputShape = tuple[int, int, int]  # channels, height, width
+InputShape = tuple[int, ...]  # channels, height, width of an image; or the number of features
 
 
 def linear(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Module:
     """Softmax classifier, ``W x + b``.
 
     Args:
-        input_shape: Channels, height and width of an image.
+        input_shape: Shape of an input, of images or features.
         classes: Number of classes.
 
     Returns:
-        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+        A module from inputs ``(batch, *input_shape)`` to logits ``(batch, classes)``.
 
     Example:
         >>> linear()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    channels, height, width = input_shape
-    return _stack(flatten=_flatten(), fc=nn.Linear(channels * height * width, classes))
+    return _stack(flatten=_flatten(), fc=nn.Linear(math.prod(input_shape), classes))
 
 
 def mlp(
@@ -35,21 +35,20 @@ def mlp(
     """Two hidden layers of rectified units.
 
     Args:
-        input_shape: Channels, height and width of an image.
+        input_shape: Shape of an input, of images or features.
         classes: Number of classes.
         hidden: Units in each hidden layer.
 
     Returns:
-        A module from images ``(batch, *input_shape)`` to logits ``(batch, classes)``.
+        A module from inputs ``(batch, *input_shape)`` to logits ``(batch, classes)``.
 
     Example:
         >>> mlp(classes=3)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 3])
     """
-    channels, height, width = input_shape
     return _stack(
         flatten=_flatten(),
-        fc1=nn.Linear(channels * height * width, hidden),
+        fc1=nn.Linear(math.prod(input_shape), hidden),
         relu1=nn.ReLU(),
         fc2=nn.Linear(hidden, hidden),
         relu2=nn.ReLU(),
@@ -214,11 +213,14 @@ def _stack(**layers: nn.Module) -> nn.Sequential:
 
 
 def _flatten() -> Rearrange:
-    return Rearrange("n c h w -> n (c h w)")
+    return Rearrange("n ... -> n (...)")
 
 
 def _size_of(name: str, features: dict[str, nn.Module], input_shape: InputShape) -> int:
     """Return how many features an image becomes, found without computing any."""
+    if len(input_shape) != 3:
+        shape = " x ".join(map(str, input_shape))
+        raise ValueError(f"{name}: it takes images, and the inputs are of shape {shape}")
     shapes_only = copy.deepcopy(_stack(**features)).to("meta").eval()
     try:
         return shapes_only(torch.zeros(1, *input_shape, device="meta")).shape[1]

@@ -79,22 +79,22 @@ def _measured(
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(take, setup.dataset, setup.dataset.train)
-    width = choose_width(setup.train_step, setup.state, hypers, batch_at, indices[0])
+    width = choose_width(setup.train_step, setup.state, hypers, batch_at(indices[0]))
     groups = make_groups(setup.train_step, hypers, width.width)
-    step_on = make_members_step(groups, batch_at)
+    step_on = make_members_step(groups)
     together = init_members(setup.state, groups)
     apart = [setup.state] * members
 
     def sweep() -> None:
         nonlocal together
         for index in indices:
-            together, metrics = step_on(together, index)
+            together, metrics = step_on(together, batch_at(index))
         float(metrics["loss"])  # waits for the device
 
     def separate() -> None:
         for number, hyper in enumerate(hypers):
             for index in indices:
-                apart[number], metrics = setup.step_on(apart[number], index, hyper)
+                apart[number], metrics = setup.train_step(apart[number], batch_at(index), hyper)
         float(metrics["loss"])
 
     times: dict[str, list[float]] = {"sweep": [], "separate": []}

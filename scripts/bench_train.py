@@ -33,7 +33,6 @@ from torchvision import transforms
 from funcloss import losses, models, optim
 from funcloss.data import Dataset, load_dataset, moved, normalised, take
 from funcloss.training import (
-    TrainState,
     epoch_order,
     init_state,
     make_train_step,
@@ -140,7 +139,7 @@ class Digits(TensorDataset):
 
     def __init__(self, dataset: Dataset) -> None:
         """Keep the training images on the CPU."""
-        super().__init__(dataset.train.images.cpu().squeeze(-1), dataset.train.labels.cpu())
+        super().__init__(dataset.train.inputs.cpu().squeeze(-1), dataset.train.labels.cpu())
         self.transform = transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
         )
@@ -171,7 +170,7 @@ def tutorial_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, 
 
 def plain_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, layout):
     """One tensor on the device, indexed and normalised a batch at a time, in a memory layout."""
-    device = dataset.train.images.device
+    device = dataset.train.inputs.device
     model = models.MODELS[name]((1, 28, 28), 10).to(device).to(memory_format=layout)
     optim_ = torch_optimizer(optimizer, model)
     images, labels = dataset.train
@@ -192,22 +191,20 @@ def plain_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, lay
 
 def our_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, *, compiled: bool):
     """The stateless step on batches of the same tensor."""
-    device = dataset.train.images.device
+    device = dataset.train.inputs.device
     model = models.MODELS[name]((1, 28, 28), 10).to(device)
     make = optim.sgd(momentum=0.5) if optimizer == "sgd" else optim.adam(betas=(0.7, 0.9))
     train_step = make_train_step(supervised(model, mean_of(losses.cross_entropy)), make)
     hyper = {"learning_rate": torch.tensor(0.01, device=device)}
 
-    def step_on(state: TrainState, index: torch.Tensor):
-        return train_step(state, take(dataset, dataset.train, index), hyper)
-
-    step = torch.compile(step_on, fullgraph=True, dynamic=False) if compiled else step_on
+    step = torch.compile(train_step, fullgraph=True, dynamic=False) if compiled else train_step
     box = [init_state(model, make)]
     order = epoch_order(box[0].key, 0, len(dataset.train.labels)).to(device)
 
     def run(count: int) -> None:
         for i in range(count):
-            box[0], _ = step(box[0], order[i * batch_size : (i + 1) * batch_size])
+            index = order[i * batch_size : (i + 1) * batch_size]
+            box[0], _ = step(box[0], take(dataset, dataset.train, index), hyper)
 
     return run
 

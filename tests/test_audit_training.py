@@ -343,8 +343,8 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
     order = epoch_order(state.key, 0, len(setup.dataset.train.labels))
     for number in range(AUDITED[1]):
         index = order[100 * number : 100 * (number + 1)]
+        batch = take(setup.dataset, setup.dataset.train, index)
         if number + 1 in AUDITED:
-            batch = take(setup.dataset, setup.dataset.train, index)
             found = audit(
                 setup.model, state, losses.cross_entropy, [batch],
                 class_weights=setup.hyper["class_weights"], optimizer=optim.sgd(momentum=0.9),
@@ -356,7 +356,7 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
                 for key in ("count", "loss", "share", "budget", "elasticity", "norm",
                             "update_share"):  # fmt: skip
                     assert line[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
-        state, _ = setup.step_on(state, index, setup.hyper)
+        state, _ = setup.train_step(state, batch, setup.hyper)
 
 
 def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
@@ -437,9 +437,8 @@ def test_every_loss_that_trains_is_audited_as_it_trains(loss):
     needed = {"equalization": {"threshold": 0.05}, "cross_entropy_with_cost": {"price": 0.5}}
     options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
     setup = make_setup(config(**options, loss_option=needed.get(loss, {})))
-    index = torch.arange(0, 4000, 40)
-    rows = observer(setup)(setup.state, index, setup.hyper)
-    batch = take(setup.dataset, setup.dataset.train, index)
+    batch = take(setup.dataset, setup.dataset.train, torch.arange(0, 4000, 40))
+    rows = observer(setup)(setup.state, batch, setup.hyper)
     grads = []
     for c in range(10):
         mine = batch._replace(where=batch.targets == c)

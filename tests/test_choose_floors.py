@@ -43,7 +43,7 @@ from funcloss.choose.result import Limit as Told
 from funcloss.choose.words import limit_sentences
 from funcloss.cli import app as shell
 from funcloss.config import make_config
-from funcloss.data import normalised
+from funcloss.data import normalised, take
 from funcloss.decisions import make_costs, score_decisions
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import folder
@@ -613,7 +613,7 @@ def replayed(made, bound, every):
     """A training under a floor on the 8, by hand: ``(step, weight, recall, accuracy, state)``."""
     setup = make_setup(made)
     held_out = setup.dataset.validation
-    images = normalised(held_out.images, setup.dataset.mean, setup.dataset.std)
+    images = normalised(held_out.inputs, setup.dataset.mean, setup.dataset.std)
     state, multiplier, rows = setup.state, 0.0, []
     steps = made.epochs * setup.per_epoch
     for step in range(steps + 1):
@@ -632,7 +632,8 @@ def replayed(made, bound, every):
             index = order[position * made.batch_size : (position + 1) * made.batch_size]
             weights = torch.ones(10)
             weights[8] = float(torch.tensor(multiplier, dtype=torch.float64).exp())
-            state, _ = setup.step_on(state, index, setup.hyper | {"class_weights": weights})
+            batch = take(setup.dataset, setup.dataset.train, index)
+            state, _ = setup.train_step(state, batch, setup.hyper | {"class_weights": weights})
     return rows, state
 
 
@@ -1046,7 +1047,7 @@ def test_the_command_refuses_them_with_exit_code_2(tmp_path, run_cli):
 def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
     setup = make_setup(config(floor={"8": 0.9}))
     few = setup.dataset.validation
-    few = type(few)(few.images[few.labels != 8], few.labels[few.labels != 8])
+    few = type(few)(few.inputs[few.labels != 8], few.labels[few.labels != 8])
     setup = setup._replace(dataset=setup.dataset._replace(validation=few))
     with pytest.raises(ConfigError, match="there is no validation example of 8 to measure"):
         choose.floors.limits_of(setup)
@@ -1055,9 +1056,9 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
 def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypatch, no_report):
     events, real = [], training.evaluate
 
-    def spy(forward, params, buffers, take, n, *rest, **options):
-        events.append("test" if take.args[1] is take.args[0].test else "validation")
-        return real(forward, params, buffers, take, n, *rest, **options)
+    def spy(forward, params, buffers, feed, n, *rest, **options):
+        events.append("test" if feed.args[1] is feed.args[0].test else "validation")
+        return real(forward, params, buffers, feed, n, *rest, **options)
 
     monkeypatch.setattr("funcloss.training.judging.evaluate", spy)
     show = lambda event: events.append(type(event).__name__)  # noqa: E731
@@ -1083,7 +1084,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
     def garbled(*args, **options):
         dataset = real(*args, **options)
         test = dataset.test
-        images = torch.randint_like(test.images, 256)
+        images = torch.randint_like(test.inputs, 256)
         return dataset._replace(test=type(test)(images, torch.zeros_like(test.labels)))
 
     monkeypatch.setattr(room, "load_dataset", garbled)
@@ -1110,8 +1111,8 @@ def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
     setup = make_setup(config(epochs=4, floor={"9": 0.3}))
     steering, state = steer_by_limits(setup), setup.state
     order = training.epoch_order(state.key, 0, len(setup.dataset.train.labels))
-    for index in order.split(setup.config.batch_size)[:10]:
-        state, _ = setup.step_on(state, index, setup.hyper)
+    for batch in setup.feed(order.split(setup.config.batch_size)[:10]):
+        state, _ = setup.train_step(state, batch, setup.hyper)
     half = setup.config.epochs * setup.per_epoch // 2
 
     def at(step, bias):  # a larger bias of the 9 keeps its floor, and spoils the rest

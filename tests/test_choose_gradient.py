@@ -489,7 +489,7 @@ def test_tuned_costs_serve_a_rare_and_dear_class(sample, seed):
     """
     labels = sample.train.labels
     kept = torch.cat([(labels != 9).nonzero()[:, 0], (labels == 9).nonzero()[:40, 0]])
-    rare = Examples(sample.train.images[kept], labels[kept])
+    rare = Examples(sample.train.inputs[kept], labels[kept])
 
     def batches():
         generator = torch.Generator().manual_seed(seed)

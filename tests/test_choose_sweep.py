@@ -68,8 +68,8 @@ def tiny(sample):
 def given(monkeypatch, dataset):
     """Let a data set be the sample, long-tailed where that is asked for."""
 
-    def load_dataset(name, data_dir, *, val_fraction, imbalance):
-        return dataset if imbalance == 1 else data.dataset.long_tailed(dataset, imbalance)
+    def load_dataset(name, data_dir, *, imbalance, **how):
+        return dataset if imbalance == 1 else data.long_tailed(dataset, imbalance)
 
     monkeypatch.setattr(setup, "load_dataset", load_dataset)
 
@@ -162,11 +162,11 @@ def index_of(step):
 def gaps(trainings, width, steps=3):
     """Return how far members and trainings alone are apart after a step, of what it moved."""
     groups = choose.make_groups(trainings.steps[0], trainings.hypers, width)
-    step_on = choose.make_members_step(groups, trainings.batch_at)
+    step_on = choose.make_members_step(groups)
     state, found = choose.init_members(trainings.state, groups), []
     for i in range(steps):
         before = state
-        state, metrics = step_on(state, index_of(i))
+        state, metrics = step_on(state, trainings.batch_at(index_of(i)))
         for n, (alone, hyper) in enumerate(zip(trainings.steps, trainings.hypers, strict=True)):
             own = member_state(before, groups, n)
             expected, scores = alone(own, trainings.batch_at(index_of(i)), hyper)
@@ -264,23 +264,24 @@ def test_so_it_is_of_a_model_of_ones_own_with_batch_normalisation(sample, dtype,
         assert max(gaps(trainings, width)) < tolerance
 
 
-def indices(monkeypatch, module, asked):
-    """Note which training examples a module asks for."""
-    real = module.take
+def indices(monkeypatch, asked):
+    """Note which training examples are asked for."""
+    real = setup.feed
 
-    def take(dataset, examples, index):
+    def feed(dataset, examples, indices):
+        indices = list(indices)
         if examples is dataset.train:
-            asked.append(index)
-        return real(dataset, examples, index)
+            asked.extend(indices)
+        return real(dataset, examples, indices)
 
-    monkeypatch.setattr(module, "take", take)
+    monkeypatch.setattr(setup, "feed", feed)
 
 
 def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, plain_files):
     shared = config(model="mlp", epochs=1)
     asked = []
     with monkeypatch.context() as patched:
-        indices(patched, seeds, asked)
+        indices(patched, asked)
         made = plan.start(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
         made = made._replace(entries=made.entries[1:], groups=made.groups[1:])  # plain apart
         # Scoring asks for training examples too, in order.
@@ -290,7 +291,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
     for seed, (number, weight) in itertools.product(range(2), enumerate(NINE.values)):
         alone, order = tmp_path / f"{seed}{number}", []
         with monkeypatch.context() as patched:
-            indices(patched, setup, order)
+            indices(patched, order)
             training.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
         state = state_of(made, seed, number)
         expected = training.beneath(tensors(alone / "checkpoint.safetensors"), "state")
@@ -321,11 +322,11 @@ def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_pa
 )  # fmt: skip
 def test_the_width_is_the_one_that_takes_least_time(monkeypatch, seconds, width):
     monkeypatch.setattr(members, "_timer", lambda *args: lambda: seconds[args[-1]] / 1e3)
-    found = members.choose_width(None, None, [{}] * 20, None, None)
+    found = members.choose_width(None, None, [{}] * 20, None)
     assert found.width == width
     assert "20 members" in found.note
     assert "in a loop" in found.note
-    assert members.choose_width(None, None, [{}], None, None).width == 1
+    assert members.choose_width(None, None, [{}], None).width == 1
 
 
 def test_auto_times_the_ways_and_says_so(tmp_path):
@@ -352,7 +353,9 @@ def test_what_a_sweep_shows_on_its_way(whole):
 def test_the_training_error_is_of_ten_thousand_examples_at_most(n):
     labels = torch.arange(n) % 2
     part = data.Examples(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), labels)
-    dataset = SimpleNamespace(train=part, mean=torch.zeros(1), std=torch.ones(1))
+    dataset = data.Dataset(
+        "zeros", ("a", "b"), part, part, part, mean=torch.zeros(1), std=torch.ones(1)
+    )
     sweep = SimpleNamespace(setup=SimpleNamespace(dataset=dataset))
     state = SimpleNamespace(params={"w": torch.zeros(1)}, buffers={})
     found = seeds.evaluate_part(
@@ -715,15 +718,16 @@ def test_the_test_set_is_read_once_and_at_the_end(tmp_path, tiny, plain_files):
     assert early.count(choose.SeedReport) == 2
     assert marks[-1] == (training.Note("reading the test set"), 0)
     assert [row.name for row in ended.choice.rows][3] == "class_weight 9=10"
-    # Plain training and the chosen member, on each of two seeds, in one batch each.
-    passes = [where for where, func in reads.log if where == "images" and "aten.index." in func]
-    assert len(passes) == 4
+    # Plain training and the chosen member, on each of two seeds, in one batch each; and what
+    # the figure of the chosen run shows.
+    passes = [where for where, func in reads.log if where == "inputs" and "aten.index." in func]
+    assert len(passes) == 4 + 1
 
 
 def garbage(dataset):
     """Return a data set whose test set is noise under wrong labels."""
     draw = torch.Generator().manual_seed(7)
-    images = torch.randint(256, dataset.test.images.shape, generator=draw, dtype=torch.uint8)
+    images = torch.randint(256, dataset.test.inputs.shape, generator=draw, dtype=torch.uint8)
     labels = (
         dataset.test.labels + torch.randint(1, 10, dataset.test.labels.shape, generator=draw)
     ) % 10
@@ -833,7 +837,7 @@ def test_the_chosen_run_is_a_run_like_any_other(full, run_cli, tmp_path, sample)
     code, table, _ = run_cli("evaluate", chosen, "--json", tmp_path / "e.json")
     assert code == 0
     assert f"accuracy {summary['judged']['test']['rules']['argmax']['accuracy'][0]:.2%}" in table
-    Image.fromarray(sample.test.images[0].squeeze().numpy()).save(tmp_path / "a.png")
+    Image.fromarray(sample.test.inputs[0].squeeze().numpy()).save(tmp_path / "a.png")
     code, out, _ = run_cli("predict", chosen, tmp_path / "a.png")
     assert code == 0
     assert re.match(r".*a\.png: \d \(\d+\.\d%\)$", out)

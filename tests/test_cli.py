@@ -32,7 +32,7 @@ def test_training_prints_plain_lines_when_piped(made):
     assert re.search(r"^step: eager$", out, re.M)
     assert re.search(r"^training linear on mnist-sample, .*, step 0 of 31, into ", out, re.M)
     assert re.search(r"^epoch 1/1  training loss \d\.\d{4}  validation loss .* accuracy", out, re.M)
-    assert re.search(r"^test accuracy \d\d\.\d\d% on 500 images of mnist-sample; run folder", out,
+    assert re.search(r"^test accuracy \d\d\.\d\d% on 500 examples of mnist-sample; run folder", out,
                      re.M)  # fmt: skip
     assert "\x1b" not in out
     assert err.count("\n") == 1
@@ -81,7 +81,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_recipe(ru
 
 
 REFUSED = [
-    (["train", "--model", "lenet"], "model must be one of linear, mlp"),
+    (["train", "--model", "lenet"], "model must be one of auto, linear, mlp"),
     (["train", "--class-weight", "9"], "class_weight must be CLASS=WEIGHT, as in 9=5; got '9'"),
     (["train", "--class-weight", "=5"], "class_weight must be CLASS=WEIGHT"),
     (["train", "--class-weight", "9=many"], "class_weight: 'many' is not a number"),
@@ -164,7 +164,7 @@ def test_predictions_are_written_as_csv(made, run_cli, tmp_path):
 def test_images_are_predicted_one_line_each(made, run_cli, tmp_path, sample):
     run, _, _ = made
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    for path, image in zip(paths, sample.test.images, strict=False):
+    for path, image in zip(paths, sample.test.inputs, strict=False):
         Image.fromarray(image.squeeze().numpy()).save(path)
     code, out, _ = run_cli("predict", run, *paths)
     assert code == 0

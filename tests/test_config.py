@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from funcloss import config, models
+from funcloss.decisions import read_cost_matrix
 from funcloss.errors import ConfigError
 from funcloss.training.objective import LOSSES
 
@@ -22,7 +23,7 @@ def test_numbers_become_the_type_of_their_field():
 
 def test_the_names_are_those_of_what_they_name():
     choices = {field.name: field.option.choices for field in config.fields()}
-    assert choices["model"] == tuple(models.MODELS)
+    assert choices["model"] == ("auto", *models.MODELS)
     assert choices["loss"] == tuple(LOSSES)
     assert choices["dataset"][1:] == config.DATASETS
 
@@ -132,17 +133,17 @@ READ = {
 
 @pytest.mark.parametrize("content", READ.values(), ids=READ.keys())
 def test_a_cost_matrix_is_read_as_spreadsheets_write_it(tmp_path, content):
-    assert config.read_cost_matrix(write(tmp_path / "c.csv", content)) == CATS
+    assert read_cost_matrix(write(tmp_path / "c.csv", content)) == CATS
 
 
 def test_a_cost_matrix_may_be_of_numbered_classes_and_further_decisions(tmp_path):
     path = write(tmp_path / "c.csv", "true\\decided,0,1,abstain\n0,0,1,0.5\n1,9,0,0.5\n")
     expected = {"0": {"0": 0, "1": 1, "abstain": 0.5}, "1": {"0": 9, "1": 0, "abstain": 0.5}}
-    read = config.read_cost_matrix(path)
+    read = read_cost_matrix(path)
     assert read == expected
     assert list(read["0"]) == ["0", "1", "abstain"]
     semicolons = write(tmp_path / "d.csv", "true\\decided;a, b;c\na, b;0;1\nc;1;0\n")
-    assert list(config.read_cost_matrix(semicolons)) == ["a, b", "c"]
+    assert list(read_cost_matrix(semicolons)) == ["a, b", "c"]
 
 
 TO_WRITE = r"write true\\decided into the first cell, the decisions after it and a true class"
@@ -211,13 +212,13 @@ SPOILT = {
 @pytest.mark.parametrize(("content", "message"), SPOILT.values(), ids=SPOILT.keys())
 def test_a_spoilt_cost_matrix_is_one_line_that_names_the_place(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        config.read_cost_matrix(write(tmp_path / "c.csv", content))
+        read_cost_matrix(write(tmp_path / "c.csv", content))
     assert "\n" not in str(caught.value)
     assert "c.csv" in str(caught.value)
 
 
 def test_a_cost_matrix_that_is_no_file_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
-        config.read_cost_matrix(tmp_path)
+        read_cost_matrix(tmp_path)
     with pytest.raises(ConfigError, match="cannot read .*none.csv: No such file"):
-        config.read_cost_matrix(tmp_path / "none.csv")
+        read_cost_matrix(tmp_path / "none.csv")

@@ -55,7 +55,7 @@ def no_network(monkeypatch):
 def test_mnist_is_the_published_one(data_dir):
     mnist = data.load_dataset("mnist", data_dir)
     assert [len(part.labels) for part in mnist[2:5]] == [54_000, 6_000, 10_000]
-    assert mnist.train.images.dtype == torch.uint8
+    assert mnist.train.inputs.dtype == torch.uint8
     assert mnist.train.labels.dtype == torch.int64
     assert mnist.test.labels.bincount().tolist() == [
         980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
@@ -63,7 +63,7 @@ def test_mnist_is_the_published_one(data_dir):
     assert mnist.classes == tuple("0123456789")
     whole = data.load_dataset("mnist", data_dir, val_fraction=0.0)
     assert len(whole.validation.labels) == 0
-    pixels = whole.train.images.double() / 255
+    pixels = whole.train.inputs.double() / 255
     assert_close(pixels.mean(), torch.tensor(0.1307).double(), atol=5e-5, rtol=0)
     assert_close(pixels.std(), torch.tensor(0.3081).double(), atol=5e-5, rtol=0)
 
@@ -72,10 +72,10 @@ def test_it_is_what_torchvision_reads(data_dir, tmp_path):
     shutil.copytree(data_dir / "FashionMNIST", tmp_path / "FashionMNIST")
     theirs = torchvision.datasets.FashionMNIST(tmp_path, train=False, download=True)
     ours = data.load_dataset("fashion-mnist", data_dir)
-    assert torch.equal(ours.test.images.squeeze(-1), theirs.data)
+    assert torch.equal(ours.test.inputs.squeeze(-1), theirs.data)
     assert torch.equal(ours.test.labels, theirs.targets)
     assert ours.classes == tuple(theirs.classes)
-    pixels = data.load_dataset("fashion-mnist", data_dir, val_fraction=0.0).train.images / 255
+    pixels = data.load_dataset("fashion-mnist", data_dir, val_fraction=0.0).train.inputs / 255
     assert_close(pixels.mean(), torch.tensor(0.2860), atol=1e-4, rtol=0)
     assert_close(pixels.std(), torch.tensor(0.3530), atol=1e-4, rtol=0)
 
@@ -83,9 +83,9 @@ def test_it_is_what_torchvision_reads(data_dir, tmp_path):
 def test_the_sample_is_split_4000_500_500_by_class(sample):
     for part, n in ((sample.train, 400), (sample.validation, 50), (sample.test, 50)):
         assert part.labels.bincount().tolist() == [n] * 10
-        assert part.images.shape == (10 * n, 28, 28, 1)
+        assert part.inputs.shape == (10 * n, 28, 28, 1)
     assert "not comparable" in sample.note
-    images = [set(map(bytes, part.images.numpy())) for part in sample[2:5]]
+    images = [set(map(bytes, part.inputs.numpy())) for part in sample[2:5]]
     assert not images[0] & images[2]
     assert not images[0] & images[1]
     assert not images[1] & images[2]
@@ -93,10 +93,10 @@ def test_the_sample_is_split_4000_500_500_by_class(sample):
 
 def test_the_sample_is_the_same_for_everyone(sample):
     again = data.load_dataset("mnist-sample")
-    assert torch.equal(again.test.images, sample.test.images)
+    assert torch.equal(again.test.inputs, sample.test.inputs)
     assert torch.equal(again.train.labels, sample.train.labels)
     without = data.load_dataset("mnist-sample", val_fraction=0.0)
-    assert torch.equal(without.test.images, sample.test.images)
+    assert torch.equal(without.test.inputs, sample.test.inputs)
     assert len(without.train.labels) == 4500
 
 
@@ -144,15 +144,15 @@ def test_a_long_tail_is_the_published_one_in_order_and_the_same_each_time(factor
     assert data.class_counts(thin.train, 10).tolist() == counts
 
     def numbers(part):
-        digits = part.images.flatten(1).long()
+        digits = part.inputs.flatten(1).long()
         return digits @ torch.tensor([65536, 256, 1])
 
     kept = numbers(thin.train)
     assert (kept.diff() > 0).all()
     assert torch.equal(dataset.train.labels[kept], thin.train.labels)
     again, other = data.long_tailed(dataset, factor), data.long_tailed(dataset, factor, seed=1)
-    assert torch.equal(again.train.images, thin.train.images)
-    assert torch.equal(other.train.images, thin.train.images) == (factor == 1)
+    assert torch.equal(again.train.inputs, thin.train.inputs)
+    assert torch.equal(other.train.inputs, thin.train.inputs) == (factor == 1)
     assert data.class_counts(other.train, 10).tolist() == counts
     assert thin.test is dataset.test
     assert thin.validation is dataset.validation
@@ -171,11 +171,11 @@ def test_a_long_tail_is_made_after_the_split(sample):
     thin = data.load_dataset("mnist-sample", imbalance=20)
     expected = [int(400 * 20 ** (-c / 9)) for c in range(10)]
     assert data.class_counts(thin.train, 10).tolist() == expected
-    assert torch.equal(thin.validation.images, sample.validation.images)
-    assert torch.equal(thin.test.images, sample.test.images)
+    assert torch.equal(thin.validation.inputs, sample.validation.inputs)
+    assert torch.equal(thin.test.inputs, sample.test.inputs)
     assert thin.note == sample.note
     again = data.load_dataset("mnist-sample", imbalance=20)
-    assert torch.equal(again.train.images, thin.train.images)
+    assert torch.equal(again.train.inputs, thin.train.inputs)
 
 
 @pytest.mark.parametrize("factor", [0.5, -1, 0, float("nan"), float("inf")])
@@ -188,7 +188,7 @@ def test_an_impossible_long_tail_is_refused(factor):
 
 def test_a_batch_is_normalised_and_channels_last(sample):
     batch = data.take(sample, sample.train, torch.tensor([0, 5, 9]))
-    expected = (sample.train.images[[0, 5, 9]].permute(0, 3, 1, 2) / 255 - 0.1307) / 0.3081
+    expected = (sample.train.inputs[[0, 5, 9]].permute(0, 3, 1, 2) / 255 - 0.1307) / 0.3081
     assert_close(batch.inputs, expected, atol=1e-5, rtol=1e-5)
     assert batch.inputs.stride()[1] == 1
     assert torch.equal(batch.targets, sample.train.labels[[0, 5, 9]])
@@ -198,17 +198,17 @@ def test_resizing_is_that_of_pil(sample):
     from PIL import Image
 
     larger = data.resized(sample, 32)
-    assert larger.test.images.shape == (500, 32, 32, 1)
-    original = Image.fromarray(sample.test.images[7].squeeze().numpy())
+    assert larger.test.inputs.shape == (500, 32, 32, 1)
+    original = Image.fromarray(sample.test.inputs[7].squeeze().numpy())
     pil = torch.tensor(list(original.resize((32, 32), Image.Resampling.BILINEAR).tobytes()))
-    assert (larger.test.images[7].flatten().int() - pil).abs().max() <= 1
+    assert (larger.test.inputs[7].flatten().int() - pil).abs().max() <= 1
 
 
 def test_unpacked_files_are_read_too(tmp_path):
     tensors = fake_digits()
     write_unpacked(tmp_path, tensors)
     mnist = data.load_dataset("mnist", tmp_path)
-    assert torch.equal(mnist.test.images.squeeze(-1), tensors[NAMES[2]])
+    assert torch.equal(mnist.test.inputs.squeeze(-1), tensors[NAMES[2]])
     assert len(mnist.validation.labels) == 20
 
 
@@ -254,8 +254,8 @@ SPOILT = {
     spoil_empty: "train-labels-idx1-ubyte is not a file of 1 axes in MNIST's format",
     spoil_magic: "magic number 0x903, expected 0x803",
     spoil_labels: r"training set: labels must be in 0\.\.9, got 10\.\.10",
-    spoil_count: "test set: 50 images but 49 labels",
-    spoil_all: "test set: no images",
+    spoil_count: "test set: 50 inputs but 49 labels",
+    spoil_all: "test set: no examples",
     spoil_archive: r"train-images-idx3-ubyte.gz is damaged or not the published file \(md5 .*, "
     "expected f68b3c2dcbeaaa9fbdd348bbdeb94873",
     spoil_by_folder: "cannot read .*: Is a directory",
@@ -311,7 +311,7 @@ def test_with_a_part_of_mnist_and_no_network_auto_is_the_sample(data_dir, tmp_pa
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ConfigError, match="no data set 'mnits'; there are auto, mnist"):
+    with pytest.raises(ConfigError, match=r"no data set 'mnits' .did you mean 'mnist'.*; there are auto, mnist"):
         data.load_dataset("mnits")
 
 
@@ -462,11 +462,11 @@ def test_cifar10_is_read_from_its_archive_without_loading_a_pickle(cifar, monkey
     for load in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
         monkeypatch.setattr(load, None)
     cifar10 = data.load_dataset("cifar10", folder, val_fraction=0.0)
-    assert torch.equal(cifar10.train.images, images[:5].flatten(0, 1))
+    assert torch.equal(cifar10.train.inputs, images[:5].flatten(0, 1))
     assert torch.equal(cifar10.train.labels, labels[:5].flatten())
-    assert torch.equal(cifar10.test.images, images[5])
+    assert torch.equal(cifar10.test.inputs, images[5])
     assert cifar10.classes[3] == "cat"
-    assert cifar10.test.images.is_contiguous()
+    assert cifar10.test.inputs.is_contiguous()
 
 
 def test_another_archive_in_the_place_of_cifar10_is_refused(cifar, monkeypatch):

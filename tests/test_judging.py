@@ -129,7 +129,7 @@ def evaluation(logits, labels):
         lambda params, buffers, inputs: (inputs, buffers),
         {"w": torch.zeros(1)},
         {},
-        lambda index: Batch(inputs=logits[index], targets=labels[index]),
+        lambda indices: (Batch(logits[i], labels[i]) for i in indices),
         len(labels),
         lambda scores, batch, hyper: scores.sum() * 0,
         {},
@@ -381,7 +381,7 @@ def test_evaluate_writes_what_loops_count(run, tmp_path, sample, run_cli, args, 
     loaded = training.load(run)
     with torch.no_grad():
         held_out, tested = (
-            loaded.model(normalised(part.images, loaded.mean, loaded.std)).double().numpy()
+            loaded.model(normalised(part.inputs, loaded.mean, loaded.std)).double().numpy()
             for part in (sample.validation, sample.test)
         )
     y = sample.test.labels.numpy()
@@ -445,7 +445,7 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
     assert out.startswith("cost: calling a true 9 anything else costs 8\n")
     assert re.search(r"^calibration error 0\.\d{4}, 0\.\d{4} at temperature \d\.\d{3} "
                      r"\(fitted on validation\)$", out, re.M)  # fmt: skip
-    assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 images of mnist-sample, test$",
+    assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, test$",
                      out, re.M)  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())["judged"]["test"]
     cost, low, high = summary["rules"]["minimum expected cost"]["expected_cost"]
@@ -456,7 +456,7 @@ def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
     file = table_file(tmp_path / "costs.csv", ABSTAIN, ["ask"])
     own = training.evaluate_run(run)
     assert own.costs.matrix.tolist() == NINES.tolist()
-    from funcloss.config import read_cost_matrix
+    from funcloss.decisions import read_cost_matrix
 
     by_table = training.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
     assert by_table.costs.extra == ("ask",)

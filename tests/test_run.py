@@ -119,13 +119,13 @@ def test_a_run_loads_as_a_plain_model(finished, sample):
     assert loaded.input_shape == (1, 28, 28)
     assert not loaded.model.training
     with torch.no_grad():
-        logits = loaded.model(funcloss.data.normalised(sample.test.images, loaded.mean, loaded.std))
+        logits = loaded.model(funcloss.data.normalised(sample.test.inputs, loaded.mean, loaded.std))
     accuracy = (logits.argmax(-1) == sample.test.labels).double().mean()
     assert_close(accuracy.item(), outcome.summary["test"]["accuracy"])
     again = torch.func.functional_call(
         loaded.model,
         {**loaded.params, **loaded.buffers},
-        (funcloss.data.normalised(sample.test.images, loaded.mean, loaded.std),),
+        (funcloss.data.normalised(sample.test.inputs, loaded.mean, loaded.std),),
     )
     assert_close(again.detach(), logits)
 
@@ -471,7 +471,7 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
     sure = logits.softmax(-1).max(-1).values.topk(5).indices.tolist()
     paths = []
     for i in sure:
-        image = Image.fromarray(sample.test.images[i].squeeze().numpy())
+        image = Image.fromarray(sample.test.inputs[i].squeeze().numpy())
         image.resize((70, 70)).convert("RGB").save(tmp_path / f"{i}.png")
         ImageOps.invert(image).save(tmp_path / f"{i}-dark.png")
         paths.append(tmp_path / f"{i}.png")

@@ -17,7 +17,7 @@ from funcloss.audit.page import About, render_page
 from funcloss.audit.result import Audit
 from funcloss.audit.training import loss_of, loss_options
 from funcloss.config import TrainConfig
-from funcloss.data import Dataset, Examples, take
+from funcloss.data import Dataset, Examples, as_pixels, feed, subset
 from funcloss.errors import RunError
 from funcloss.training import TrainState, folder, load_checkpoint, load_tensors
 from funcloss.training.figures import save_figure
@@ -48,6 +48,7 @@ def audit_run(
     evaluation_mode: bool = False,
     data_dir: str = "",
     device: str = "auto",
+    allow_import: bool = False,
     method: str = "auto",
     memory: float = 2048.0,
 ) -> RunAudit:
@@ -60,6 +61,7 @@ def audit_run(
         evaluation_mode: Without dropout; else as the training steps go.
         data_dir: Where the data is now, if it has moved.
         device: Where to measure.
+        allow_import: Whether code that the run names may be imported.
         method: As for :func:`funcloss.audit.audit`.
         memory: As for :func:`funcloss.audit.audit`, in MiB.
 
@@ -73,7 +75,7 @@ def audit_run(
         RunError: the run cannot be read.
     """
     run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir)
+    config = folder.read_config(run_dir, allow_import=allow_import)
     setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, device=device))
     state, hyper = load_checkpoint(run_dir, setup)
     setup = setup._replace(hyper=hyper)
@@ -193,8 +195,8 @@ def _audited(
 
     def batches(chosen: Examples):
         def passes() -> Iterator[Batch]:
-            for index in _index(chosen, examples).split(max(config.batch_size, 256)):
-                yield take(dataset, chosen, index)
+            index = _index(chosen, examples)
+            return feed(dataset, chosen, index.split(max(config.batch_size, 256)))
 
         return passes
 
@@ -229,7 +231,7 @@ def _index(chosen: Examples, most: int) -> Tensor:
 
 def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
     """Return the most opposed and most dominant examples of each class as PNG files."""
-    if found.examples is None or found.examples.norm.isnan().all():
+    if found.examples is None or found.examples.norm.isnan().all() or not dataset.has_images:
         return {}
     chosen = part_of(dataset, part)
     labels = range(len(found.classes))
@@ -238,8 +240,9 @@ def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
         for c in labels
         for position in (*found.most_opposed(c, _PICTURED), *found.most_dominant(c, _PICTURED))
     }
-    images = chosen.images.cpu()
-    return {position: _png(images[position]) for position in sorted(wanted)}
+    index = torch.tensor(sorted(wanted), dtype=torch.int64)
+    images = as_pixels(subset(chosen, index.to(chosen.labels.device)))
+    return {position: _png(image) for position, image in zip(index.tolist(), images, strict=True)}
 
 
 def _png(image: Tensor) -> bytes:
@@ -279,7 +282,7 @@ def about_of(
         model=config.model,
         parameters=sum(p.numel() for p in setup.state.params.values()),
         loss=config.loss,
-        dataset=config.dataset,
+        dataset=setup.dataset.name,
         note=setup.dataset.note,
         part=part,
         examples=examples,

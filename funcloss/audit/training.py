@@ -17,11 +17,10 @@ from funcloss.audit.result import StepAudit, plain
 from funcloss.audit.step import OWN_ROWS, split_step
 from funcloss.audit.subject import Subject, check_couples_nothing, make_predict
 from funcloss.combinators import class_weighted
-from funcloss.data import take
 from funcloss.errors import AuditError
 from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState, make_forward
-from funcloss.training.objective import LOSSES
+from funcloss.training.objective import loss_named
 from funcloss.training.setup import Setup, make_optimizer, make_schedule
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
@@ -33,6 +32,23 @@ class StepFindings(NamedTuple):
     count: Int[Tensor, " classes"]  # pyright: ignore[reportIncompatibleMethodOverride]
     loss: Float[Tensor, " classes"]  # mean at cost 1; NaN without examples
     step: StepAudit | None  # None: the optimiser does not say
+    classes: tuple[str, ...] = ()
+    note: str = ""  # what to doubt, and why there is no step; empty: nothing
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a row a class, numbers and text, for a log."""
+        columns = {
+            "class": self.classes,
+            "count": self.count.tolist(),
+            "loss": plain(self.loss),
+            "share": plain(self.balance.share),
+            "budget": plain(self.balance.budget),
+            "elasticity": plain(self.balance.elasticity),
+            "norm": plain(self.balance.norm),
+            "update_share": plain(self.step.share) if self.step else [None] * len(self.classes),
+        }
+        rows = zip(*columns.values(), strict=False)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 # (state, batch, hyper, memory) -> (findings, memory)
@@ -136,19 +152,20 @@ def make_audit_step(
                 split.note,
             )
         now = balance(gram, count.cpu(), weights.cpu().double(), reduction=reduction)
-        return StepFindings(now, count.cpu(), (total / count).cpu().double(), step), memory
+        mean = (total / count).cpu().double()
+        return StepFindings(now, count.cpu(), mean, step, classes), memory
 
     return torch.no_grad()(audit_step)
 
 
-def observer(setup: Setup) -> Callable[[TrainState, Tensor, Hyper], list[dict[str, Any]]]:
+def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]:
     """Return what a run calls every ``audit_every`` steps: a record a class, for its log.
 
     Args:
         setup: The training.
 
     Returns:
-        ``(state, index, hyper) -> records`` of the step on the training examples at ``index``.
+        ``(state, batch, hyper) -> records`` of the step on a batch.
     """
     config, dataset = setup.config, setup.dataset
     audit_step = make_audit_step(
@@ -161,30 +178,16 @@ def observer(setup: Setup) -> Callable[[TrainState, Tensor, Hyper], list[dict[st
         clip_norm=config.clip_norm,
     )
 
-    def observe(state: TrainState, index: Tensor, hyper: Hyper) -> list[dict[str, Any]]:
-        batch = take(dataset, dataset.train, index)
+    def observe(state: TrainState, batch: Batch, hyper: Hyper) -> list[dict[str, Any]]:
         found, _ = audit_step(state, batch, hyper, None)
-        columns = {
-            "class": dataset.classes,
-            "count": found.count.tolist(),
-            "loss": plain(found.loss),
-            "share": plain(found.balance.share),
-            "budget": plain(found.balance.budget),
-            "elasticity": plain(found.balance.elasticity),
-            "norm": plain(found.balance.norm),
-            "update_share": plain(found.step.share)
-            if found.step
-            else [None] * len(dataset.classes),
-        }
-        rows = zip(*columns.values(), strict=False)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        return found.records()
 
     return observe
 
 
 def loss_of(setup: Setup) -> LossFn:
     """Return the loss of a training as it puts its class weights, if it has any."""
-    loss = LOSSES[setup.config.loss]
+    loss = loss_named(setup.config.loss)
     return class_weighted(loss) if "class_weights" in setup.hyper else loss
 
 

@@ -276,6 +276,6 @@ def _write_points(path: Path, choice: Choice) -> None:
 
 def _audited(run_dir: Path, data_dir: str) -> RunAudit | None:
     try:
-        return audit_run(run_dir, data_dir=data_dir)
+        return audit_run(run_dir, data_dir=data_dir, allow_import=True)
     except AuditError:  # the page says what was chosen all the same
         return None

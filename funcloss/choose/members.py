@@ -142,21 +142,19 @@ def located(groups: Sequence[Group], number: int) -> tuple[int, int]:
 
 
 def make_members_step(
-    groups: Sequence[Group], take: Callable[[Tensor], Batch]
-) -> Callable[[Members, Tensor], tuple[Members, Metrics]]:
+    groups: Sequence[Group],
+) -> Callable[[Members, Batch], tuple[Members, Metrics]]:
     """Return the step of all members on the same examples.
 
     Args:
         groups: The groups.
-        take: The batch of the training examples at an index, read once for all members.
 
     Returns:
-        ``(members, index) -> (members, metrics)``; ``metrics["loss"]`` is the mean over the members
+        ``(members, batch) -> (members, metrics)``; ``metrics["loss"]`` is the mean over the members
         whose loss is finite, ``metrics["losses"]`` has each.
     """
 
-    def step_on(members: Members, index: Tensor) -> tuple[Members, Metrics]:
-        batch = take(index)
+    def step_on(members: Members, batch: Batch) -> tuple[Members, Metrics]:
         states, losses = {}, []
         for (name, state), group in zip(members.groups.items(), groups, strict=True):
             state, metrics = group.train_step(state, batch, group.hyper)
@@ -181,8 +179,7 @@ def choose_width(
     train_step: TrainStep,
     state: TrainState,
     hypers: Sequence[Hyper],
-    take: Callable[[Tensor], Batch],
-    index: Tensor,
+    batch: Batch,
 ) -> Width:
     """Time a few steps of members alone, of a few together, of more, and take the fastest.
 
@@ -190,8 +187,7 @@ def choose_width(
         train_step: The pure step of a single member.
         state: A state to try it on; nothing of it changes.
         hypers: What each member is given.
-        take: The batch at an index.
-        index: Examples to try it on.
+        batch: Examples to try it on.
 
     Returns:
         The width, with the times.
@@ -201,7 +197,7 @@ def choose_width(
     best, times = 1, {}
     # Wider takes more memory, so it is tried only as long as it pays.
     for wider in (*(w for w in _WIDTHS if w < len(hypers)), len(hypers)):
-        runs = {w: _timer(train_step, state, hypers, take, index, w) for w in (best, wider)}
+        runs = {w: _timer(train_step, state, hypers, batch, w) for w in (best, wider)}
         taken: dict[int, list[float]] = {w: [] for w in runs}
         for _ in range(1 + _TIMED):  # interleaved, since other work comes and goes
             for w, run in runs.items():
@@ -218,17 +214,16 @@ def _timer(
     train_step: TrainStep,
     state: TrainState,
     hypers: Sequence[Hyper],
-    take: Callable[[Tensor], Batch],
-    index: Tensor,
+    batch: Batch,
     width: int,
 ) -> Callable[[], float]:
     groups = make_groups(train_step, hypers, width)
-    members, step_on = init_members(state, groups), make_members_step(groups, take)
+    members, step_on = init_members(state, groups), make_members_step(groups)
 
     def run() -> float:
         nonlocal members
         began = time.perf_counter()
-        members, metrics = step_on(members, index)
+        members, metrics = step_on(members, batch)
         float(metrics["loss"])  # waits for the device
         return time.perf_counter() - began
 

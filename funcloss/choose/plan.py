@@ -2,7 +2,6 @@
 
 import tomllib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from funcloss.config import TrainConfig, make_config
 from funcloss.data import take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import Note, folder
+from funcloss.training.lawful import check_loss
 from funcloss.training.setup import Setup, make_hyper, make_setup, setup_on
 from funcloss.typing import Hyper
 
@@ -108,8 +108,8 @@ def start(
             f"seeds count up from seed {config.seed}, which leaves no room for {seeds}"
         )
     made = _assembled(config, axes, out, seeds, width=1)
-    if made.setup.dataset.note:
-        show(Note(made.setup.dataset.note, warning=True))
+    for note in (*made.setup.notes, *check_loss(made.setup)):
+        show(Note(note, warning=True))
     width = _width(made, method, show)
     made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
@@ -144,12 +144,19 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{out} is there and is not a sweep folder: name another one")
 
 
-def taken_up(out: Path, *, data_dir: str = "", show: Show = lambda event: None) -> Sweep:
+def taken_up(
+    out: Path,
+    *,
+    data_dir: str = "",
+    allow_import: bool = False,
+    show: Show = lambda event: None,
+) -> Sweep:
     """Return a sweep that is in a folder, to go on with.
 
     Args:
         out: The folder of a sweep.
         data_dir: Where the data is now, if it has moved.
+        allow_import: Whether code that the sweep names may be imported.
         show: Called with everything that happens.
 
     Returns:
@@ -170,6 +177,7 @@ def taken_up(out: Path, *, data_dir: str = "", show: Show = lambda event: None) 
         config = make_config(spec)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
+    folder.check_code(out, config, allow_import=allow_import)
     for line in folder.differences(before, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     config = config._replace(data_dir=data_dir or config.data_dir)
@@ -246,7 +254,7 @@ def _width(sweep: Sweep, method: str, show: Show) -> int:
     if not sweep.steps or not hypers:
         return 1
     index = torch.arange(setup.config.batch_size, device=setup.config.device)
-    batch_at = partial(take, setup.dataset, setup.dataset.train)
-    found = choose_width(setup.train_step, setup.state, hypers, batch_at, index)
+    batch = take(setup.dataset, setup.dataset.train, index)
+    found = choose_width(setup.train_step, setup.state, hypers, batch)
     show(Note(found.note))
     return found.width

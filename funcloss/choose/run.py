@@ -29,6 +29,7 @@ from funcloss.choose.words import (
     sweep_sentences,
 )
 from funcloss.config import TrainConfig
+from funcloss.data import short_name
 from funcloss.decisions import cost_sentences
 from funcloss.errors import RunError
 from funcloss.training import (
@@ -95,7 +96,8 @@ def sweep(
     """
     if out is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        out = folder.fresh_name(Path("sweeps"), f"{config.dataset}-{config.model}-{stamp}")
+        name = f"{short_name(config.dataset)}-{short_name(config.model)}-{stamp}"
+        out = folder.fresh_name(Path("sweeps"), folder.as_name(name))
     path = Path(out).expanduser()
     made = start(config, axes, path, seeds=seeds, method=method, overwrite=overwrite, show=show)
     return _swept(made, show, should_stop)
@@ -105,6 +107,7 @@ def resume_sweep(
     out: str | Path,
     *,
     data_dir: str = "",
+    allow_import: bool = False,
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Chosen:
@@ -113,6 +116,7 @@ def resume_sweep(
     Args:
         out: The folder of a sweep.
         data_dir: Where the data is now, if it has moved.
+        allow_import: Whether code that the folder names may be imported.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
 
@@ -128,7 +132,8 @@ def resume_sweep(
         for left in path.glob("seed-*.safetensors"):  # by a kill at the very end
             left.unlink()
         raise RunError(f"{path} is finished: its report is {path / 'sweep.html'}")
-    return _swept(taken_up(path, data_dir=data_dir, show=show), show, should_stop)
+    made = taken_up(path, data_dir=data_dir, allow_import=allow_import, show=show)
+    return _swept(made, show, should_stop)
 
 
 def train_under_limits(
@@ -167,6 +172,7 @@ def resume_under_limits(
     run_dir: str | Path,
     *,
     data_dir: str = "",
+    allow_import: bool = False,
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     observer: Any = None,
@@ -176,6 +182,7 @@ def resume_under_limits(
     Args:
         run_dir: A run folder with limits.
         data_dir: Where the data is now, if it has moved.
+        allow_import: Whether code that the folder names may be imported.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
         observer: As for :func:`funcloss.training.train`.
@@ -192,7 +199,8 @@ def resume_under_limits(
     if (path / "floor.json").exists():
         raise RunError(f"{path} is finished: its report is {path / 'floor.html'}")
     watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
-    outcome = resume(path, data_dir=data_dir, steer=steer_by_limits, **watch)
+    where = {"data_dir": data_dir, "allow_import": allow_import}
+    outcome = resume(path, steer=steer_by_limits, **where, **watch)
     return _compared(outcome, data_dir, watch)
 
 
@@ -302,14 +310,15 @@ def _compared(outcome: Outcome, data_dir: str, watch: dict[str, Any]) -> Chosen:
     run_dir = outcome.folder
     if not outcome.finished:
         return Chosen(run_dir, run_dir, None, [])
-    config = folder.read_config(run_dir)
+    config = folder.read_config(run_dir, allow_import=True)  # as its training was
     config = config._replace(data_dir=data_dir or config.data_dir)
     plain_dir = run_dir / "plain"
     if folder.read_summary(plain_dir) is None:
         text = f"training once more without limits, to compare with, into {plain_dir}"
         watch["show"](Note(text))
         if (plain_dir / folder.CONFIG).is_file():
-            plain = resume(plain_dir, data_dir=config.data_dir, test_once=True, **watch)
+            where = {"data_dir": config.data_dir, "allow_import": True}
+            plain = resume(plain_dir, test_once=True, **where, **watch)
         else:
             plain = train(plain_config(config), plain_dir, test_once=True, **watch)
         if not plain.finished:
@@ -367,7 +376,8 @@ def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
 
 def _model(run_dir: Path, setup: Setup) -> Model:
     """Return the model that a run kept, on the device of a setup."""
-    run, device = load(run_dir), setup.config.device
+    # What it names has been imported to train it.
+    run, device = load(run_dir, allow_import=True), setup.config.device
     hyper = dict(setup.hyper)
     if run.class_weights is not None:
         hyper["class_weights"] = run.class_weights.to(device)

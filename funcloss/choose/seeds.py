@@ -3,8 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from funcloss.choose.members import (
     member_state,
 )
 from funcloss.choose.plan import Show, Sweep
-from funcloss.data import take
+from funcloss.data import feed, take
 from funcloss.training import (
     Note,
     Progress,
@@ -36,9 +35,10 @@ from funcloss.training import (
     restore,
     save_tensors,
 )
-from funcloss.training.judging import judge_model, rule_caveat
+from funcloss.training.judging import evaluation_batch, judge_model, rule_caveat
 from funcloss.training.objective import Forward
 from funcloss.training.setup import seeded_state
+from funcloss.typing import Batch
 
 MEMBERS, STEPS = "members.jsonl", "steps.jsonl"
 _TRAINING_EXAMPLES = 10_000  # that tell the training error
@@ -151,39 +151,40 @@ def evaluate_part(sweep: Sweep, forward: Forward, state: TrainState, part: str):
     # Every so many: the training set may be sorted by class.
     stride = math.ceil(n / _TRAINING_EXAMPLES) if part == "train" else 1
 
-    def batch(index: Tensor):
-        return take(dataset, examples, index * stride)
+    def every_so_many(indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return feed(dataset, examples, [index * stride for index in indices])
 
     return evaluate(
         forward,
         state.params,
         state.buffers,
-        batch,
+        every_so_many,
         n // stride,
         lambda logits, batch, hyper: logits.new_zeros(()),  # members have losses of their own
         {},
+        batch_size=evaluation_batch(dataset),
     )
 
 
 def _ready(sweep: Sweep, show: Show) -> Callable:
     """Return the step of all members, each program compiled if that is asked for."""
     setup = sweep.setup
-    batch_at = partial(take, setup.dataset, setup.dataset.train)
     if setup.config.compile != "on" or not sweep.steps:
-        return make_members_step(sweep.groups, batch_at)
+        return make_members_step(sweep.groups)
     index = torch.arange(setup.config.batch_size, device=setup.config.device)
+    batch = take(setup.dataset, setup.dataset.train, index)
     begun = init_members(setup.state, sweep.groups)
     compiled: dict[int, Callable] = {}
     groups = []
     for group, state in zip(sweep.groups, begun.groups.values(), strict=True):
         key = id(group.train_step)
         if key not in compiled:
-            inputs = (batch_at(index), group.hyper)
+            inputs = (batch, group.hyper)
             made = prepare(group.train_step, "on", state, inputs, sweep.steps)
             show(Note(f"step: {made.note}"))
             compiled[key] = made.step_on
         groups.append(group._replace(train_step=compiled[key]))
-    return make_members_step(groups, batch_at)
+    return make_members_step(groups)
 
 
 def _trained(
@@ -209,8 +210,8 @@ def _trained(
     folder.write_lines(sweep.folder / STEPS, lines)
     recent: list[Tensor] = []
 
-    def take_step(members: Members, index: Tensor):
-        members, metrics = step_on(members, index)
+    def take_step(members: Members, batch: Batch):
+        members, metrics = step_on(members, batch)
         recent.append(metrics["losses"])
         return members, metrics
 
@@ -225,6 +226,7 @@ def _trained(
         members,
         take_step,
         len(setup.dataset.train.labels),
+        feed=setup.feed,
         epochs=config.epochs,
         batch_size=config.batch_size,
         log_every=config.log_every,

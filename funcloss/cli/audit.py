@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from funcloss.cli.parsing import pairs
+from funcloss.cli.table import AllowImport
 from funcloss.config import fields, make_config
 from funcloss.errors import ConfigError
 
@@ -50,6 +51,7 @@ def audit(
     device: Annotated[
         str, typer.Option(help="Where to measure.", metavar="auto|cpu|cuda|mps")
     ] = "auto",
+    allow_import: AllowImport = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report.", show_default="the run folder")
     ] = None,
@@ -82,7 +84,9 @@ def audit(
     how = {"part": split, "examples": examples, "evaluation_mode": evaluation_mode}
     how |= {"method": method, "memory": memory}
     if run is not None:
-        found = library.audit_run(run, data_dir=data_dir, device=device, **how)
+        found = library.audit_run(
+            run, data_dir=data_dir, device=device, allow_import=allow_import, **how
+        )
         files = library.write_report(found, out or run)
     else:
         assert checkpoint is not None

@@ -1,17 +1,13 @@
 """``funcloss check``: the laws of a loss, tried on anyone's."""
 
 import contextlib
-import difflib
-import importlib
-import importlib.util
 import sys
 import warnings
-from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
+from funcloss._addresses import imported
 from funcloss.cli.parsing import pairs
 from funcloss.errors import ConfigError, FunclossError
 
@@ -63,7 +59,11 @@ def check(
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
         adapted = laws.adapt(
-            _find(loss), task=task, classes=classes, class_weights=weights, batch_size=batch_size
+            imported(loss, what="loss"),
+            task=task,
+            classes=classes,
+            class_weights=weights,
+            batch_size=batch_size,
         )
         findings = laws.check(adapted.subject, inductor=inductor)
     if as_json:
@@ -83,48 +83,6 @@ def _indexed(weights: dict[str, float]) -> dict[int, float]:
                 f"got {key}={weight:g}"
             )
     return {int(key): weight for key, weight in weights.items()}
-
-
-def _find(address: str) -> Any:
-    """Return what ``module:name`` or ``file.py:name`` names."""
-    place, _, name = address.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"a loss is named module:name or file.py:name; got {address!r}")
-    found: Any = _imported(place)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{place} has no {name!r}{hint}")
-        found = getattr(found, part)
-    return found
-
-
-def _imported(place: str) -> ModuleType:
-    """Import a module by name, from here too, or a file by path."""
-    try:
-        if not place.endswith(".py"):
-            sys.path.append(str(Path.cwd()))
-            return importlib.import_module(place)
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise ConfigError(f"no file {place}")
-        sys.path.append(str(path.parent))
-        name = f"_tried_{path.stem}"  # a file may be called as a module that is in use
-        loaded = sys.modules.get(name)
-        if loaded is not None and loaded.__file__ == str(path):
-            return loaded  # a second copy under one name confuses the compiler
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    except FunclossError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"cannot import {place}: {type(error).__name__}: {error}") from error
 
 
 def _print_json(loss: str, adapted: Any, findings: list[Any]) -> None:

@@ -36,7 +36,7 @@ class TrainingConsole:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._out,
@@ -71,7 +71,7 @@ class TrainingConsole:
                     done = self._before + step
                     self._bar.update(task, completed=done, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
                 if not self._out.is_terminal:
-                    self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} images/s")
+                    self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} examples/s")
             case training.Audited(_, seconds, rows):
                 self._audits.append(rows)
                 self._audit_seconds += seconds
@@ -132,7 +132,7 @@ class TrainingConsole:
         """Show the result of a finished run, and what to try next."""
         test = outcome.summary["test"]
         print(
-            f"test accuracy {test['accuracy']:.2%} on {test['n']:,} images of "
+            f"test accuracy {test['accuracy']:.2%} on {test['n']:,} examples of "
             f"{outcome.summary['dataset']}; run folder {outcome.folder}"
         )
         if self._quiet:

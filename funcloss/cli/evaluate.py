@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from funcloss._cost_file import read_cost_matrix
 from funcloss.cli.parsing import pairs
-from funcloss.config import DATASETS, make_config, read_cost_matrix
+from funcloss.cli.table import AllowImport
+from funcloss.config import DATASETS, code_in, did_you_mean, make_config, names_own
 from funcloss.errors import ConfigError
 
 _PARTS = ("test", "validation", "train")
@@ -18,7 +20,9 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Data set.", metavar="|".join(DATASETS), show_default="the one trained on"
+            help="Data set, or a path to your own.",
+            metavar="|".join(DATASETS),
+            show_default="the one trained on",
         ),
     ] = "",
     split: Annotated[str, typer.Option(help="Part of it.", metavar="|".join(_PARTS))] = "test",
@@ -41,6 +45,7 @@ def evaluate(
     device: Annotated[
         str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda|mps")
     ] = "auto",
+    allow_import: AllowImport = False,
     csv: Annotated[
         Path | None, typer.Option(help="Write a line an example: truth, prediction, probability.")
     ] = None,
@@ -51,11 +56,12 @@ def evaluate(
     Twice: the likeliest class, and the decision of minimum expected cost at probabilities whose
     temperature is fitted on validation data.
     """
-    for name, value, known in (("dataset", dataset, ("", *DATASETS)), ("split", split, _PARTS)):
-        if value not in known:
-            raise ConfigError(
-                f"{name} must be one of {', '.join(filter(None, known))}; got {value!r}"
-            )
+    if split not in _PARTS:
+        raise ConfigError(f"split must be one of {', '.join(_PARTS)}; got {split!r}")
+    if dataset == "auto" or not (dataset in ("", *DATASETS) or names_own(dataset)):
+        there = ", ".join(DATASETS)
+        guess = did_you_mean(dataset, DATASETS)
+        raise ConfigError(f"dataset must be one of {there}, or a path; got {dataset!r}{guess}")
     judge_by: dict[str, Any] = {}
     if cost_matrix is not None:
         judge_by["cost_matrix"] = read_cost_matrix(cost_matrix)
@@ -68,7 +74,13 @@ def evaluate(
     from funcloss.cli.console import print_judgement
 
     found = training.evaluate_run(
-        run, dataset=dataset, part=split, data_dir=data_dir, device=device, judge_by=judge_by
+        run,
+        dataset=dataset,
+        part=split,
+        data_dir=data_dir,
+        device=device,
+        allow_import=allow_import or bool(code_in({"dataset": dataset})),
+        judge_by=judge_by,
     )
     if csv is not None:
         training.write_predictions(csv, found)
@@ -78,7 +90,7 @@ def evaluate(
     scores = found.evaluation
     print(
         f"accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}  "
-        f"on {int(scores.confusion.sum()):,} images of {found.dataset}, {split}"
+        f"on {int(scores.confusion.sum()):,} examples of {found.dataset}, {split}"
     )
     if found.note:
         print(f"note: {found.note}")

@@ -5,17 +5,26 @@ from typing import Annotated
 
 import typer
 
+from funcloss.cli.table import AllowImport
+
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Image files; or CSV tables, where it was trained on one."
+        ),
+    ],
     *,
     invert: Annotated[
         bool, typer.Option(help="For dark on light: MNIST's digits are light on dark.")
     ] = False,
+    allow_import: AllowImport = False,
 ) -> None:
-    """Say which class each image is, and how sure the model is."""
+    """Say which class each image or row is, and how sure the model is."""
     from funcloss import training
 
-    for path, guess in zip(images, training.predict_files(run, images, invert=invert), strict=True):
-        print(f"{path}: {guess.label} ({guess.probability:.1%})")
+    how = {"invert": invert, "allow_import": allow_import}
+    for guess in training.predict_files(run, files, **how):
+        print(f"{guess.example}: {guess.label} ({guess.probability:.1%})")

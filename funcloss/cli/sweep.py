@@ -7,9 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from funcloss.cli.parsing import as_number
 from funcloss.cli.stopping import INTERRUPTED, StopOnSignal
-from funcloss.cli.table import parsed, with_table
-from funcloss.config import make_config, read_recipe, read_toml, recipe_names
+from funcloss.cli.table import (
+    AllowImport,
+    ConfigFile,
+    Recipe,
+    check_resume,
+    given_of,
+    layers_of,
+    parsed,
+    with_table,
+)
+from funcloss.config import make_config
 from funcloss.errors import ConfigError
 
 _SWEPT = ("class_weight", "loss_option", "learning_rate")
@@ -17,12 +27,8 @@ _SWEPT = ("class_weight", "loss_option", "learning_rate")
 
 def sweep(
     *,
-    recipe: Annotated[
-        str, typer.Option(help=f"Options that come with funcloss: {', '.join(recipe_names())}.")
-    ] = "",
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of options, a run's config.toml say.")
-    ] = None,
+    recipe: Recipe = "",
+    config: ConfigFile = None,
     seeds: Annotated[int, typer.Option(help="Seeds each member is trained with.", min=1)] = 1,
     method: Annotated[
         str,
@@ -38,6 +44,7 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the sweep in --out.")
     ] = False,
+    allow_import: AllowImport = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
     **options: Any,
 ) -> None:
@@ -45,21 +52,16 @@ def sweep(
 
     --class-weight, --loss-option and --learning-rate take values to sweep: 9=1:100:log16 is sixteen
     from 1 to 100 in equal ratios, tau=0:2:5 five in equal steps, 0.01,0.1 a list. Under --floor and
-    --ceiling the smallest weight that keeps them is chosen, else the member of least expected cost.
+    --ceiling the weight nearest to 1 that keeps them is chosen, else the member of least expected
+    cost.
     """
-    given = {name: value for name, value in options.items() if value is not None and value != []}
+    given = given_of(options)
     swept, fixed = _parted(given)
-    layers = [read_recipe(recipe) if recipe else {}, read_toml(config) if config else {}]
-    layers.append(parsed(fixed))
+    layers = [*layers_of(recipe, config, allow_import=allow_import), parsed(fixed)]
     chosen = make_config(*layers, _swept_weights(layers, swept))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "out": out, "overwrite": overwrite}
-        clash = [name for name, value in others.items() if value]
-        clash += [name for name in given if name != "data_dir"]
-        clash += ["seeds"] * (seeds != 1) + ["method"] * (method != "auto")
-        if clash:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
-            raise ConfigError(f"--resume goes on with the sweep as it was: leave out {flags}")
+        check_resume("sweep", given, **others, seeds=seeds != 1, method=method != "auto")
 
     from funcloss import choose  # torch, from here on
     from funcloss.cli.console import TrainingConsole
@@ -75,7 +77,8 @@ def sweep(
             how: dict[str, Any] = {"seeds": seeds, "method": method, "overwrite": overwrite}
             ended = choose.sweep(chosen, axes, out, **how, **watch)
         else:
-            ended = choose.resume_sweep(resume, data_dir=chosen.data_dir, **watch)
+            where = {"data_dir": chosen.data_dir, "allow_import": allow_import}
+            ended = choose.resume_sweep(resume, **where, **watch)
     if not ended.finished:
         folder = shlex.quote(str(ended.folder))
         print(f"stopped and saved; go on with: funcloss sweep --resume {folder}")
@@ -99,7 +102,9 @@ def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str
                 kept.append(text)
         fixed.pop(option)
         if kept:
-            fixed[option] = _number(kept[0]) if option == "learning_rate" else kept
+            fixed[option] = (
+                as_number("learning_rate", kept[0]) if option == "learning_rate" else kept
+            )
     return swept, fixed
 
 
@@ -115,13 +120,6 @@ def _swept_weights(
     if not keys or not isinstance(fixed, dict):
         return {}
     return {"class_weight": {**fixed, **dict.fromkeys(keys, 1.0)}}
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"learning_rate: {text!r} is not a number") from None
 
 
 with_table(sweep, as_text=("learning_rate",))

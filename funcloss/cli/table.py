@@ -7,14 +7,32 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from funcloss._cost_file import read_cost_matrix
 from funcloss.cli.parsing import as_number, pairs
-from funcloss.config import Field, fields, read_cost_matrix
+from funcloss.config import Field, code_in, fields, read_recipe, read_toml, recipe_names
+from funcloss.errors import ConfigError
 
+AllowImport = Annotated[
+    bool,
+    typer.Option(
+        "--allow-import", help="Import the code of yours that the folder or file names, and run it."
+    ),
+]
+Recipe = Annotated[
+    str, typer.Option(help=f"Options that come with funcloss: {', '.join(recipe_names())}.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file of options, a run's config.toml say.")
+]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _numbers(name: str, text: str) -> list[float]:
     return [as_number(name, part) for part in text.split(",")]
+
+
+def _texts(name: str, values: list[str]) -> list[str]:
+    return values
 
 
 def _table(name: str, path: Path) -> dict[str, dict[str, float]]:
@@ -27,7 +45,38 @@ _WRITTEN = {
     dict[str, float]: (list[str], None, pairs),
     dict[str, dict[str, float]]: (Path, None, _table),
     tuple[float, ...]: (str, "NUMBER,...", _numbers),
+    tuple[str, ...]: (list[str], None, _texts),
 }
+
+
+def given_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the table that were typed."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def layers_of(recipe: str, config: Path | None, *, allow_import: bool) -> list[dict[str, Any]]:
+    """Return the options of a recipe and of a file, the later one to win.
+
+    Raises:
+        ConfigError: one cannot be read, or the file names code and that is not allowed.
+    """
+    from_file = read_toml(config) if config else {}
+    if (named := code_in(from_file)) and not allow_import:
+        listed = ", ".join(f"{option} {address}" for option, address in named.items())
+        raise ConfigError(
+            f"{config} names code, which would be imported and run: {listed}; if it is yours, "
+            "allow it with --allow-import"
+        )
+    return [read_recipe(recipe) if recipe else {}, from_file]
+
+
+def check_resume(what: str, given: dict[str, Any], **others: Any) -> None:
+    """Raise ``ConfigError`` if ``--resume`` comes with what the folder decides."""
+    clash = [name for name, value in others.items() if value]
+    clash += [name for name in given if name != "data_dir"]
+    if clash:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in clash)
+        raise ConfigError(f"--resume goes on with the {what} as it was: leave out {flags}")
 
 
 def parsed(given: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +91,8 @@ def parsed(given: dict[str, Any]) -> dict[str, Any]:
 def _parameter(field: Field, *, as_text: bool) -> inspect.Parameter:
     """Return a row of the table of options as a parameter of the command."""
     kind, metavar, _ = _WRITTEN.get(field.type, (field.type, None, None))
-    choices = f" One of {', '.join(field.option.choices)}." if field.option.choices else ""
+    choices = f" One of {', '.join(field.option.choices)}" if field.option.choices else ""
+    choices += f"; or {field.option.own}." if field.option.own else "." if choices else ""
     option = typer.Option(
         help=field.option.help + choices,
         metavar=field.option.metavar or ("VALUES" if as_text else metavar),

@@ -1,30 +1,43 @@
-"""What can be trained on: whole data sets as one tensor of images and one of labels."""
+"""What can be trained on: published data sets and your own, in memory or streamed."""
 
 from funcloss.data.dataset import (
     Dataset,
     Examples,
-    class_counts,
-    long_tailed,
-    make_dataset,
+    as_pixels,
+    feed,
     moved,
     normalised,
     resized,
-    stratified_split,
+    subset,
     take,
 )
+from funcloss.data.images import read_image
+from funcloss.data.own import Known, short_name
+from funcloss.data.parts import class_counts, long_tailed, make_dataset, stratified_split
 from funcloss.data.sources import data_folder, load_dataset
+from funcloss.data.streaming import Stream
+from funcloss.data.table import read_features, read_table
 
 __all__ = [
     "Dataset",
     "Examples",
+    "Known",
+    "Stream",
+    "as_pixels",
     "class_counts",
     "data_folder",
+    "feed",
     "load_dataset",
     "long_tailed",
     "make_dataset",
     "moved",
     "normalised",
+    "read_features",
+    "read_image",
+    "read_table",
     "resized",
+    "short_name",
     "stratified_split",
+    "subset",
     "take",
 ]

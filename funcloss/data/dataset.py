@@ -1,6 +1,6 @@
-"""A data set in memory: its types, its parts, and the way from an index to a batch."""
+"""A data set: its types, and the way from an index to a batch."""
 
-import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,15 +8,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from funcloss.errors import ConfigError, DataError
+from funcloss.data.streaming import Stream
+from funcloss.errors import ConfigError
 from funcloss.typing import Batch
 
 
 class Examples(NamedTuple):
-    """Images and their labels, one tensor each, on one device."""
+    """Inputs and their labels on one device; inputs too large to hold are a stream."""
 
-    images: UInt8[Tensor, "n height width channels"]  # NHWC: a permuted view is channels-last
+    # images (n, height, width, channels), uint8 or float: a permuted view is channels-last;
+    # features (n, features); or whatever a model takes
+    inputs: Tensor | Stream
     labels: Int[Tensor, " n"]
 
 
@@ -26,186 +30,54 @@ class Dataset(NamedTuple):
     name: str
     classes: tuple[str, ...]  # names, in the order of the labels
     train: Examples
-    validation: Examples  # cut from the training set; may be empty
+    validation: Examples  # may be empty
     test: Examples
-    mean: Float[Tensor, " channels"]  # pixels in 0..1
+    # of a channel, pixels in 0..1 where they are uint8; of a feature; empty: inputs go as they are
+    mean: Float[Tensor, " channels"]
     std: Float[Tensor, " channels"]
     note: str = ""  # what whoever reads the results must know of the data
+    columns: tuple[str, ...] = ()  # names of the features of a table
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input to a model: channels, height and width of an image."""
+        shape = tuple(self.train.inputs.shape)
+        shape = shape if isinstance(self.train.inputs, Stream) else shape[1:]
+        return (shape[2], *shape[:2]) if self.has_images else shape
 
-def make_dataset(
-    name: str,
-    classes: tuple[str, ...],
-    train: Examples,
-    test: Examples | None,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    val_fraction: float = 0.1,
-    note: str = "",
-) -> Dataset:
-    """Check images and labels, and part them into training, validation and test set.
-
-    Args:
-        name: Name of the data set.
-        classes: Names of the classes, in the order of the labels.
-        train: The training set, of which validation is cut.
-        test: The test set; None cuts a stratified tenth of ``train`` first.
-        mean: Mean of each channel, pixels in 0..1.
-        std: Standard deviation of each channel.
-        val_fraction: Part of what came as ``train`` that becomes validation.
-        note: What whoever reads the results must know of the data.
-
-    Returns:
-        The data set. The parts depend on nothing but the labels, so every run sees the same.
-
-    Raises:
-        DataError: there are no images, images and labels differ in number, or a label is out of
-            range.
-    """
-    for part, examples in (("training", train), ("test", test)):
-        if examples is not None:
-            _check_examples(f"{name}, {part} set", examples, len(classes))
-    test_fraction = 0.1 if test is None else 0.0
-    kept, validation, tested = stratified_split(train.labels, val_fraction, test_fraction)
-    return Dataset(
-        name=name,
-        classes=classes,
-        train=_subset(train, kept),
-        validation=_subset(train, validation),
-        test=_subset(train, tested) if test is None else test,
-        mean=torch.tensor(mean),
-        std=torch.tensor(std),
-        note=note,
-    )
-
-
-def stratified_split(
-    labels: Int[Tensor, " n"], *fractions: float, seed: int = 0
-) -> tuple[Int[Tensor, " part"], ...]:
-    """Part examples at random, each class in the same proportions.
-
-    Args:
-        labels: Class of each example, shape ``(n,)``.
-        fractions: Part of each class that goes into the second part, the third, and so on.
-        seed: Seed of the choice; the same seed gives the same parts.
-
-    Returns:
-        Indices of each part, in ascending order: first what is left, then one part a fraction.
-
-    Raises:
-        ValueError: the fractions are negative or reach 1 together.
-
-    Example:
-        >>> rest, tenth = stratified_split(torch.arange(20) % 2, 0.1)
-        >>> len(rest), len(tenth)
-        (18, 2)
-    """
-    if min(fractions, default=0.0) < 0.0 or sum(fractions) >= 1.0:
-        raise ValueError(f"stratified_split: fractions must be in [0, 1) together, got {fractions}")
-    generator = torch.Generator().manual_seed(seed)
-    labels = labels.cpu()
-    members = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
-    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
-    sizes = [_shares([len(m) for m in members], fraction) for fraction in fractions]
-    for i, member in enumerate(members):
-        shuffled = member[torch.randperm(len(member), generator=generator)]
-        taken = [size[i] for size in sizes]
-        pieces = shuffled.split([len(member) - sum(taken), *taken])
-        for part, piece in zip(parts, pieces, strict=True):
-            part.append(piece)
-    empty = torch.zeros(0, dtype=torch.int64)
-    return tuple(torch.cat([empty, *part]).sort().values for part in parts)
-
-
-def _shares(counts: list[int], fraction: float) -> list[int]:
-    """Return ``fraction`` of each count, rounded so that they add up to that of all."""
-    exact = [fraction * count for count in counts]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(counts)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: round(fraction * sum(counts)) - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def class_counts(examples: Examples, classes: int) -> Int[Tensor, " classes"]:
-    """Count the examples of each of ``classes`` classes.
-
-    Example:
-        >>> images = torch.zeros(3, 2, 2, 1, dtype=torch.uint8)
-        >>> class_counts(Examples(images, torch.tensor([0, 2, 2])), 4)
-        tensor([1, 0, 2, 0])
-    """
-    return examples.labels.bincount(minlength=classes)
-
-
-def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
-    """Thin out the training part: ``n_c = n_max * factor^(-c / (C - 1))`` examples of class ``c``.
-
-    The classes are taken in the order of their labels, so the last is the rarest. Validation and
-    test set stay as they are: scores on them are of the classes as they came.
-
-    Args:
-        dataset: A data set of ``C`` classes, at least 2, the largest with ``n_max`` examples.
-        factor: Largest over smallest class of what is kept, at least 1.
-        seed: Seed of which examples are kept; the same seed keeps the same.
-
-    Returns:
-        The data set with fewer training examples, in their order: ``n_c`` of a class, rounded
-        down and at least 1; all of a class that has fewer.
-
-    Raises:
-        ConfigError: ``factor`` is below 1 or not finite, or there is but one class.
-
-    Example:
-        >>> part = Examples(torch.zeros(20, 2, 2, 1, dtype=torch.uint8), torch.arange(20) % 2)
-        >>> even = make_dataset("even", ("a", "b"), part, part, mean=(0.0,), std=(1.0,),
-        ...                     val_fraction=0.0)
-        >>> class_counts(long_tailed(even, 5).train, 2)
-        tensor([10,  2])
-
-    References:
-        Cui et al., "Class-balanced loss based on effective number of samples", 2019, section 5.1.
-    """
-    if not 1.0 <= factor < math.inf:
-        raise ConfigError(f"imbalance must be at least 1 and finite, got {factor}")
-    last = len(dataset.classes) - 1
-    if last < 1:
-        raise ConfigError(f"imbalance needs two classes, and {dataset.name} has {last + 1}")
-    labels = dataset.train.labels.cpu()
-    largest = int(labels.bincount().max())
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for c in range(last + 1):
-        members = (labels == c).nonzero().squeeze(1)
-        shuffled = members[torch.randperm(len(members), generator=generator)]
-        kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
-    index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
-    return dataset._replace(train=_subset(dataset.train, index))
+    @property
+    def has_images(self) -> bool:
+        """Whether the inputs are images, which can be resized and shown."""
+        inputs = self.train.inputs
+        dims = len(inputs.shape) - (not isinstance(inputs, Stream))
+        return dims == 3 and len(self.mean) > 0
 
 
 def normalised(
-    images: UInt8[Tensor, "n height width channels"],
-    mean: Float[Tensor, " channels"],
-    std: Float[Tensor, " channels"],
-) -> Float[Tensor, "n channels height width"]:
-    """Return images as the network's input, ``(pixel / 255 - mean) / std``, channels-last.
+    inputs: Tensor, mean: Float[Tensor, " channels"], std: Float[Tensor, " channels"]
+) -> Tensor:
+    """Return examples as a network takes them, ``(input - mean) / std``, images channels-last.
 
     Args:
-        images: Pixels in 0..255, shape ``(n, height, width, channels)``.
-        mean: Mean of each channel, pixels in 0..1, shape ``(channels,)``.
+        inputs: Images ``(n, height, width, channels)``, uint8 pixels standing for 0..1 in steps of
+            1/255; or features ``(n, channels)``.
+        mean: Mean of each channel, shape ``(channels,)``; empty: inputs go as they are.
         std: Standard deviation of each channel, shape ``(channels,)``.
 
     Returns:
-        float32 of shape ``(n, channels, height, width)``, on the device of ``images``.
+        float32 of shape ``(n, channels, height, width)`` or ``(n, channels)``, on the device of
+        ``inputs``.
 
     Example:
         >>> white = torch.full((1, 2, 2, 1), 255, dtype=torch.uint8)
         >>> normalised(white, torch.tensor([0.0]), torch.tensor([0.5])).shape
         torch.Size([1, 1, 2, 2])
     """
-    pixels = torch.addcmul(-mean / std, images.float(), 1.0 / (255.0 * std))
-    return rearrange(pixels, "n h w c -> n c h w")
+    if not len(mean):
+        return inputs
+    unit = 255.0 if inputs.dtype == torch.uint8 else 1.0
+    scaled = torch.addcmul(-mean / std, inputs.float(), 1.0 / (unit * std))
+    return rearrange(scaled, "n h w c -> n c h w") if scaled.dim() == 4 else scaled
 
 
 def take(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> Batch:
@@ -217,37 +89,102 @@ def take(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> 
         index: Which examples, shape ``(batch,)``, on their device.
 
     Returns:
-        Inputs ``(batch, channels, height, width)`` and labels ``(batch,)``.
+        Inputs ``(batch, channels, height, width)`` of images, ``(batch, features)`` of a table, and
+        labels ``(batch,)``.
+
+    Raises:
+        DataError: a streamed input cannot be read.
     """
-    inputs = normalised(examples.images[index], dataset.mean, dataset.std)
+    if isinstance(examples.inputs, Stream):
+        return next(feed(dataset, examples, [index]))
+    inputs = normalised(examples.inputs[index], dataset.mean, dataset.std)
     return Batch(inputs, examples.labels[index])
+
+
+def feed(
+    dataset: Dataset, examples: Examples, indices: Iterable[Int[Tensor, " batch"]]
+) -> Iterator[Batch]:
+    """Give one batch after another, streamed ones read ahead of whoever takes them.
+
+    Args:
+        dataset: The data set, for its mean and standard deviation.
+        examples: One of its parts.
+        indices: Of each batch, on the device of the labels.
+
+    Yields:
+        The batches, as :func:`take` has them.
+
+    Raises:
+        DataError: a streamed input cannot be read.
+    """
+    inputs, labels = examples
+    if isinstance(inputs, Tensor):
+        yield from (take(dataset, examples, index) for index in indices)
+        return
+    indices, device = list(indices), labels.device
+    read = inputs.batches(indices, pinned=device.type == "cuda")
+    for index, part in zip(indices, read, strict=True):
+        there = tree_map(lambda x: x.to(device, non_blocking=True), part)
+        if isinstance(there, Tensor):
+            there = normalised(there, dataset.mean, dataset.std)
+        yield Batch(there, labels[index])
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:
     """Return the data set with images of ``size`` by ``size``, by antialiased interpolation.
 
     Args:
-        dataset: A data set of images of any size.
+        dataset: A data set of images of any size, in memory.
         size: New height and width in pixels.
 
     Returns:
-        The same examples, as uint8 images of the new size.
+        The same examples, as images of the new size.
+
+    Raises:
+        ConfigError: the inputs are not images in memory.
     """
 
     def resize(examples: Examples) -> Examples:
-        pieces = [_interpolated(piece, size) for piece in examples.images.split(4096)]
+        if not dataset.has_images or isinstance(examples.inputs, Stream):
+            raise ConfigError(f"image_size: {dataset.name} has no images that can be resized")
+        pieces = [_interpolated(piece, size) for piece in examples.inputs.split(4096)]
         return Examples(torch.cat(pieces), examples.labels)
 
     return _with_parts(dataset, resize)
 
 
 def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
-    """Return the data set with all of its tensors on ``device``."""
-    moved_parts = _with_parts(dataset, lambda part: Examples(*(t.to(device) for t in part)))
-    return moved_parts._replace(mean=dataset.mean.to(device), std=dataset.std.to(device))
+    """Return the data set with all of its tensors on ``device``; streams stay where they are."""
+
+    def move(examples: Examples) -> Examples:
+        inputs = examples.inputs
+        there = inputs.to(device) if isinstance(inputs, Tensor) else inputs
+        return Examples(there, examples.labels.to(device))
+
+    return _with_parts(dataset, move)._replace(
+        mean=dataset.mean.to(device), std=dataset.std.to(device)
+    )
 
 
-def _with_parts(dataset: Dataset, change) -> Dataset:
+def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
+    """Return the examples at ``index``."""
+    inputs, labels = examples
+    chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
+    return Examples(chosen, labels[index])
+
+
+def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:
+    """Return images to be shown, on the CPU: floating ones from their darkest to their lightest."""
+    inputs = examples.inputs
+    if isinstance(inputs, Stream):
+        inputs = torch.cat([*inputs.batches([torch.arange(len(inputs))])])
+    if inputs.dtype == torch.uint8:
+        return inputs.cpu()
+    low, high = inputs.min(), inputs.max()
+    return (255 * (inputs - low) / (high - low).clamp(min=1e-12)).round().to(torch.uint8).cpu()
+
+
+def _with_parts(dataset: Dataset, change: Callable[[Examples], Examples]) -> Dataset:
     return dataset._replace(
         train=change(dataset.train),
         validation=change(dataset.validation),
@@ -255,22 +192,9 @@ def _with_parts(dataset: Dataset, change) -> Dataset:
     )
 
 
-def _subset(examples: Examples, index: Tensor) -> Examples:
-    return Examples(examples.images[index], examples.labels[index])
-
-
 def _interpolated(images: Tensor, size: int) -> Tensor:
     pixels = rearrange(images, "n h w c -> n c h w").float()
     pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-    return rearrange(pixels.round().clamp(0, 255).to(torch.uint8), "n c h w -> n h w c")
-
-
-def _check_examples(what: str, examples: Examples, classes: int) -> None:
-    images, labels = examples
-    if len(images) != len(labels):
-        raise DataError(f"{what}: {len(images):,} images but {len(labels):,} labels")
-    if len(labels) == 0:
-        raise DataError(f"{what}: no images")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(f"{what}: labels must be in 0..{classes - 1}, got {low}..{high}")
+    if images.dtype == torch.uint8:
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "n c h w -> n h w c")

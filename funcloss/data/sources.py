@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -9,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcloss.config import DATASETS
-from funcloss.data.dataset import Dataset, Examples, long_tailed, make_dataset
+from funcloss.config import DATASETS, did_you_mean, names_own
+from funcloss.data.dataset import Dataset, Examples
 from funcloss.data.fetch import fetch
 from funcloss.data.files import check_md5, read_cifar, read_idx
+from funcloss.data.own import How, Known, load_own
+from funcloss.data.parts import long_tailed, make_dataset
 from funcloss.errors import ConfigError, DataError, UnavailableError
 
 _DIGITS = tuple("0123456789")
@@ -63,34 +66,74 @@ def load_dataset(
     *,
     val_fraction: float = 0.1,
     imbalance: float = 1.0,
+    target: str = "",
+    ignore: Sequence[str] = (),
+    test_fraction: float = 0.1,
+    validation_dataset: str = "",
+    test_dataset: str = "",
+    image_size: int = 0,
+    stream: str = "auto",
+    workers: int = 2,
+    known: Known | None = None,
 ) -> Dataset:
-    """Load a data set, from the data folder if it is there, else from the network.
+    """Load a data set: a published one, or your own.
 
     Args:
         name: ``mnist``, ``fashion-mnist``, ``kmnist``, ``cifar10``, ``mnist-sample``, or ``auto``:
-            MNIST if it can be had, else its sample, with the reason in the data set's ``note``.
-        data_dir: Folder in torchvision's layout, read-only if it holds the files; else that in
-            ``$FUNCLOSS_DATA_DIR``, else the user's cache folder.
+            MNIST if it can be had, else its sample, with the reason in the data set's ``note``. Or
+            your own: a folder of class folders of images, an ``.npz`` or ``.safetensors`` file of
+            ``images`` and ``labels``, a CSV table, or ``module:function`` that returns the tensors
+            or a ``torch.utils.data.Dataset``.
+        data_dir: Folder of the published ones in torchvision's layout, read-only if it holds the
+            files; else that in ``$FUNCLOSS_DATA_DIR``, else the user's cache folder.
         val_fraction: Part of each class of the training set that becomes validation, in [0, 1).
         imbalance: Largest over smallest class of what is left to train on, made
             :func:`long_tailed`; 1: as it comes. Validation and test set stay as they are.
+        target: Column of the classes, of a table.
+        ignore: Columns to leave out.
+        test_fraction: Part of each class that becomes the test set, where your data brings none.
+        validation_dataset: Your validation part, where it is apart from the rest.
+        test_dataset: Your test part.
+        image_size: Height and width that a folder of images is brought to; 0: they have one size.
+        stream: Whether a folder of images is read as it is needed: ``on``, ``off`` or ``auto``,
+            where it would fill more than a quarter of the memory.
+        workers: Processes that read ahead of the training, of what is streamed.
+        known: The classes and columns of a model, where your data is to be judged by it: what comes
+            in one part is then all test set.
 
     Returns:
         The data set on the CPU.
 
     Raises:
-        ConfigError: there is no data set of that name, or it cannot be made so long-tailed.
+        ConfigError: there is no data set of that name, the request does not fit it, or it cannot be
+            made so long-tailed.
         DataError: it cannot be had; the message says what was tried and the ways out.
     """
-    dataset = _load(name, data_folder(data_dir), val_fraction)
+    if name in ("auto", *DATASETS):
+        dataset = _load(name, data_folder(data_dir), val_fraction)
+    elif names_own(name):
+        how = How(
+            target=target,
+            ignore=tuple(ignore),
+            validation=validation_dataset,
+            test=test_dataset,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            image_size=image_size,
+            stream=stream,
+            workers=workers,
+        )
+        dataset = load_own(name, how, known=known)
+    else:
+        there = ", ".join(("auto", *DATASETS))
+        guess = did_you_mean(name, ("auto", *DATASETS))
+        raise ConfigError(f"no data set {name!r}{guess}; there are {there}, and paths of your own")
     return dataset if imbalance == 1.0 else long_tailed(dataset, imbalance)
 
 
 def _load(name: str, folder: Path, val_fraction: float) -> Dataset:
     if name == "auto":
         return _load_auto(folder, val_fraction)
-    if name not in DATASETS:
-        raise ConfigError(f"no data set {name!r}; there are auto, {', '.join(DATASETS)}")
     if name == "mnist-sample":
         return _load_sample(val_fraction)
     return _load_torchvision(name, folder, val_fraction)

@@ -36,7 +36,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
 def load_tensors(
     path: Path, *, needs: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote.
+    """Read what :func:`save_tensors` wrote, or another program.
 
     Args:
         path: A safetensors file.
@@ -52,12 +52,19 @@ def load_tensors(
         with safe_open(path, framework="pt") as file:
             text = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = {name: json.loads(value) for name, value in text.items()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            header = {name: _from_text(value) for name, value in text.items()}
+    except (OSError, SafetensorError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     if missing := [name for name in needs if name not in header]:
         raise RunError(f"{path} is not of a run: its header has no {' nor '.join(missing)}")
     return tensors, header
+
+
+def _from_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:  # of another program
+        return value
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:

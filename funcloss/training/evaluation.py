@@ -1,7 +1,7 @@
 """How good a model is: loss, accuracy, recall and precision by class, in one pass."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ def evaluate(
     forward: Forward,
     params: Params,
     buffers: Buffers,
-    take: Callable[[Tensor], Batch],
+    feed: Callable[[Iterable[Tensor]], Iterable[Batch]],
     n: int,
     criterion: Criterion,
     hyper: Hyper,
@@ -41,7 +41,7 @@ def evaluate(
         forward: The model as a function, in evaluation mode.
         params: The model's parameters.
         buffers: Its other tensors.
-        take: The batch of the examples at an index, ``(batch,)`` int64 on the device of ``params``.
+        feed: From indices, each ``(batch,)`` int64 on the device of ``params``, to their batches.
         n: Number of examples, at least 1.
         criterion: The loss to report, over all examples at once.
         hyper: What the criterion takes.
@@ -61,8 +61,7 @@ def evaluate(
     index = torch.arange(math.ceil(n / size) * size, device=device).clamp(max=n - 1)
     logits, labels = [], []
     with torch.no_grad():
-        for piece in index.split(size):
-            batch = take(piece)
+        for batch in feed(index.split(size)):
             logits.append(forward(params, buffers, batch.inputs)[0])
             labels.append(batch.targets)
         every = Batch(inputs=index[:0], targets=torch.cat(labels)[:n])

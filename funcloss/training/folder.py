@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import torch
 
 from funcloss import __version__
 from funcloss._files import write_text
-from funcloss.config import TrainConfig, make_config, read_toml
+from funcloss.config import TrainConfig, code_in, make_config, read_toml
 from funcloss.errors import ConfigError, RunError
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -87,18 +88,36 @@ def write_config(path: Path, config: TrainConfig, **tables: dict[str, Any]) -> N
     write_text(path, tomli_w.dumps({**options, **tables}))
 
 
-def read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Path, *, allow_import: bool = False) -> TrainConfig:
     """Read the resolved configuration of a run.
 
+    Args:
+        folder: A run folder.
+        allow_import: Whether code that it names may be imported.
+
     Raises:
+        ConfigError: it names code, and that is not allowed.
         RunError: ``folder`` is not a run folder.
     """
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        return make_config(read_toml(folder / CONFIG))
+        config = make_config(read_toml(folder / CONFIG))
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
+    check_code(folder, config, allow_import=allow_import)
+    return config
+
+
+def check_code(place: Path, config: TrainConfig, *, allow_import: bool) -> None:
+    """Raise ``ConfigError`` if a configuration from a file names code and that is not allowed."""
+    named = code_in(config._asdict())
+    if named and not allow_import:
+        listed = ", ".join(f"{option} {address}" for option, address in named.items())
+        raise ConfigError(
+            f"{place} names code, which would be imported and run: {listed}; if it is yours, allow "
+            "it with allow_import"
+        )
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:
@@ -197,6 +216,16 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {folder / SUMMARY}: {error}") from None
+
+
+def as_name(text: str) -> str:
+    """Return a text as the name of a folder.
+
+    Example:
+        >>> as_name("my data/mine:net")
+        'my-data-mine-net'
+    """
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "run"
 
 
 def fresh_name(parent: Path, stem: str) -> Path:

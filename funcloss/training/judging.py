@@ -11,18 +11,19 @@ from torch import Tensor
 
 from funcloss.combinators import options_of
 from funcloss.config import TrainConfig
-from funcloss.data import take
+from funcloss.data import Dataset, feed
 from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
 from funcloss.losses import effective_number_weights
 from funcloss.training import folder
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.objective import LOSSES, Forward
+from funcloss.training.objective import Forward, loss_named
 from funcloss.training.setup import Setup
 from funcloss.training.steering import Model
 from funcloss.typing import Hyper
 
 # By what power of the training prior the optimum of a loss is away from the posterior.
 _BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}
+_EVALUATED_AT_ONCE = 1024 * 3 * 32 * 32  # values of the inputs
 _NO_PROBABILITIES = (
     "squared_error",
     "multiclass_hinge",
@@ -41,7 +42,7 @@ def rule_caveat(config: TrainConfig) -> str:
     Returns:
         A sentence; empty where the softmax of the logits estimates probabilities.
     """
-    if "cost_matrix" in options_of(LOSSES[config.loss]):
+    if "cost_matrix" in options_of(loss_named(config.loss)):
         return (
             f"the logits of {config.loss} have the costs in them already: decisions of minimum "
             "expected cost count them twice, go by argmax"
@@ -128,6 +129,11 @@ def deployment_prior(
     return prior / prior.sum()
 
 
+def evaluation_batch(dataset: Dataset) -> int:
+    """Return how many examples are evaluated at a time: fewer where they are large."""
+    return max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
+
+
 def evaluate_model(
     setup: Setup, forward: Forward, model: Model, parts: tuple[str, ...]
 ) -> dict[str, Evaluation]:
@@ -148,10 +154,11 @@ def evaluate_model(
             forward,
             model.params,
             model.buffers,
-            partial(take, setup.dataset, examples),
+            partial(feed, setup.dataset, examples),
             len(examples.labels),
             setup.criterion,
             model.hyper,
+            batch_size=evaluation_batch(setup.dataset),
         )
         for name, examples in examples_of.items()
         if name in parts and len(examples.labels)

@@ -1,7 +1,7 @@
 """The loop: batches in a seeded order through the step, an epoch at a time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ class Counted(Protocol):
 
 
 State = TypeVar("State", bound=Counted)
+Drawn = TypeVar("Drawn")
 
 
 class Progress(NamedTuple):
@@ -53,9 +54,10 @@ class Epoch(NamedTuple, Generic[State]):
 
 def fit(
     state: State,
-    step_on: Callable[[State, Tensor], tuple[State, Metrics]],
+    step_on: Callable[[State, Drawn], tuple[State, Metrics]],
     n: int,
     *,
+    feed: Callable[[Iterable[Tensor]], Iterator[Drawn]] = iter,
     epochs: int,
     batch_size: int,
     log_every: int = 50,
@@ -70,10 +72,12 @@ def fit(
 
     Args:
         state: Where to begin.
-        step_on: ``(state, index) -> (state, metrics)``, the step on the examples at an index,
-            ``(batch,)`` int64 on the device of the state; compiled or not. Say
-            ``lambda state, index: train_step(state, take(dataset, examples, index), hyper)``.
+        step_on: ``(state, drawn) -> (state, metrics)``, the step on what ``feed`` gives; compiled
+            or not. Say ``lambda state, batch: train_step(state, batch, hyper)``.
         n: Number of training examples.
+        feed: From the indices of the steps of an epoch, each ``(batch,)`` int64 on the device of
+            the state, to what each step takes, ``lambda indices: feed(dataset, examples,
+            indices)`` of :mod:`funcloss.data` say, which may read ahead; ``iter``: the index.
         epochs: Number of the last epoch.
         batch_size: Examples a step.
         log_every: Steps between two reports; between them nothing is read from the device.
@@ -100,9 +104,8 @@ def fit(
         reported = time.perf_counter()
         losses: list[Tensor] = []
         total, counted, stopped = 0.0, 0, False
-        while position < per_epoch and not stopped:
-            index = order[position * batch_size : (position + 1) * batch_size]
-            state, metrics = step_on(state, index)
+        for drawn in feed(order.split(batch_size)[position:per_epoch]):
+            state, metrics = step_on(state, drawn)
             losses.append(metrics["loss"])
             position, step = position + 1, step + 1
             stopped = should_stop()
@@ -121,6 +124,8 @@ def fit(
                 )
                 total, counted = total + recent, counted + len(losses)
                 losses, reported = [], time.perf_counter()
+            if stopped:
+                break
         yield Epoch(
             number=epoch + 1,
             finished=position == per_epoch,

@@ -2,14 +2,16 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from funcloss import losses
+from funcloss._addresses import imported
 from funcloss.combinators import (
     class_weighted,
     class_weights_of,
@@ -19,6 +21,7 @@ from funcloss.combinators import (
     summed,
 )
 from funcloss.combinators._combined import Combined
+from funcloss.errors import ConfigError
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import mean, weighted_mean
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
@@ -92,6 +95,34 @@ LOSSES: dict[str, LossFn] = {  # of logits and labels
 }
 
 
+def loss_named(name: str) -> LossFn:
+    """Return a loss of labels by its name in ``LOSSES``, or somebody's own by ``module:function``.
+
+    Args:
+        name: What a configuration's ``loss`` may be.
+
+    Returns:
+        The loss, one value an example.
+
+    Raises:
+        ConfigError: it cannot be imported or called.
+
+    Example:
+        >>> loss_named("cross_entropy") is losses.cross_entropy
+        True
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    found = imported(name, what="loss")
+    if isinstance(found, type) or not callable(found):
+        kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise ConfigError(
+            f"loss {name} must be a function of logits and labels that gives one value an example; "
+            f"got {kind}"
+        )
+    return cast(LossFn, found)
+
+
 def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
     """Return the options of a loss that are numbers, by name whether they must be given.
 
@@ -107,7 +138,17 @@ def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
         factors = [name for name in loss.takes if not name.endswith("_weights")]
         return numbers | dict.fromkeys(factors, True)
     parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default is p.empty for p in parameters if float in get_args(p.annotation)}
+    return {
+        p.name: p.default is p.empty
+        for p in parameters
+        if p.kind is not p.POSITIONAL_ONLY and _is_number(p.annotation)
+    }
+
+
+def _is_number(annotation: Any) -> bool:
+    if isinstance(annotation, str):  # of a module with postponed annotations
+        return "float" in re.findall(r"\w+", annotation)
+    return annotation is float or float in get_args(annotation)
 
 
 def mean_of(loss: LossFn) -> Criterion:
@@ -159,14 +200,14 @@ def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False
     """Return the criterion that a configuration names.
 
     Args:
-        loss: A key of ``LOSSES``.
+        loss: What :func:`loss_named` takes.
         reduction: ``mean`` or ``weighted_mean``.
         weighted: Whether ``hyper`` holds ``class_weights``.
 
     Returns:
         A criterion ``(logits, batch, hyper) -> scalar``.
     """
-    chosen = LOSSES[loss]
+    chosen = loss_named(loss)
     if reduction == "weighted_mean":
         return weighted_mean_of(chosen)
     return mean_of(class_weighted(chosen) if weighted else chosen)

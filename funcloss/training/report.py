@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.config import TrainConfig
+from funcloss.data import as_pixels, subset
 from funcloss.decisions import cost_sentences
 from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
@@ -63,21 +64,19 @@ def sum_up(
     seconds = sum(r["seconds"] for r in epochs)
     examples = int(state.step) * config.batch_size
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
-    shown = min(6, len(test.labels))
-    guesses = evaluations["test"].logits[:shown].argmax(-1).tolist()
-    truths = test.labels[:shown].tolist()
-    for name, figure in (
-        ("curves.png", figures.curves(records)),
-        ("confusion.png", figures.confusion(evaluations["test"].confusion, classes)),
-        (
-            "predictions.png",
-            figures.predictions(
-                test.images[:shown].cpu(),
-                [classes[i] for i in truths],
-                [classes[i] for i in guesses],
-            ),
-        ),
-    ):
+    drawn = {
+        "curves.png": figures.curves(records),
+        "confusion.png": figures.confusion(evaluations["test"].confusion, classes),
+    }
+    if setup.dataset.has_images:
+        few = subset(test, torch.arange(min(6, len(test.labels)), device=test.labels.device))
+        guesses = evaluations["test"].logits[: len(few.labels)].argmax(-1).tolist()
+        drawn["predictions.png"] = figures.predictions(
+            as_pixels(few),
+            [classes[i] for i in few.labels.tolist()],
+            [classes[i] for i in guesses],
+        )
+    for name, figure in drawn.items():
         figures.save_figure(figure, run_dir / name)
     summary = {
         "dataset": config.dataset,

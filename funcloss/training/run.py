@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
+from funcloss.data import short_name, take
 from funcloss.errors import AuditError, ConfigError
 from funcloss.training import folder, report
 from funcloss.training.checkpoint import (
@@ -25,12 +25,13 @@ from funcloss.training.checkpoint import (
 from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.judging import evaluate_model
+from funcloss.training.lawful import check_loss
 from funcloss.training.loop import Progress, fit
 from funcloss.training.objective import make_forward
-from funcloss.training.setup import Setup, input_shape, make_setup
+from funcloss.training.setup import Setup, make_setup
 from funcloss.training.steering import Memory, Model, Steering
 from funcloss.training.step import TrainState
-from funcloss.typing import Hyper, Metrics
+from funcloss.typing import Batch, Hyper, Metrics
 
 
 class Note(NamedTuple):
@@ -76,8 +77,8 @@ class Steered(NamedTuple):
 
 Event = Note | Started | Progress | EpochReport | Audited | Steered
 Show = Callable[[Event], None]
-# what looks at the step on the training examples at an index: a record a class
-Observe = Callable[[TrainState, Tensor, Hyper], list[dict[str, Any]]]
+# what looks at the step on a batch: a record a class
+Observe = Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]
 
 
 class Outcome(NamedTuple):
@@ -129,13 +130,13 @@ def train(
     _check_steered(config, steer)
     setup = make_setup(config)
     hooks = Hooks(observer, steer and steer(setup), test_once)
-    if setup.dataset.note:
-        show(Note(setup.dataset.note, warning=True))
+    for note in (*setup.notes, *check_loss(setup)):
+        show(Note(note, warning=True))
     step, setup = _prepared(setup, config.compile, setup.state, show)
     if run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{setup.config.dataset}-{setup.config.model}-{stamp}"
-        run_dir = folder.fresh_name(Path("runs"), name)
+        name = f"{setup.dataset.name}-{short_name(setup.config.model)}-{stamp}"
+        run_dir = folder.fresh_name(Path("runs"), folder.as_name(name))
     run = {
         "command": folder.command_line(),
         "dataset_note": setup.dataset.note,
@@ -154,6 +155,7 @@ def resume(
     run_dir: str | Path,
     *,
     data_dir: str = "",
+    allow_import: bool = False,
     show: Show = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     observer: Callable[[Setup], Observe] | None = None,
@@ -165,6 +167,7 @@ def resume(
     Args:
         run_dir: A run folder.
         data_dir: Where the data is now, if it has moved.
+        allow_import: Whether code that the run names, a model of yours say, may be imported.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
         observer: As for :func:`train`.
@@ -180,7 +183,7 @@ def resume(
         RunError: the folder is not a run folder, or its files are not of one run.
     """
     run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir)
+    config = folder.read_config(run_dir, allow_import=allow_import)
     if (summary := folder.read_summary(run_dir)) is not None:
         show(Note(f"{run_dir} is finished: there is nothing to resume"))
         return Outcome(run_dir, True, summary)
@@ -273,9 +276,10 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[A
     config = setup.config
     steps = config.epochs * setup.per_epoch - int(state.step)
     if steps == 0:
-        return setup.step_on, setup
+        return setup.train_step, setup
     index = torch.arange(config.batch_size, device=config.device)
-    made = prepare(setup.step_on, mode, state, (index, setup.hyper), steps)
+    batch = take(setup.dataset, setup.dataset.train, index)
+    made = prepare(setup.train_step, mode, state, (batch, setup.hyper), steps)
     show(Note(f"step: {made.note}"))
     config = config._replace(compile="on" if made.on else "off")
     return made.step_on, setup._replace(config=config)
@@ -299,7 +303,7 @@ def _run_from(
     setup: Setup,
     state: TrainState,
     memory: Memory,
-    step_on: AnyStep,
+    train_step: AnyStep,
     run_dir: Path,
     show: Show,
     should_stop: Callable[[], bool],
@@ -335,15 +339,15 @@ def _run_from(
             show(Steered(done, line))
             return memory
 
-        def take_step(state: TrainState, index: Tensor) -> tuple[TrainState, Metrics]:
+        def take_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             nonlocal memory, done
             if steering is not None and done and done % steering.every == 0:
                 memory = steer(memory, state)
             hyper = setup.hyper if steering is None else steering.hyper(memory)
             if observe is not None and done % config.audit_every == 0:
-                observe(state, index, hyper)
+                observe(state, batch, hyper)
             done += 1
-            return step_on(state, index, hyper)
+            return train_step(state, batch, hyper)
 
         observe = _observed(hooks.observer, setup, record, show) if done < steps else None
         evaluations: dict[str, Evaluation] = {}
@@ -355,6 +359,7 @@ def _run_from(
             state,
             take_step,
             n,
+            feed=setup.feed,
             epochs=config.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,
@@ -390,7 +395,7 @@ def _observed(
     setup: Setup,
     record: Callable[[dict[str, Any]], None],
     show: Show,
-) -> Callable[[TrainState, Tensor, Hyper], None] | None:
+) -> Callable[[TrainState, Batch, Hyper], None] | None:
     """Return what looks at a step before it is taken, and records what it saw."""
     if observer is None or not setup.config.audit_every:
         return None
@@ -408,10 +413,10 @@ def _observed(
         on_failure(error)
         return None
 
-    def look(state: TrainState, index: Tensor, hyper: Hyper) -> None:
+    def look(state: TrainState, batch: Batch, hyper: Hyper) -> None:
         begin = time.perf_counter()
         try:
-            rows = observe(state, index, hyper)
+            rows = observe(state, batch, hyper)
         except AuditError as error:
             on_failure(error)
             return
@@ -464,6 +469,8 @@ def _save(
             "class_counts": setup.counts.tolist(),
             "mean": dataset.mean.tolist(),
             "std": dataset.std.tolist(),
-            "input_shape": input_shape(dataset),
+            "input_shape": dataset.input_shape,
+            "columns": dataset.columns,
+            "images": dataset.has_images,
         },
     )

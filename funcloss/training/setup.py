@@ -1,25 +1,38 @@
 """From a configuration to what trains: device, data, model, objective, optimiser."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from funcloss import models, optim
+from funcloss import optim
+from funcloss._addresses import absolute
 from funcloss.combinators import options_of
-from funcloss.config import TrainConfig, did_you_mean
-from funcloss.data import Dataset, class_counts, data_folder, load_dataset, moved, resized, take
+from funcloss.config import DATASETS, TrainConfig, code_in, did_you_mean
+from funcloss.data import (
+    Dataset,
+    Known,
+    class_counts,
+    data_folder,
+    feed,
+    load_dataset,
+    moved,
+    resized,
+    take,
+)
 from funcloss.decisions import Costs, class_index, make_costs
 from funcloss.errors import ConfigError
+from funcloss.training.network import make_model, resolve_model, try_model, with_first_weights
 from funcloss.training.objective import (
-    LOSSES,
     Criterion,
+    loss_named,
     make_criterion,
     number_options,
     supervised,
 )
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
-from funcloss.typing import Hyper, Metrics
+from funcloss.typing import Batch, Hyper
 
 _ROUNDING = 1e-6  # of parts that add up to 1
 
@@ -37,10 +50,11 @@ class Setup(NamedTuple):
     train_step: TrainStep
     state: TrainState  # before the first step
     per_epoch: int  # steps of an epoch; the last partial batch is left out
+    notes: tuple[str, ...] = ()  # what the user should read
 
-    def step_on(self, state: TrainState, index: Tensor, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        """Take the step on the training examples at ``index``."""
-        return self.train_step(state, take(self.dataset, self.dataset.train, index), hyper)
+    def feed(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """Give the training examples at one index after another."""
+        return feed(self.dataset, self.dataset.train, indices)
 
 
 def make_setup(config: TrainConfig) -> Setup:
@@ -62,15 +76,47 @@ def make_setup(config: TrainConfig) -> Setup:
         raise ConfigError(f"amp {config.amp} needs device cuda, and here it is {device}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = config._replace(device=device, data_dir=str(data_folder(config.data_dir).absolute()))
-    loaded = load_dataset(
+    config = with_absolute_paths(config._replace(device=device))
+    config, dataset = _resolve(config, load_data(config))
+    return setup_on(config, moved(dataset, device))
+
+
+def load_data(config: TrainConfig, *, known: Known | None = None) -> Dataset:
+    """Return the data set that a configuration names, as it describes it.
+
+    Args:
+        config: Its data options; of the others only ``model``, for the size that lenet5 takes.
+        known: As for :func:`funcloss.data.load_dataset`.
+
+    Raises:
+        ConfigError: the request does not fit the data.
+        DataError: the data cannot be had.
+    """
+    return load_dataset(
         config.dataset,
         config.data_dir,
         val_fraction=config.val_fraction,
         imbalance=config.imbalance,
+        target=config.target,
+        ignore=config.ignore,
+        test_fraction=config.test_fraction,
+        validation_dataset=config.validation_dataset,
+        test_dataset=config.test_dataset,
+        image_size=_image_size(config),
+        stream=config.stream,
+        workers=config.workers,
+        known=known,
     )
-    config, dataset = _resolve(config, loaded)
-    return setup_on(config, moved(dataset, device))
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return a configuration that means the same from any folder."""
+    data = ("dataset", "validation_dataset", "test_dataset", "init")
+    own = {name: getattr(config, name) for name in data}
+    own = {name: value for name, value in own.items() if value not in ("", "auto", *DATASETS)}
+    own |= code_in({"model": config.model, "loss": config.loss})
+    own = {name: absolute(value) for name, value in own.items()}
+    return config._replace(data_dir=str(data_folder(config.data_dir).absolute()), **own)
 
 
 def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
@@ -94,9 +140,11 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     if len(dataset.train.labels) < config.batch_size:
         raise ConfigError(
             f"batch_size {config.batch_size} is more than the {len(dataset.train.labels):,} "
-            "training examples"
+            "training examples: use a smaller one"
         )
-    model = make_model(config, input_shape(dataset), len(dataset.classes)).to(device)
+    model, note = first_model(config, dataset)
+    few = take(dataset, dataset.train, torch.arange(2, device=device))
+    try_model(model, config.model, few.inputs, len(dataset.classes))
     weighted = "class_weights" in hyper
     criterion = make_criterion(config.loss, config.reduction, weighted=weighted)
     optimizer = make_optimizer(config)
@@ -118,7 +166,25 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         train_step=train_step,
         state=init_state(model, optimizer, seed=config.seed),
         per_epoch=per_epoch,
+        notes=tuple(filter(None, (dataset.note, note))),
     )
+
+
+def first_model(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
+    """Return the network with its first weights on its device, and a note on where they are from.
+
+    Args:
+        config: A resolved configuration.
+        dataset: The data that it is for.
+
+    Raises:
+        ConfigError: the network cannot be made, or the weights of ``init`` are not of it.
+        DataError: the file of ``init`` cannot be read.
+    """
+    model, note = make_model(config, dataset.input_shape, len(dataset.classes)), ""
+    if config.init:
+        model, note = with_first_weights(model, config.init)
+    return model.to(config.device), note
 
 
 def seeded_state(setup: Setup, seed: int) -> TrainState:
@@ -131,8 +197,8 @@ def seeded_state(setup: Setup, seed: int) -> TrainState:
     Returns:
         The state, as :func:`setup_on` makes it for a configuration with that seed.
     """
-    config, dataset = setup.config._replace(seed=seed), setup.dataset
-    model = make_model(config, input_shape(dataset), len(dataset.classes)).to(config.device)
+    config = setup.config._replace(seed=seed)
+    model, _ = first_model(config, setup.dataset)
     return init_state(model, make_optimizer(config), seed=seed)
 
 
@@ -154,22 +220,6 @@ def resolve_device(name: str) -> str:
     if name != "cpu" and not there.get(name, False):
         raise ConfigError(f"device {name} is not on this machine: use cpu, or auto")
     return name
-
-
-def input_shape(dataset: Dataset) -> models.InputShape:
-    """Return channels, height and width of the data set's images."""
-    height, width, channels = dataset.test.images.shape[1:]
-    return channels, height, width
-
-
-def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
-    """Return the network that a configuration names, with weights that hang on its seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        try:
-            return models.MODELS[config.model](shape, classes)
-        except ValueError as error:
-            raise ConfigError(f"{error}: use a larger image_size") from None
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
@@ -227,7 +277,7 @@ def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -
 
 def _data_options(loss: str, costs: Costs, counts: Tensor) -> Hyper:
     """Return those options of a loss that the data and the costs decide."""
-    takes = options_of(LOSSES[loss])
+    takes = options_of(loss_named(loss))
     if takes & {"class_counts", "class_prior"} and not counts.all():
         missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
         raise ConfigError(
@@ -250,7 +300,7 @@ def _data_options(loss: str, costs: Costs, counts: Tensor) -> Hyper:
 def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
     """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs."""
     loss, given = config.loss, config.loss_option
-    known = number_options(LOSSES[loss])
+    known = number_options(loss_named(loss))
     for name in given:
         if name not in known:
             there = f"it has {', '.join(known)}" if known else "it has none that is a number"
@@ -259,16 +309,28 @@ def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
     if missing := [name for name, needed in known.items() if needed and name not in given]:
         raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
     try:  # a loss checks the range of plain numbers only: in training they are tensors
-        LOSSES[loss](torch.eye(classes), torch.arange(classes), **data, **given)
+        values = loss_named(loss)(torch.eye(classes), torch.arange(classes), **data, **given)
     except ValueError as error:
         raise ConfigError(f"loss_option: {error}") from None
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss} fails on logits {(classes, classes)} and labels {(classes,)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (classes,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
+            f"{got}: leave out the mean or sum in it"
+        )
 
 
 def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
     resolved = resolved_costs(config, classes)._replace(
-        dataset=dataset.name,
+        dataset=dataset.name if config.dataset == "auto" else config.dataset,
+        model=resolve_model(config.model, dataset.input_shape),
         class_weight=_by_name("class_weight", config.class_weight, classes),
         threads=torch.get_num_threads(),
     )
@@ -308,16 +370,22 @@ def _check_prior(prior: dict[str, float], classes: int) -> None:
 
 def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
     """Return the data at the size and scale that a configuration asks for."""
-    size = config.image_size or (32 if config.model == "lenet5" else 0)
-    if size and dataset.test.images.shape[1:3] != (size, size):
+    size = _image_size(config)
+    if size and not (dataset.has_images and dataset.input_shape[1:] == (size, size)):
         dataset = resized(dataset, size)
     if not config.pixel_mean:
         return dataset
+    if not dataset.has_images:
+        raise ConfigError(f"pixel_mean and pixel_std are for images, and {dataset.name} has none")
     channels = len(dataset.mean)
     if not len(config.pixel_mean) == len(config.pixel_std) == channels:
         raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
     mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
     return dataset._replace(mean=mean, std=std)
+
+
+def _image_size(config: TrainConfig) -> int:
+    return config.image_size or (32 if config.model == "lenet5" else 0)
 
 
 def _by_name(what: str, values: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:

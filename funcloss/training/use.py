@@ -8,25 +8,40 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from funcloss._files import replacing, write_text
 from funcloss.config import TrainConfig, make_config
-from funcloss.data import Dataset, Examples, load_dataset, moved, normalised, resized, take
+from funcloss.data import (
+    Dataset,
+    Examples,
+    Known,
+    feed,
+    moved,
+    normalised,
+    read_features,
+    read_image,
+    resized,
+)
 from funcloss.decisions import Costs, Judged, make_costs
-from funcloss.errors import ConfigError, DataError, RunError
+from funcloss.errors import ConfigError, RunError
 from funcloss.training import folder
 from funcloss.training.checkpoint import load_tensors
 from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.judging import judge_parts, judged_record, rule_caveat
+from funcloss.training.judging import (
+    evaluation_batch,
+    judge_parts,
+    judged_record,
+    rule_caveat,
+)
+from funcloss.training.network import make_model
 from funcloss.training.objective import make_criterion, make_forward
 from funcloss.training.setup import (
-    input_shape,
+    load_data,
     make_hyper,
-    make_model,
     resolve_device,
     resolved_costs,
+    with_absolute_paths,
 )
 from funcloss.training.step import preferred_layout
 from funcloss.typing import Buffers, Params
@@ -41,32 +56,35 @@ class LoadedRun(NamedTuple):
     classes: tuple[str, ...]
     class_counts: Tensor  # float32, training examples of each class
     class_weights: Tensor | None  # that its last steps were given; None: none
-    mean: Tensor  # of each channel, pixels in 0..1
+    mean: Tensor  # of each channel, pixels in 0..1; empty: inputs go to the model as they are
     std: Tensor
-    input_shape: tuple[int, int, int]  # channels, height, width
+    input_shape: tuple[int, ...]  # channels, height, width of an image
+    columns: tuple[str, ...]  # names of the features of a table
+    images: bool  # whether the inputs are images
     config: TrainConfig
 
 
-def load(run_dir: str | Path) -> LoadedRun:
+def load(run_dir: str | Path, *, allow_import: bool = False) -> LoadedRun:
     """Return the model of a run, its class names and the scale of its inputs.
 
     Args:
         run_dir: A run folder, finished or not.
+        allow_import: Whether code that the run names, a model of yours say, may be imported.
 
     Returns:
         The model as it was last saved. Its inputs are
         ``funcloss.data.normalised(images, run.mean, run.std)``.
 
     Raises:
+        ConfigError: the run names code and that is not allowed.
         RunError: the folder is not a run folder or its model cannot be read.
     """
     run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir)
-    needs = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std")
-    tensors, header = load_tensors(run_dir / folder.MODEL, needs=needs)
-    channels, height, width = header["input_shape"]
-    weights = header["class_weights"]
-    model = make_model(config, (channels, height, width), len(header["classes"]))
+    config = folder.read_config(run_dir, allow_import=allow_import)
+    needs = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns")
+    tensors, header = load_tensors(run_dir / folder.MODEL, needs=(*needs, "images"))
+    weights, shape = header["class_weights"], tuple(header["input_shape"])
+    model = make_model(config, shape, len(header["classes"]))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -81,7 +99,9 @@ def load(run_dir: str | Path) -> LoadedRun:
         class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
         mean=torch.tensor(header["mean"]),
         std=torch.tensor(header["std"]),
-        input_shape=(channels, height, width),
+        input_shape=shape,
+        columns=tuple(header["columns"]),
+        images=header["images"],
         config=config,
     )
 
@@ -102,6 +122,7 @@ class Judgement(NamedTuple):
 class Guess(NamedTuple):
     """What a model says of one image."""
 
+    example: str  # the image's file, or the row of a table
     label: str  # name of the class
     probability: float
 
@@ -113,17 +134,21 @@ def evaluate_run(
     part: str = "test",
     data_dir: str = "",
     device: str = "auto",
+    allow_import: bool = False,
     judge_by: Mapping[str, Any] | None = None,
 ) -> Judgement:
     """Evaluate a run's model on a part of a data set, and judge what its decisions cost.
 
     Args:
         run_dir: A run folder.
-        dataset: Name of a data set with as many classes; empty: the one that was trained on.
+        dataset: Name of a data set with as many classes, or your own with the same; empty: the one
+            that was trained on.
         part: ``test``, ``validation`` or ``train``, split as in the training; the last as
-            long-tailed as it was trained on, where the data set is the run's own.
+            long-tailed as it was trained on, where the data set is the run's own. Of other data of
+            your own that comes in one part, ``test`` is all of it.
         data_dir: Folder of the data; empty: that of the run.
         device: Where to run the model.
+        allow_import: Whether code that the run names may be imported.
         judge_by: ``cost_matrix``, ``class_cost`` and ``prior`` to judge by, instead of the run's.
 
     Returns:
@@ -135,17 +160,17 @@ def evaluate_run(
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
-    run = load(run_dir)
+    run = load(run_dir, allow_import=allow_import)
     config = run.config
     device = resolve_device(device)
-    own = dataset in ("", config.dataset)
-    data = load_dataset(
-        dataset or config.dataset,
-        data_dir or config.data_dir,
-        val_fraction=config.val_fraction,
-        imbalance=config.imbalance if own else 1.0,
-    )
-    data = moved(_fitted(data, run), device)
+    asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
+    asked = with_absolute_paths(asked)
+    if asked.dataset == config.dataset:
+        loaded = load_data(asked)
+    else:
+        asked = asked._replace(imbalance=1.0, validation_dataset="", test_dataset="")
+        loaded = load_data(asked, known=Known(run.classes, run.columns))
+    data = moved(_fitted(loaded, run), device)
     examples = part_of(data, part)
     costs = make_costs(run.classes, config.cost_matrix, config.class_cost)
     hyper = make_hyper(config, costs, run.class_counts, device)
@@ -161,7 +186,14 @@ def evaluate_run(
     parts |= {part: examples}
     evaluations = {
         name: evaluate(
-            forward, tensors, {}, partial(take, data, chosen), len(chosen.labels), criterion, hyper
+            forward,
+            tensors,
+            {},
+            partial(feed, data, chosen),
+            len(chosen.labels),
+            criterion,
+            hyper,
+            batch_size=evaluation_batch(data),
         )
         for name, chosen in parts.items()
     }
@@ -211,15 +243,30 @@ def part_of(dataset: Dataset, part: str) -> Examples:
 
 def _fitted(data: Dataset, run: LoadedRun) -> Dataset:
     """Return the data at the size and scale that the model was trained for."""
-    channels, height, _ = run.input_shape
-    if len(data.classes) != len(run.classes) or input_shape(data)[0] != channels:
+    if len(data.classes) != len(run.classes) or data.has_images != run.images:
         raise ConfigError(
-            f"the model tells {len(run.classes)} classes on {channels}-channel images, {data.name} "
-            f"has {len(data.classes)} on {input_shape(data)[0]}-channel images"
+            f"the model tells {len(run.classes)} classes of {_described(run.input_shape)}, "
+            f"{data.name} has {len(data.classes)} of {_described(data.input_shape)}"
         )
-    if data.test.images.shape[1] != height:
-        data = resized(data, height)
+    if run.images and data.input_shape[1:] != run.input_shape[1:]:
+        if run.input_shape[1] != run.input_shape[2]:
+            raise ConfigError(
+                f"the model takes {_described(run.input_shape)}, {data.name} has "
+                f"{_described(data.input_shape)}"
+            )
+        data = resized(data, run.input_shape[1])
+    if data.input_shape != run.input_shape:
+        raise ConfigError(
+            f"the model takes {_described(run.input_shape)}, {data.name} has "
+            f"{_described(data.input_shape)}"
+        )
     return data._replace(mean=run.mean, std=run.std)
+
+
+def _described(shape: tuple[int, ...]) -> str:
+    if len(shape) == 3:
+        return f"{shape[0]}-channel images of {shape[1]}x{shape[2]}"
+    return f"inputs of shape {' x '.join(map(str, shape))}"
 
 
 def write_predictions(path: Path, judgement: Judgement) -> None:
@@ -257,46 +304,48 @@ def write_judgement(path: Path, judgement: Judgement) -> None:
 
 
 def predict_files(
-    run_dir: str | Path, paths: Sequence[str | Path], *, invert: bool = False
+    run_dir: str | Path,
+    paths: Sequence[str | Path],
+    *,
+    invert: bool = False,
+    allow_import: bool = False,
 ) -> list[Guess]:
-    """Say which class each image file shows.
+    """Say which class each image file shows, or each row of CSV tables without a target.
 
     Args:
         run_dir: A run folder.
-        paths: Image files; each is brought to the size and the channels of the training images.
+        paths: Image files, each brought to the size and the channels of the training images; or,
+            where the model was trained on a table, CSV files with its columns.
         invert: Swap dark and light first.
+        allow_import: Whether code that the run names may be imported.
 
     Returns:
-        A guess an image.
+        A guess an image or row.
 
     Raises:
-        DataError: a file cannot be read or is not an image.
+        ConfigError: the model takes neither images nor the columns of a table.
+        DataError: a file cannot be read, is not an image or lacks a column.
         RunError: the run cannot be read.
     """
-    run = load(run_dir)
-    images = torch.stack([_read_image(path, run.input_shape, invert=invert) for path in paths])
+    run = load(run_dir, allow_import=allow_import)
+    if run.images:
+        channels, *size = run.input_shape
+        images = [read_image(p, (size[0], size[1]), channels, invert=invert) for p in paths]
+        names, inputs = [str(path) for path in paths], torch.stack(images)
+    elif run.columns:
+        if invert:
+            raise ConfigError("invert is for images, and the model takes the rows of a table")
+        tables = [read_features(Path(path), run.columns) for path in paths]
+        names = [f"{p}:{i + 1}" for p, t in zip(paths, tables, strict=True) for i in range(len(t))]
+        inputs = torch.cat(tables)
+    else:
+        raise ConfigError(
+            f"the model takes {_described(run.input_shape)}, which no file holds: use funcloss.load"
+        )
+    logits = []
     with torch.no_grad():
-        logits = run.model(normalised(images, run.mean, run.std))
-    probabilities, guesses = logits.softmax(-1).max(-1)
-    return [
-        Guess(run.classes[guess], probability)
-        for guess, probability in zip(guesses.tolist(), probabilities.tolist(), strict=True)
-    ]
-
-
-def _read_image(path: str | Path, shape: tuple[int, int, int], *, invert: bool) -> Tensor:
-    channels, height, width = shape
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white" if invert else "black")
-        flat = Image.alpha_composite(ground, picture).convert("L" if channels == 1 else "RGB")
-        image = flat.resize((width, height))
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise DataError(f"{path} is not an image, or not one of a sensible size") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    if invert:
-        image = ImageOps.invert(image)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(height, width, channels)
+        for piece in inputs.split(1024):
+            logits.append(run.model(normalised(piece, run.mean, run.std)))
+    probabilities, guesses = torch.cat(logits).softmax(-1).max(-1)
+    rows = zip(names, guesses.tolist(), probabilities.tolist(), strict=True)
+    return [Guess(name, run.classes[guess], probability) for name, guess, probability in rows]

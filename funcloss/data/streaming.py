@@ -1,0 +1,104 @@
+"""Inputs that are too large to hold: read when they are needed, ahead of the steps."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from funcloss.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What stands for a tensor of inputs: where each of them can be read."""
+
+    source: Dataset[Any]  # map-style; its items are (inputs, label)
+    positions: Int[Tensor, " n"]  # of the items in ``source``, on the CPU
+    shape: tuple[int, ...]  # of one item, the first tensor of it if there are several
+    workers: int = 0  # processes that read ahead
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.positions)
+
+    def some(self, index: Int[Tensor, " some"]) -> "Stream":
+        """Return those at ``index``, still to be read."""
+        return dataclasses.replace(self, positions=self.positions[index.cpu()])
+
+    def batches(self, indices: Sequence[Tensor], *, pinned: bool = False) -> Iterator[Any]:
+        """Read batches ahead of whoever takes them.
+
+        Args:
+            indices: Of each batch, shape ``(batch,)``.
+            pinned: Into memory that a GPU can copy from by itself.
+
+        Yields:
+            The inputs of each batch, in order: a tensor, or a tuple or dict of tensors.
+
+        Raises:
+            DataError: an item cannot be read.
+        """
+        loader = DataLoader(
+            self.source,
+            batch_sampler=[self.positions[index.cpu()].tolist() for index in indices],
+            num_workers=self.workers if len(indices) > 1 else 0,
+            pin_memory=pinned,
+            generator=torch.Generator().manual_seed(0),  # not torch's own, which is the user's
+            worker_init_fn=_one_thread,
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                inputs, _ = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:  # the reading is the user's code, in a process of its own
+                raise _told(error) from error
+            yield _as_inputs(inputs)
+
+    def labels(self) -> Int[Tensor, " n"]:
+        """Return the label of each item: what the source has of them, else by reading all.
+
+        Raises:
+            DataError: an item cannot be read, or has no label.
+        """
+        for name in ("targets", "labels"):
+            known = getattr(self.source, name, None)
+            if known is not None and len(known) == len(self.source):  # pyright: ignore[reportArgumentType]
+                return torch.as_tensor(known).long()[self.positions]
+        loader = DataLoader(self.source, batch_size=256, num_workers=self.workers,
+                            generator=torch.Generator().manual_seed(0))  # fmt: skip
+        try:
+            every = torch.cat([torch.as_tensor(labels) for _, labels in loader])
+        except Exception as error:
+            raise _told(error) from error
+        return every.long()[self.positions]
+
+
+def _one_thread(worker: int) -> None:
+    assert get_worker_info() is not None
+    torch.set_num_threads(1)
+
+
+def _as_inputs(inputs: Any) -> Any:
+    """Return what a model takes: the loader makes a list of a tuple."""
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    return tree_map(lambda x: x.float() if x.dtype == torch.float64 else x, inputs)
+
+
+def _told(error: Exception) -> DataError:
+    """Return the last line of what a worker process said, which is the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    said = last.partition("DataError: ")[2] or last
+    if isinstance(error, DataError):
+        return DataError(said)
+    if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+        return DataError(f"a process that reads the data ended: {last}; try workers 0")
+    kind = "" if len(lines) > 1 else f"{type(error).__name__}: "
+    return DataError(f"reading the data raised {kind}{said}")
