@@ -14,6 +14,7 @@ from funcloss.audit.result import (
 )
 from funcloss.audit.runs import RunAudit, audit_checkpoint, audit_run, write_report
 from funcloss.audit.training import StepFindings, make_audit_step, observer
+from funcloss.audit.watch import Watch, watch
 from funcloss.audit.words import compare, sentences
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Spread",
     "StepAudit",
     "StepFindings",
+    "Watch",
     "audit",
     "audit_checkpoint",
     "audit_run",
@@ -37,5 +39,6 @@ __all__ = [
     "observer",
     "render_page",
     "sentences",
+    "watch",
     "write_report",
 ]
