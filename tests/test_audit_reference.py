@@ -207,6 +207,21 @@ def reused():
     return Called(forward, inner=nn.Linear(5, 5), head=nn.Linear(5, CLASSES))
 
 
+class Tempered(nn.Module):
+    """Logits times a scalar that is learnt too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(5, CLASSES), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.scale * self.fc(inputs)
+
+
+def tempered() -> nn.Module:
+    return Tempered()
+
+
 def frozen():
     net = nn.Sequential(
         nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES)
@@ -340,6 +355,7 @@ MODELS = {
     "tied": (tied, draw(N, 5)),
     "tied text": (tied_text, TOKENS),
     "reused": (reused, draw(N, 5)),
+    "temperature": (tempered, draw(N, 5)),
     "frozen": (frozen, draw(N, 5)),
     "unused": (unused, draw(N, 5)),
     "bare parameters": (bare_parameters, draw(N, 5)),

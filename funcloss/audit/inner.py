@@ -61,7 +61,7 @@ def side_by_side(params: Params, rows: int) -> Grads:
 
 def flat(rows: Tensor) -> Tensor:
     """Return each row as a vector, those of images' filters channels last."""
-    return (rows.movedim(2, -1) if rows.dim() == 5 else rows).flatten(1)
+    return (rows.movedim(2, -1) if rows.dim() == 5 else rows)[..., None].flatten(1)
 
 
 def _unflat(vector: Tensor, shape: torch.Size) -> Tensor:

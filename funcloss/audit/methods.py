@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from funcloss.audit.inner import norm_of, side_by_side
-from funcloss.audit.products import add_by_group, add_products, form_of, segments_of, tapping
+from funcloss.audit.products import (
+    add_by_group,
+    add_products,
+    as_rows,
+    form_of,
+    segments_of,
+    tapping,
+)
 from funcloss.errors import AuditError
 from funcloss.transforms import Predict, class_grads, directional, per_sample_vjps
 from funcloss.typing import Grads, Params
@@ -92,7 +99,7 @@ def by_examples(
         add_by_group(g, chunk.groups, sums[name])
     if not norms:
         return None
-    squares = [g.flatten(1).square().sum(1) for g in grads.values()]
+    squares = [as_rows(g).square().sum(1) for g in grads.values()]
     return torch.stack(squares).sum(0)
 
 

@@ -222,7 +222,7 @@ def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | 
         members = grads.new_zeros(len(into), len(grads))
         for label, part in segments:
             members[label, part] = 1.0
-        into += (members @ grads.flatten(1)).reshape(into.shape)
+        into += (members @ as_rows(grads)).reshape(into.shape)
     else:
         for label, part in segments:
             into[label] += grads[part].sum(0).reshape(into.shape[1:])
@@ -235,8 +235,13 @@ def add_by_group(grads: Tensor, groups: Tensor, into: Tensor) -> None:
     _vectors(grads, segments_of(groups), into, None)
 
 
+def as_rows(grads: Tensor) -> Tensor:
+    """Return gradients by example, ``(n, *shape)``, as vectors; a scalar parameter's have one."""
+    return grads[..., None].flatten(1)
+
+
 def _square(grads: Tensor) -> Tensor:
-    flat = grads.flatten(1)
+    flat = as_rows(grads)
     return torch.linalg.vecdot(flat, flat)
 
 
