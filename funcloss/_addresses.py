@@ -22,9 +22,9 @@ def is_address(text: str) -> bool:
 
 
 def absolute(address: str) -> str:
-    """Return an address or a path that means the same from any folder."""
-    place, colon, name = address.rpartition(":") if is_address(address) else (address, "", "")
-    if colon and not place.endswith(".py"):
+    """Return an address of code that means the same from any folder."""
+    place, colon, name = address.rpartition(":")
+    if not place.endswith(".py"):
         return address
     return f"{Path(place).expanduser().absolute()}{colon}{name}"
 

@@ -411,13 +411,20 @@ def code_in(options: Mapping[str, Any]) -> dict[str, str]:
         >>> code_in({"model": "torchvision:resnet18", "loss": "mine:loss"})
         {'loss': 'mine:loss'}
     """
-    data = ("dataset", "validation_dataset", "test_dataset")
-    named = {name: options.get(name) for name in (*data, "model", "loss")}
-    return {
-        name: value
-        for name, value in named.items()
-        if isinstance(value, str) and is_address(value) and not value.startswith(TORCHVISION)
-    }
+    found = {}
+    for name in ("dataset", "validation_dataset", "test_dataset", "model", "loss"):
+        value = options.get(name, "")
+        if not isinstance(value, str) or not value:
+            continue
+        if name == "model":
+            code = value not in ("auto", *_MODELS) and not value.startswith(TORCHVISION)
+        elif name == "loss":
+            code = value not in _LOSSES
+        else:
+            code = is_address(value)
+        if code:
+            found[name] = value
+    return found
 
 
 def _number(name: str, option: Option, value: Any, kind: type) -> Any:

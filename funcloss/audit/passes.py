@@ -284,17 +284,18 @@ def own_gradients(work: Work, method: str, passes: Passes, wanted: range) -> Gra
 def class_losses(work: Work, passes: Passes, params: Params) -> tuple[Tensor, Tensor]:
     """Return the mean loss of each class at ``params``, at cost 1, and its count; NaN without."""
     subject = work.subject
-    total = torch.zeros(work.classes, dtype=torch.float64, device=subject.device)
+    total = torch.zeros(work.classes, dtype=torch.float64)  # on the CPU: MPS has no float64
     count = torch.zeros_like(total)
     for number, rows in enumerate(passes()):
         every = kept_rows(subject, number, rows)
         if not len(every.position):
             continue
         predictions = _predicted(work, every.chunk, params)
-        values = values_of(work.side, predictions, every.targets).double()
-        total.index_add_(0, every.chunk.groups, values)
-        count.index_add_(0, every.chunk.groups, torch.ones_like(values))
-    return (total / count).cpu(), count.cpu()
+        values = values_of(work.side, predictions, every.targets).cpu().double()
+        groups = every.chunk.groups.cpu()
+        total.index_add_(0, groups, values)
+        count.index_add_(0, groups, torch.ones_like(values))
+    return total / count, count
 
 
 def _predicted(work: Work, chunk: Chunk, params: Params | None = None) -> Tensor:

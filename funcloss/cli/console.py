@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,8 +17,10 @@ _FILE_WIDTH = 200
 
 def _console() -> Console:
     """Return a console; what is no terminal is as wide as any table."""
-    out = Console(highlight=False, soft_wrap=True)
-    wide = Console(highlight=False, soft_wrap=True, width=_FILE_WIDTH)
+    # What classes are called is text, whatever brackets and colons it has.
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    out = Console(soft_wrap=True, **plain)
+    wide = Console(soft_wrap=True, width=_FILE_WIDTH, **plain)
     return out if out.is_terminal else wide
 
 
@@ -190,7 +191,7 @@ def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(len(shown) + 1):
         table.add_column(justify="right", no_wrap=True)
-    table.add_row("class", *(escape(audits[0][c]["class"]) for c in shown))
+    table.add_row("class", *(audits[0][c]["class"] for c in shown))
     for name, title in (
         ("share", "share of the gradient"),
         ("update_share", "share of the step"),
@@ -255,13 +256,13 @@ def _audit_table(found: "audit.Audit") -> Table:
             _percent(None if step is None else step.share[c]),
             _number(now.norm[c], ".2g"),
             _number(found.coherence[c], ".2f"),
-            f"{float(rivals[c, rival]):+.2f} {escape(found.classes[rival])}"
+            f"{float(rivals[c, rival]):+.2f} {found.classes[rival]}"
             if float(rivals[c, rival]) <= 1.0
             else "-",
         ]
         if impact is not None:
             cells.append(_number(impact.predicted[c], "+.1g"))
-        table.add_row(escape(found.classes[c]), *cells)
+        table.add_row(found.classes[c], *cells)
     return table
 
 
@@ -285,7 +286,7 @@ def _points_table(choice: "choose.Choice") -> Table:
     """Return a row a member of a sweep, on validation data."""
     table = Table(box=None, pad_edge=False)
     table.add_column("on validation data", no_wrap=True)
-    recalls = [f"recall {escape(name)}" for name in choice.focus]
+    recalls = [f"recall {name}" for name in choice.focus]
     for name in ("accuracy", *recalls, "expected cost", "by the rule", "note"):
         table.add_column(name, justify="left" if name == "note" else "right", no_wrap=True)
     for p in choice.points:
@@ -293,7 +294,7 @@ def _points_table(choice: "choose.Choice") -> Table:
         notes += [f"diverged on {p.diverged} of {p.seeds}"] * bool(p.diverged)
         cells = [_ranged(p.accuracy, ".2%"), *(_ranged(r, ".2%") for r in p.recall)]
         cells += [_ranged(p.expected_cost, ".4f"), _ranged(p.rule_cost, ".4f"), ", ".join(notes)]
-        table.add_row(escape(p.name), *cells)
+        table.add_row(p.name, *cells)
     return table
 
 
@@ -301,14 +302,14 @@ def _rows_table(choice: "choose.Choice") -> Table:
     """Return a row a model and rule, on the test set."""
     table = Table(box=None, pad_edge=False)
     table.add_column("on the test set, 95 %", no_wrap=True)
-    recalls = [f"recall {escape(name)}" for name in choice.focus]
+    recalls = [f"recall {name}" for name in choice.focus]
     for name in ("accuracy", *recalls, "expected cost", "against plain, paired"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in choice.rows:
         cells = [_between(row.accuracy, ".2%"), *(_between(r, ".2%") for r in row.recall)]
         cells.append(_between(row.expected_cost, ".4f"))
         cells.append("-" if row.difference is None else _between(row.difference, "+.4f"))
-        table.add_row(escape(row.name), *cells)
+        table.add_row(row.name, *cells)
     return table
 
 
@@ -323,7 +324,7 @@ def _ranged(score: "choose.Score", form: str) -> str:
 def _between(score: "choose.Score", form: str) -> str:
     if math.isnan(score.low):
         return _number(score.value, form)
-    return escape(f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]")
+    return f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]"
 
 
 def _count(n: int, what: str) -> str:
@@ -365,9 +366,9 @@ def _confusion_table(title: str, matrix: Any, costs: "decisions.Costs") -> Table
     table = Table(box=None, pad_edge=False)
     table.add_column(title, no_wrap=True)
     for name in costs.decisions:
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for name, row in zip(costs.classes, matrix.tolist(), strict=True):
-        table.add_row(escape(name), *("." if v == 0 else f"{v:g}" for v in row))
+        table.add_row(name, *("." if v == 0 else f"{v:g}" for v in row))
     return table
 
 
@@ -387,5 +388,5 @@ def _class_table(scores: "decisions.RuleScores", classes: tuple[str, ...]) -> Ta
             known = not math.isnan(float(part[c]))
             between = f"{float(low[c]):.2%} to {float(high[c]):.2%}" if known else "-"
             cells += [_number(part[c], ".2%"), between]
-        table.add_row(escape(name), f"{count:,}", *cells)
+        table.add_row(name, f"{count:,}", *cells)
     return table

@@ -60,7 +60,7 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
 
     def read(name: str) -> np.ndarray:
         try:
-            return file[name]
+            found = file[name]
         except (ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:  # pyright: ignore[reportAttributeAccessIssue]
             if "pickle" in str(error):
                 raise DataError(
@@ -68,6 +68,9 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
                     f"it as numbers, or as np.array({name}, dtype=str)"
                 ) from None
             raise DataError(f"{path}: {name} cannot be read: {error}") from None
+        if not isinstance(found, np.ndarray):
+            raise DataError(f"{path}: {name} is no array")
+        return found
 
     return list(file.files), read
 
@@ -76,9 +79,15 @@ def _from_safetensors(path: Path) -> tuple[list[str], Reader]:
     try:
         with safe_open(path, framework="pt") as file:
             names, header = list(file.keys()), file.metadata() or {}
-        named = json.loads(header["classes"]) if "classes" in header else None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise DataError(f"{path} is not a .safetensors file: {error}") from None
+    try:
+        named = list(map(str, json.loads(header["classes"]))) if "classes" in header else None
+    except (json.JSONDecodeError, TypeError):
+        raise DataError(
+            f"{path}: classes in its header must be a JSON list of names, got "
+            f"{header['classes'][:40]!r}"
+        ) from None
 
     def read(name: str) -> np.ndarray | Tensor:
         if name == "classes":
@@ -146,13 +155,17 @@ def as_inputs(what: str, array: np.ndarray | Tensor) -> Tensor:
         raise DataError(f"{what} must have 1, 3 or 4 channels, last; got {tuple(array.shape)}{way}")
     if array.dim() == 2 and array.dtype == torch.uint8:
         array = array.float()
-    if array.is_floating_point():
-        for start in range(0, len(array), 4096):
-            if not bool(array[start : start + 4096].isfinite().all()):
-                bad = array[start : start + 4096].flatten(1).isfinite().all(1).logical_not()
-                row = start + int(bad.nonzero()[0])
-                raise DataError(f"{what} has a value that is not finite, in example {row}")
+    check_finite(what, array)
     return array
+
+
+def check_finite(what: str, array: Tensor) -> None:
+    """Raise ``DataError`` if an example of an array has NaN or an infinity in it."""
+    for start in range(0, len(array), 4096):
+        finite = array[start : start + 4096].isfinite()
+        if not bool(finite.all()):
+            row = start + int(finite[..., None].flatten(1).all(1).logical_not().nonzero()[0])
+            raise DataError(f"{what} has a value that is not finite, in example {row}")
 
 
 def as_labels(
@@ -168,15 +181,21 @@ def as_labels(
     Raises:
         DataError: they are none, or out of the range of ``classes``.
     """
-    array = array.numpy() if isinstance(array, Tensor) else array
+    if isinstance(array, Tensor):
+        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if array.ndim != 1:
         raise DataError(f"{what} must have shape (n,), one label an example; got {array.shape}")
-    if array.dtype.kind == "f" and (array == array.round()).all():
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == array.round()).all():
         array = array.astype(np.int64)
     if array.dtype.kind not in "biuUS":
         raise DataError(f"{what} must be whole numbers or strings, got {array.dtype}")
     strings = array.dtype.kind in "US"
+    if array.dtype.kind == "S":
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{what} must be text in UTF-8: save them as dtype=str") from None
     if classes is not None and not strings:
         if len(array) and not 0 <= array.min() <= array.max() < len(classes):
             raise DataError(

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from funcloss._addresses import imported, is_address
 from funcloss.config import did_you_mean
-from funcloss.data.arrays import as_inputs, as_labels, read_arrays
+from funcloss.data.arrays import as_inputs, as_labels, check_finite, read_arrays
 from funcloss.data.dataset import Dataset, Examples
 from funcloss.data.images import read_folder
 from funcloss.data.parts import make_dataset
@@ -76,7 +76,7 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
         parts.setdefault("test", parts["train"])
     name = short_name(address)
     classes = parts["train"].classes if known is None else known.classes
-    _check_classes(name, classes, len(parts["train"].labels))
+    _check_classes(name, classes, len(parts["train"].labels) if known is None else None)
     _check_alike(name, parts)
     examples = {part: _examples(f"{name}, {part}", raw, classes) for part, raw in parts.items()}
     scale = () if parts["train"].as_they_are else None
@@ -147,7 +147,7 @@ def _from_code(address: str, workers: int) -> dict[str, Raw] | Dataset:
         data = function()
     except FunclossError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{address}() raised {type(error).__name__}: {error}") from error
     if isinstance(data, Dataset):
         return data
@@ -188,13 +188,18 @@ def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -
         if not isinstance(value, Tensor | np.ndarray):
             kind = type(value).__name__
             raise DataError(f"{what}: the {name} must be a tensor or an array, got {kind}")
+        if not value.ndim:
+            raise DataError(f"{what}: the {name} must begin with the examples, got one number")
     if len(inputs) != len(labels):
         raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
-    tensor = torch.as_tensor(inputs)
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "buif":
+        raise DataError(f"{what}: the inputs must be numbers, got {inputs.dtype}")
+    tensor = torch.as_tensor(inputs).detach()
     found, names = as_labels(f"{what}: labels", labels, classes)
     if tensor.dtype == torch.uint8 and tensor.dim() in (3, 4):
         return Raw(as_inputs(f"{what}: images", tensor), found, names)
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    check_finite(f"{what}: the inputs", tensor)
     return Raw(tensor, found, names, as_they_are=True)
 
 
@@ -207,11 +212,13 @@ def _streamed(
         inputs, label = data[0]
         labelled = torch.as_tensor(label)
         first = inputs
-        while not isinstance(first, Tensor):
-            first = next(iter(first.values() if isinstance(first, Mapping) else first))
+        while not isinstance(first, Tensor | np.ndarray):
+            if not isinstance(first, Mapping | tuple | list) or not first:
+                raise TypeError(f"the inputs are a {type(first).__name__}")
+            first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
         if labelled.dim() or labelled.is_floating_point():
             raise TypeError(f"the label of an item must be a whole number, got {label!r:.40}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"{what}: an item must be (inputs, label), the inputs one tensor, or a tuple or dict "
             f"of tensors; reading the first: {type(error).__name__}: {error}"
@@ -239,11 +246,12 @@ def _examples(what: str, raw: Raw, classes: tuple[str, ...]) -> Examples:
     return Examples(raw.inputs, place[raw.labels])
 
 
-def _check_classes(name: str, classes: tuple[str, ...], n: int) -> None:
+def _check_classes(name: str, classes: tuple[str, ...], n: int | None) -> None:
+    """Raise unless these are classes to tell apart, in ``n`` examples to learn them from."""
     if len(classes) < 2:
         only = f"one class, {classes[0]!r}" if classes else "no class"
         raise DataError(f"{name} has {only}: there is nothing to tell apart")
-    if len(classes) > max(n / 2, 2):
+    if n is not None and len(classes) > max(n / 2, 2):
         raise DataError(
             f"{name} has {len(classes):,} classes in {n:,} examples, most of which occur once: is "
             f"the target a number to predict, such as {classes[0]}? funcloss-train tells classes "
@@ -257,17 +265,18 @@ def _check_classes(name: str, classes: tuple[str, ...], n: int) -> None:
 
 
 def _check_alike(name: str, parts: dict[str, Raw]) -> None:
-    shapes = {part: _item_shape(raw.inputs) for part, raw in parts.items()}
-    for part, shape in shapes.items():
-        if shape != shapes["train"]:
+    forms = {part: _form(raw.inputs) for part, raw in parts.items()}
+    for part, form in forms.items():
+        if form != forms["train"]:
             raise DataError(
-                f"{name}: the {part} part has inputs of {shape}, the training part "
-                f"{shapes['train']}"
+                f"{name}: the {part} part has inputs of {form}, the training part {forms['train']}"
             )
 
 
-def _item_shape(inputs: Tensor | Stream) -> tuple[int, ...]:
-    return inputs.shape if isinstance(inputs, Stream) else tuple(inputs.shape[1:])
+def _form(inputs: Tensor | Stream) -> str:
+    if isinstance(inputs, Stream):
+        return f"shape {inputs.shape}, streamed"
+    return f"shape {tuple(inputs.shape[1:])}, {str(inputs.dtype).removeprefix('torch.')}"
 
 
 def _note(inputs: Tensor | Stream) -> str:

@@ -1,14 +1,16 @@
 """Inputs that are too large to hold: read when they are needed, ahead of the steps."""
 
 import dataclasses
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from funcloss.errors import DataError
 
@@ -49,19 +51,19 @@ class Stream:
             num_workers=self.workers if len(indices) > 1 else 0,
             pin_memory=pinned,
             generator=torch.Generator().manual_seed(0),  # not torch's own, which is the user's
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
         )
         batches = iter(loader)
-        while True:
+        for _ in indices:
             try:
                 inputs, _ = next(batches)
-            except StopIteration:
-                return
+            except StopIteration as error:
+                raise DataError("reading the data ended early, by a StopIteration") from error
             except Exception as error:  # the reading is the user's code, in a process of its own
                 raise _told(error) from error
             yield _as_inputs(inputs)
 
-    def labels(self) -> Int[Tensor, " n"]:
+    def labels(self) -> Tensor | np.ndarray:
         """Return the label of each item: what the source has of them, else by reading all.
 
         Raises:
@@ -70,18 +72,27 @@ class Stream:
         for name in ("targets", "labels"):
             known = getattr(self.source, name, None)
             if known is not None and len(known) == len(self.source):  # pyright: ignore[reportArgumentType]
-                return torch.as_tensor(known).long()[self.positions]
-        loader = DataLoader(self.source, batch_size=256, num_workers=self.workers,
-                            generator=torch.Generator().manual_seed(0))  # fmt: skip
+                return (known if isinstance(known, Tensor) else np.asarray(known))[self.positions]
+        loader = DataLoader(
+            self.source,
+            batch_size=256,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_begin_worker,
+        )
         try:
-            every = torch.cat([torch.as_tensor(labels) for _, labels in loader])
+            every = [torch.as_tensor(labels) for _, labels in loader]
         except Exception as error:
             raise _told(error) from error
-        return every.long()[self.positions]
+        if sum(map(len, every)) != len(self.source):  # pyright: ignore[reportArgumentType]
+            raise DataError("reading the data ended early, by a StopIteration")
+        return torch.cat(every)[self.positions]
 
 
-def _one_thread(worker: int) -> None:
-    assert get_worker_info() is not None
+def _begin_worker(number: int) -> None:
+    """Leave signals to the training: it stops at the end of a step, and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 

@@ -3,6 +3,7 @@
 import array
 import csv
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _parsed(
 
 
 def _separator(text: str) -> str:
-    line = text.partition("\n")[0]
+    line = re.sub('"[^"]*"', "", text).partition("\n")[0]  # what is quoted separates nothing
     return max(",;\t", key=line.count)
 
 

@@ -1,11 +1,13 @@
 """The figures of a run, drawn without a screen."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from funcloss._files import replacing
@@ -14,8 +16,15 @@ _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with replacing(path) as beside:
+    """Write a figure as PNG, whole or not at all, its text as it is: ``$`` begins no formula."""
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    powers = [axis.get_ticklabels(which="both") for axis in axes if axis.get_scale() == "log"]
+    formulas = {id(label) for labels in powers for label in labels}
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(id(text) in formulas)
+    with replacing(path) as beside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(beside, dpi=120, bbox_inches="tight")
 
 

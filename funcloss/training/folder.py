@@ -116,7 +116,7 @@ def check_code(place: Path, config: TrainConfig, *, allow_import: bool) -> None:
         listed = ", ".join(f"{option} {address}" for option, address in named.items())
         raise ConfigError(
             f"{place} names code, which would be imported and run: {listed}; if it is yours, allow "
-            "it with allow_import"
+            "it with --allow-import, in Python allow_import=True"
         )
 
 

@@ -51,7 +51,7 @@ def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> n
         torch.manual_seed(config.seed)
         if config.model.startswith(TORCHVISION):
             return _of_torchvision(config.model, shape, classes)
-        if ":" in config.model:
+        if config.model not in models.MODELS:
             return _of_code(config.model, shape, classes)
         try:
             return models.MODELS[config.model](shape, classes)
@@ -119,7 +119,7 @@ def _of_code(address: str, shape: models.InputShape, classes: int) -> nn.Module:
         made = factory(*arguments)
     except FunclossError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = f"{type(error).__name__}: {error}"
         call = f"{address}({', '.join(map(str, arguments))})"
         raise ConfigError(f"{call} raised {said}; a factory takes nothing, or the shape of an input"
@@ -147,6 +147,12 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
         inputs: A few, on the model's device.
         classes: Number of classes.
     """
+    lazy = nn.parameter.is_lazy
+    if any(lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ConfigError(
+            f"model {name} has lazy modules, whose shapes are not known yet: let the factory take "
+            "the shape of an input, or run the model once before it is returned"
+        )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     if not trained:

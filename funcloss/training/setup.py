@@ -1,6 +1,7 @@
 """From a configuration to what trains: device, data, model, objective, optimiser."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -114,8 +115,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     data = ("dataset", "validation_dataset", "test_dataset", "init")
     own = {name: getattr(config, name) for name in data}
     own = {name: value for name, value in own.items() if value not in ("", "auto", *DATASETS)}
-    own |= code_in({"model": config.model, "loss": config.loss})
-    own = {name: absolute(value) for name, value in own.items()}
+    code = code_in(config._asdict())
+    own = {name: str(Path(value).expanduser().absolute()) for name, value in own.items()}
+    own |= {name: absolute(value) for name, value in code.items()}
     return config._replace(data_dir=str(data_folder(config.data_dir).absolute()), **own)
 
 
@@ -143,7 +145,8 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
             "training examples: use a smaller one"
         )
     model, note = first_model(config, dataset)
-    few = take(dataset, dataset.train, torch.arange(2, device=device))
+    size = min(config.batch_size, len(dataset.train.labels))
+    few = take(dataset, dataset.train, torch.arange(size, device=device))
     try_model(model, config.model, few.inputs, len(dataset.classes))
     weighted = "class_weights" in hyper
     criterion = make_criterion(config.loss, config.reduction, weighted=weighted)
@@ -184,7 +187,10 @@ def first_model(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
     model, note = make_model(config, dataset.input_shape, len(dataset.classes)), ""
     if config.init:
         model, note = with_first_weights(model, config.init)
-    return model.to(config.device), note
+    try:
+        return model.to(config.device), note
+    except (NotImplementedError, RuntimeError) as error:  # without weights, or too large
+        raise ConfigError(f"model {config.model} cannot go to {config.device}: {error}") from error
 
 
 def seeded_state(setup: Setup, seed: int) -> TrainState:
@@ -371,7 +377,12 @@ def _check_prior(prior: dict[str, float], classes: int) -> None:
 def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
     """Return the data at the size and scale that a configuration asks for."""
     size = _image_size(config)
-    if size and not (dataset.has_images and dataset.input_shape[1:] == (size, size)):
+    if size and not dataset.has_images:
+        what = f"image_size {size}" if config.image_size else f"model {config.model}"
+        raise ConfigError(
+            f"{what} is for images, and {dataset.name} has none: use the model mlp or linear"
+        )
+    if size and dataset.input_shape[1:] != (size, size):
         dataset = resized(dataset, size)
     if not config.pixel_mean:
         return dataset
