@@ -445,8 +445,8 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
     assert out.startswith("cost: calling a true 9 anything else costs 8\n")
     assert re.search(r"^calibration error 0\.\d{4}, 0\.\d{4} at temperature \d\.\d{3} "
                      r"\(fitted on validation\)$", out, re.M)  # fmt: skip
-    assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, test$",
-                     out, re.M)  # fmt: skip
+    assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, "
+                     r"test$", out, re.M)  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())["judged"]["test"]
     cost, low, high = summary["rules"]["minimum expected cost"]["expected_cost"]
     assert f"expected cost {cost:.4f} [{low:.4f}, {high:.4f}]" in out

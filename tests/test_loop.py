@@ -138,8 +138,9 @@ def test_scores_of_classes_that_do_not_occur_are_not_numbers():
     def take_(index):
         return Batch(torch.eye(3)[index], torch.tensor([0, 0, 1])[index])
 
+    criterion = mean_of(losses.cross_entropy)
     made = evaluate(lambda p, b, x: (x, b), {"w": torch.zeros(1)}, {},
-                    lambda indices: map(take_, indices), 3, mean_of(losses.cross_entropy), {})  # fmt: skip
+                    lambda indices: map(take_, indices), 3, criterion, {})  # fmt: skip
     assert made.recall.isnan().tolist() == [False, False, True]
     assert made.recall[:2].tolist() == [0.5, 0.0]
     assert made.precision.tolist() == [1.0, 0.0, 0.0]
