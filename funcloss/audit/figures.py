@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcloss.audit.result import Audit, ExampleRows
 from funcloss.audit.words import clean, largest, spoken_of
+from funcloss.training.figures import plain_text
 
 _SHARE, _BUDGET, _GREY = "#0072b2", "#d55e00", "#8a8f98"
 _FOCUS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito
@@ -187,7 +188,7 @@ def alignments(audit: Audit, *, most: int = 2000) -> Figure:
     axes.set_title(
         f"Each example: how hard it pushes, and where ({len(rows):,} of {len(examples.norm):,})"
     )
-    _plain_text(axes.legend(frameon=False).get_texts())
+    plain_text(axes.legend(frameon=False).get_texts())
     axes.grid(alpha=0.3)
     return figure
 
@@ -214,7 +215,7 @@ def share_history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_ylabel("share of the gradient, percent")
     axes.set_title(_title(audit, "Share over the training (dotted: budget)"))
     if any(c in focus for c in lines):
-        _plain_text(axes.legend(frameon=False).get_texts())
+        plain_text(axes.legend(frameon=False).get_texts())
     axes.grid(alpha=0.3)
     return figure
 
@@ -234,7 +235,7 @@ def matrix_elasticities(audit: Audit) -> Figure:
         axes.set_xlabel("decided class")
         axes.set_ylabel("true class")
         axes.set_title(_title(audit, f"Elasticity of the gradient in {option}"))
-        _plain_text([axes.title])
+        plain_text([axes.title])
     return figure
 
 
@@ -326,7 +327,7 @@ def _rows(count: int) -> tuple[Figure, Axes]:
 
 def _label_rows(axes: Axes, audit: Audit, shown: list[int]) -> None:
     axes.set_yticks(range(len(shown)), _names(audit, shown))
-    _plain_text(axes.get_yticklabels())
+    plain_text(axes.get_yticklabels())
     axes.set_ylim(len(shown) - 0.4, -0.6)
 
 
@@ -349,7 +350,7 @@ def _heat(
         range(len(columns)), columns, rotation=90 if len(columns) > 12 else 45, ha="center"
     )
     axes.set_yticks(range(len(rows)), rows)
-    _plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
+    plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     if len(rows) <= 12:
         for r, c in np.argwhere(np.isfinite(values)):
@@ -357,12 +358,6 @@ def _heat(
             axes.text(
                 c, r, f"{values[r, c]:.1g}", ha="center", va="center", color=color, fontsize=7
             )
-
-
-def _plain_text(texts: Iterable[Any]) -> None:
-    """Keep dollar signs in names from being read as formulas."""
-    for text in texts:
-        text.set_parse_math(False)
 
 
 def _names(audit: Audit, labels: list[int]) -> list[str]:

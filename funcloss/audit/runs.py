@@ -21,6 +21,7 @@ from funcloss.data import Dataset, Examples, as_pixels, feed, subset
 from funcloss.errors import RunError
 from funcloss.training import TrainState, folder, load_checkpoint, load_tensors
 from funcloss.training.figures import save_figure
+from funcloss.training.network import untied
 from funcloss.training.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.training.use import part_of
 from funcloss.typing import Batch, Params
@@ -76,7 +77,8 @@ def audit_run(
     """
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=allow_import)
-    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, device=device))
+    here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
+    setup = make_setup(config._replace(**here))
     state, hyper = load_checkpoint(run_dir, setup)
     setup = setup._replace(hyper=hyper)
     steps = config.epochs * setup.per_epoch
@@ -139,7 +141,7 @@ def audit_checkpoint(
     if wrong or tensors.keys() - expected.keys():
         name = (wrong or sorted(tensors.keys() - expected.keys()))[0]
         raise RunError(f"{path} is not of {config.model} on {config.dataset}: see its {name}")
-    setup.model.load_state_dict(tensors)
+    setup.model.load_state_dict(untied(setup.model, tensors))
     found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
     title = f"Audit of {Path(path).name}"
     about = about_of(

@@ -323,7 +323,7 @@ def _compared(outcome: Outcome, data_dir: str, watch: dict[str, Any]) -> Chosen:
             plain = train(plain_config(config), plain_dir, test_once=True, **watch)
         if not plain.finished:
             return Chosen(run_dir, run_dir, None, [])
-    return _reported(run_dir, make_setup(config), plain_dir, outcome.summary)
+    return _reported(run_dir, make_setup(config._replace(init="")), plain_dir, outcome.summary)
 
 
 def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, Any]) -> Chosen:

@@ -59,6 +59,13 @@ def _run(program: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        # Torch raises it wherever the training is when a process that reads ahead dies.
+        if "DataLoader worker" not in str(error):
+            raise
+        text = str(error).splitlines()[0]
+        print(f"error: reading ahead failed: {text}; try --workers 0", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         sys.stderr.close()
         sys.exit(1)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from funcloss import audit, choose, decisions, training
+from funcloss.config import DATASETS, code_in
 
 _FILE_WIDTH = 200
 
@@ -117,7 +118,7 @@ class TrainingConsole:
         choice = ended.choice
         assert choice is not None
         for line in choice.lines:
-            self._out.print(line, markup=False, emoji=False)
+            self._out.print(line)
         if not self._quiet:
             self._out.print()
             if choice.points:
@@ -125,9 +126,9 @@ class TrainingConsole:
                 self._out.print()
             self._out.print(_rows_table(choice))
             for line in choice.costs:
-                self._out.print(f"cost: {line}", markup=False, emoji=False)
-        self._out.print(f"run folder: {ended.run_dir}", markup=False)
-        self._out.print(f"report: {ended.files[0]}", markup=False)
+                self._out.print(f"cost: {line}")
+        self._out.print(f"run folder: {ended.run_dir}")
+        self._out.print(f"report: {ended.files[0]}")
 
     def summary(self, outcome: "training.Outcome") -> None:
         """Show the result of a finished run, and what to try next."""
@@ -145,11 +146,13 @@ class TrainingConsole:
         print(f"hardest class: {hardest}, recall {recall:.2%}")
         print("next:")
         print("  # make its mistakes cost five times")
-        print(f"  funcloss-train --config {run}/config.toml {costly}")
-        print("  # train by a recipe: the tutorial's own network and steps")
-        print("  funcloss-train --recipe article")
+        allowed = " --allow-import" if code_in(outcome.summary) else ""
+        print(f"  funcloss-train --config {run}/config.toml {costly}{allowed}")
+        if outcome.summary["dataset"] in DATASETS:
+            print("  # train by a recipe: the tutorial's own network and steps")
+            print("  funcloss-train --recipe article")
         print("  # see every class in a table, and the loss while it learnt in curves.png")
-        print(f"  funcloss evaluate {run}")
+        print(f"  funcloss evaluate {run}{allowed}")
 
     def _print_costs(self, summary: dict[str, Any]) -> None:
         """Print what mistakes cost, if it was said, and what the decisions on the test set cost."""
@@ -169,7 +172,7 @@ class TrainingConsole:
 
     def _print(self, text: str) -> None:
         if not self._quiet:
-            self._out.print(text, markup=False, emoji=False)
+            self._out.print(text)
 
 
 _SHOWN, _MOST = 10, 24  # classes side by side, and below each other
@@ -211,7 +214,7 @@ def print_audit(found: "audit.RunAudit", files: list[Path], *, quiet: bool) -> N
     """Print what an audit found, in words and in a table, and where its report is."""
     out = _console()
     for line in audit.sentences(found.audit, optimizer=found.about.optimizer):
-        out.print(line, markup=False, emoji=False)
+        out.print(line)
     if quiet:
         return
     out.print()
@@ -224,11 +227,11 @@ def print_audit(found: "audit.RunAudit", files: list[Path], *, quiet: bool) -> N
     )
     for check in found.audit.checks:
         held = "" if check.tolerance is None else f" (at most {check.tolerance:.1e})"
-        out.print(f"check {check.name}: off by {check.error:.1e}{held}", markup=False)
+        out.print(f"check {check.name}: off by {check.error:.1e}{held}")
     for note in (found.about.note, *found.audit.notes):
         if note:
-            out.print(f"note: {note}", markup=False)
-    out.print(f"report: {files[0]}", markup=False)
+            out.print(f"note: {note}")
+    out.print(f"report: {files[0]}")
 
 
 def _audit_table(found: "audit.Audit") -> Table:
@@ -335,7 +338,7 @@ def print_judgement(found: "training.Judgement") -> None:
     """Print what a model's decisions cost, by rule, class by class and pair by pair."""
     out, judged, costs = _console(), found.judged, found.costs
     for line in decisions.cost_sentences(costs):
-        out.print(f"cost: {line}", markup=False, emoji=False)
+        out.print(f"cost: {line}")
     fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation part"
     out.print(
         f"calibration error {judged.calibration_error:.4f}, {judged.calibrated_error:.4f} at "
@@ -344,7 +347,7 @@ def print_judgement(found: "training.Judgement") -> None:
     )
     for name, scores in judged.rules.items():
         out.print()
-        out.print(_rule_line(name, scores), markup=False)
+        out.print(_rule_line(name, scores))
         out.print(_class_table(scores, costs.classes))
         if len(costs.decisions) <= _SQUARE:
             for title, matrix in (("counts", scores.confusion), ("cost", scores.cost)):

@@ -26,7 +26,7 @@ _HELD = 0.25  # of the machine's memory may go into images
 
 
 def read_image(
-    path: str | Path, size: tuple[int, int] | None, channels: int, *, invert: bool = False
+    path: str | Path, size: tuple[int, ...] | None, channels: int, *, invert: bool = False
 ) -> UInt8[Tensor, "height width channels"]:
     """Read one image file as pixels, what is transparent on black.
 
@@ -66,7 +66,7 @@ class ImageFiles(Dataset[Any]):
         paths: Sequence[str],
         targets: Tensor,
         *,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         channels: int,
         resize: bool,
     ) -> None:
@@ -87,13 +87,22 @@ class ImageFiles(Dataset[Any]):
         return image, int(self.targets[i])
 
 
-def read_folder(folder: Path, *, image_size: int, stream: str, workers: int) -> dict[str, Raw]:
+def read_folder(
+    folder: Path,
+    *,
+    image_size: int = 0,
+    image_shape: tuple[int, ...] = (),
+    stream: str = "auto",
+    workers: int = 0,
+) -> dict[str, Raw]:
     """Read a folder of class folders of PNG and JPEG files, or of such folders ``train``, ``test``.
 
     Args:
         folder: Holds a folder a class, named as it; or ``train`` and perhaps ``validation``
             (``val``) and ``test``, each of which does.
         image_size: Height and width to bring all images to; 0: they have one.
+        image_shape: Channels, height and width that a model takes, to bring all images to; empty:
+            as ``image_size`` and the files say.
         stream: ``on``: read them when they are needed; ``off``: hold them; ``auto``: hold them if
             they fill no more than a quarter of the memory.
         workers: Processes that read ahead.
@@ -108,14 +117,17 @@ def read_folder(folder: Path, *, image_size: int, stream: str, workers: int) -> 
     folders = {f.name: f for f in _folders(folder)}
     if "train" in folders and set(folders) <= set(_PARTS):
         found = {_PARTS[name]: _class_files(path) for name, path in folders.items()}
+        if len(found) < len(folders):
+            raise DataError(f"{folder} has two folders of one part: {', '.join(folders)}")
     else:
         found = {"train": _class_files(folder)}
     files = [file for part in found.values() for group in part.values() for file in group]
-    form = _form_of(files, image_size)
+    form = _Form(image_shape[1:], image_shape[0]) if image_shape else _form_of(files, image_size)
     size = len(files) * form.size[0] * form.size[1] * form.channels
+    resize = bool(image_size or image_shape)
     streams = stream == "on" or (stream == "auto" and size > _HELD * physical_memory())
     return {
-        name: _read(part, form, resize=bool(image_size), streams=streams, workers=workers)
+        name: _read(part, form, resize=resize, streams=streams, workers=workers)
         for name, part in found.items()
     }
 
@@ -123,7 +135,7 @@ def read_folder(folder: Path, *, image_size: int, stream: str, workers: int) -> 
 class _Form(NamedTuple):
     """What all images are brought to."""
 
-    size: tuple[int, int]
+    size: tuple[int, ...]  # height and width
     channels: int
 
 
@@ -156,7 +168,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 
 def _form_of(files: list[Path], image_size: int) -> _Form:
     """Return size and channels, as the headers of the files have them, of many a part of them."""
-    sizes: dict[tuple[int, int], Path] = {}
+    sizes: dict[tuple[int, ...], Path] = {}
     channels = 1
     for path in files[:: -(-len(files) // _LOOKED_AT)]:
         try:
@@ -178,7 +190,7 @@ def _form_of(files: list[Path], image_size: int) -> _Form:
 
 
 def _several_sizes(
-    size: tuple[int, int], path: str, other: tuple[int, ...], other_path: str | Path
+    size: tuple[int, ...], path: str, other: tuple[int, ...], other_path: str | Path
 ) -> ConfigError:
     return ConfigError(
         f"the images have several sizes, {size[0]}x{size[1]} ({path}) and {other[0]}x{other[1]} "

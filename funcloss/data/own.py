@@ -34,6 +34,7 @@ class Known(NamedTuple):
 
     classes: tuple[str, ...]
     columns: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] = ()  # channels, height, width; empty: it takes no images
 
 
 class How(NamedTuple):
@@ -68,6 +69,8 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
     """
     parts = _read(address, how, known)
     if isinstance(parts, Dataset):
+        if how.validation or how.test:
+            raise ConfigError(f"{address} has parts of its own: name no validation or test part")
         return parts
     for part, place in (("validation", how.validation), ("test", how.test)):
         if place:
@@ -78,7 +81,10 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
     classes = parts["train"].classes if known is None else known.classes
     _check_classes(name, classes, len(parts["train"].labels) if known is None else None)
     _check_alike(name, parts)
-    examples = {part: _examples(f"{name}, {part}", raw, classes) for part, raw in parts.items()}
+    examples = {
+        part: _examples(name if known else f"{name}, {part}", raw, classes)
+        for part, raw in parts.items()
+    }
     scale = () if parts["train"].as_they_are else None
     return make_dataset(
         name,
@@ -96,7 +102,8 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
 
 
 def _one_part(address: str, part: str, how: How, train: Raw) -> Raw:
-    found = _read(address, how, Known(train.classes, train.columns))
+    known = Known(train.classes, train.columns, _image_shape(train))
+    found = _read(address, how, known)
     if isinstance(found, Dataset) or len(found) > 1:
         raise ConfigError(f"{part}_dataset {address} has parts of its own: name one part")
     return found["train"]
@@ -127,8 +134,13 @@ def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Datas
     if (how.target or how.ignore) and (path.is_dir() or suffix not in _TABLES):
         raise ConfigError(f"target and ignore are for a CSV table, and {path} is none")
     if path.is_dir():
-        size, stream = how.image_size, how.stream
-        return read_folder(path, image_size=size, stream=stream, workers=how.workers)
+        return read_folder(
+            path,
+            image_size=how.image_size,
+            image_shape=() if known is None else known.image_shape,
+            stream=how.stream,
+            workers=how.workers,
+        )
     if suffix in _ARRAYS:
         return read_arrays(path)
     if suffix in _TABLES:
@@ -271,6 +283,15 @@ def _check_alike(name: str, parts: dict[str, Raw]) -> None:
             raise DataError(
                 f"{name}: the {part} part has inputs of {form}, the training part {forms['train']}"
             )
+
+
+def _image_shape(raw: Raw) -> tuple[int, ...]:
+    inputs = raw.inputs
+    height_width_channels = inputs.shape if isinstance(inputs, Stream) else inputs.shape[1:]
+    if raw.as_they_are or len(height_width_channels) != 3:
+        return ()
+    height, width, channels = height_width_channels
+    return channels, height, width
 
 
 def _form(inputs: Tensor | Stream) -> str:

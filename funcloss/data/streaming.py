@@ -54,14 +54,17 @@ class Stream:
             worker_init_fn=_begin_worker,
         )
         batches = iter(loader)
-        for _ in indices:
-            try:
+        try:
+            for _ in indices:
                 inputs, _ = next(batches)
-            except StopIteration as error:
-                raise DataError("reading the data ended early, by a StopIteration") from error
-            except Exception as error:  # the reading is the user's code, in a process of its own
-                raise _told(error) from error
-            yield _as_inputs(inputs)
+                yield _as_inputs(inputs)
+        except StopIteration:
+            raise DataError("reading the data ended early, by a StopIteration") from None
+        except Exception as error:  # the reading is the user's code, in a process of its own
+            # Its frames would keep the processes alive.
+            raise _told(error) from error.with_traceback(None)
+        finally:
+            del batches
 
     def labels(self) -> Tensor | np.ndarray:
         """Return the label of each item: what the source has of them, else by reading all.

@@ -1,7 +1,7 @@
 """The figures of a run, drawn without a screen."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, its text as it is: ``$`` begins no formula."""
-    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    powers = [axis.get_ticklabels(which="both") for axis in axes if axis.get_scale() == "log"]
-    formulas = {id(label) for labels in powers for label in labels}
-    for text in figure.findobj(Text):
-        assert isinstance(text, Text)
-        text.set_parse_math(id(text) in formulas)
+    """Write a figure as PNG, whole or not at all."""
     with replacing(path) as beside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(beside, dpi=120, bbox_inches="tight")
+
+
+def plain_text(texts: Iterable[Text]) -> None:
+    """Let text be drawn as it is: what a class is called is no formula, with a ``$`` neither."""
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def curves(records: Sequence[dict[str, Any]]) -> Figure:
@@ -74,7 +74,7 @@ def predictions(
         axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
         right = truth == guess
         title = f"Prediction: {guess}\nTruth: {truth}"
-        axes.set_title(title, fontsize=10, color="black" if right else _RED)
+        plain_text([axes.set_title(title, fontsize=10, color="black" if right else _RED)])
     figure.tight_layout()
     return figure
 
@@ -97,6 +97,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
+    plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title("Confusion matrix, test set")

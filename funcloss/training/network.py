@@ -14,8 +14,8 @@ from funcloss.config import TORCHVISION, TrainConfig, did_you_mean
 from funcloss.errors import ConfigError, DataError, FunclossError, RunError
 from funcloss.keys import example_keys, keyed_randomness, make_key
 from funcloss.training.checkpoint import load_tensors
-from funcloss.training.objective import make_forward
-from funcloss.typing import Inputs
+from funcloss.training.objective import aliases_of, make_forward
+from funcloss.typing import Inputs, Params
 
 _SMALLEST = 12  # pixels that fast-cnn needs
 
@@ -181,6 +181,12 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
         )
 
 
+def untied(model: nn.Module, tensors: Params) -> Params:
+    """Return tensors by name with those of tied ones under each of their names."""
+    more = {a: tensors[n] for a, n in aliases_of(model).items() if n in tensors}
+    return {**more, **tensors}
+
+
 def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return a model with the weights of a file, and a line on what of it begins anew.
 
@@ -197,6 +203,7 @@ def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         tensors, _ = load_tensors(Path(path).expanduser())
     except RunError as error:
         raise DataError(f"init: {error}; first weights are a .safetensors file") from None
+    tensors = untied(model, tensors)
     own = model.state_dict()
     missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
     if missing or unknown:

@@ -230,7 +230,7 @@ def make_forward(model: nn.Module) -> Forward:
         module writes to its own, in place or by assignment, is in them.
     """
     skeleton = copy.deepcopy(model).to("meta")
-    aliases = _aliases(model)
+    aliases = aliases_of(model)
     written = {name for name, _ in model.named_buffers()}
 
     def forward(params: Params, buffers: Buffers, inputs: Inputs) -> tuple[Tensor, Buffers]:
@@ -286,7 +286,7 @@ def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False
     return objective
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def aliases_of(model: nn.Module) -> dict[str, str]:
     """Return the further names of tied tensors, each with the name that the state has."""
     first: dict[Tensor, str] = {}
     aliases = {}

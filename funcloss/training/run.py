@@ -191,7 +191,8 @@ def resume(
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     _check_steered(config, steer)
-    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir))
+    # Its weights come from the checkpoint.
+    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, init=""))
     hooks = Hooks(observer, steer and steer(setup), test_once)
     state = restore(setup.state, beneath(tensors, "state"))
     memory = None

@@ -34,7 +34,7 @@ from funcloss.training.judging import (
     judged_record,
     rule_caveat,
 )
-from funcloss.training.network import make_model
+from funcloss.training.network import make_model, untied
 from funcloss.training.objective import make_criterion, make_forward
 from funcloss.training.setup import (
     load_data,
@@ -86,7 +86,7 @@ def load(run_dir: str | Path, *, allow_import: bool = False) -> LoadedRun:
     weights, shape = header["class_weights"], tuple(header["input_shape"])
     model = make_model(config, shape, len(header["classes"]))
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(untied(model, tensors))
     except RuntimeError as error:
         raise RunError(f"{run_dir / folder.MODEL} is of another model: {error}") from None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -169,7 +169,8 @@ def evaluate_run(
         loaded = load_data(asked)
     else:
         asked = asked._replace(imbalance=1.0, validation_dataset="", test_dataset="")
-        loaded = load_data(asked, known=Known(run.classes, run.columns))
+        shape = run.input_shape if run.images else ()
+        loaded = load_data(asked, known=Known(run.classes, run.columns, shape))
     data = moved(_fitted(loaded, run), device)
     examples = part_of(data, part)
     costs = make_costs(run.classes, config.cost_matrix, config.class_cost)
