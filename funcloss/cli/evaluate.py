@@ -8,7 +8,7 @@ import typer
 from funcloss._cost_file import read_cost_matrix
 from funcloss.cli.parsing import pairs
 from funcloss.cli.table import AllowImport
-from funcloss.config import DATASETS, code_in, did_you_mean, make_config, names_own
+from funcloss.config import DATASETS, did_you_mean, make_config, names_own
 from funcloss.errors import ConfigError
 
 _PARTS = ("test", "validation", "train")
@@ -79,7 +79,7 @@ def evaluate(
         part=split,
         data_dir=data_dir,
         device=device,
-        allow_import=allow_import or bool(code_in({"dataset": dataset})),
+        allow_import=allow_import,
         judge_by=judge_by,
     )
     if csv is not None:

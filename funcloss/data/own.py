@@ -207,6 +207,8 @@ def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "buif":
         raise DataError(f"{what}: the inputs must be numbers, got {inputs.dtype}")
     tensor = torch.as_tensor(inputs).detach()
+    if tensor.layout is not torch.strided:
+        raise DataError(f"{what}: the inputs must be dense, got {tensor.layout}: .to_dense()")
     found, names = as_labels(f"{what}: labels", labels, classes)
     if tensor.dtype == torch.uint8 and tensor.dim() in (3, 4):
         return Raw(as_inputs(f"{what}: images", tensor), found, names)
@@ -238,7 +240,13 @@ def _streamed(
     stream = Stream(data, torch.arange(len(data)), tuple(first.shape), workers)  # pyright: ignore[reportArgumentType]
     own = getattr(data, "classes", None) if classes is None else classes
     names = None if own is None else tuple(map(str, own))
-    labels, names = as_labels(f"{what}: labels", stream.labels(), names)
+    every = stream.labels()
+    if every.dtype in (torch.int64, np.int64) and int(every[0]) != int(labelled):
+        raise DataError(
+            f"{what}: the label of the first item is {int(labelled)}, but the Dataset's targets (or "
+            f"labels) begin with {int(every[0])}: let them be the same"
+        )
+    labels, names = as_labels(f"{what}: labels", every, names)
     return Raw(stream, labels, names, as_they_are=True)
 
 
