@@ -241,10 +241,11 @@ def _streamed(
     own = getattr(data, "classes", None) if classes is None else classes
     names = None if own is None else tuple(map(str, own))
     every = stream.labels()
-    if every.dtype in (torch.int64, np.int64) and int(every[0]) != int(labelled):
+    whole = isinstance(every, Tensor) or every.dtype.kind in "iu"
+    if whole and int(every[0]) != int(labelled):
         raise DataError(
-            f"{what}: the label of the first item is {int(labelled)}, but the Dataset's targets (or "
-            f"labels) begin with {int(every[0])}: let them be the same"
+            f"{what}: the label of the first item is {int(labelled)}, but the targets or labels of "
+            f"the Dataset begin with {int(every[0])}: let them be the same"
         )
     labels, names = as_labels(f"{what}: labels", every, names)
     return Raw(stream, labels, names, as_they_are=True)
