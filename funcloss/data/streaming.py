@@ -39,32 +39,14 @@ class Stream:
             indices: Of each batch, shape ``(batch,)``.
             pinned: Into memory that a GPU can copy from by itself.
 
-        Yields:
+        Returns:
             The inputs of each batch, in order: a tensor, or a tuple or dict of tensors.
 
         Raises:
             DataError: an item cannot be read.
         """
-        loader = DataLoader(
-            self.source,
-            batch_sampler=[self.positions[index.cpu()].tolist() for index in indices],
-            num_workers=self.workers if len(indices) > 1 else 0,
-            pin_memory=pinned,
-            generator=torch.Generator().manual_seed(0),  # not torch's own, which is the user's
-            worker_init_fn=_begin_worker,
-        )
-        batches = iter(loader)
-        try:
-            for _ in indices:
-                inputs, _ = next(batches)
-                yield _as_inputs(inputs)
-        except StopIteration:
-            raise DataError("reading the data ended early, by a StopIteration") from None
-        except Exception as error:  # the reading is the user's code, in a process of its own
-            # Its frames would keep the processes alive.
-            raise _told(error) from error.with_traceback(None)
-        finally:
-            del batches
+        places = [self.positions[index.cpu()].tolist() for index in indices]
+        return (_as_inputs(inputs) for inputs, _ in self._read(places, pinned=pinned))
 
     def labels(self) -> Tensor | np.ndarray:
         """Return the label of each item: what the source has of them, else by reading all.
@@ -76,20 +58,31 @@ class Stream:
             known = getattr(self.source, name, None)
             if known is not None and len(known) == len(self.source):  # pyright: ignore[reportArgumentType]
                 return (known if isinstance(known, Tensor) else np.asarray(known))[self.positions]
+        places = torch.arange(len(self.source)).split(256)  # pyright: ignore[reportArgumentType]
+        every = [torch.as_tensor(labels) for _, labels in self._read([p.tolist() for p in places])]
+        return torch.cat(every)[self.positions]
+
+    def _read(self, places: list[list[int]], *, pinned: bool = False) -> Iterator[Any]:
+        """Read the items at one list of places after another."""
         loader = DataLoader(
             self.source,
-            batch_size=256,
-            num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),
+            batch_sampler=places,
+            num_workers=self.workers if len(places) > 1 else 0,
+            pin_memory=pinned,
+            generator=torch.Generator().manual_seed(0),  # not torch's own, which is the user's
             worker_init_fn=_begin_worker,
         )
+        batches = iter(loader)
         try:
-            every = [torch.as_tensor(labels) for _, labels in loader]
-        except Exception as error:
+            for _ in places:
+                yield next(batches)
+        except StopIteration:
+            raise DataError("reading the data ended early, by a StopIteration") from None
+        except Exception as error:  # the reading is the user's code, in a process of its own
             raise _told(error) from error
-        if sum(map(len, every)) != len(self.source):  # pyright: ignore[reportArgumentType]
-            raise DataError("reading the data ended early, by a StopIteration")
-        return torch.cat(every)[self.positions]
+        finally:
+            # Left to the garbage collector, the processes outlive an error, or end with a noise.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _begin_worker(number: int) -> None:
@@ -112,7 +105,8 @@ def _told(error: Exception) -> DataError:
     said = last.partition("DataError: ")[2] or last
     if isinstance(error, DataError):
         return DataError(said)
-    if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+    gone = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+    if gone or isinstance(error, ConnectionError | EOFError):
         return DataError(f"a process that reads the data ended: {last}; try workers 0")
     kind = "" if len(lines) > 1 else f"{type(error).__name__}: "
     return DataError(f"reading the data raised {kind}{said}")
