@@ -10,6 +10,10 @@ from typing import Any
 
 from funcloss.errors import ConfigError, FunclossError
 
+_STAMP = (
+    "_funcloss_stamp"  # in a module that was imported from a file: its path, when it was written
+)
+
 
 def is_address(text: str) -> bool:
     """Return whether a text names code, rather than a file or a folder.
@@ -63,13 +67,14 @@ def _module(place: str) -> ModuleType:
             raise ConfigError(f"no file {place}")
         _look_in(path.parent)
         name = f"_tried_{path.stem}"  # a file may be called as a module that is in use
-        loaded = sys.modules.get(name)
-        if loaded is not None and loaded.__file__ == str(path):
+        loaded, written = sys.modules.get(name), path.stat().st_mtime_ns
+        if loaded is not None and loaded.__dict__.get(_STAMP) == (str(path), written):
             return loaded  # a second copy under one name confuses the compiler
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        module.__dict__[_STAMP] = (str(path), written)
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)

@@ -316,6 +316,16 @@ def test_an_unknown_name_is_refused():
         data.load_dataset("mnits")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("target", "y"), ("ignore", ["a"]), ("test_dataset", "t.csv"), ("validation_dataset", "v.csv"),
+     ("test_fraction", 0.3), ("stream", "on")],
+)  # fmt: skip
+def test_what_is_for_data_of_ones_own_is_refused_for_published_data(option, value):
+    with pytest.raises(ConfigError, match=f"{option} is for data of your own, and mnist-sample"):
+        data.load_dataset("mnist-sample", **{option: value})
+
+
 def test_a_torchvision_that_does_not_match_is_one_line(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)

@@ -84,6 +84,7 @@ class Loads(HTMLParser):
                 self.addresses.append(given[name])
 
 
+@pytest.mark.slow
 def test_the_pages_load_nothing_from_another_host(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 30
@@ -105,6 +106,7 @@ def shown(html: str) -> str:
     return re.sub(r"<[^>]+>", "", html).replace("&quot;", '"').replace("&gt;", ">")
 
 
+@pytest.mark.slow
 def test_the_reference_shows_signatures_examples_and_fields(site):
     page = (site / "reference" / "losses.html").read_text(encoding="utf-8")
     at = page.index('id="funcloss.losses.cross_entropy"')
@@ -121,6 +123,7 @@ def test_the_reference_shows_signatures_examples_and_fields(site):
         ), html.name
 
 
+@pytest.mark.slow
 def test_the_commands_speak_for_themselves(site):
     said = shown((site / "reference" / "commands.html").read_text(encoding="utf-8"))
     for command in ("train", "evaluate", "predict", "check", "audit", "sweep"):
@@ -129,6 +132,7 @@ def test_the_commands_speak_for_themselves(site):
         assert option in said
 
 
+@pytest.mark.slow
 def test_every_public_name_has_its_place_on_a_page(site):
     ids = set()
     for html in (site / "reference").glob("*.html"):

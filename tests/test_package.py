@@ -134,6 +134,7 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUNCLOSS_DATA_DIR", str(data_dir))
@@ -152,13 +153,16 @@ def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatc
 @pytest.mark.parametrize("page", SHOWING, ids=lambda page: str(page.relative_to(ROOT / "docs")))
 def test_what_the_documentation_shows_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for block in blocks("bash", page.read_text()):
-        run_as_shown(block, monkeypatch, capsys)
     names: dict = {}
-    for block in blocks("python", page.read_text()):  # each goes on where the last one ended
-        exec(compile(block, page.name, "exec"), names)
+    shown = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.M | re.S)
+    for language, block in shown:  # as on the page: what one writes, the next one reads
+        if language == "bash":
+            run_as_shown(block, monkeypatch, capsys)
+        else:
+            exec(compile(block, page.name, "exec"), names)
 
 
+@pytest.mark.slow
 def test_the_other_commands_of_the_documents_are_those_of_the_tests_themselves():
     ci = (ROOT / ".ci" / "run").read_text()
     pages = [block for page in PAGES for block in blocks("bash", page.read_text())]
@@ -213,6 +217,7 @@ def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
         assert (tree / name).exists()
 
 
+@pytest.mark.slow
 def test_what_is_installed_of_the_wheel_trains_and_audits(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site"]
     subprocess.run([*pip, wheel], check=True)

@@ -108,8 +108,10 @@ def start(
             f"seeds count up from seed {config.seed}, which leaves no room for {seeds}"
         )
     made = _assembled(config, axes, out, seeds, width=1)
-    for note in (*made.setup.notes, *check_loss(made.setup)):
+    for note in filter(None, (made.setup.dataset.note, *check_loss(made.setup))):
         show(Note(note, warning=True))
+    for note in made.setup.notes:
+        show(Note(note))
     width = _width(made, method, show)
     made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from funcloss import audit, choose, decisions, training
 from funcloss.config import DATASETS, code_in
+from funcloss.data import short_name
 
 _FILE_WIDTH = 200
 
@@ -64,7 +65,8 @@ class TrainingConsole:
                 self._print(text)
             case training.Started(folder, config, step, steps):
                 self._print(
-                    f"training {config.model} on {config.dataset}, {config.device}, "
+                    f"training {short_name(config.model)} on {short_name(config.dataset)}, "
+                    f"{config.device}, "
                     f"{config.threads} threads, step {step:,} of {steps:,}, into {folder}"
                 )
                 self._begin(config.model, steps, step)
@@ -135,14 +137,15 @@ class TrainingConsole:
         test = outcome.summary["test"]
         print(
             f"test accuracy {test['accuracy']:.2%} on {test['n']:,} examples of "
-            f"{outcome.summary['dataset']}; run folder {outcome.folder}"
+            f"{short_name(outcome.summary['dataset'])}; run folder {outcome.folder}"
         )
         if self._quiet:
             return
         self._print_costs(outcome.summary)
         recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
         run = shlex.quote(str(outcome.folder))
-        costly = f"--class-weight {shlex.quote(f'{hardest}=5')}"
+        weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
+        costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
         print(f"hardest class: {hardest}, recall {recall:.2%}")
         print("next:")
         print("  # make its mistakes cost five times")
@@ -159,6 +162,11 @@ class TrainingConsole:
         if summary["costs"] != decisions.cost_sentences(decisions.make_costs(_ANY_TWO)):
             for line in summary["costs"]:
                 self._print(f"cost: {line}")
+        elif summary["class_weight"]:
+            self._print(
+                "cost: every mistake costs 1, whatever its class weighs in training; --class-cost "
+                "sets others"
+            )
         for name, rule in summary["judged"]["test"]["rules"].items():
             cost, low, high = rule["expected_cost"]
             normal = rule["normalised_cost"]

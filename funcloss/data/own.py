@@ -73,6 +73,8 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
             raise ConfigError(f"{address} has parts of its own: name no validation or test part")
         return parts
     for part, place in (("validation", how.validation), ("test", how.test)):
+        if place and part in parts:
+            raise ConfigError(f"{address} brings a {part} part: leave out {part}_dataset")
         if place:
             parts[part] = _one_part(place, part, how, parts["train"])
     if known is not None:
@@ -96,7 +98,6 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
         std=scale,
         val_fraction=how.val_fraction if known is None else 0.0,
         test_fraction=how.test_fraction,
-        note=_note(parts["train"].inputs),
         columns=parts["train"].columns,
     )
 
@@ -133,6 +134,8 @@ def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Datas
     suffix = path.suffix.lower()
     if (how.target or how.ignore) and (path.is_dir() or suffix not in _TABLES):
         raise ConfigError(f"target and ignore are for a CSV table, and {path} is none")
+    if how.stream == "on" and not path.is_dir():
+        raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
     if path.is_dir():
         return read_folder(
             path,
@@ -307,9 +310,3 @@ def _form(inputs: Tensor | Stream) -> str:
     if isinstance(inputs, Stream):
         return f"shape {inputs.shape}, streamed"
     return f"shape {tuple(inputs.shape[1:])}, {str(inputs.dtype).removeprefix('torch.')}"
-
-
-def _note(inputs: Tensor | Stream) -> str:
-    if not isinstance(inputs, Stream):
-        return ""
-    return f"{len(inputs):,} inputs are read as they are needed, by {inputs.workers} processes"

@@ -110,6 +110,15 @@ def load_dataset(
         DataError: it cannot be had; the message says what was tried and the ways out.
     """
     if name in ("auto", *DATASETS):
+        _check_published(
+            name,
+            target=bool(target),
+            ignore=bool(ignore),
+            validation_dataset=bool(validation_dataset),
+            test_dataset=bool(test_dataset),
+            test_fraction=test_fraction != 0.1,
+            stream=stream == "on",
+        )
         dataset = _load(name, data_folder(data_dir), val_fraction)
     elif names_own(name):
         how = How(
@@ -129,6 +138,14 @@ def load_dataset(
         guess = did_you_mean(name, ("auto", *DATASETS))
         raise ConfigError(f"no data set {name!r}{guess}; there are {there}, and paths of your own")
     return dataset if imbalance == 1.0 else long_tailed(dataset, imbalance)
+
+
+def _check_published(name: str, **given: bool) -> None:
+    if asked := [option for option, is_given in given.items() if is_given]:
+        verb = "is" if len(asked) == 1 else "are"
+        raise ConfigError(
+            f"{', '.join(asked)} {verb} for data of your own, and {name} comes as it is published"
+        )
 
 
 def _load(name: str, folder: Path, val_fraction: float) -> Dataset:

@@ -67,15 +67,18 @@ def adapt(
     if "class_weights" in names and task == "classification":
         weights = [stated.get(i, 1.0 if stated else 1.0 + i / 4) for i in range(classes)]
         options["class_weights"] = torch.tensor(weights, dtype=torch.float64)
+    weighted = bool(options)
+    if task == "classification":
+        options |= _facts(call, classes)
     subject = Subject(
         call,
         _data(task, classes, stated, call),
         options,
-        costs=("class_weights",) if options else (),
+        costs=("class_weights",) if weighted else (),
         predictions=_arity(call) if task == "embedding" and _arity(call) > 2 else 1,
         classes=classes,
         takes_where="where" in names,
-        stated={} if options else stated,
+        stated={} if weighted else stated,
         batch_size=batch_size,
     )
     subject = _that_runs(subject)
@@ -142,6 +145,18 @@ def _keywords(call: Callable[..., Any]) -> set[str]:
     if isinstance(call, Combined):
         return set(options_of(call))
     return {p.name for p in _parameters(call) or () if p.kind is not p.POSITIONAL_ONLY}
+
+
+def _facts(call: Callable[..., Any], classes: int) -> dict[str, Tensor]:
+    """Return what a loss of labels must be told of the data, made up."""
+    counts = torch.linspace(100.0, 10.0, classes, dtype=torch.float64)
+    known = {
+        "class_counts": counts,
+        "class_prior": counts / counts.sum(),
+        "cost_matrix": 1.0 - torch.eye(classes, dtype=torch.float64),
+    }
+    needed = {p.name for p in _parameters(call) or () if p.default is p.empty}
+    return {name: value for name, value in known.items() if name in needed}
 
 
 def _data(

@@ -186,7 +186,7 @@ LAWS: dict[str, Law] = {
     "dtype": Law(
         values.dtype_is_kept,
         "float16, bfloat16, float32 and float64 come out as they came in",
-        "create constants with the dtype of the predictions, compute half precision in float32",
+        "bring constants and costs .to(predictions.dtype), compute half precision in float32",
     ),
     "pure": Law(
         values.is_pure,

@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,18 @@ def write_config(path: Path, config: TrainConfig, **tables: dict[str, Any]) -> N
     write_text(path, tomli_w.dumps({**options, **tables}))
 
 
-def read_config(folder: Path, *, allow_import: bool = False) -> TrainConfig:
+_ALL = ("dataset", "validation_dataset", "test_dataset", "model", "loss")
+
+
+def read_config(
+    folder: Path, *, allow_import: bool = False, used: Collection[str] = _ALL
+) -> TrainConfig:
     """Read the resolved configuration of a run.
 
     Args:
         folder: A run folder.
         allow_import: Whether code that it names may be imported.
+        used: The options of which the code will be.
 
     Raises:
         ConfigError: it names code, and that is not allowed.
@@ -105,13 +111,15 @@ def read_config(folder: Path, *, allow_import: bool = False) -> TrainConfig:
         config = make_config(read_toml(folder / CONFIG))
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
-    check_code(folder, config, allow_import=allow_import)
+    check_code(folder, config, allow_import=allow_import, used=used)
     return config
 
 
-def check_code(place: Path, config: TrainConfig, *, allow_import: bool) -> None:
+def check_code(
+    place: Path, config: TrainConfig, *, allow_import: bool, used: Collection[str] = _ALL
+) -> None:
     """Raise ``ConfigError`` if a configuration from a file names code and that is not allowed."""
-    named = code_in(config._asdict())
+    named = {name: code for name, code in code_in(config._asdict()).items() if name in used}
     if named and not allow_import:
         listed = ", ".join(f"{option} {address}" for option, address in named.items())
         raise ConfigError(

@@ -135,7 +135,9 @@ def _takes_two(factory: Any) -> bool:
     except (TypeError, ValueError):
         return False
     listed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in listed and p.default is p.empty for p in parameters) == 2
+    takes = [p for p in parameters if p.kind in listed]
+    needs = sum(p.default is p.empty for p in takes)
+    return len(takes) >= 2 and needs in (1, 2)
 
 
 def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +141,14 @@ def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
     return {
         p.name: p.default is p.empty
         for p in parameters
-        if p.kind is not p.POSITIONAL_ONLY and _is_number(p.annotation)
+        if p.kind is not p.POSITIONAL_ONLY and _is_number(p)
     }
 
 
-def _is_number(annotation: Any) -> bool:
+def _is_number(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return isinstance(parameter.default, float)
     if isinstance(annotation, str):  # of a module with postponed annotations
         return "float" in re.findall(r"\w+", annotation)
     return annotation is float or float in get_args(annotation)

@@ -130,8 +130,10 @@ def train(
     _check_steered(config, steer)
     setup = make_setup(config)
     hooks = Hooks(observer, steer and steer(setup), test_once)
-    for note in (*setup.notes, *check_loss(setup)):
+    for note in filter(None, (setup.dataset.note, *check_loss(setup))):
         show(Note(note, warning=True))
+    for note in setup.notes:
+        show(Note(note))
     step, setup = _prepared(setup, config.compile, setup.state, show)
     if run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

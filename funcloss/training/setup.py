@@ -14,6 +14,7 @@ from funcloss.config import DATASETS, TrainConfig, code_in, did_you_mean
 from funcloss.data import (
     Dataset,
     Known,
+    Stream,
     class_counts,
     data_folder,
     feed,
@@ -169,8 +170,16 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         train_step=train_step,
         state=init_state(model, optimizer, seed=config.seed),
         per_epoch=per_epoch,
-        notes=tuple(filter(None, (dataset.note, note))),
+        notes=tuple(filter(None, (_on_streaming(dataset), note))),
     )
+
+
+def _on_streaming(dataset: Dataset) -> str:
+    inputs = dataset.train.inputs
+    if not isinstance(inputs, Stream):
+        return ""
+    ahead = f"{inputs.workers} processes ahead" if inputs.workers else "none ahead"
+    return f"{len(inputs):,} training inputs are read as they are needed, {ahead}"
 
 
 def first_model(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:

@@ -80,7 +80,7 @@ def load(run_dir: str | Path, *, allow_import: bool = False) -> LoadedRun:
         RunError: the folder is not a run folder or its model cannot be read.
     """
     run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir, allow_import=allow_import)
+    config = folder.read_config(run_dir, allow_import=allow_import, used=("model",))
     needs = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns")
     tensors, header = load_tensors(run_dir / folder.MODEL, needs=(*needs, "images"))
     weights, shape = header["class_weights"], tuple(header["input_shape"])
@@ -165,7 +165,10 @@ def evaluate_run(
     device = resolve_device(device)
     asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
     asked = with_absolute_paths(asked)
-    if asked.dataset == config.dataset:
+    own = asked.dataset == config.dataset
+    data = ("dataset", "validation_dataset", "test_dataset") if own else ()
+    folder.check_code(Path(run_dir), config, allow_import=allow_import, used=("loss", *data))
+    if own:
         loaded = load_data(asked)
     else:
         asked = asked._replace(imbalance=1.0, validation_dataset="", test_dataset="")
