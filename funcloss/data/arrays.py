@@ -137,8 +137,8 @@ def as_inputs(what: str, array: np.ndarray | Tensor) -> Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise DataError(f"{what} must be numbers, got {array.dtype}")
-        array = torch.from_numpy(array.astype(np.float32) if array.dtype.kind != "u" or
-                                 array.dtype != np.uint8 else array)  # fmt: skip
+        kept = np.uint8 if array.dtype == np.uint8 else np.float32
+        array = torch.from_numpy(array.astype(kept, copy=False))
     array = array if array.dtype == torch.uint8 else array.float()
     if array.dim() == 3:
         array = array[..., None]

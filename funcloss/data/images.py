@@ -21,7 +21,7 @@ _PARTS |= {"test": "test"}
 _LOOKED_AT = 2_000  # files whose size and colours are read before any is decoded
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits a pixel
-_AT_ONCE = 512
+_AT_ONCE = 64
 _HELD = 0.25  # of the machine's memory may go into images
 
 

@@ -11,7 +11,7 @@ from funcloss.data.streaming import Stream
 from funcloss.errors import ConfigError, DataError
 
 _MEASURED = 1_000  # streamed inputs whose mean and standard deviation stand for all
-_VALUES_AT_ONCE = 2**20
+_VALUES_AT_ONCE = 2**17
 
 
 def make_dataset(
