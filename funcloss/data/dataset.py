@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from funcloss.data.streaming import Stream
+from funcloss.data.streaming import Stream, item_shape
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
 
@@ -41,16 +41,13 @@ class Dataset(NamedTuple):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input to a model: channels, height and width of an image."""
-        shape = tuple(self.train.inputs.shape)
-        shape = shape if isinstance(self.train.inputs, Stream) else shape[1:]
+        shape = item_shape(self.train.inputs)
         return (shape[2], *shape[:2]) if self.has_images else shape
 
     @property
     def has_images(self) -> bool:
         """Whether the inputs are images, which can be resized and shown."""
-        inputs = self.train.inputs
-        dims = len(inputs.shape) - (not isinstance(inputs, Stream))
-        return dims == 3 and len(self.mean) > 0
+        return len(item_shape(self.train.inputs)) == 3 and len(self.mean) > 0
 
 
 def normalised(

@@ -1,6 +1,7 @@
 """Images from files: one at a time, or a folder of class folders."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def read_image(
     Raises:
         DataError: it cannot be read, or is not an image of 8 bits a channel.
     """
-    try:
+    with _readable(path):
         with Image.open(path) as file:
             if file.mode in _DEEP:
                 raise DataError(f"{path} has more than 8 bits a pixel: save it with 8")
@@ -47,15 +48,22 @@ def read_image(
         ground = Image.new("RGBA", picture.size, "white" if invert else "black")
         flat = Image.alpha_composite(ground, picture).convert("L" if channels == 1 else "RGB")
         image = flat if size is None else flat.resize((size[1], size[0]))
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise DataError(f"{path} is not an image, or not one of a sensible size") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of broken files
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path}: {reason}") from None
     if invert:
         image = ImageOps.invert(image)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.reshape(image.height, image.width, channels)
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn what Pillow raises of a file that is broken or none into ``DataError``."""
+    try:
+        yield
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise DataError(f"{path} is not an image, or not one of a sensible size") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}") from None
 
 
 class ImageFiles(Dataset[Any]):
@@ -171,15 +179,9 @@ def _form_of(files: list[Path], image_size: int) -> _Form:
     sizes: dict[tuple[int, ...], Path] = {}
     channels = 1
     for path in files[:: -(-len(files) // _LOOKED_AT)]:
-        try:
-            with Image.open(path) as image:
-                sizes.setdefault((image.height, image.width), path)
-                grey = image.mode in (*_GREY, *_DEEP)
-        except (UnidentifiedImageError, Image.DecompressionBombError):
-            raise DataError(f"{path} is not an image, or not one of a sensible size") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"cannot read {path}: {reason}") from None
+        with _readable(path), Image.open(path) as image:
+            sizes.setdefault((image.height, image.width), path)
+            grey = image.mode in (*_GREY, *_DEEP)
         channels = channels if grey else 3
     if image_size:
         return _Form((image_size, image_size), channels)

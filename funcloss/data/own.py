@@ -17,7 +17,7 @@ from funcloss.data.dataset import Dataset, Examples
 from funcloss.data.images import read_folder
 from funcloss.data.parts import make_dataset
 from funcloss.data.raw import Raw
-from funcloss.data.streaming import Stream
+from funcloss.data.streaming import Stream, item_shape
 from funcloss.data.table import read_table
 from funcloss.errors import ConfigError, DataError, FunclossError
 
@@ -298,15 +298,11 @@ def _check_alike(name: str, parts: dict[str, Raw]) -> None:
 
 
 def _image_shape(raw: Raw) -> tuple[int, ...]:
-    inputs = raw.inputs
-    height_width_channels = inputs.shape if isinstance(inputs, Stream) else inputs.shape[1:]
-    if raw.as_they_are or len(height_width_channels) != 3:
-        return ()
-    height, width, channels = height_width_channels
-    return channels, height, width
+    shape = item_shape(raw.inputs)
+    return () if raw.as_they_are or len(shape) != 3 else (shape[2], *shape[:2])
 
 
 def _form(inputs: Tensor | Stream) -> str:
-    if isinstance(inputs, Stream):
-        return f"shape {inputs.shape}, streamed"
-    return f"shape {tuple(inputs.shape[1:])}, {str(inputs.dtype).removeprefix('torch.')}"
+    streamed = isinstance(inputs, Stream)
+    kind = "streamed" if streamed else str(inputs.dtype).removeprefix("torch.")
+    return f"shape {item_shape(inputs)}, {kind}"

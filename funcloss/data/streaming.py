@@ -85,6 +85,11 @@ class Stream:
             getattr(batches, "_shutdown_workers", lambda: None)()
 
 
+def item_shape(inputs: Tensor | Stream) -> tuple[int, ...]:
+    """Return the shape of one input."""
+    return inputs.shape if isinstance(inputs, Stream) else tuple(inputs.shape[1:])
+
+
 def _begin_worker(number: int) -> None:
     """Leave signals to the training: it stops at the end of a step, and ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from funcloss import models
 from funcloss._addresses import imported
@@ -161,9 +162,7 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
         raise ConfigError(f"model {name} has no parameter that requires a gradient")
     params = {n: t.detach() for n, t in tensors.items() if n in trained}
     buffers = {n: t.detach() for n, t in tensors.items() if n not in trained}
-    first = inputs
-    while not isinstance(first, Tensor):
-        first = next(iter(first.values() if isinstance(first, dict) else first))
+    first = tree_leaves(inputs)[0]
     keys = example_keys(make_key(0), torch.tensor(0), len(first)).to(first.device)
     shape = tuple(first.shape)
     try:
