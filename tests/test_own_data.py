@@ -1315,3 +1315,17 @@ def test_reading_takes_no_more_than_twice_the_memory(write, suffix, rows, times,
     write(large, rows)
     grown, held = measured(small, large)
     assert grown <= times * held + ALLOWED
+
+
+def test_what_is_said_of_the_own_data_of_a_run_is_not_asked_of_other_data(tmp_path, run_cli):
+    of_folder({"p": RGB[:20], "q": RGB[20:40]})(tmp_path, None)
+    np.savez(tmp_path / "new.npz", images=RGB[:6], labels=np.array(["p", "q"] * 3))
+    args = ("--dataset", tmp_path / "own", "--stream", "on", "--test-fraction", 0.2)
+    code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *QUICK, "--batch-size", 4, *args)
+    assert (code, err) == (0, "")
+    code, out, err = run_cli("evaluate", tmp_path / "run", "--dataset", tmp_path / "new.npz")
+    assert (code, err) == (0, "")
+    assert "on 6 examples of new, test" in out
+    code, _, err = run_cli("evaluate", tmp_path / "run", "--dataset", "mnist-sample")
+    assert code == 2
+    assert "the model tells 2 classes" in err

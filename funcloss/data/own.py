@@ -22,7 +22,7 @@ from funcloss.data.table import read_table
 from funcloss.errors import ConfigError, DataError, FunclossError
 
 _ARRAYS = (".npz", ".safetensors")
-_TABLES = (".csv", ".tsv", ".txt")
+TABLES = (".csv", ".tsv", ".txt")
 _FORMS = (
     "a folder of class folders, .npz, .safetensors, .csv (.tsv, .txt), or module:function that "
     "returns data"
@@ -120,9 +120,7 @@ def short_name(address: str) -> str:
     if is_address(address):
         place, _, function = address.rpartition(":")
         return f"{Path(place).stem if place.endswith('.py') else place}:{function}"
-    return (
-        Path(address).stem if Path(address).suffix in (*_ARRAYS, *_TABLES) else Path(address).name
-    )
+    return Path(address).stem if Path(address).suffix in (*_ARRAYS, *TABLES) else Path(address).name
 
 
 def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Dataset:
@@ -132,7 +130,7 @@ def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Datas
     if not path.exists():
         raise DataError(f"there is no {path}: a data set is {_FORMS}")
     suffix = path.suffix.lower()
-    if (how.target or how.ignore) and (path.is_dir() or suffix not in _TABLES):
+    if (how.target or how.ignore) and (path.is_dir() or suffix not in TABLES):
         raise ConfigError(f"target and ignore are for a CSV table, and {path} is none")
     if how.stream == "on" and not path.is_dir():
         raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
@@ -146,7 +144,7 @@ def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Datas
         )
     if suffix in _ARRAYS:
         return read_arrays(path)
-    if suffix in _TABLES:
+    if suffix in TABLES:
         columns = () if known is None else known.columns
         ignore = () if columns else how.ignore
         return {"train": read_table(path, target=how.target, ignore=ignore, columns=columns)}

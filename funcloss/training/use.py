@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from funcloss._files import replacing, write_text
 from funcloss.config import TrainConfig, make_config
 from funcloss.data import (
+    TABLES,
     Dataset,
     Examples,
     Known,
@@ -171,7 +172,7 @@ def evaluate_run(
     if own:
         loaded = load_data(asked)
     else:
-        asked = asked._replace(imbalance=1.0, validation_dataset="", test_dataset="")
+        asked = _as_other_data(asked)
         shape = run.input_shape if run.images else ()
         loaded = load_data(asked, known=Known(run.classes, run.columns, shape))
     data = moved(_fitted(loaded, run), device)
@@ -219,6 +220,13 @@ def evaluate_run(
         dataset=data.name,
         note="; ".join(filter(None, (data.note, rule_caveat(config)))),
     )
+
+
+def _as_other_data(config: TrainConfig) -> TrainConfig:
+    """Return a configuration without what it says of reading and parting the run's own data."""
+    parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
+    reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
+    return config._replace(**{n: config._field_defaults[n] for n in (*parting, *reading)})
 
 
 def _judged_by(
