@@ -12,14 +12,13 @@ from funcloss.data.dataset import (
     take,
 )
 from funcloss.data.images import read_image
-from funcloss.data.own import TABLES, Known, short_name
+from funcloss.data.own import Known, short_name
 from funcloss.data.parts import class_counts, long_tailed, make_dataset, stratified_split
 from funcloss.data.sources import data_folder, load_dataset
 from funcloss.data.streaming import Stream
 from funcloss.data.table import read_features, read_table
 
 __all__ = [
-    "TABLES",
     "Dataset",
     "Examples",
     "Known",

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from funcloss._files import replacing, write_text
 from funcloss.config import TrainConfig, make_config
 from funcloss.data import (
-    TABLES,
     Dataset,
     Examples,
     Known,
@@ -24,6 +23,7 @@ from funcloss.data import (
     read_image,
     resized,
 )
+from funcloss.data.own import TABLES
 from funcloss.decisions import Costs, Judged, make_costs
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import folder
