@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from funcloss._addresses import is_address
+from funcloss._addresses import final, final_path, is_address, refusal
 from funcloss.errors import ConfigError
 
 
@@ -31,6 +31,8 @@ class Option(NamedTuple):
 TORCHVISION = "torchvision:"  # what the models that torchvision has begin with
 TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
+_DATA = ("dataset", "validation_dataset", "test_dataset")
+CODE = (*_DATA, "model", "loss")  # the options that may name it
 _MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
 _LOSSES = (  # of logits and labels
     "cross_entropy",
@@ -248,6 +250,28 @@ class TrainConfig(NamedTuple):
         int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
     ] = 100
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
+    # No option: code that a file named and nobody allowed to import, with the file.
+    refused_code: dict[str, str] = {}  # noqa: RUF012
+
+
+def option_values(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of a configuration by name, as a file has them."""
+    return {field.name: getattr(config, field.name) for field in fields()}
+
+
+class FileOptions(dict[str, Any]):
+    """Options that a file names. Code that they name is imported only where that is allowed."""
+
+    def __init__(self, options: Mapping[str, Any], *, place: Path, allow_import: bool) -> None:
+        """Hold options.
+
+        Args:
+            options: By name, not yet checked.
+            place: The file or folder, for errors.
+            allow_import: Whether code that it names may be imported.
+        """
+        super().__init__(options)
+        self.place, self.allow_import = place, allow_import
 
 
 class Field(NamedTuple):
@@ -268,8 +292,9 @@ def fields() -> tuple[Field, ...]:
     """
     rows = []
     for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
-        kind, option = get_args(hint)
-        rows.append(Field(name, kind, TrainConfig._field_defaults[name], option))
+        if get_origin(hint) is Annotated:
+            kind, option = get_args(hint)
+            rows.append(Field(name, kind, TrainConfig._field_defaults[name], option))
     return tuple(rows)
 
 
@@ -277,10 +302,12 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Check layers of options, each over the one before, and make a configuration of them.
 
     Args:
-        layers: Options by name, as a TOML file has them; a later layer wins.
+        layers: Options by name, as a TOML file has them; a later layer wins. Code is imported if a
+            layer names it that is a plain mapping, or of a file that is allowed to.
 
     Returns:
-        The configuration, defaults where no layer says otherwise.
+        The configuration, defaults where no layer says otherwise, and its paths and addresses of
+        code final: absolute, the symbolic links in them resolved.
 
     Raises:
         ConfigError: an option is unknown, of the wrong type, not among its choices or out of range,
@@ -292,22 +319,62 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """
     known = {field.name: field for field in fields()}
     values: dict[str, Any] = {}
+    origin: dict[str, Mapping[str, Any]] = {}  # the layer that each value is from
     for layer in layers:
         for name, value in layer.items():
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}{did_you_mean(name, list(known))}")
             field = known[name]
             values[name] = _checked(name, field.type, field.option, value)
-    config = TrainConfig(**values)
+            origin[name] = layer
+    config = with_final_names(TrainConfig(**values))
     _check_together(config)
-    return config
+    refused = {
+        address: str(layer.place)
+        for name, address in code_in(option_values(config)).items()
+        if isinstance(layer := origin[name], FileOptions) and not layer.allow_import
+    }
+    return config._replace(refused_code=refused)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def with_final_names(config: TrainConfig) -> TrainConfig:
+    """Return a configuration whose paths and addresses of code mean the same from any folder.
+
+    Raises:
+        ConfigError: one is a path that there cannot be.
+    """
+    paths = {name: getattr(config, name) for name in _DATA}
+    paths = {n: value for n, value in paths.items() if value not in ("", "auto", *DATASETS)}
+    named = {
+        name: final(text)
+        for name, text in (paths | code_in(option_values(config))).items()
+        if text not in config.refused_code  # else final, and to stay the text that is refused
+    }
+    return config._replace(init=config.init and final_path(config.init), **named)
+
+
+def check_code(config: TrainConfig, used: Collection[str] = CODE) -> None:
+    """Raise ``ConfigError`` if options name code that is refused, all of it in one message.
+
+    Args:
+        config: A configuration.
+        used: Those of its options that will be used.
+    """
+    refused = config.refused_code
+    code = code_in(option_values(config)).items()
+    named = {name: address for name, address in code if name in used and address in refused}
+    if named:
+        places = dict.fromkeys(refused[address] for address in named.values())
+        raise ConfigError(refusal(" and ".join(places), named))
+
+
+def read_toml(path: Path, *, allow_import: bool = False, place: Path | None = None) -> FileOptions:
     """Read options from a TOML file; the tables that run and sweep folders add are left out.
 
     Args:
         path: A TOML file, such as the ``config.toml`` of a run folder.
+        allow_import: Whether code that it names may be imported.
+        place: What to call the file where code is refused; None: its path.
 
     Returns:
         Options by name, not yet checked.
@@ -323,7 +390,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for table in ("run", "sweep"):
         options.pop(table, None)
-    return options
+    return FileOptions(options, place=place or Path(path), allow_import=allow_import)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -411,20 +478,13 @@ def code_in(options: Mapping[str, Any]) -> dict[str, str]:
         >>> code_in({"model": "torchvision:resnet18", "loss": "mine:loss"})
         {'loss': 'mine:loss'}
     """
-    found = {}
-    for name in ("dataset", "validation_dataset", "test_dataset", "model", "loss"):
-        value = options.get(name, "")
-        if not isinstance(value, str) or not value:
-            continue
-        if name == "model":
-            code = value not in ("auto", *_MODELS) and not value.startswith(TORCHVISION)
-        elif name == "loss":
-            code = value not in _LOSSES
-        else:
-            code = is_address(value)
-        if code:
-            found[name] = value
-    return found
+    return {
+        name: value
+        for name in CODE
+        if isinstance(value := options.get(name), str)
+        and is_address(value)
+        and not (name == "model" and value.startswith(TORCHVISION))
+    }
 
 
 def _number(name: str, option: Option, value: Any, kind: type) -> Any:

@@ -78,7 +78,42 @@ def audit_run(
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=allow_import)
     here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
-    setup = make_setup(config._replace(**here))
+    return audit_training(
+        run_dir, make_setup(config._replace(**here)), part=part, examples=examples,
+        evaluation_mode=evaluation_mode, method=method, memory=memory,
+    )  # fmt: skip
+
+
+def audit_training(
+    run_dir: Path,
+    setup: Setup,
+    *,
+    part: str = "train",
+    examples: int = 10_000,
+    evaluation_mode: bool = False,
+    method: str = "auto",
+    memory: float = 2048.0,
+) -> RunAudit:
+    """Audit a run as :func:`audit_run` does, where its training has been set up.
+
+    Args:
+        run_dir: The run folder.
+        setup: Its training.
+        part: As for :func:`audit_run`.
+        examples: As for :func:`audit_run`.
+        evaluation_mode: As for :func:`audit_run`.
+        method: As for :func:`audit_run`.
+        memory: As for :func:`audit_run`.
+
+    Returns:
+        The audit and what its report needs.
+
+    Raises:
+        AuditError: it cannot be audited.
+        ConfigError: the part is empty.
+        RunError: the run cannot be read.
+    """
+    config = setup.config
     state, hyper = load_checkpoint(run_dir, setup)
     setup = setup._replace(hyper=hyper)
     steps = config.epochs * setup.per_epoch

@@ -187,7 +187,7 @@ def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str
 
 def loss_of(setup: Setup) -> LossFn:
     """Return the loss of a training as it puts its class weights, if it has any."""
-    loss = loss_named(setup.config.loss)
+    loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
     return class_weighted(loss) if "class_weights" in setup.hyper else loss
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from funcloss._files import replacing, write_text
-from funcloss.audit import RunAudit, audit_run
-from funcloss.audit.runs import about_of
+from funcloss.audit import RunAudit
+from funcloss.audit.runs import about_of, audit_training
 from funcloss.choose.ascent import decision_weights
 from funcloss.choose.figures import frontier, placed
 from funcloss.choose.gradient import cost_gradient, mean_expected_cost
@@ -228,7 +228,7 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     Raises:
         RunError: one cannot be written; what was there is as it was.
     """
-    audited = _audited(run_dir, setup.config.data_dir)
+    audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
         about, found = about_of(setup, choice.title, part="train", examples=n, step=None), None
@@ -274,8 +274,8 @@ def _write_points(path: Path, choice: Choice) -> None:
             writer.writerow((*values, *numbers, p.feasible, p.chosen, p.plain, p.diverged, p.seeds))
 
 
-def _audited(run_dir: Path, data_dir: str) -> RunAudit | None:
+def _audited(run_dir: Path, setup: Setup) -> RunAudit | None:
     try:
-        return audit_run(run_dir, data_dir=data_dir, allow_import=True)
+        return audit_training(run_dir, setup)
     except AuditError:  # the page says what was chosen all the same
         return None

@@ -21,7 +21,7 @@ from funcloss.choose.axes import (
 )
 from funcloss.choose.limits import Limit, check_measurable, make_limits
 from funcloss.choose.members import Group, choose_width, make_groups
-from funcloss.config import TrainConfig, make_config
+from funcloss.config import FileOptions, TrainConfig, check_code, make_config
 from funcloss.data import take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import Note, folder
@@ -176,10 +176,10 @@ def taken_up(
         own, run = spec.pop("sweep"), spec.pop("run")
         axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
         seeds, width, before = own["seeds"], own["width"], run["environment"]
-        config = make_config(spec)
+        config = make_config(FileOptions(spec, place=out, allow_import=allow_import))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
-    folder.check_code(out, config, allow_import=allow_import)
+    check_code(config)
     for line in folder.differences(before, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     config = config._replace(data_dir=data_dir or config.data_dir)

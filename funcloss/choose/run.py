@@ -37,8 +37,8 @@ from funcloss.training import (
     Note,
     Outcome,
     folder,
-    load,
     load_checkpoint,
+    load_model,
     resume,
     train,
     write_run,
@@ -165,7 +165,7 @@ def train_under_limits(
     """
     watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
     outcome = train(config, run_dir, overwrite=overwrite, steer=steer_by_limits, **watch)
-    return _compared(outcome, "", watch)
+    return _compared(outcome, watch)
 
 
 def resume_under_limits(
@@ -201,7 +201,7 @@ def resume_under_limits(
     watch: dict[str, Any] = {"show": show, "should_stop": should_stop, "observer": observer}
     where = {"data_dir": data_dir, "allow_import": allow_import}
     outcome = resume(path, steer=steer_by_limits, **where, **watch)
-    return _compared(outcome, data_dir, watch)
+    return _compared(outcome, watch, **where)
 
 
 def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
@@ -305,19 +305,21 @@ def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Pat
     return setup, state
 
 
-def _compared(outcome: Outcome, data_dir: str, watch: dict[str, Any]) -> Chosen:
+def _compared(
+    outcome: Outcome, watch: dict[str, Any], *, data_dir: str = "", allow_import: bool = False
+) -> Chosen:
     """Train plainly, if that is not done, and report on both."""
     run_dir = outcome.folder
     if not outcome.finished:
         return Chosen(run_dir, run_dir, None, [])
-    config = folder.read_config(run_dir, allow_import=True)  # as its training was
+    config = outcome.config
     config = config._replace(data_dir=data_dir or config.data_dir)
     plain_dir = run_dir / "plain"
     if folder.read_summary(plain_dir) is None:
         text = f"training once more without limits, to compare with, into {plain_dir}"
         watch["show"](Note(text))
         if (plain_dir / folder.CONFIG).is_file():
-            where = {"data_dir": config.data_dir, "allow_import": True}
+            where = {"data_dir": config.data_dir, "allow_import": allow_import}
             plain = resume(plain_dir, test_once=True, **where, **watch)
         else:
             plain = train(plain_config(config), plain_dir, test_once=True, **watch)
@@ -331,8 +333,8 @@ def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, A
     classes, limits = dataset.classes, limits_of(setup)
     focus = focus_of(costs, limits, list(summary["weights_found"]))
     plain = setup_on(plain_config(setup.config), dataset)
-    as_plain = judgement_of(plain, _model(plain_dir, plain))
-    found = judgement_of(setup, _model(run_dir, setup))
+    as_plain = judgement_of(plain, load_model(plain_dir, plain))
+    found = judgement_of(setup, load_model(run_dir, setup))
     test = on_test(setup, [as_plain], [found], "the model under limits", limits, focus)
     ascent = _ascent(run_dir)
     best = next((a for a in ascent if a.step == summary["best_step"]), None)
@@ -372,17 +374,6 @@ def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
         for r in folder.read_records(run_dir)
         if r["kind"] == "steering"
     )
-
-
-def _model(run_dir: Path, setup: Setup) -> Model:
-    """Return the model that a run kept, on the device of a setup."""
-    # What it names has been imported to train it.
-    run, device = load(run_dir, allow_import=True), setup.config.device
-    hyper = dict(setup.hyper)
-    if run.class_weights is not None:
-        hyper["class_weights"] = run.class_weights.to(device)
-    params = {name: t.to(device) for name, t in run.params.items()}
-    return Model(params, {name: t.to(device) for name, t in run.buffers.items()}, hyper)
 
 
 def _limits(

@@ -59,7 +59,7 @@ def check(
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
         adapted = laws.adapt(
-            imported(loss, what="loss"),
+            imported(loss, what="loss", refused={}),  # it is typed
             task=task,
             classes=classes,
             class_weights=weights,

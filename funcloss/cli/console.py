@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from funcloss import audit, choose, decisions, training
-from funcloss.config import DATASETS, code_in
+from funcloss.config import DATASETS, code_in, option_values
 from funcloss.data import short_name
 
 _FILE_WIDTH = 200
@@ -149,7 +149,7 @@ class TrainingConsole:
         print(f"hardest class: {hardest}, recall {recall:.2%}")
         print("next:")
         print("  # make its mistakes cost five times")
-        allowed = " --allow-import" if code_in(outcome.summary) else ""
+        allowed = " --allow-import" if code_in(option_values(outcome.config)) else ""
         print(f"  funcloss-train --config {run}/config.toml {costly}{allowed}")
         if outcome.summary["dataset"] in DATASETS:
             print("  # train by a recipe: the tutorial's own network and steps")

@@ -9,7 +9,7 @@ import typer
 
 from funcloss._cost_file import read_cost_matrix
 from funcloss.cli.parsing import as_number, pairs
-from funcloss.config import Field, code_in, fields, read_recipe, read_toml, recipe_names
+from funcloss.config import Field, fields, read_recipe, read_toml, recipe_names
 from funcloss.errors import ConfigError
 
 AllowImport = Annotated[
@@ -58,16 +58,12 @@ def layers_of(recipe: str, config: Path | None, *, allow_import: bool) -> list[d
     """Return the options of a recipe and of a file, the later one to win.
 
     Raises:
-        ConfigError: one cannot be read, or the file names code and that is not allowed.
+        ConfigError: one cannot be read.
     """
-    from_file = read_toml(config) if config else {}
-    if (named := code_in(from_file)) and not allow_import:
-        listed = ", ".join(f"{option} {address}" for option, address in named.items())
-        raise ConfigError(
-            f"{config} names code, which would be imported and run: {listed}; if it is yours, "
-            "allow it with --allow-import"
-        )
-    return [read_recipe(recipe) if recipe else {}, from_file]
+    return [
+        read_recipe(recipe) if recipe else {},
+        read_toml(config, allow_import=allow_import) if config else {},
+    ]
 
 
 def check_resume(what: str, given: dict[str, Any], **others: Any) -> None:

@@ -51,12 +51,15 @@ class How(NamedTuple):
     workers: int = 2
 
 
-def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
+def load_own(
+    address: str, how: How, *, refused: Mapping[str, str], known: Known | None = None
+) -> Dataset:
     """Load data named by its path or as ``module:function``.
 
     Args:
         address: Where it is.
         how: How to read and to part it.
+        refused: Code that must not be imported, each with the file that names it.
         known: The model that it is for, where it was trained on other data: what comes in one part
             is its test set, all of it.
 
@@ -64,10 +67,10 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
         The data set on the CPU, its parts those that it brings or those that are cut.
 
     Raises:
-        ConfigError: the request does not fit the data.
+        ConfigError: the request does not fit the data, or its code is refused.
         DataError: the data cannot be read, or cannot be learnt from.
     """
-    parts = _read(address, how, known)
+    parts = _read(address, how, known, refused)
     if isinstance(parts, Dataset):
         if how.validation or how.test:
             raise ConfigError(f"{address} has parts of its own: name no validation or test part")
@@ -76,7 +79,7 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
         if place and part in parts:
             raise ConfigError(f"{address} brings a {part} part: leave out {part}_dataset")
         if place:
-            parts[part] = _one_part(place, part, how, parts["train"])
+            parts[part] = _one_part(place, part, how, parts["train"], refused)
     if known is not None:
         parts.setdefault("test", parts["train"])
     name = short_name(address)
@@ -102,9 +105,9 @@ def load_own(address: str, how: How, *, known: Known | None = None) -> Dataset:
     )
 
 
-def _one_part(address: str, part: str, how: How, train: Raw) -> Raw:
+def _one_part(address: str, part: str, how: How, train: Raw, refused: Mapping[str, str]) -> Raw:
     known = Known(train.classes, train.columns, _image_shape(train))
-    found = _read(address, how, known)
+    found = _read(address, how, known, refused)
     if isinstance(found, Dataset) or len(found) > 1:
         raise ConfigError(f"{part}_dataset {address} has parts of its own: name one part")
     return found["train"]
@@ -123,9 +126,11 @@ def short_name(address: str) -> str:
     return Path(address).stem if Path(address).suffix in (*_ARRAYS, *TABLES) else Path(address).name
 
 
-def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Dataset:
+def _read(
+    address: str, how: How, known: Known | None, refused: Mapping[str, str]
+) -> dict[str, Raw] | Dataset:
     if is_address(address):
-        return _from_code(address, how.workers)
+        return _from_code(address, how.workers, refused)
     path = Path(address).expanduser()
     if not path.exists():
         raise DataError(f"there is no {path}: a data set is {_FORMS}")
@@ -151,9 +156,9 @@ def _read(address: str, how: How, known: Known | None) -> dict[str, Raw] | Datas
     raise DataError(f"{path} is of no form that can be read: a data set is {_FORMS}")
 
 
-def _from_code(address: str, workers: int) -> dict[str, Raw] | Dataset:
+def _from_code(address: str, workers: int, refused: Mapping[str, str]) -> dict[str, Raw] | Dataset:
     """Call the function of an address and take what it returns as data."""
-    function = imported(address, what="data")
+    function = imported(address, what="data", refused=refused)
     if not callable(function):
         raise ConfigError(f"{address} must be a function that returns data, got {function!r:.60}")
     try:

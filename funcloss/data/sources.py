@@ -2,9 +2,9 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,7 @@ def load_dataset(
     stream: str = "auto",
     workers: int = 2,
     known: Known | None = None,
+    refused_code: Mapping[str, str] = MappingProxyType({}),
 ) -> Dataset:
     """Load a data set: a published one, or your own.
 
@@ -100,13 +101,14 @@ def load_dataset(
         workers: Processes that read ahead of the training, of what is streamed.
         known: The classes and columns of a model, where your data is to be judged by it: what comes
             in one part is then all test set.
+        refused_code: Code that must not be imported, each with the file that names it.
 
     Returns:
         The data set on the CPU.
 
     Raises:
-        ConfigError: there is no data set of that name, the request does not fit it, or it cannot be
-            made so long-tailed.
+        ConfigError: there is no data set of that name, the request does not fit it, its code is
+            refused, or it cannot be made so long-tailed.
         DataError: it cannot be had; the message says what was tried and the ways out.
     """
     if name in ("auto", *DATASETS):
@@ -132,7 +134,7 @@ def load_dataset(
             stream=stream,
             workers=workers,
         )
-        dataset = load_own(name, how, known=known)
+        dataset = load_own(name, how, known=known, refused=refused_code)
     else:
         there = ", ".join(("auto", *DATASETS))
         guess = did_you_mean(name, ("auto", *DATASETS))

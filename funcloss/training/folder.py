@@ -17,7 +17,7 @@ import torch
 
 from funcloss import __version__
 from funcloss._files import write_text
-from funcloss.config import TrainConfig, code_in, make_config, read_toml
+from funcloss.config import CODE, TrainConfig, check_code, make_config, option_values, read_toml
 from funcloss.errors import ConfigError, RunError
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -83,23 +83,20 @@ def write_config(path: Path, config: TrainConfig, **tables: dict[str, Any]) -> N
     """Write a resolved configuration as TOML, with the tables of what was found on the way."""
     options = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in config._asdict().items()
+        for name, value in option_values(config).items()
     }
     write_text(path, tomli_w.dumps({**options, **tables}))
 
 
-_ALL = ("dataset", "validation_dataset", "test_dataset", "model", "loss")
-
-
 def read_config(
-    folder: Path, *, allow_import: bool = False, used: Collection[str] = _ALL
+    folder: Path, *, allow_import: bool = False, used: Collection[str] = CODE
 ) -> TrainConfig:
     """Read the resolved configuration of a run.
 
     Args:
         folder: A run folder.
         allow_import: Whether code that it names may be imported.
-        used: The options of which the code will be.
+        used: The options of which the code will be. That of the others stays refused.
 
     Raises:
         ConfigError: it names code, and that is not allowed.
@@ -108,24 +105,12 @@ def read_config(
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        config = make_config(read_toml(folder / CONFIG))
+        options = read_toml(folder / CONFIG, allow_import=allow_import, place=folder)
+        config = make_config(options)
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
-    check_code(folder, config, allow_import=allow_import, used=used)
+    check_code(config, used)
     return config
-
-
-def check_code(
-    place: Path, config: TrainConfig, *, allow_import: bool, used: Collection[str] = _ALL
-) -> None:
-    """Raise ``ConfigError`` if a configuration from a file names code and that is not allowed."""
-    named = {name: code for name, code in code_in(config._asdict()).items() if name in used}
-    if named and not allow_import:
-        listed = ", ".join(f"{option} {address}" for option, address in named.items())
-        raise ConfigError(
-            f"{place} names code, which would be imported and run: {listed}; if it is yours, allow "
-            "it with --allow-import, in Python allow_import=True"
-        )
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:

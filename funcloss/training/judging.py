@@ -42,7 +42,7 @@ def rule_caveat(config: TrainConfig) -> str:
     Returns:
         A sentence; empty where the softmax of the logits estimates probabilities.
     """
-    if "cost_matrix" in options_of(loss_named(config.loss)):
+    if "cost_matrix" in options_of(loss_named(config.loss, refused=config.refused_code)):
         return (
             f"the logits of {config.loss} have the costs in them already: decisions of minimum "
             "expected cost count them twice, go by argmax"

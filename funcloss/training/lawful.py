@@ -28,7 +28,7 @@ def check_loss(setup: Setup) -> tuple[str, ...]:
         return ()
     if not config.check:
         return (f"the laws were not tried on the loss {config.loss}",)
-    loss = loss_named(config.loss)
+    loss = loss_named(config.loss, refused=config.refused_code)
     takes = options_of(loss)
     given = {name: t.cpu() for name, t in setup.hyper.items() if name in takes}
     given.pop("class_weights", None)  # put on its values from outside

@@ -53,7 +53,7 @@ def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> n
         if config.model.startswith(TORCHVISION):
             return _of_torchvision(config.model, shape, classes)
         if config.model not in models.MODELS:
-            return _of_code(config.model, shape, classes)
+            return _of_code(config, shape, classes)
         try:
             return models.MODELS[config.model](shape, classes)
         except ValueError as error:
@@ -107,9 +107,10 @@ def _with_channels(model: nn.Module, channels: int) -> nn.Module:
     return model
 
 
-def _of_code(address: str, shape: models.InputShape, classes: int) -> nn.Module:
+def _of_code(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
     """Return what a factory makes, called with the input's shape and the classes, or without."""
-    factory = imported(address, what="model")
+    address = config.model
+    factory = imported(address, what="model", refused=config.refused_code)
     if isinstance(factory, nn.Module):
         raise ConfigError(f"{address} is a module: name a function that makes it, or its class")
     if not callable(factory):

@@ -3,7 +3,8 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import cast, get_args
 
 import torch
@@ -95,25 +96,26 @@ LOSSES: dict[str, LossFn] = {  # of logits and labels
 }
 
 
-def loss_named(name: str) -> LossFn:
+def loss_named(name: str, *, refused: Mapping[str, str]) -> LossFn:
     """Return a loss of labels by its name in ``LOSSES``, or somebody's own by ``module:function``.
 
     Args:
         name: What a configuration's ``loss`` may be.
+        refused: Its ``refused_code``.
 
     Returns:
         The loss, one value an example.
 
     Raises:
-        ConfigError: it cannot be imported or called.
+        ConfigError: it is refused, or cannot be imported or called.
 
     Example:
-        >>> loss_named("cross_entropy") is losses.cross_entropy
+        >>> loss_named("cross_entropy", refused={}) is losses.cross_entropy
         True
     """
     if name in LOSSES:
         return LOSSES[name]
-    found = imported(name, what="loss")
+    found = imported(name, what="loss", refused=refused)
     if isinstance(found, type) or not callable(found):
         kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
         raise ConfigError(
@@ -199,18 +201,25 @@ def weighted_mean_of(loss: LossFn) -> Criterion:
     return criterion
 
 
-def make_criterion(loss: str, reduction: str = "mean", *, weighted: bool = False) -> Criterion:
+def make_criterion(
+    loss: str,
+    reduction: str = "mean",
+    *,
+    weighted: bool = False,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Criterion:
     """Return the criterion that a configuration names.
 
     Args:
         loss: What :func:`loss_named` takes.
         reduction: ``mean`` or ``weighted_mean``.
         weighted: Whether ``hyper`` holds ``class_weights``.
+        refused: What :func:`loss_named` takes too.
 
     Returns:
         A criterion ``(logits, batch, hyper) -> scalar``.
     """
-    chosen = loss_named(loss)
+    chosen = loss_named(loss, refused=refused)
     if reduction == "weighted_mean":
         return weighted_mean_of(chosen)
     return mean_of(class_weighted(chosen) if weighted else chosen)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcloss._files import folder_replacing
-from funcloss.config import TrainConfig
+from funcloss.config import TrainConfig, option_values
 from funcloss.data import short_name, take
 from funcloss.errors import AuditError, ConfigError
 from funcloss.training import folder, report
@@ -87,6 +87,7 @@ class Outcome(NamedTuple):
     folder: Path
     finished: bool  # False when it was told to stop
     summary: dict[str, Any]  # what ``summary.json`` holds; empty unless finished
+    config: TrainConfig  # what ``config.toml`` holds, and whether its code may be imported
 
 
 def train(
@@ -188,7 +189,7 @@ def resume(
     config = folder.read_config(run_dir, allow_import=allow_import)
     if (summary := folder.read_summary(run_dir)) is not None:
         show(Note(f"{run_dir} is finished: there is nothing to resume"))
-        return Outcome(run_dir, True, summary)
+        return Outcome(run_dir, True, summary, config)
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
@@ -203,7 +204,8 @@ def resume(
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
-    return _run_from(setup, state, memory, step, run_dir, show, should_stop, hooks)
+    outcome = _run_from(setup, state, memory, step, run_dir, show, should_stop, hooks)
+    return outcome._replace(config=config)
 
 
 def write_run(
@@ -264,6 +266,30 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     given = beneath(tensors, "hyper").items()  # where something steers
     hyper = setup.hyper | {name: t.to(setup.config.device) for name, t in given}
     return restore(setup.state, beneath(tensors, "state")), hyper
+
+
+def load_model(run_dir: Path, setup: Setup) -> Model:
+    """Return the model that a run kept, and what its last steps were given.
+
+    Args:
+        run_dir: A run folder. What its ``config.toml`` names is not looked at.
+        setup: Its training, or one of the same network.
+
+    Returns:
+        Both on the device of ``setup``.
+
+    Raises:
+        RunError: the model cannot be read, or is another one.
+    """
+    tensors, header = load_tensors(run_dir / folder.MODEL, needs=("class_weights",))
+    kept = restore({**setup.state.params, **setup.state.buffers}, tensors)
+    hyper = dict(setup.hyper)
+    if (weights := header["class_weights"]) is not None:
+        hyper["class_weights"] = torch.tensor(
+            weights, dtype=torch.float32, device=setup.config.device
+        )
+    params = {name: kept[name] for name in setup.state.params}
+    return Model(params, {name: kept[name] for name in setup.state.buffers}, hyper)
 
 
 def _check_steered(config: TrainConfig, steer: object) -> None:
@@ -379,7 +405,7 @@ def _run_from(
                 show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
             _save(run_dir, setup, state, memory, steering)
         if int(state.step) < steps:
-            return Outcome(run_dir, False, {})
+            return Outcome(run_dir, False, {}, config)
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
         last = memory if steering is None else steer(memory, state)
@@ -390,7 +416,7 @@ def _run_from(
     if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
         evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
     summary = report.sum_up(run_dir, setup, state, model.hyper, evaluations, more)
-    return Outcome(run_dir, True, summary)
+    return Outcome(run_dir, True, summary, config)
 
 
 def _observed(
@@ -455,7 +481,7 @@ def _save(
         model = model or steering.model(memory)
     model = model or _model_of(setup, state)
     weights = model.hyper.get("class_weights")
-    header = {"step": step, "epoch": step // setup.per_epoch, "config": config._asdict()}
+    header = {"step": step, "epoch": step // setup.per_epoch, "config": option_values(config)}
     save_tensors(
         run_dir / folder.CHECKPOINT,
         flatten(kept),

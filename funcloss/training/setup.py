@@ -1,16 +1,14 @@
 """From a configuration to what trains: device, data, model, objective, optimiser."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcloss import optim
-from funcloss._addresses import absolute
 from funcloss.combinators import options_of
-from funcloss.config import DATASETS, TrainConfig, code_in, did_you_mean
+from funcloss.config import TrainConfig, check_code, did_you_mean, with_final_names
 from funcloss.data import (
     Dataset,
     Known,
@@ -69,10 +67,11 @@ def make_setup(config: TrainConfig) -> Setup:
         Everything for the training. The number of torch's CPU threads is set on the way.
 
     Raises:
-        ConfigError: a device, a class or a size that this machine or data set does not have, or
-            an option that the loss does not take.
+        ConfigError: a device, a class or a size that this machine or data set does not have, an
+            option that the loss does not take, or code that is refused.
         DataError: the data cannot be had.
     """
+    check_code(config)
     device = resolve_device(config.device)
     if config.amp != "off" and device != "cuda":
         raise ConfigError(f"amp {config.amp} needs device cuda, and here it is {device}")
@@ -108,18 +107,14 @@ def load_data(config: TrainConfig, *, known: Known | None = None) -> Dataset:
         stream=config.stream,
         workers=config.workers,
         known=known,
+        refused_code=config.refused_code,
     )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return a configuration that means the same from any folder."""
-    data = ("dataset", "validation_dataset", "test_dataset", "init")
-    own = {name: getattr(config, name) for name in data}
-    own = {name: value for name, value in own.items() if value not in ("", "auto", *DATASETS)}
-    code = code_in(config._asdict())
-    own = {name: str(Path(value).expanduser().absolute()) for name, value in own.items()}
-    own |= {name: absolute(value) for name, value in code.items()}
-    return config._replace(data_dir=str(data_folder(config.data_dir).absolute()), **own)
+    data_dir = str(data_folder(config.data_dir).absolute())
+    return with_final_names(config)._replace(data_dir=data_dir)
 
 
 def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
@@ -150,7 +145,9 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     few = take(dataset, dataset.train, torch.arange(size, device=device))
     try_model(model, config.model, few.inputs, len(dataset.classes))
     weighted = "class_weights" in hyper
-    criterion = make_criterion(config.loss, config.reduction, weighted=weighted)
+    criterion = make_criterion(
+        config.loss, config.reduction, weighted=weighted, refused=config.refused_code
+    )
     optimizer = make_optimizer(config)
     per_epoch = len(dataset.train.labels) // config.batch_size
     train_step = make_train_step(
@@ -279,7 +276,7 @@ def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -
         ConfigError: the loss has no such option, lacks one, refuses a value, or has no use for
             these costs or counts.
     """
-    data = _data_options(config.loss, costs, counts)
+    data = _data_options(config, costs, counts)
     _check_loss_options(config, data, len(costs.classes))
     numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
     if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
@@ -290,9 +287,10 @@ def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -
     return {name: value.to(device) for name, value in hyper.items()}
 
 
-def _data_options(loss: str, costs: Costs, counts: Tensor) -> Hyper:
+def _data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
     """Return those options of a loss that the data and the costs decide."""
-    takes = options_of(loss_named(loss))
+    loss = config.loss
+    takes = options_of(loss_named(loss, refused=config.refused_code))
     if takes & {"class_counts", "class_prior"} and not counts.all():
         missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
         raise ConfigError(
@@ -315,7 +313,8 @@ def _data_options(loss: str, costs: Costs, counts: Tensor) -> Hyper:
 def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
     """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs."""
     loss, given = config.loss, config.loss_option
-    known = number_options(loss_named(loss))
+    function = loss_named(loss, refused=config.refused_code)
+    known = number_options(function)
     for name in given:
         if name not in known:
             there = f"it has {', '.join(known)}" if known else "it has none that is a number"
@@ -324,7 +323,7 @@ def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
     if missing := [name for name, needed in known.items() if needed and name not in given]:
         raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
     try:  # a loss checks the range of plain numbers only: in training they are tensors
-        values = loss_named(loss)(torch.eye(classes), torch.arange(classes), **data, **given)
+        values = function(torch.eye(classes), torch.arange(classes), **data, **given)
     except ValueError as error:
         raise ConfigError(f"loss_option: {error}") from None
     except Exception as error:  # somebody's own

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funcloss._files import replacing, write_text
-from funcloss.config import TrainConfig, make_config
+from funcloss.config import TrainConfig, check_code, make_config
 from funcloss.data import (
     Dataset,
     Examples,
@@ -167,8 +167,11 @@ def evaluate_run(
     asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
     asked = with_absolute_paths(asked)
     own = asked.dataset == config.dataset
-    data = ("dataset", "validation_dataset", "test_dataset") if own else ()
-    folder.check_code(Path(run_dir), config, allow_import=allow_import, used=("loss", *data))
+    parts = ("validation_dataset", "test_dataset") if own else ()
+    check_code(config, ("loss", *parts, *(() if dataset else ("dataset",))))
+    if dataset:  # it is asked for here, whatever the run says
+        refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
+        asked = asked._replace(refused_code=refused)
     if own:
         loaded = load_data(asked)
     else:
@@ -185,7 +188,12 @@ def evaluate_run(
         name: preferred_layout(t.to(device)) for name, t in {**run.params, **run.buffers}.items()
     }
     config, costs = _judged_by(config, data.classes, judge_by or {})
-    criterion = make_criterion(config.loss, config.reduction, weighted="class_weights" in hyper)
+    criterion = make_criterion(
+        config.loss,
+        config.reduction,
+        weighted="class_weights" in hyper,
+        refused=config.refused_code,
+    )
     forward = make_forward(run.model)
     parts = {"validation": data.validation} if len(data.validation.labels) else {}
     parts |= {part: examples}
@@ -235,7 +243,9 @@ def _judged_by(
     """Return the configuration with other costs and priors, and the costs."""
     if "cost_matrix" in judge_by or "class_cost" in judge_by:
         config = config._replace(cost_matrix={}, class_cost={})
-    config = resolved_costs(make_config(config._asdict(), judge_by), classes)
+    asked = make_config(judge_by)
+    config = config._replace(**{name: getattr(asked, name) for name in judge_by})
+    config = resolved_costs(config, classes)
     return config, make_costs(classes, config.cost_matrix, config.class_cost)
 
 
