@@ -267,7 +267,7 @@ class FileOptions(dict[str, Any]):
 
         Args:
             options: By name, not yet checked.
-            place: The file or folder, for errors.
+            place: The file, for errors.
             allow_import: Whether code that it names may be imported.
         """
         super().__init__(options)
@@ -368,16 +368,15 @@ def check_code(config: TrainConfig, used: Collection[str] = CODE) -> None:
         raise ConfigError(refusal(" and ".join(places), named))
 
 
-def read_toml(path: Path, *, allow_import: bool = False, place: Path | None = None) -> FileOptions:
+def read_toml(path: Path, *, allow_import: bool = False) -> FileOptions:
     """Read options from a TOML file; the tables that run and sweep folders add are left out.
 
     Args:
         path: A TOML file, such as the ``config.toml`` of a run folder.
         allow_import: Whether code that it names may be imported.
-        place: What to call the file where code is refused; None: its path.
 
     Returns:
-        Options by name, not yet checked.
+        Options by name, not yet checked: a layer of its own for :func:`make_config`.
 
     Raises:
         ConfigError: the file cannot be read or is not TOML.
@@ -390,7 +389,7 @@ def read_toml(path: Path, *, allow_import: bool = False, place: Path | None = No
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for table in ("run", "sweep"):
         options.pop(table, None)
-    return FileOptions(options, place=place or Path(path), allow_import=allow_import)
+    return FileOptions(options, place=Path(path), allow_import=allow_import)
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -176,7 +176,7 @@ def taken_up(
         own, run = spec.pop("sweep"), spec.pop("run")
         axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
         seeds, width, before = own["seeds"], own["width"], run["environment"]
-        config = make_config(FileOptions(spec, place=out, allow_import=allow_import))
+        config = make_config(FileOptions(spec, place=out / SPEC, allow_import=allow_import))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
     check_code(config)

@@ -158,7 +158,12 @@ def _read(
 
 def _from_code(address: str, workers: int, refused: Mapping[str, str]) -> dict[str, Raw] | Dataset:
     """Call the function of an address and take what it returns as data."""
-    function = imported(address, what="data", refused=refused)
+    try:
+        function = imported(address, what="data", refused=refused)
+    except ConfigError as error:
+        if not Path(address).exists():
+            raise
+        raise ConfigError(f"{error}; the path of that name is written {address}/") from error
     if not callable(function):
         raise ConfigError(f"{address} must be a function that returns data, got {function!r:.60}")
     try:

@@ -105,8 +105,7 @@ def read_config(
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        options = read_toml(folder / CONFIG, allow_import=allow_import, place=folder)
-        config = make_config(options)
+        config = make_config(read_toml(folder / CONFIG, allow_import=allow_import))
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
     check_code(config, used)
