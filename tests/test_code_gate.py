@@ -16,7 +16,14 @@ import funcloss
 from funcloss import choose, training
 from funcloss._addresses import final, imported, is_address
 from funcloss.audit import audit_run
-from funcloss.config import TrainConfig, check_code, code_in, make_config, read_toml
+from funcloss.config import (
+    TrainConfig,
+    check_code,
+    code_in,
+    make_config,
+    read_toml,
+    with_final_names,
+)
 from funcloss.errors import ConfigError
 
 OPTIONS = {
@@ -53,7 +60,6 @@ def loss(logits, labels, *, where=None):
     values = F.cross_entropy(logits, labels, reduction="none")
     return values if where is None else torch.where(where, values, 0.0)
 """
-# Each names the same file, from the folder that it is in.
 SPELLINGS = {
     "relative": "e.py:{name}",
     "dotted": "./e.py:{name}",
@@ -71,6 +77,8 @@ SPELLINGS = {
     "a folder called as code": "x.py:y/e.py:{name}",
     "a space": "a b/e.py:{name}",
 }
+ELSEWHERE = ("module", "module in a package", "a file of that text", "a space")
+ELSEWHERE += ("a folder called as code",)  # the others are one file
 ROWS = {"epochs": 2, "batch_size": 4, "model": "linear", "compile": "off", "device": "cpu"}
 ROWS |= {"threads": 1, "audit_every": 0, "target": "y", "check": False, "test_fraction": 0.2}
 ROWS |= {"val_fraction": 0.3}
@@ -347,7 +355,7 @@ def test_the_data_of_a_run_is_its_own_however_it_is_typed(spelling, place, run_c
     place.name("test_dataset", place.spelt("absolute", "test_dataset"))
     typed = place.spelt(spelling, "dataset")
     code, _, err = run_cli("evaluate", "run", "--dataset", typed)
-    ours = final(typed) == f"{place.here}/e.py:load"
+    ours = spelling not in ELSEWHERE
     assert place.ran != ours  # ours needs the run's test part, which nobody typed
     assert code == 2 if ours else code == 0
     assert ("names code" in err) == ours
@@ -446,6 +454,15 @@ def test_what_is_refused_is_neither_an_option_nor_in_a_file(place, run_cli):
     code, _, err = run_cli("evaluate", "run")
     assert (code, place.ran) == (1, False)
     assert "unknown option 'refused_code'" in err
+
+
+def test_what_is_refused_stays_so_where_folders_move(place):
+    place.name("dataset", f"{place.here}/deep/e.py:load")
+    config = training.folder.read_config(Path("run"), used=())
+    (place.here / "deep").rename(place.here / "deeper")
+    (place.here / "deep").symlink_to(place.here / "deeper")
+    assert final(config.dataset) != config.dataset
+    assert with_final_names(config).dataset in config.refused_code
 
 
 def test_what_is_passed_in_python_needs_no_leave(place):

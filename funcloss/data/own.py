@@ -1,5 +1,6 @@
 """Somebody's own data: a folder of images, arrays, a table, or what a function returns."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ def _from_code(address: str, workers: int, refused: Mapping[str, str]) -> dict[s
     try:
         function = imported(address, what="data", refused=refused)
     except ConfigError as error:
-        if not Path(address).exists():
+        if not os.path.exists(address):
             raise
         raise ConfigError(f"{error}; the path of that name is written {address}/") from error
     if not callable(function):
