@@ -870,7 +870,7 @@ CODE = [
     (of_code("raise SystemExit(0)"), 2, r"cannot import own_data_\w+: SystemExit", "exits"),
     (lambda f, m: ["--dataset", "nowhere_at_all:load"], 2, r"cannot import nowhere_at_all", "gone"),
     (lambda f, m: ["--dataset", "nowhere.py:load"], 2, r"no file .*nowhere\.py", "no file"),
-    (lambda f, m: ["--dataset", f"{m('')}:"], 2, r"module:name or file\.py:name", "no name"),
+    (lambda f, m: ["--dataset", f"{m('')}:"], 1, r"no .*:: .*module:function", "no name"),
     (of_code("class I(IterableDataset):\n    def __iter__(self): yield features[0], 0\n"
              "def load(): return I()"), 1, r"an IterableDataset has no order.*__len__", "iterable"),
     (of_code("class E(Dataset):\n    def __getitem__(self, i): return features[i], 0\n"
