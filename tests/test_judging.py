@@ -15,6 +15,7 @@ from funcloss.config import make_config
 from funcloss.data import normalised
 from funcloss.decisions import fit_temperature, make_costs
 from funcloss.errors import ConfigError
+from funcloss.training import objective
 from funcloss.training.judging import (
     deployment_prior,
     implied_prior,
@@ -310,6 +311,60 @@ def test_a_loss_that_the_rule_does_not_fit_is_said_so(loss, start):
     caveat = rule_caveat(make_config({"loss": loss}))
     assert caveat.startswith(start)
     assert bool(caveat) == bool(start)
+
+
+# Every loss by its short name: what its scores are multiplied by, and what they leave out.
+
+COSTLY = {
+    "expected_cost",
+    "log_bilinear",
+    "softmax_margin",
+    "cost_hinge",
+    "cross_entropy_with_cost",
+}
+IMPROBABLE = {
+    "squared_error", "multiclass_hinge", "multi_margin", "mean_absolute_error", "earth_mover",
+}  # fmt: skip
+PINNED = [
+    *((name, {}) for name in objective.LOSSES),
+    ("class_balanced", {"beta": 0.99}),
+    ("logit_adjusted", {"tau": 0.5}),
+    ("logit_adjusted", {"tau": 2.0}),
+    ("vector_scaling", {"gamma": 0.3, "tau": 0.7}),
+    ("vector_scaling", {"gamma": 0.0}),
+]
+
+
+def left_out(name, n, options):
+    """The factor on the parts of the classes that a loss makes for itself."""
+    tau = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}.get(name, 0.0)
+    power = n ** -(options.get("tau", tau) if tau else 0.0)
+    if name == "class_balanced":
+        return 1.0 / (1.0 - options.get("beta", 0.9999) ** n)
+    return power
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [3.0, 0.0, 0.5]])
+@pytest.mark.parametrize("counts", [[600.0, 300.0, 100.0], [60.0, 0.0, 5.0]], ids=["all", "absent"])
+@pytest.mark.parametrize(("name", "options"), PINNED, ids=[f"{n} {o}" for n, o in PINNED])
+def test_what_is_known_of_the_scores_of_every_loss(name, options, counts, weights):
+    config = make_config({"loss": name, "loss_option": options})
+    n, w = np.array(counts), np.ones(3) if weights is None else np.array(weights)
+    seen = (n > 0) & (w > 0)
+    parts = left_out(name, np.where(seen, n, 1.0), options) * n * w
+    parts = np.where(seen, parts, parts[seen].min())
+    given = None if weights is None else torch.tensor(weights)
+    found = implied_prior(config, torch.tensor(counts), given)
+    assert_close(found, torch.from_numpy(parts / parts.sum()), rtol=1e-12, atol=0)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    gamma = options.get("gamma", 0.2) if name == "vector_scaling" else 0.0
+    factors = (np.maximum(n, 0.5) / n.max()) ** gamma
+    scores = probability_scores(logits, config, torch.tensor(counts))
+    assert_close(scores.double(), logits.double() * torch.from_numpy(factors), rtol=1e-12, atol=0)
+    caveat = rule_caveat(config)
+    assert ("the costs in them already" in caveat) == (name in COSTLY)
+    assert ("estimates no probabilities" in caveat) == (name in IMPROBABLE)
+    assert bool(caveat) == (name in COSTLY | IMPROBABLE)
 
 
 # The command, on real digits.
