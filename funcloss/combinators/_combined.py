@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -24,10 +24,6 @@ class Combined:
     losses: tuple[Callable[..., Any], ...]
     name: ClassVar[str]
     keeps: ClassVar[tuple[str, ...]] = ()  # options that it takes and does not pass on
-
-    def __call__(self, *data: Tensor, **options: Any) -> Tensor:
-        """Return one value per example."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         """Return it as it was written: ``class_weighted(cross_entropy)``."""
@@ -118,12 +114,12 @@ def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:
     """
     stated = getattr(loss, "probabilities", None)
     if stated is None and isinstance(loss, functools.partial):
-        stated = probabilities_of(loss.func)
-        if callable(stated):
-            bound = {k: v for k, v in loss.keywords.items() if k != "where"}
-            return functools.partial(stated, **bound)
-    if stated is None or stated in _STATEMENTS or callable(stated):
-        return stated
+        inside = probabilities_of(loss.func)
+        if not callable(inside):
+            return inside
+        return functools.partial(inside, **passed_on(loss.keywords, ("where",)))
+    if stated is None or callable(stated) or stated in _STATEMENTS:
+        return cast(Probabilities | None, stated)
     raise ValueError(
         f"{name_of(loss)}.probabilities must be one of {', '.join(map(repr, _STATEMENTS))} or a "
         f"function of the loss's options that returns a Correction; got {stated!r}"

@@ -102,7 +102,9 @@ def probability_scores(
         The logits times the scale that the loss states, see :class:`funcloss.typing.Correction`.
     """
     scale = _correction(config, counts, costs).scale
-    return logits if isinstance(scale, float) and scale == 1.0 else logits * scale
+    if isinstance(scale, Tensor):
+        return logits * scale.to(logits.device)
+    return logits if scale == 1.0 else logits * scale
 
 
 def implied_prior(
