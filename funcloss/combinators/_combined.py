@@ -103,6 +103,7 @@ def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:
         ValueError: the loss states something else.
 
     Example:
+        >>> import torch
         >>> from funcloss.losses import cross_entropy, logit_adjusted, multi_margin
         >>> probabilities_of(cross_entropy), probabilities_of(multi_margin)
         ('softmax', 'none')
@@ -137,6 +138,7 @@ def correction_of(loss: Callable[..., Any], options: Mapping[str, Any]) -> Corre
         ``Correction(1.0, 0.0)`` unless the loss states another.
 
     Example:
+        >>> import torch
         >>> from funcloss import class_weighted, losses
         >>> weighted = class_weighted(losses.cross_entropy)
         >>> correction_of(weighted, {"class_weights": torch.tensor([1.0, 4.0])}).offset

@@ -102,7 +102,7 @@ def class_balanced(
     Example:
         >>> class_balanced(torch.zeros(2, 2), torch.tensor([0, 1]),
         ...                class_counts=torch.tensor([1.0, 2.0]), beta=0.5)
-        tensor([0.8664, 0.5776])
+        tensor([0.8912, 0.5941])
 
     References:
         Cui et al., "Class-balanced loss based on effective number of samples", 2019.
