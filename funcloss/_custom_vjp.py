@@ -1,6 +1,8 @@
 """A gradient written by hand that still composes with every transform."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,8 +56,20 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
         Frostig, Johnson, Maclaurin, Paszke and Radul, "Decomposing reverse-mode automatic
         differentiation", 2021, for the problem; the surrogate is the trapezoidal rule.
     """
+    return CustomVjp((forward,), backward)
 
-    def function(*tensors: Tensor, where: Tensor | None = None, **options: Any) -> Tensor:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CustomVjp(Combined):
+    """What :func:`custom_vjp` returns."""
+
+    backward: Backward
+    name = "custom_vjp"
+    keeps = ("where",)
+
+    def __call__(self, *tensors: Tensor, where: Tensor | None = None, **options: Any) -> Tensor:
+        """Return one value per example."""
+        (forward,) = self.losses
         tensors = _masked(tensors, where)
         fixed = tuple(x.detach() for x in tensors)
         value = forward(*fixed, **options)
@@ -63,7 +77,7 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
             raise TypeError(f"custom_vjp: forward must give a tensor, got {type(value).__name__}")
         value = value.detach()
         batch = tuple(value.shape)
-        there = _tupled(backward(*tensors, **options))
+        there = _tupled(self.backward(*tensors, **options))
         if len(there) > len(tensors):
             raise ValueError(
                 f"custom_vjp: backward must give a gradient a tensor, {len(tensors)} at most; "
@@ -72,15 +86,13 @@ def custom_vjp(forward: Callable[..., Tensor], backward: Backward) -> Callable[.
         # What has no gradient stays as it is: the slopes answer to it in full, not by half.
         slopes = (*there, *(None for _ in tensors[len(there) :]))
         still = [f if g is not None else x for x, f, g in zip(tensors, fixed, slopes, strict=True)]
-        here = _tupled(backward(*still, **options))
+        here = _tupled(self.backward(*still, **options))
         for i, (g_still, g) in enumerate(zip(here, there, strict=True)):
             if g is not None and g_still is not None:
                 _check_gradient(i, tuple(g.shape), tuple(tensors[i].shape), batch)
                 step = _step(tensors[i], fixed[i])
                 value = value + _dot((g_still + g) / 2, step, len(batch))
         return value if where is None else torch.where(where, value, 0.0)
-
-    return Combined(function, "custom_vjp", forward, takes=("where",))
 
 
 def from_numpy(
@@ -116,16 +128,36 @@ def from_numpy(
         >>> torch.func.grad(square)(torch.tensor(3.0), torch.tensor(1.0))
         tensor(4.)
     """
-    values, slopes = _registered(forward), _registered(backward)
+    return FromNumpy(
+        (forward,), backward, example_axes, _registered(forward), _registered(backward)
+    )
 
-    def function(*tensors: Tensor, where: Tensor | None = None) -> Tensor:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FromNumpy(Combined):
+    """What :func:`from_numpy` returns."""
+
+    backward: Callable[..., np.ndarray]
+    example_axes: int | None
+    values: int  # the numbers of forward and backward in this process
+    slopes: int
+    name = "from_numpy"
+    keeps = ("where",)
+
+    def __reduce__(self):
+        """Pickle what it is made of: another process has other numbers."""
+        make = functools.partial(from_numpy, example_axes=self.example_axes)
+        return make, (*self.losses, self.backward)
+
+    def __call__(self, *tensors: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return one value per example."""
         tensors = _masked(tensors, where)
         still, *fixed = (x.detach() for x in tensors)
-        inner = example_axes
+        inner = self.example_axes
         if inner is None:
             inner = still.dim() - fixed[-1].dim() if fixed else 0
-        value = torch.ops.funcloss.numpy([still, *fixed], values, inner)
-        slope = torch.ops.funcloss.numpy([still, *fixed], slopes, 0)
+        value = torch.ops.funcloss.numpy([still, *fixed], self.values, inner)
+        slope = torch.ops.funcloss.numpy([still, *fixed], self.slopes, 0)
         step = _step(tensors[0], still)
         # |step|^1.5 is 0, has gradient 0, and no second derivative: where one is asked for, NaN.
         pairs = zip(tensors[1:], fixed, strict=True)
@@ -133,8 +165,6 @@ def from_numpy(
         bend = (step + sum(others)).abs() ** 1.5
         value = value + _dot(slope, step, value.dim()) + _total(bend, value.dim())
         return value if where is None else torch.where(where, value, 0.0)
-
-    return Combined(function, "from_numpy", forward, takes=("where",))
 
 
 def _masked(tensors: tuple[Tensor, ...], where: Tensor | None) -> tuple[Tensor, ...]:
@@ -179,6 +209,9 @@ _FUNCTIONS: list[Callable[..., np.ndarray]] = []
 
 
 def _registered(function: Callable[..., np.ndarray]) -> int:
+    for number, known in enumerate(_FUNCTIONS):
+        if known is function:
+            return number
     _FUNCTIONS.append(function)
     return len(_FUNCTIONS) - 1
 

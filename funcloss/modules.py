@@ -1,6 +1,7 @@
 """Between losses and the criteria of other libraries, which are modules that reduce."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +9,16 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from funcloss._checks import check_where
-from funcloss.combinators import Combined, couples_examples, name_of
+from funcloss.combinators import (
+    Combined,
+    correction_of,
+    couples_examples,
+    name_of,
+    probabilities_of,
+)
 from funcloss.losses._shared import masked
 from funcloss.reduction import mean
-from funcloss.typing import LossFn
+from funcloss.typing import Correction, LossFn, Probabilities
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -35,11 +42,7 @@ class LossModule(nn.Module):
 
     def forward(self, *data: Tensor, where: Tensor | None = None, **options: Any) -> Tensor:
         """Return the reduced loss; what is given here goes before what was given first."""
-        own = {
-            **dict(self.named_buffers(recurse=False)),
-            **dict(self.named_parameters(recurse=False)),
-        }
-        options = {**self.options, **own, **options}
+        options = {**self._held(), **options}
         if where is not None:
             options["where"] = where
         where = options.get("where")
@@ -52,6 +55,20 @@ class LossModule(nn.Module):
     def couples_examples(self) -> bool:
         """Whether the value of one example depends on the others of its batch."""
         return couples_examples(self.loss)
+
+    @property
+    def probabilities(self) -> Probabilities | None:
+        """How the scores become probabilities, under the options that the module holds."""
+        stated = probabilities_of(self.loss)
+        return self.correction if callable(stated) else stated
+
+    def correction(self, **options: Any) -> Correction:
+        """Return the correction that the scores need; what is given here goes first."""
+        return correction_of(self.loss, {**self._held(), **options})
+
+    def _held(self) -> dict[str, Any]:
+        tensors = [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
+        return {**self.options, **dict(tensors)}
 
     def extra_repr(self) -> str:
         """Return what the module prints of itself."""
@@ -124,12 +141,28 @@ def from_module(module: nn.Module, *, example_axes: int = 0) -> LossFn:
     for part in module.modules():
         if isinstance(getattr(part, "reduction", None), str):
             part.reduction = "sum"  # pyright: ignore[reportArgumentType]
+    return FromModule((module,), example_axes)
 
-    def of_one(*example: Tensor) -> Tensor:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FromModule(Combined):
+    """What :func:`from_module` returns."""
+
+    example_axes: int
+    keeps = ("where",)
+
+    def __repr__(self) -> str:
+        """Return the name of the module's class."""
+        return f"{type(self.losses[0]).__name__}()"
+
+    def of_one(self, *example: Tensor) -> Tensor:
+        """Return the value of one example."""
+        (module,) = self.losses
         return module(*(x.unsqueeze(0) for x in example)).sum()
 
-    def loss(*data: Tensor, where: Tensor | None = None) -> Tensor:
-        axes = data[-1].dim() - example_axes
+    def __call__(self, *data: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return one value per example."""
+        axes = data[-1].dim() - self.example_axes
         batch = tuple(data[-1].shape[:axes])
         for x in data:
             if tuple(x.shape[:axes]) != batch:
@@ -139,10 +172,8 @@ def from_module(module: nn.Module, *, example_axes: int = 0) -> LossFn:
                 )
         check_where("from_module", where, batch)
         data = tuple(masked(x, where) for x in data)
-        each = of_one
+        each = self.of_one
         for _ in range(axes):
             each = vmap(each)
         values = each(*data)
         return values if where is None else torch.where(where, values, 0.0)
-
-    return Combined(loss, type(module).__name__, takes=("where",))

@@ -19,6 +19,24 @@ Hyper = dict[str, Tensor]
 LossFn = Callable[..., Tensor]
 
 
+class Correction(NamedTuple):
+    """What makes probabilities of the scores of a loss: ``softmax(scale * scores + offset)``.
+
+    They are the class probabilities under the training data, as they occur there.
+    """
+
+    scale: float | Tensor = 1.0  # or one per class, ``(classes,)``
+    offset: float | Tensor = 0.0  # or one per class, ``(classes,)``
+
+
+# How the scores of a loss become probabilities, its attribute ``probabilities``:
+# ``"softmax"``: ``softmax(scores)`` estimates the class probabilities under the training data;
+# ``"none"``: the softmax of the scores estimates no probabilities;
+# ``"costs"``: the scores have the costs of decisions in them already;
+# or a function of the loss's options, by name, to the ``Correction`` that the scores need.
+Probabilities = str | Callable[..., Correction]
+
+
 # What a model takes: one tensor, several in order, or several by name.
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 

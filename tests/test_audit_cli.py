@@ -305,7 +305,7 @@ def test_the_json_has_what_a_reader_needs(reported):
     about = found["about"]
     assert (about["model"], about["loss"], about["part"]) == ("linear", "cross_entropy", "train")
     assert (about["examples"], about["step"], about["parameters"]) == (600, 31, 7850)
-    assert about["optimizer"] == "adam"
+    assert (about["optimizer"], about["scale_invariant"]) == ("adam", True)
     assert about["command"].endswith(f"audit {run} --examples 600")
     assert {"torch", "funcloss", "python"} <= about["versions"].keys()
 

@@ -41,6 +41,7 @@ def about(**changes) -> About:
         "step": 900,
         "mode": "eval",
         "optimizer": "sgd",
+        "scale_invariant": False,
         "command": "funcloss audit runs/<one> & 'two'",
         "versions": {"torch": "2.15"},
         "made": "2026-01-01T00:00:00Z",

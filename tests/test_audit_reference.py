@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from funcloss import class_weighted, losses, optim
+from funcloss import class_weighted, losses, optim, scaled
 from funcloss.audit import audit
 from funcloss.combinators import one_hot_targets
 from funcloss.errors import FunclossError
@@ -1440,3 +1440,17 @@ def test_norms_that_cancel_over_positions_keep_their_digits():
     for method in ("products", "examples", "auto"):
         audited = case.audited(torch.float32, method=method)
         near(audited.examples.norm, expected.example_norm, 1e-5, method)
+
+
+def test_weights_bound_in_a_partial_stay_inside_and_those_of_the_audit_come_on_top():
+    inner, outer = torch.tensor([1.0, 2.0, 5.0]).double(), torch.tensor([3.0, 1.0, 2.0]).double()
+    bound = functools.partial(class_weighted(losses.cross_entropy), class_weights=inner)
+    torch.manual_seed(0)
+    net, batch = nn.Linear(4, 3).double(), (torch.randn(9, 4).double(), torch.arange(9) % 3)
+    found = audit(net, None, bound, [batch], class_weights=outer)
+    whole = audit(net, None, losses.cross_entropy, [batch], class_weights=inner * outer)
+    torch.testing.assert_close(found.balance.share, whole.balance.share)
+    torch.testing.assert_close(found.class_weights, outer)
+    nested = scaled(class_weighted(losses.cross_entropy), 2.0)
+    with pytest.raises(FunclossError, match="puts class weights where it wants"):
+        audit(net, None, nested, [batch], class_weights=outer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from audit_examples import make_audit
 
+from funcloss import optim
 from funcloss.audit.result import Audit, Check, Impact, Spread
 from funcloss.audit.words import (
     compare,
@@ -187,19 +188,34 @@ def test_where_all_cost_the_same_the_two_extremes_are_spoken_of():
     assert spoken_of(audit._replace(class_weights=audit.class_weights * 5)) == [1, 0]
 
 
+def by_sign(grads, state, params, learning_rate):
+    return {name: -learning_rate * g.sign() for name, g in grads.items()}, state
+
+
+def by_length(grads, state, params, learning_rate):
+    return {name: -learning_rate * g for name, g in grads.items()}, state
+
+
+LION_LIKE = optim.Optimizer(lambda params: (), by_sign, scale_invariant=True)
+ADAMANT = optim.Optimizer(lambda params: (), by_length)
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "reduction", "says"),
+    ("name", "optimizer", "reduction", "says"),
     [
-        ("adam", "mean", "A step of adam hardly changes"),
-        ("AdamW", "sum", "A step of AdamW hardly changes"),
-        ("sgd", "mean", "A step of sgd grows with the costs"),
-        ("momentum", "mean", "as a larger learning rate would."),
-        ("sgd", "weighted_mean", "by one number changes nothing"),
+        ("adam", optim.adam(), "mean", "A step of adam hardly changes"),
+        ("AdamW", optim.adamw(), "sum", "A step of AdamW hardly changes"),
+        ("lion_like", LION_LIKE, "mean", "A step of lion_like hardly changes"),
+        ("adamant", ADAMANT, "mean", "A step of adamant grows with the costs"),
+        ("sgd", optim.sgd(), "mean", "A step of sgd grows with the costs"),
+        ("momentum", optim.sgd(momentum=0.9), "mean", "as a larger learning rate would."),
+        ("sgd", optim.sgd(), "weighted_mean", "by one number changes nothing"),
     ],
 )
-def test_what_scaled_costs_do_depends_on_optimizer_and_reduction(optimizer, reduction, says):
+def test_what_scaled_costs_do_depends_on_optimizer_and_reduction(name, optimizer, reduction, says):
     audit = make_audit(weights={9: 5.0}, reduction=reduction)
-    assert says in sentences(audit, optimizer=optimizer)[-1]
+    told = {"optimizer": name, "scale_invariant": optimizer.scale_invariant}
+    assert says in sentences(audit, **told)[-1]
     assert "by one number" not in text_of(audit)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from funcloss import losses
+from funcloss import as_module, custom_vjp, from_module, from_numpy, losses
 from funcloss.combinators import (
     class_weighted,
     class_weights_of,
+    correction_of,
     couples_examples,
     from_logits,
     mixup,
@@ -20,6 +22,7 @@ from funcloss.combinators import (
     one_hot_targets,
     options_of,
     parts,
+    probabilities_of,
     sample_weighted,
     scaled,
     smoothed,
@@ -316,6 +319,201 @@ def test_a_loss_says_what_it_is_made_of_and_what_it_takes(written):
 def test_a_loss_that_couples_examples_does_so_in_any_nest(around):
     assert couples_examples(around(sample_weighted(losses.nt_xent)))
     assert not couples_examples(around(ce))
+
+
+def odd(logits, labels):
+    return labels % 2 == 1
+
+
+def squares(x, y):
+    return (x - y) ** 2
+
+
+def slopes_of_squares(x, y):
+    return 2 * (x - y)
+
+
+MADE = {  # each is made twice, and once of something else
+    "class_weighted": (lambda: class_weighted(ce), class_weighted(losses.poly1)),
+    "sample_weighted": (lambda: sample_weighted(ce), class_weighted(ce)),
+    "scaled": (lambda: scaled(ce, torch.tensor(2.0)), scaled(ce, torch.tensor(3.0))),
+    "scaled by name": (lambda: scaled(ce, "by"), scaled(ce, "of")),
+    "summed": (
+        lambda: summed({"a": (torch.tensor(2.0), ce), "b": ("by", losses.expected_cost)}),
+        summed({"a": (torch.tensor(2.0), ce), "b": ("of", losses.expected_cost)}),
+    ),
+    "parts": (lambda: parts({"a": (2.0, ce)}), parts({"b": (2.0, ce)})),
+    "from_logits": (lambda: from_logits(losses.nll), from_logits(ce)),
+    "one_hot_targets": (
+        lambda: one_hot_targets(losses.squared_error), one_hot_targets(losses.huber)
+    ),
+    "temperature": (lambda: temperature(ce, 2.0), temperature(ce, "heat")),
+    "soft": (lambda: soft(ce), soft(losses.poly1)),
+    "smoothed": (lambda: smoothed(ce), smoothed(ce, 0.2)),
+    "mixup": (lambda: mixup(ce), soft(ce)),
+    "where": (lambda: where(ce, odd), where(ce, torch.ge)),
+    "nest": (
+        lambda: class_weighted(smoothed(temperature(ce, "heat"), "eps")),
+        class_weighted(smoothed(temperature(ce, "heat"), "heat")),
+    ),
+    "custom_vjp": (
+        lambda: custom_vjp(squares, slopes_of_squares), custom_vjp(squares, torch.sub)
+    ),
+    "from_numpy": (
+        lambda: from_numpy(squares, slopes_of_squares),
+        from_numpy(squares, slopes_of_squares, example_axes=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_a_combinator_makes_is_compared_hashed_and_pickled(name):
+    make, other = MADE[name]
+    made, copy = make(), pickle.loads(pickle.dumps(make()))
+    assert made == make() == copy
+    assert hash(made) == hash(make()) == hash(copy)
+    assert made != other
+    assert repr(copy) == repr(made)
+    with pytest.raises(AttributeError):
+        made.losses = (losses.poly1,)
+
+
+def test_a_criterion_as_a_loss_is_pickled():
+    made = from_module(torch.nn.CrossEntropyLoss(weight=torch.tensor(W)))
+    copy = pickle.loads(pickle.dumps(made))
+    assert repr(copy) == repr(made) == "CrossEntropyLoss()"
+    assert_close(copy(LOGITS.float(), LABELS), made(LOGITS.float(), LABELS))
+    criterion = pickle.loads(pickle.dumps(as_module(weighted, class_weights=WEIGHTS)))
+    assert_close(criterion(LOGITS, LABELS), (PAYS * TRUE).mean())
+
+
+def test_a_combinator_may_be_called_in_what_is_traced():
+    """Two of one kind, too: in the trace of torch 2.6 they are hashed before they have parts."""
+
+    def inside(logits, labels, class_weights):
+        twice = scaled(scaled(class_weighted(smoothed(smoothed(ce, 0.1), 0.3)), 2.0), 3.0)
+        return twice(logits, labels, class_weights=class_weights)
+
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(LOGITS, LABELS, WEIGHTS), inside(LOGITS, LABELS, WEIGHTS))
+
+
+# -- how scores become probabilities --------------------------------------------------------------
+
+
+def unstated(logits, labels):
+    return losses.cross_entropy(logits, labels)
+
+
+def every(logits, labels):
+    return labels >= 0
+
+
+def halved(logits, labels):
+    return losses.cross_entropy(logits / 2, labels)
+
+
+STATED = {
+    "a function": (ce, "softmax"),
+    "not stated": (unstated, None),
+    "partial": (functools.partial(losses.multi_margin, margin=2.0), "none"),
+    "partial, not stated": (functools.partial(unstated), None),
+    "from_logits": (from_logits(losses.nll), "softmax"),
+    "one_hot_targets": (distance, "none"),
+    "a nest": (scaled(mixup(where(smoothed(soft(ce)), odd)), "by"), "softmax"),
+    "a nest of a hinge": (class_weighted(temperature(losses.multi_margin, 2.0)), "none"),
+    "a nest of costs": (class_weighted(scaled(losses.cost_hinge, 2.0)), "costs"),
+    "a nest, not stated": (class_weighted(temperature(unstated, 2.0)), None),
+    "a sum": (summed({"a": (1.0, ce), "b": ("x", losses.poly1)}), "softmax"),
+    "a sum, costs": (
+        summed({"a": (1.0, losses.expected_cost), "b": (1.0, losses.multi_margin)}), "costs"
+    ),
+    "a sum, hinge": (summed({"a": (1.0, ce), "b": (1.0, losses.multi_margin)}), "none"),
+    "a sum, not stated": (summed({"a": (1.0, ce), "b": (1.0, unstated)}), None),
+    "a sum that disagrees": (
+        summed({"a": (1.0, ce), "b": (1.0, losses.balanced_softmax)}), "none"
+    ),
+    "custom_vjp": (custom_vjp(squares, slopes_of_squares), None),
+    "from_module": (from_module(torch.nn.CrossEntropyLoss()), None),
+    "as_module": (as_module(losses.multi_margin), "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "stated"), STATED.values(), ids=STATED.keys())
+def test_a_loss_states_how_its_scores_become_probabilities(loss, stated):
+    assert probabilities_of(loss) == stated
+    assert correction_of(loss, {}) == (1.0, 0.0)
+
+
+PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+FACTS = {"class_counts": 100 * PRIOR, "class_prior": PRIOR}
+UNEVEN = torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+own_correction = functools.partial(halved)
+own_correction.probabilities = lambda: (0.5, 0.0)
+bound = functools.partial(weighted, class_weights=UNEVEN)
+CORRECTED = {
+    "class_balanced": (losses.class_balanced, {"beta": 0.9}),
+    "balanced_softmax": (losses.balanced_softmax, {}),
+    "logit_adjusted": (losses.logit_adjusted, {"tau": 0.5}),
+    "vector_scaling": (losses.vector_scaling, {"gamma": 0.3, "tau": 0.7}),
+    "class_weighted": (weighted, {"class_weights": UNEVEN}),
+    "class_weighted, on top": (
+        class_weighted(losses.logit_adjusted), {"class_weights": UNEVEN, "tau": 2.0}
+    ),
+    "weights bound, on top": (class_weighted(bound), {"class_weights": UNEVEN}),
+    "bound": (bound, {}),
+    "bound tau": (functools.partial(losses.logit_adjusted, tau=0.5), {}),
+    "bound tau, other given": (functools.partial(losses.logit_adjusted, tau=0.5), {"tau": 2.0}),
+    "temperature": (temperature(ce, "heat"), {"heat": 2.0}),
+    "temperature of scaled scores": (temperature(losses.vector_scaling, 2.0), {"gamma": 0.3}),
+    "a nest": (
+        scaled(where(class_weighted(temperature(losses.balanced_softmax, 3.0)), every), "by"),
+        {"by": 0.5, "class_weights": UNEVEN},
+    ),
+    "a sum of one kind": (
+        summed({"a": (1.0, class_weighted(ce)), "b": ("by", class_weighted(ce))}),
+        {"by": 0.5, "class_weights": UNEVEN},
+    ),
+    "a module": (as_module(weighted, reduction="none", class_weights=UNEVEN), {}),
+    "one's own": (own_correction, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "options"), CORRECTED.values(), ids=CORRECTED.keys())
+def test_corrected_scores_at_the_minimum_are_the_prior(loss, options):
+    """What sees nothing learns, but for the correction, how often the classes come."""
+    options = {name: x for name, x in FACTS.items() if name in options_of(loss)} | options
+    scale, offset = correction_of(loss, options)
+    labels = torch.arange(4)
+    scores = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores],
+        max_iter=300,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        total = (PRIOR * loss(scores.expand(4, 4), labels, **options)).sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    found = (scale * scores.detach() + offset).softmax(-1)
+    assert_close(found, PRIOR, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(scores.detach().softmax(-1), PRIOR, atol=1e-2)
+
+
+def test_a_statement_that_means_nothing_is_refused():
+    def own(logits, labels):
+        return ce(logits, labels)
+
+    own.probabilities = "sigmoid"
+    for loss in (own, scaled(own, 2.0), functools.partial(own)):
+        with pytest.raises(ValueError, match=r"own.probabilities must be one of 'softmax', .*'sig"):
+            probabilities_of(loss)
 
 
 costly = class_weighted(smoothed(temperature(ce, "heat"), "eps"))

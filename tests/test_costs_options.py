@@ -1,6 +1,7 @@
 """Costs, priors, options of the loss and a long tail, from the command line to the numbers."""
 
 import dataclasses
+import functools
 import inspect
 import json
 
@@ -11,7 +12,7 @@ import typer.testing
 from conftest import StopAt
 from torch.testing import assert_close
 
-from funcloss import audit, data, training
+from funcloss import audit, class_weighted, custom_vjp, data, losses, mixup, scaled, training
 from funcloss.cli import app as shell
 from funcloss.config import make_config, read_toml
 from funcloss.decisions import make_costs
@@ -336,6 +337,21 @@ NUMBERS = {
 @pytest.mark.parametrize(("loss", "numbers"), NUMBERS.items(), ids=NUMBERS.keys())
 def test_the_numbers_among_the_options_of_a_loss_are_known(loss, numbers):
     assert number_options(LOSSES[loss]) == numbers
+
+
+OWN_NUMBERS = [
+    (class_weighted(losses.softmax_focal), {"gamma": False}),
+    (scaled(losses.equalization, "by"), {"threshold": True, "by": True}),
+    (mixup(losses.poly1), {"epsilon": False, "mix": True}),
+    (functools.partial(losses.equalization, threshold=0.1), {"threshold": False}),
+    (functools.partial(scaled(losses.poly1, "by"), by=2.0), {"epsilon": False, "by": False}),
+    (custom_vjp(lambda z, y: z.sum(-1), lambda z, y: torch.ones_like(z)), {}),
+]
+
+
+@pytest.mark.parametrize(("loss", "numbers"), OWN_NUMBERS)
+def test_the_numbers_of_what_is_made_of_losses_are_known(loss, numbers):
+    assert number_options(loss) == numbers
 
 
 @pytest.mark.parametrize("loss", LOSSES)

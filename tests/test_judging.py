@@ -1,20 +1,25 @@
 """What a run's decisions cost: from its loss, counts and priors to what ``evaluate`` prints."""
 
 import csv
+import itertools
 import json
 import math
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
 
 from funcloss import training
 from funcloss.config import make_config
 from funcloss.data import normalised
 from funcloss.decisions import fit_temperature, make_costs
 from funcloss.errors import ConfigError
+from funcloss.training import objective
 from funcloss.training.judging import (
     deployment_prior,
     implied_prior,
@@ -22,6 +27,7 @@ from funcloss.training.judging import (
     judged_record,
     probability_scores,
     rule_caveat,
+    rule_fits,
 )
 from funcloss.training.objective import make_criterion
 from funcloss.training.setup import make_hyper
@@ -310,6 +316,204 @@ def test_a_loss_that_the_rule_does_not_fit_is_said_so(loss, start):
     caveat = rule_caveat(make_config({"loss": loss}))
     assert caveat.startswith(start)
     assert bool(caveat) == bool(start)
+
+
+# Every loss by its short name: what its scores are multiplied by, and what they leave out.
+
+COSTLY = {
+    "expected_cost",
+    "log_bilinear",
+    "softmax_margin",
+    "cost_hinge",
+    "cross_entropy_with_cost",
+}
+IMPROBABLE = {
+    "squared_error", "multiclass_hinge", "multi_margin", "mean_absolute_error", "earth_mover",
+}  # fmt: skip
+PINNED = [
+    *((name, {}) for name in objective.LOSSES),
+    ("class_balanced", {"beta": 0.99}),
+    ("logit_adjusted", {"tau": 0.5}),
+    ("logit_adjusted", {"tau": 2.0}),
+    ("vector_scaling", {"gamma": 0.3, "tau": 0.7}),
+    ("vector_scaling", {"gamma": 0.0}),
+]
+
+
+def left_out(name, n, options):
+    """The factor on the parts of the classes that a loss makes for itself."""
+    tau = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}.get(name, 0.0)
+    power = n ** -(options.get("tau", tau) if tau else 0.0)
+    if name == "class_balanced":
+        return 1.0 / (1.0 - options.get("beta", 0.9999) ** n)
+    return power
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [3.0, 0.0, 0.5]])
+@pytest.mark.parametrize("counts", [[600.0, 300.0, 100.0], [60.0, 0.0, 5.0]], ids=["all", "absent"])
+@pytest.mark.parametrize(("name", "options"), PINNED, ids=[f"{n} {o}" for n, o in PINNED])
+def test_what_is_known_of_the_scores_of_every_loss(name, options, counts, weights):
+    config = make_config({"loss": name, "loss_option": options})
+    n, w = np.array(counts), np.ones(3) if weights is None else np.array(weights)
+    seen = (n > 0) & (w > 0)
+    parts = left_out(name, np.where(seen, n, 1.0), options) * n * w
+    parts = np.where(seen, parts, parts[seen].min())
+    given = None if weights is None else torch.tensor(weights)
+    found = implied_prior(config, torch.tensor(counts), given)
+    assert_close(found, torch.from_numpy(parts / parts.sum()), rtol=1e-12, atol=0)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    gamma = options.get("gamma", 0.2) if name == "vector_scaling" else 0.0
+    factors = (np.maximum(n, 0.5) / n.max()) ** gamma
+    scores = probability_scores(logits, config, torch.tensor(counts))
+    assert_close(scores.double(), logits.double() * torch.from_numpy(factors), rtol=1e-12, atol=0)
+    caveat = rule_caveat(config)
+    assert ("the costs in them already" in caveat) == (name in COSTLY)
+    assert ("estimates no probabilities" in caveat) == (name in IMPROBABLE)
+    assert bool(caveat) == (name in COSTLY | IMPROBABLE)
+
+
+# A name, an address, a partial and a module of one's own are judged alike.
+
+OWN = {  # by what it is called where it has a short name
+    "nll": "from_logits(losses.nll)",
+    "squared_error": "one_hot_targets(losses.squared_error)",
+    "cross_entropy_with_cost":
+        'summed({"fit": (1.0, losses.cross_entropy), "cost": ("price", losses.expected_cost)})',
+}  # fmt: skip
+GIVEN = {"equalization": {"threshold": 0.05}, "cross_entropy_with_cost": {"price": 0.5},
+         "logit_adjusted": {"tau": 0.5}, "vector_scaling": {"gamma": 0.3},
+         "class_balanced": {"beta": 0.99}}  # fmt: skip
+PREAMBLE = """
+from functools import partial
+import torch
+from funcloss import *
+from funcloss import losses
+from funcloss.typing import Correction
+
+def of_prior(*, class_prior, tau=1.0):
+    return Correction(offset=tau * class_prior.log())
+
+def adjusted(logits, labels, *, class_prior, tau: float = 1.0, where=None):
+    return losses.cross_entropy(logits + tau * class_prior.log(), labels, where=where)
+
+adjusted.probabilities = of_prior
+
+def unstated(logits, labels, *, where=None):
+    return losses.cross_entropy(logits, labels, where=where)
+
+def costly(logits, labels, *, cost_matrix, where=None):
+    return losses.expected_cost(logits, labels, cost_matrix=cost_matrix, where=where)
+
+class Callable:
+    probabilities = "none"
+
+    def __call__(self, logits, labels, *, where=None):
+        return losses.multi_margin(logits, labels, where=where)
+"""
+SQUARE = make_costs(ABC, class_cost={"b": 2.0, "c": 6.0})
+_modules = itertools.count()
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Write one expression as the loss of a module of one's own; return its address."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(expression):
+        name = f"judged_{os.getpid()}_{next(_modules)}"
+        (tmp_path / f"{name}.py").write_text(f"{PREAMBLE}\nloss = {expression}\n")
+        return f"{name}:loss"
+
+    yield write
+    for name in [n for n in sys.modules if n.startswith(f"judged_{os.getpid()}_")]:
+        del sys.modules[name]
+
+
+def all_that_is_said(loss, options, weights):
+    """The judgement, what is swept and the caveat, the name of the loss left out."""
+    config = make_config({"loss": loss, "loss_option": options})
+    held_out, tested = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
+    judged = judge_parts(
+        {"validation": evaluation(*held_out), "test": evaluation(*tested)},
+        {"validation": held_out[1], "test": tested[1]},
+        config=config,
+        costs=SQUARE,
+        counts=COUNTS,
+        class_weights=weights,
+    )
+    hyper = make_hyper(config, SQUARE, COUNTS, "cpu")
+    return (
+        {part: judged_record(found, SQUARE) for part, found in judged.items()},
+        {name: value.tolist() for name, value in hyper.items()},
+        rule_caveat(config).replace(loss, "LOSS"),
+        rule_fits(config),
+    )
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", objective.LOSSES)
+def test_a_loss_is_judged_alike_by_name_by_address_and_as_a_partial(name, weights, mine):
+    short = all_that_is_said(name, GIVEN.get(name, {}), weights)
+    written = OWN.get(name, f"losses.{name}")
+    addresses = [mine(written), mine(f"partial({written})"), mine(f"scaled({written}, 0.5)")]
+    if name not in OWN:
+        addresses.append(f"funcloss.losses:{name}")
+    for address in addresses:
+        assert all_that_is_said(address, GIVEN.get(name, {}), weights) == short
+
+
+ALIKE = [  # what is written, the short name and the weights that it amounts to
+    ("partial(losses.logit_adjusted, tau=0.5)", "logit_adjusted", {"tau": 0.5}, None),
+    ("adjusted", "logit_adjusted", {}, None),
+    ("partial(class_weighted(losses.cross_entropy), class_weights=torch.tensor([1.0, 2.0, 5.0]))",
+     "cross_entropy", {}, WEIGHTS),
+    ("partial(class_weighted(adjusted), class_weights=torch.tensor([1.0, 2.0, 5.0]))",
+     "logit_adjusted", {}, WEIGHTS),
+    ("smoothed(losses.multi_margin)", "multi_margin", {}, None),
+    ("Callable()", "multi_margin", {}, None),
+    ("costly", "expected_cost", {}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "name", "options", "weights"), ALIKE)
+def test_what_a_loss_is_made_of_is_judged_as_what_it_amounts_to(
+    written, name, options, weights, mine
+):
+    own, short = all_that_is_said(mine(written), {}, None), all_that_is_said(name, options, weights)
+    found, expected = (tree_flatten(said[0]) for said in (own, short))
+    assert found[1] == expected[1]
+    assert found[0] == [  # but for the rounding of float32 weights
+        pytest.approx(x, rel=1e-6) if isinstance(x, float) else x for x in expected[0]
+    ]
+    assert own[2:] == short[2:]
+
+
+@pytest.mark.parametrize("written", ["unstated", "partial(unstated)", "scaled(unstated, 2.0)"])
+def test_a_loss_that_states_nothing_is_taken_like_the_cross_entropy_and_said_so(written, mine):
+    judged, _, caveat, fits = all_that_is_said(mine(written), {}, WEIGHTS)
+    plain = all_that_is_said("cross_entropy", {}, WEIGHTS)
+    assert (judged, fits) == (plain[0], plain[3]) == (plain[0], True)
+    assert caveat.startswith("LOSS does not state how its scores become probabilities; their soft")
+    name = "loss" if written == "unstated" else "unstated"
+    assert f'set {name}.probabilities = "softmax" where it is defined' in caveat
+
+
+@pytest.mark.parametrize(
+    ("statement", "match"),
+    [
+        (
+            '"sigmoid"',
+            r"its probabilities cannot be used: ValueError: .*'softmax', 'none', 'costs'",
+        ),
+        ("lambda gamma: None", "its probabilities cannot be used: TypeError: .*'gamma'"),
+        ("lambda: Correction(torch.ones(2))", "its probabilities cannot be used: RuntimeError"),
+        ("lambda: Correction(offset=torch.ones(2, 3))", r"shape \(3,\); got shape \(2, 3\)"),
+    ],
+)
+def test_a_statement_that_cannot_be_used_is_refused_before_the_training(statement, match, mine):
+    address = mine(f"unstated\nloss.probabilities = {statement}")
+    with pytest.raises(ConfigError, match=match):
+        make_hyper(make_config({"loss": address}), SQUARE, COUNTS, "cpu")
 
 
 # The command, on real digits.

@@ -13,7 +13,7 @@ from torch.func import grad
 from torch.testing import assert_close
 
 from funcloss import losses
-from funcloss.combinators import couples_examples
+from funcloss.combinators import couples_examples, probabilities_of
 from funcloss.laws import SUBJECTS
 
 OWN = {name: s for name, s in SUBJECTS.items() if name.split(",")[0] in losses.__all__}
@@ -125,3 +125,26 @@ def test_the_difference_of_two_large_logits_is_exact():
     logits = torch.tensor([[1e4, 1e4 - 0.5]])
     exact = math.log1p(math.exp(-0.5))
     assert_close(losses.cross_entropy(logits, torch.tensor([0])), torch.tensor([exact]))
+
+
+OF_LABELS = [
+    name for name in losses.__all__
+    if {"labels"} & set([*inspect.signature(getattr(losses, name)).parameters][1:])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_every_loss_of_labels_states_how_its_scores_become_probabilities(name):
+    loss = getattr(losses, name)
+    stated = probabilities_of(loss)
+    assert stated is not None
+    parameters = inspect.signature(loss).parameters
+    assert ("cost_matrix" in parameters) == (stated == "costs")
+    if callable(stated):  # it takes the options of the loss, with their defaults
+        own = {
+            key: (p.kind, p.default)
+            for key, p in parameters.items()
+            if p.kind is p.KEYWORD_ONLY and key != "where"
+        }
+        takes = inspect.signature(stated).parameters
+        assert {key: (p.kind, p.default) for key, p in takes.items()} == own

@@ -339,6 +339,29 @@ def test_a_split_writes_nothing_in_place_and_takes_no_part_at_all(optimizer):
         assert {n: s.shape for n, s in steps.items()} == {n: r.shape for n, r in none.items()}
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "invariant"),
+    [
+        (optim.adam(), True),
+        (optim.adamw(weight_decay=0.1), True),
+        (optim.sgd(), False),
+        (optim.sgd(momentum=0.9, nesterov=True), False),
+    ],
+)
+def test_an_optimiser_states_whether_a_factor_on_the_gradients_changes_its_steps(
+    optimizer, invariant
+):
+    params, rate = {"w": torch.tensor([2.0, -1.0], dtype=torch.float64)}, torch.tensor(0.1)
+    ends = []
+    for factor in (1.0, 1000.0):
+        state = optimizer.init(params)
+        for g in ([1.0, -2.0], [0.5, 3.0]):
+            grads = {"w": factor * torch.tensor(g, dtype=torch.float64)}
+            step, state = optimizer.update(grads, state, params, rate)
+        ends.append(step["w"])
+    assert torch.allclose(*ends, rtol=1e-6) == optimizer.scale_invariant == invariant
+
+
 def test_a_part_that_stops_lives_on_in_its_memory_only():
     ratios = {}
     for name, optimizer in (("momentum", optim.sgd(momentum=0.9)), ("adam", optim.adam())):

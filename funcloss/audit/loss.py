@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from funcloss.combinators import couples_examples, options_of
-from funcloss.combinators._combined import Combined, name_of
+from funcloss.combinators import ClassWeighted, couples_examples, name_of, options_of
 from funcloss.errors import AuditError
 from funcloss.typing import LossFn
 
@@ -47,9 +46,10 @@ def make_loss_side(
     Raises:
         AuditError: class weights are given, and the loss puts them where it wants.
     """
-    if isinstance(loss, Combined) and loss.name == "class_weighted" and not _OWN & options.keys():
+    bound = loss.keywords.keys() if isinstance(loss, functools.partial) else set()
+    if isinstance(loss, ClassWeighted) and not _OWN & options.keys():
         (loss,) = loss.losses
-    elif weighted and _OWN & options_of(loss):
+    elif weighted and _OWN & options_of(loss) - bound:
         raise AuditError(
             f"audit: {name_of(loss)} puts class weights where it wants: give them as "
             "options={'class_weights': ...}, and they are audited as they act"

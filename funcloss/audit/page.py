@@ -40,6 +40,7 @@ class About(NamedTuple):
     step: int | None  # of the training; None: not known
     mode: str  # of the model: "train" or "eval"
     optimizer: str  # empty: not known
+    scale_invariant: bool  # whether its steps stay when all gradients are scaled, as Adam's do
     command: str  # that made it
     versions: dict[str, str]
     made: str  # ISO time
@@ -94,7 +95,12 @@ def render_page(
         name_width=max(len(_short(audit.classes[c])) for c in shown) + 2,
         total=len(audit.classes),
         notes=audit.notes,
-        lines=sentences(audit, optimizer=about.optimizer, name=_isolated),
+        lines=sentences(
+            audit,
+            optimizer=about.optimizer,
+            scale_invariant=about.scale_invariant,
+            name=_isolated,
+        ),
         rows=_class_rows(audit, shown),
         share_axis=_share_axis(audit, shown),
         what_if=_what_if(audit, shown) if audit.linear_in_weights else None,

@@ -326,6 +326,7 @@ def about_of(
         step=step,
         mode="eval" if evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",
+        scale_invariant=make_optimizer(config).scale_invariant,
         command=folder.command_line(),
         versions={name: str(environment[name]) for name in names},
         made=datetime.now().astimezone().isoformat(timespec="seconds"),

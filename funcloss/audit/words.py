@@ -36,7 +36,12 @@ class _Said(NamedTuple):
 
 
 def sentences(
-    audit: Audit, *, optimizer: str = "", name: Name = str, most: int = 4
+    audit: Audit,
+    *,
+    optimizer: str = "",
+    scale_invariant: bool = False,
+    name: Name = str,
+    most: int = 4,
 ) -> tuple[str, ...]:
     """Return the first lines of the report: what the costs did, and who pays for it.
 
@@ -44,6 +49,8 @@ def sentences(
         audit: The audit.
         optimizer: Name of the optimiser, to say how its step answers to scaled costs; empty: not
             known.
+        scale_invariant: Whether its steps stay when all gradients are scaled, as
+            :class:`funcloss.optim.Optimizer` states it.
         name: How a class's name is written.
         most: Classes to speak of, at most.
 
@@ -78,7 +85,7 @@ def sentences(
         lines.append(f"Of the step: {audit.step.note}.".replace("..", "."))
     lines += _of_options(audit, name)
     if optimizer and audit.linear_in_weights:
-        lines.append(_of_scale(audit, optimizer))
+        lines.append(_of_scale(audit, optimizer, scale_invariant))
     return tuple(lines)
 
 
@@ -427,11 +434,11 @@ def _entry(audit: Audit, option: str, values: Tensor, at: int, name: Name) -> st
     return f"{option} at {entry} (most of all its entries)"
 
 
-def _of_scale(audit: Audit, optimizer: str) -> str:
+def _of_scale(audit: Audit, optimizer: str, scale_invariant: bool) -> str:
     """Say what multiplying all costs by one number does to the step."""
     if audit.reduction == "weighted_mean":
         return "Multiplying all costs by one number changes nothing: the loss divides by their sum."
-    if "adam" in optimizer.lower():
+    if scale_invariant:
         return (
             f"A step of {optimizer} hardly changes when all costs are multiplied by one number: "
             "only their ratios count."

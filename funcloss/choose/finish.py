@@ -36,7 +36,7 @@ from funcloss.training import (
     supervised,
 )
 from funcloss.training.figures import save_figure
-from funcloss.training.judging import deployment_prior, evaluate_model, judge_model, rule_caveat
+from funcloss.training.judging import deployment_prior, evaluate_model, judge_model, rule_fits
 from funcloss.training.setup import Setup, make_optimizer
 from funcloss.typing import Hyper
 
@@ -109,7 +109,7 @@ def on_test(
     best = base
     if chosen is not None:
         best = scores[name] = [j.judged["test"].argmax for j in chosen]
-        if not rule_caveat(setup.config):
+        if rule_fits(setup.config):
             scores[f"{name}, {rule}"] = [j.judged["test"].min_cost for j in chosen]
     compare = partial(
         row_of,

@@ -35,7 +35,7 @@ from funcloss.training import (
     restore,
     save_tensors,
 )
-from funcloss.training.judging import evaluation_batch, judge_model, rule_caveat
+from funcloss.training.judging import evaluation_batch, judge_model, rule_fits
 from funcloss.training.objective import Forward
 from funcloss.training.setup import seeded_state
 from funcloss.typing import Batch
@@ -130,7 +130,7 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
             "accuracy": scores.accuracy.value,
             "expected_cost": scores.expected_cost.value,
             "rule_cost": judged.min_cost.expected_cost.value
-            if not rule_caveat(entry.config)
+            if rule_fits(entry.config)
             else math.nan,
             "temperature": judged.temperature,
             "calibration_error": judged.calibration_error,

@@ -221,7 +221,10 @@ def _mean(values: list[float | None]) -> float | None:
 def print_audit(found: "audit.RunAudit", files: list[Path], *, quiet: bool) -> None:
     """Print what an audit found, in words and in a table, and where its report is."""
     out = _console()
-    for line in audit.sentences(found.audit, optimizer=found.about.optimizer):
+    about = found.about
+    for line in audit.sentences(
+        found.audit, optimizer=about.optimizer, scale_invariant=about.scale_invariant
+    ):
         out.print(line)
     if quiet:
         return

@@ -3,11 +3,13 @@
 from funcloss.combinators._combined import (
     Combined,
     Factor,
+    correction_of,
     couples_examples,
     factor_names,
     masking,
     name_of,
     options_of,
+    probabilities_of,
     taken,
 )
 from funcloss.combinators.targets import (
@@ -20,6 +22,7 @@ from funcloss.combinators.targets import (
     where,
 )
 from funcloss.combinators.weighting import (
+    ClassWeighted,
     class_weighted,
     class_weights_of,
     parts,
@@ -29,10 +32,12 @@ from funcloss.combinators.weighting import (
 )
 
 __all__ = [
+    "ClassWeighted",
     "Combined",
     "Factor",
     "class_weighted",
     "class_weights_of",
+    "correction_of",
     "couples_examples",
     "factor_names",
     "from_logits",
@@ -42,6 +47,7 @@ __all__ = [
     "one_hot_targets",
     "options_of",
     "parts",
+    "probabilities_of",
     "sample_weighted",
     "scaled",
     "smoothed",

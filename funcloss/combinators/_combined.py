@@ -1,45 +1,70 @@
-"""What a combinator gives back: a loss that knows what it was made of."""
+"""What a combinator gives back: a loss that can be pickled, compared and asked for facts."""
+
+# Annotations stay text: a combinator may be called, and its loss defined, in what is being traced.
+from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
-from funcloss.typing import LossFn
+from funcloss.typing import Correction, LossFn, Probabilities
 
 Factor = float | Tensor | str  # a number, or the name of the option that brings it
+_STATEMENTS = ("softmax", "none", "costs")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Combined:
-    """A loss made of losses: as pure as they are, and with a name and options to look up."""
+    """A loss made of losses: as pure as they are, and equal to another of the same parts."""
 
-    def __init__(
-        self,
-        call: Callable[..., Tensor],
-        name: str,
-        *losses: Callable[..., Any],
-        takes: Iterable[str] = (),
-    ) -> None:
-        """Keep what to call, and of what and with which further options it was made."""
-        self.call = call
-        self.name = name
-        self.losses = losses
-        self.takes = tuple(takes)
-
-    def __call__(self, *data: Tensor, **options) -> Tensor:
-        """Return one value an example."""
-        return self.call(*data, **options)
+    losses: tuple[Callable[..., Any], ...]
+    name: ClassVar[str]
+    keeps: ClassVar[tuple[str, ...]] = ()  # options that it takes and does not pass on
 
     def __repr__(self) -> str:
         """Return it as it was written: ``class_weighted(cross_entropy)``."""
         return f"{self.name}({', '.join(map(name_of, self.losses))})"
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other was made in the same way of equal parts."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        """Return the hash of its losses: equal tensors, among the factors, have other hashes.
+
+        The compiler of torch 2.6 looks up the hash of what is made in its trace, still empty.
+        """
+        return hash((type(self), vars(self).get("losses")))
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """What it multiplies or divides by, numbers or names of the options that bring them."""
+        return ()
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The names of the keywords that it takes, those of its losses included."""
+        own = (*self.keeps, *factor_names(*self.factors))
+        return frozenset(own).union(*map(options_of, self.losses))
+
     @property
     def couples_examples(self) -> bool:
         """Whether the value of one example depends on the others of its batch."""
         return any(couples_examples(loss) for loss in self.losses)
+
+    @property
+    def probabilities(self) -> Probabilities | None:
+        """How its scores become probabilities: as those of its loss; None: not stated."""
+        stated = probabilities_of(self.losses[0])
+        return self.correction if callable(stated) else stated
+
+    def correction(self, **options: Any) -> Correction:
+        """Return the correction that the scores need under some options."""
+        return correction_of(self.losses[0], passed_on(options, self.keeps))
 
 
 def name_of(loss: Callable[..., Any]) -> str:
@@ -60,6 +85,72 @@ def couples_examples(loss: Callable[..., Any]) -> bool:
     return getattr(loss, "couples_examples", False)
 
 
+def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:
+    """Return how a loss says that its scores become probabilities, its ``probabilities``.
+
+    Args:
+        loss: A loss of labels: a function, a ``functools.partial`` of one, or what a combinator
+            made.
+
+    Returns:
+        ``"softmax"``: ``softmax(scores)`` estimates the class probabilities under the training
+        data. ``"none"``: the softmax of the scores estimates no probabilities. ``"costs"``: the
+        scores have the costs of decisions in them already. A function of the loss's options, by
+        name, to the :class:`funcloss.typing.Correction` that the scores need. None: the loss does
+        not state it.
+
+    Raises:
+        ValueError: the loss states something else.
+
+    Example:
+        >>> import torch
+        >>> from funcloss.losses import cross_entropy, logit_adjusted, multi_margin
+        >>> probabilities_of(cross_entropy), probabilities_of(multi_margin)
+        ('softmax', 'none')
+        >>> adjusted = functools.partial(logit_adjusted, tau=2.0)
+        >>> probabilities_of(adjusted)(class_prior=torch.tensor([0.25, 0.75])).offset
+        tensor([-2.7726, -0.5754])
+        >>> probabilities_of(lambda logits, labels: logits.sum(-1)) is None
+        True
+    """
+    stated = getattr(loss, "probabilities", None)
+    if stated is None and isinstance(loss, functools.partial):
+        inside = probabilities_of(loss.func)
+        if not callable(inside):
+            return inside
+        return functools.partial(inside, **passed_on(loss.keywords, ("where",)))
+    if stated is None or callable(stated) or stated in _STATEMENTS:
+        return cast(Probabilities | None, stated)
+    raise ValueError(
+        f"{name_of(loss)}.probabilities must be one of {', '.join(map(repr, _STATEMENTS))} or a "
+        f"function of the loss's options that returns a Correction; got {stated!r}"
+    )
+
+
+def correction_of(loss: Callable[..., Any], options: Mapping[str, Any]) -> Correction:
+    """Return the correction that the scores of a loss need to become probabilities.
+
+    Args:
+        loss: What :func:`probabilities_of` takes.
+        options: Its options, by name; those that it does not take are ignored.
+
+    Returns:
+        ``Correction(1.0, 0.0)`` unless the loss states another.
+
+    Example:
+        >>> import torch
+        >>> from funcloss import class_weighted, losses
+        >>> weighted = class_weighted(losses.cross_entropy)
+        >>> correction_of(weighted, {"class_weights": torch.tensor([1.0, 4.0])}).offset
+        tensor([ 0.0000, -1.3863])
+    """
+    stated = probabilities_of(loss)
+    if not callable(stated):
+        return Correction()
+    takes = options_of(loss) - {"where"}
+    return stated(**{name: value for name, value in options.items() if name in takes})
+
+
 def options_of(loss: Callable[..., Any]) -> frozenset[str]:
     """Return the names of the keywords that a loss takes, ``where`` among them.
 
@@ -69,8 +160,9 @@ def options_of(loss: Callable[..., Any]) -> frozenset[str]:
         ['class_weights', 'epsilon', 'where']
     """
     if isinstance(loss, Combined):
-        inner = [name for part in loss.losses for name in options_of(part)]
-        return frozenset([*loss.takes, *inner])
+        return loss.options
+    if isinstance(loss, functools.partial):
+        return options_of(loss.func) | frozenset(loss.keywords)
     try:
         parameters = inspect.signature(loss).parameters.values()
     except ValueError:  # built in

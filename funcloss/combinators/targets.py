@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +24,11 @@ from funcloss.combinators._combined import (
     masking,
     not_of,
     passed_on,
+    probabilities_of,
     taken,
 )
 from funcloss.losses._shared import masked
-from funcloss.typing import LossFn
+from funcloss.typing import Correction, LossFn, Probabilities
 
 
 def from_logits(loss: LossFn) -> LossFn:
@@ -42,14 +45,22 @@ def from_logits(loss: LossFn) -> LossFn:
         >>> from_logits(nll)(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
+    return FromLogits((loss,))
 
-    def of_logits(
-        logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FromLogits(Combined):
+    """What :func:`from_logits` returns."""
+
+    name = "from_logits"
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options: Any
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         check_where("from_logits", where, tuple(logits.shape[:-1]))
         return loss(masked(logits, where).log_softmax(-1), targets, **masking(where), **options)
-
-    return Combined(of_logits, "from_logits", loss)
 
 
 def one_hot_targets(loss: LossFn) -> LossFn:
@@ -71,18 +82,31 @@ def one_hot_targets(loss: LossFn) -> LossFn:
         Brier, "Verification of forecasts expressed in terms of probability", 1950, for
         predictions that are probabilities.
     """
+    return OneHotTargets((loss,))
 
-    def of_labels(
-        predictions: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OneHotTargets(Combined):
+    """What :func:`one_hot_targets` returns."""
+
+    name = "one_hot_targets"
+
+    @property
+    def probabilities(self) -> Probabilities:
+        """``"none"``: the value of each class is fitted by itself, without a softmax."""
+        return "none"
+
+    def __call__(
+        self, predictions: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options: Any
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         check_labels("one_hot_targets", "labels", labels)
         check_where("one_hot_targets", where, tuple(labels.shape))
         classes = torch.arange(predictions.shape[-1], device=predictions.device)
         targets = (labels[..., None] == classes).to(predictions.dtype)
         every = None if where is None else where[..., None].expand(targets.shape)
         return loss(predictions, targets, **masking(every), **options).sum(-1)
-
-    return Combined(of_labels, "one_hot_targets", loss)
 
 
 def temperature(loss: LossFn, value: Factor) -> LossFn:
@@ -112,14 +136,40 @@ def temperature(loss: LossFn, value: Factor) -> LossFn:
     names = factor_names(value)
     if not isinstance(value, str):
         check_number("temperature", "value", value, low=0, above=True)
-    own = not_of(names, loss)
+    return Temperature((loss,), value, not_of(names, loss))
 
-    def at_temperature(predictions: Tensor, *targets: Tensor, **options) -> Tensor:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Temperature(Combined):
+    """What :func:`temperature` returns."""
+
+    value: Factor
+    own: tuple[str, ...]  # the name of the factor, where the loss has no option of that name
+    name = "temperature"
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The temperature."""
+        return (self.value,)
+
+    @property
+    def probabilities(self) -> Probabilities | None:
+        """How its scores become probabilities: divided by the temperature, as those of its loss."""
+        stated = probabilities_of(self.losses[0])
+        return self.correction if callable(stated) or stated == "softmax" else stated
+
+    def correction(self, **options: Any) -> Correction:
+        """Return the correction that the scores need under some options."""
+        scale, offset = super().correction(**options)
+        like = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+        return Correction(scale / taken(self.value, options, like), offset)
+
+    def __call__(self, predictions: Tensor, *targets: Tensor, **options: Any) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         predictions = masked(predictions, options.get("where"))
-        cooled = predictions / taken(value, options, predictions)
-        return loss(cooled, *targets, **passed_on(options, own))
-
-    return Combined(at_temperature, "temperature", loss, takes=names)
+        cooled = predictions / taken(self.value, options, predictions)
+        return loss(cooled, *targets, **passed_on(options, self.own))
 
 
 def soft(loss: LossFn) -> LossFn:
@@ -140,18 +190,26 @@ def soft(loss: LossFn) -> LossFn:
         >>> soft(cross_entropy)(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
         tensor([0.8133])
     """
+    return Soft((loss,))
 
-    def of_targets(
-        logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Soft(Combined):
+    """What :func:`soft` returns."""
+
+    name = "soft"
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, /, *, where: Tensor | None = None, **options: Any
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         check_floating("soft", "targets", targets)
         check_shape("soft", "targets", targets, tuple(logits.shape), "logits")
         check_where("soft", where, tuple(logits.shape[:-1]))
         _check_classes_last("soft", options)
         targets = masked(targets, where).to(logits.dtype)
         return (targets * _of_each_class(loss, logits, where, options)).sum(-1)
-
-    return Combined(of_targets, "soft", loss)
 
 
 def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
@@ -189,18 +247,32 @@ def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
     names = factor_names(smoothing)
     if not isinstance(smoothing, str):
         check_number("smoothed", "smoothing", smoothing, low=0, high=1)
-    own = not_of(names, loss)
+    return Smoothed((loss,), smoothing, not_of(names, loss))
 
-    def of_smoothed(
-        logits: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Smoothed(Combined):
+    """What :func:`smoothed` returns."""
+
+    smoothing: Factor
+    own: tuple[str, ...]  # the name of the factor, where the loss has no option of that name
+    name = "smoothed"
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The smoothing."""
+        return (self.smoothing,)
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, /, *, where: Tensor | None = None, **options: Any
     ) -> Tensor:
-        part = taken(smoothing, options, logits)
+        """Return one value per example."""
+        (loss,) = self.losses
+        part = taken(self.smoothing, options, logits)
         _check_classes_last("smoothed", options)
-        rest = passed_on(options, own)
+        rest = passed_on(options, self.own)
         of_label = loss(logits, labels, **masking(where), **rest)
         return (1 - part) * of_label + part * _of_each_class(loss, logits, where, rest).mean(-1)
-
-    return Combined(of_smoothed, "smoothed", loss, takes=names)
 
 
 def mixup(loss: LossFn) -> LossFn:
@@ -222,10 +294,33 @@ def mixup(loss: LossFn) -> LossFn:
     References:
         Zhang, Cisse, Dauphin and Lopez-Paz, "mixup: beyond empirical risk minimization", 2018.
     """
+    return Mixup((loss,))
 
-    def of_mixed(
-        predictions: Tensor, targets: Tensor, others: Tensor, /, *, mix: float | Tensor, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mixup(Combined):
+    """What :func:`mixup` returns."""
+
+    name = "mixup"
+    keeps = ("mix",)
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The proportion of the first example."""
+        return ("mix",)
+
+    def __call__(
+        self,
+        predictions: Tensor,
+        targets: Tensor,
+        others: Tensor,
+        /,
+        *,
+        mix: float | Tensor,
+        **options: Any,
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         check_number("mixup", "mix", mix, low=0, high=1)
         first, second = (loss(predictions, t, **options) for t in (targets, others))
         if isinstance(mix, Tensor):
@@ -235,8 +330,6 @@ def mixup(loss: LossFn) -> LossFn:
                 mix = torch.where(options["where"], mix, 0.0)
             mix = mix.to(first.dtype)
         return mix * first + (1 - mix) * second
-
-    return Combined(of_mixed, "mixup", loss, takes=("mix",))
 
 
 def where(loss: LossFn, counts: Callable[..., Tensor]) -> LossFn:
@@ -257,12 +350,21 @@ def where(loss: LossFn, counts: Callable[..., Tensor]) -> LossFn:
         >>> known(torch.zeros(2, 2), torch.tensor([1, -100]))
         tensor([0.6931, 0.0000])
     """
+    return Where((loss,), counts)
 
-    def of_some(*data: Tensor, where: Tensor | None = None, **options) -> Tensor:
-        some = counts(*data)
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Where(Combined):
+    """What :func:`where` returns."""
+
+    counts: Callable[..., Tensor]
+    name = "where"
+
+    def __call__(self, *data: Tensor, where: Tensor | None = None, **options: Any) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
+        some = self.counts(*data)
         return loss(*data, where=some if where is None else some & where, **options)
-
-    return Combined(of_some, "where", loss)
 
 
 def _check_classes_last(name: str, options: dict) -> None:

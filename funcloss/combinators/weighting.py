@@ -3,7 +3,9 @@
 # Annotations stay text: a combinator may be called, and its loss defined, in what is being traced.
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,10 @@ from funcloss.combinators._combined import (
     not_of,
     options_of,
     passed_on,
+    probabilities_of,
     taken,
 )
-from funcloss.typing import LossFn
+from funcloss.typing import Correction, LossFn, Probabilities
 
 
 def class_weights_of(class_weights: Tensor, labels: Tensor, where: Tensor | None = None) -> Tensor:
@@ -78,24 +81,45 @@ def class_weighted(loss: LossFn) -> LossFn:
     References:
         Elkan, "The foundations of cost-sensitive learning", 2001.
     """
+    return ClassWeighted((loss,))
 
-    def weighted(
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassWeighted(Combined):
+    """What :func:`class_weighted` returns."""
+
+    name = "class_weighted"
+    keeps = ("class_weights",)
+
+    @property
+    def probabilities(self) -> Probabilities | None:
+        """How its scores become probabilities: as those of its loss, without the weights."""
+        stated = probabilities_of(self.losses[0])
+        return self.correction if callable(stated) or stated == "softmax" else stated
+
+    def correction(self, *, class_weights: Tensor, **options: Any) -> Correction:
+        """Return the correction that the scores need under some options."""
+        scale, offset = super().correction(**options)
+        return Correction(scale, offset - class_weights.log())
+
+    def __call__(
+        self,
         logits: Tensor,
         labels: Tensor,
         /,
         *,
         class_weights: Tensor,
         where: Tensor | None = None,
-        **options,
+        **options: Any,
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         classes = (logits.shape[options.get("dim", -1)],)
         check_shape("class_weighted", "class_weights", class_weights, classes, "logits")
         values = loss(logits, labels, **masking(where), **options)
         # A loss that is reduced already would be weighted as a whole, which weighs no class.
         check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
         return class_weights_of(class_weights, labels, where).to(values.dtype) * values
-
-    return Combined(weighted, "class_weighted", loss, takes=("class_weights",))
 
 
 def sample_weighted(loss: LossFn) -> LossFn:
@@ -117,10 +141,25 @@ def sample_weighted(loss: LossFn) -> LossFn:
         ...                                sample_weights=torch.tensor([3.0, 0.0]))
         tensor([3., 0.])
     """
+    return SampleWeighted((loss,))
 
-    def weighted(
-        *data: Tensor, sample_weights: Tensor, where: Tensor | None = None, **options
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SampleWeighted(Combined):
+    """What :func:`sample_weighted` returns; of probabilities, those of the weighted data."""
+
+    name = "sample_weighted"
+    keeps = ("sample_weights",)
+
+    def __call__(
+        self,
+        *data: Tensor,
+        sample_weights: Tensor,
+        where: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
         values = loss(*data, **masking(where), **options)
         check_floating("sample_weighted", "sample_weights", sample_weights)
         shape = tuple(values.shape)
@@ -128,8 +167,6 @@ def sample_weighted(loss: LossFn) -> LossFn:
         if where is not None:
             sample_weights = torch.where(where, sample_weights, 0.0)
         return sample_weights.to(values.dtype) * values
-
-    return Combined(weighted, "sample_weighted", loss, takes=("sample_weights",))
 
 
 def scaled(loss: LossFn, factor: Factor) -> LossFn:
@@ -151,20 +188,33 @@ def scaled(loss: LossFn, factor: Factor) -> LossFn:
         >>> scaled(squared_error, "strength")(torch.tensor([3.0]), torch.zeros(1), strength=2.0)
         tensor([18.])
     """
-    names = factor_names(factor)
-    own = not_of(names, loss)
+    return Scaled((loss,), factor, not_of(factor_names(factor), loss))
 
-    def of_scaled(*data: Tensor, **options) -> Tensor:
-        values = loss(*data, **passed_on(options, own))
-        return taken(factor, options, values) * values
 
-    return Combined(of_scaled, "scaled", loss, takes=names)
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(Combined):
+    """What :func:`scaled` returns."""
+
+    factor: Factor
+    own: tuple[str, ...]  # the name of the factor, where the loss has no option of that name
+    name = "scaled"
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factor."""
+        return (self.factor,)
+
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
+        values = loss(*data, **passed_on(options, self.own))
+        return taken(self.factor, options, values) * values
 
 
 Terms = Mapping[str, tuple[Factor, LossFn]]
 
 
-def parts(terms: Terms) -> Callable[..., dict[str, Tensor]]:
+def parts(terms: Terms) -> Parts:
     """Return the terms of :func:`summed` one by one, weighted, to log them.
 
     Args:
@@ -186,25 +236,37 @@ def parts(terms: Terms) -> Callable[..., dict[str, Tensor]]:
     """
     if not terms:
         raise ValueError("summed, parts: there must be a term, got none")
-    takes = {name: options_of(loss) for name, (_, loss) in terms.items()}
-    known = frozenset(factor_names(*(f for f, _ in terms.values()))).union(*takes.values())
+    factors, summands = zip(*terms.values(), strict=True)
+    return Parts(tuple(terms), factors, summands, tuple(tuple(options_of(x)) for x in summands))
 
-    def of_parts(*data: Tensor, **options) -> dict[str, Tensor]:
+
+@dataclass(frozen=True)
+class Parts:
+    """What :func:`parts` returns."""
+
+    names: tuple[str, ...]
+    factors: tuple[Factor, ...] = field(hash=False)  # equal tensors have other hashes
+    losses: tuple[LossFn, ...]
+    takes: tuple[tuple[str, ...], ...]  # the options of each loss
+
+    def __call__(self, *data: Tensor, **options: Any) -> dict[str, Tensor]:
+        """Return one value per example of each term."""
+        known = [*factor_names(*self.factors), *(n for names in self.takes for n in names)]
         for name in options:
             if name not in known:
-                expected = ", ".join(sorted(known)) or "none"
+                expected = ", ".join(sorted(set(known))) or "none"
                 raise TypeError(f"summed: no term takes the option {name!r}; they take {expected}")
-        for name, names in takes.items():
+        for name, names in zip(self.names, self.takes, strict=True):
             if options.get("where") is not None and "where" not in names:
                 raise TypeError(f"summed: the term {name!r} takes no `where`, so it cannot mask")
         values = {}
-        for name, (factor, loss) in terms.items():
-            own = {key: value for key, value in options.items() if key in takes[name]}
+        for name, factor, loss, names in zip(
+            self.names, self.factors, self.losses, self.takes, strict=True
+        ):
+            own = {key: value for key, value in options.items() if key in names}
             of_term = loss(*data, **own)
             values[name] = taken(factor, options, of_term) * of_term
         return values
-
-    return of_parts
 
 
 def summed(terms: Terms) -> LossFn:
@@ -229,13 +291,39 @@ def summed(terms: Terms) -> LossFn:
         >>> loss(torch.zeros(1, 2), torch.tensor([1]), cost_matrix=cost_matrix, price=0.5)
         tensor([1.6931])
     """
-    each = parts(terms)
-    names = factor_names(*(factor for factor, _ in terms.values()))
+    return Summed(tuple(loss for _, loss in terms.values()), parts(terms))
 
-    def of_sum(*data: Tensor, **options) -> Tensor:
-        first, *others = each(*data, **options).values()
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Summed(Combined):
+    """What :func:`summed` returns."""
+
+    each: Parts
+    name = "summed"
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Those of its terms."""
+        return self.each.factors
+
+    @property
+    def probabilities(self) -> Probabilities | None:
+        """How its scores become probabilities, where its terms agree; costs in one are in all.
+
+        Terms that need different corrections have their minimum where neither is right: none.
+        """
+        first, *others = self.losses
+        stated = [probabilities_of(loss) for loss in self.losses]
+        for statement in ("costs", "none", None):
+            if statement in stated:
+                return statement
+        if all(statement == "softmax" for statement in stated):
+            return "softmax"
+        return self.correction if all(loss == first for loss in others) else "none"
+
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor:
+        """Return one value per example."""
+        first, *others = self.each(*data, **options).values()
         for values in others:
             first = first + values
         return first
-
-    return Combined(of_sum, "summed", *(loss for _, loss in terms.values()), takes=names)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from funcloss.combinators import Combined, options_of
+from funcloss.combinators import Combined
 from funcloss.errors import ConfigError
 from funcloss.laws.catalogue import SUBJECTS
 from funcloss.laws.subject import Batch, Subject, in_dtype
@@ -143,7 +143,7 @@ def _arity(call: Callable[..., Any]) -> int:
 
 def _keywords(call: Callable[..., Any]) -> set[str]:
     if isinstance(call, Combined):
-        return set(options_of(call))
+        return set(call.options)
     return {p.name for p in _parameters(call) or () if p.kind is not p.POSITIONAL_ONLY}
 
 

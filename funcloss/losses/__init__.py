@@ -44,6 +44,7 @@ from funcloss.losses.fused import (
 )
 from funcloss.losses.imbalance import (
     balanced_softmax,
+    class_balanced,
     effective_number_weights,
     equalization,
     ldam,
@@ -105,6 +106,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "charbonnier",
+    "class_balanced",
     "coral",
     "coral_decision",
     "corn",

@@ -1,5 +1,8 @@
 """What every loss does on its way in and out: check, mask, widen; mask again, narrow."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,9 @@ from funcloss._checks import (
     check_where,
 )
 from funcloss._precision import wide_dtype
-from funcloss.typing import LossFn
+from funcloss.typing import LossFn, Probabilities
+
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
 
 SMALL = 1e-2  # below it a quotient of small numbers is left for its series
 
@@ -104,6 +109,16 @@ def mark_coupled(loss: LossFn) -> LossFn:
     """Mark a loss whose value of one example depends on the others of its batch."""
     loss.couples_examples = True  # pyright: ignore[reportFunctionMemberAccess]
     return loss
+
+
+def mark_probabilities(probabilities: Probabilities) -> Callable[[_Loss], _Loss]:
+    """Return a decorator that states how the scores of a loss become probabilities."""
+
+    def mark(loss: _Loss) -> _Loss:
+        loss.probabilities = probabilities  # pyright: ignore[reportFunctionMemberAccess]
+        return loss
+
+    return mark
 
 
 def as_tensor(option: float | Tensor, like: Tensor) -> Tensor:

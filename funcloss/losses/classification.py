@@ -5,9 +5,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_number, check_per_class
-from funcloss.losses._shared import class_inputs, finished, of_label, one_hot, paired_inputs
+from funcloss.losses._shared import (
+    class_inputs,
+    finished,
+    mark_probabilities,
+    of_label,
+    one_hot,
+    paired_inputs,
+)
 
 
+@mark_probabilities("softmax")
 def cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -65,6 +73,7 @@ def _unnormalised(scores: Tensor) -> tuple[Tensor, Tensor | float]:
     return shifted, shifted.exp().sum(-1).log()
 
 
+@mark_probabilities("softmax")
 def soft_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],
@@ -107,6 +116,7 @@ def soft_cross_entropy(
     return finished(-(probs * log_probs).sum(-1), where, logits)
 
 
+@mark_probabilities("softmax")
 def nll(
     log_probs: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -157,6 +167,7 @@ def _finite_log_softmax(scores: Tensor) -> Tensor:
     return scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
 
 
+@mark_probabilities("softmax")
 def softmax_focal(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -204,6 +215,7 @@ def softmax_focal(
     return finished(loss, where, logits)
 
 
+@mark_probabilities("softmax")
 def poly1(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -245,6 +257,7 @@ def poly1(
     return finished(-log_prob - epsilon * log_prob.expm1(), where, logits)
 
 
+@mark_probabilities("softmax")
 def asymmetric_single_label(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

@@ -11,9 +11,17 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, check_shape, check_where
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import class_inputs, finished, masked, of_label, one_hot
+from funcloss.losses._shared import (
+    class_inputs,
+    finished,
+    mark_probabilities,
+    masked,
+    of_label,
+    one_hot,
+)
 
 
+@mark_probabilities("costs")
 def expected_cost(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -55,6 +63,7 @@ def expected_cost(
     return finished((costs * scores.softmax(-1)).sum(-1), where, logits)
 
 
+@mark_probabilities("costs")
 def log_bilinear(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -102,6 +111,7 @@ def log_bilinear(
     return finished(-(costs * log_others).sum(-1), where, logits)
 
 
+@mark_probabilities("costs")
 def softmax_margin(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -148,6 +158,7 @@ def softmax_margin(
     return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits)
 
 
+@mark_probabilities("costs")
 def cost_hinge(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -197,6 +208,7 @@ def cost_hinge(
     return finished((margins + costs).amax(-1), where, logits)
 
 
+@mark_probabilities("costs")
 def one_sided_regression(
     cost_estimates: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],

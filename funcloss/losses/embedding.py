@@ -12,6 +12,7 @@ from funcloss.losses._shared import (
     alike_inputs,
     finished,
     mark_coupled,
+    mark_probabilities,
     masked,
     of_label,
     one_hot,
@@ -307,6 +308,7 @@ def nt_xent(
 
 
 @mark_coupled
+@mark_probabilities("none")
 def supervised_contrastive(
     embeddings: Float[Tensor, "batch features"],
     labels: Int[Tensor, " batch"],

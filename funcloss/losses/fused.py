@@ -19,11 +19,12 @@ from funcloss._checks import (
     check_where,
 )
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import finished, masked, of_label
+from funcloss.losses._shared import finished, mark_probabilities, masked, of_label
 
 _NAME = "linear_cross_entropy"
 
 
+@mark_probabilities("softmax")
 def linear_cross_entropy(
     features: Float[Tensor, "*batch features"],
     weight: Float[Tensor, "classes features"],

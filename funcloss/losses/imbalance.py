@@ -7,7 +7,14 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_number, check_per_class
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import class_inputs, finished, of_label, one_hot
+from funcloss.losses._shared import (
+    class_inputs,
+    finished,
+    mark_probabilities,
+    of_label,
+    one_hot,
+)
+from funcloss.typing import Correction
 
 # What a count of 0 is taken as, in every dtype: the least normal number of float32.
 _ABSENT = 2.0**-126
@@ -56,6 +63,65 @@ def effective_number_weights(
     return (weights * (counts.shape[0] / weights.sum())).to(class_counts.dtype)
 
 
+def _of_effective_number(*, class_counts: Tensor, beta: float | Tensor = 0.9999) -> Correction:
+    return Correction(offset=-effective_number_weights(class_counts, beta=beta).log())
+
+
+@mark_probabilities(_of_effective_number)
+def class_balanced(
+    logits: Float[Tensor, "*batch classes"],
+    labels: Int[Tensor, "*batch"],
+    *,
+    class_counts: Float[Tensor, " classes"],
+    beta: float | Tensor = 0.9999,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Cross-entropy weighted by :func:`effective_number_weights` of the class, in nats.
+
+    The weights are scaled to a mean of 1 over the training examples, so that ``beta`` moves the
+    balance and not the size of the steps. The gradient is the weight of the label times
+    ``softmax(logits) - one_hot(label)``. At ``beta = 0`` it is :func:`cross_entropy`.
+
+    Args:
+        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        class_counts: Training examples of each class, shape ``(classes,)``. A class of count 0
+            has weight 0.
+        beta: How slowly another example of a class loses its novelty, in ``[0, 1]``.
+        where: Examples that count. The others give 0, with zero gradient.
+
+    Returns:
+        Loss of each example, not negative, shape ``(*batch)``, dtype of ``logits``.
+
+    Raises:
+        TypeError: ``logits`` or ``class_counts`` is not floating point, ``labels`` is, or ``where``
+            is not boolean.
+        ValueError: ``labels``, ``where`` or ``class_counts`` does not fit the shape of ``logits``,
+            or ``beta`` is outside its range.
+
+    Example:
+        >>> class_balanced(torch.zeros(2, 2), torch.tensor([0, 1]),
+        ...                class_counts=torch.tensor([1.0, 2.0]), beta=0.5)
+        tensor([0.8912, 0.5941])
+
+    References:
+        Cui et al., "Class-balanced loss based on effective number of samples", 2019.
+    """
+    check_number("class_balanced", "beta", beta, low=0, high=1)
+    scores, labels = class_inputs("class_balanced", logits, labels, where)
+    check_per_class("class_balanced", "class_counts", class_counts, logits)
+    counts = class_counts.to(scores.dtype)
+    weights = effective_number_weights(counts, beta=beta)
+    weights = weights * (counts.sum() / (weights * counts).sum())
+    of_class = of_label(weights.expand_as(scores), labels)
+    return finished(of_class * _nll(scores, labels), where, logits)
+
+
+def _of_counts(*, class_counts: Tensor) -> Correction:
+    return Correction(offset=_log(class_counts, class_counts.dtype))
+
+
+@mark_probabilities(_of_counts)
 def balanced_softmax(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -96,9 +162,14 @@ def balanced_softmax(
     """
     scores, labels = class_inputs("balanced_softmax", logits, labels, where)
     check_per_class("balanced_softmax", "class_counts", class_counts, logits)
-    return finished(_nll(scores + _log(class_counts, scores), labels), where, logits)
+    return finished(_nll(scores + _log(class_counts, scores.dtype), labels), where, logits)
 
 
+def _of_prior(*, class_prior: Tensor, tau: float | Tensor = 1.0) -> Correction:
+    return Correction(offset=tau * _log(class_prior, class_prior.dtype))
+
+
+@mark_probabilities(_of_prior)
 def logit_adjusted(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -141,9 +212,10 @@ def logit_adjusted(
     check_number("logit_adjusted", "tau", tau, low=0)
     scores, labels = class_inputs("logit_adjusted", logits, labels, where)
     check_per_class("logit_adjusted", "class_prior", class_prior, logits)
-    return finished(_nll(scores + tau * _log(class_prior, scores), labels), where, logits)
+    return finished(_nll(scores + tau * _log(class_prior, scores.dtype), labels), where, logits)
 
 
+@mark_probabilities("softmax")
 def ldam(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -198,6 +270,15 @@ def ldam(
     return finished(_nll(scale * (scores - margins), labels), where, logits)
 
 
+def _of_vector_scaling(
+    *, class_counts: Tensor, gamma: float | Tensor = 0.2, tau: float | Tensor = 1.0
+) -> Correction:
+    log_counts = _log(class_counts, class_counts.dtype)
+    relative = log_counts - log_counts.amax()
+    return Correction((gamma * relative).exp(), tau * relative)
+
+
+@mark_probabilities(_of_vector_scaling)
 def vector_scaling(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -247,12 +328,12 @@ def vector_scaling(
     check_number("vector_scaling", "tau", tau, low=0)
     scores, labels = class_inputs("vector_scaling", logits, labels, where)
     check_per_class("vector_scaling", "class_counts", class_counts, logits)
-    log_counts = _log(class_counts, scores)
-    relative = log_counts - log_counts.amax()
-    adjusted = (gamma * relative).exp() * scores + tau * relative
-    return finished(_nll(adjusted, labels), where, logits)
+    counts = class_counts.to(scores.dtype)
+    scale, offset = _of_vector_scaling(class_counts=counts, gamma=gamma, tau=tau)
+    return finished(_nll(scale * scores + offset, labels), where, logits)
 
 
+@mark_probabilities("softmax")
 def equalization(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -307,9 +388,9 @@ def equalization(
     return finished(torch.where(counted, terms, 0).sum(-1), where, logits)
 
 
-def _log(frequencies: Tensor, scores: Tensor) -> Tensor:
-    """Return the logarithm of what may be 0, finite, in the dtype of ``scores``."""
-    wide = frequencies.to(scores.dtype)
+def _log(frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the logarithm of what may be 0, finite, in a dtype."""
+    wide = frequencies.to(dtype)
     return torch.where(wide > 0, wide, _ABSENT).log()
 
 

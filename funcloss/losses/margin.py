@@ -8,6 +8,7 @@ from funcloss._checks import check_number, check_per_class
 from funcloss.losses._shared import (
     class_inputs,
     finished,
+    mark_probabilities,
     of_label,
     one_hot,
     paired_inputs,
@@ -118,6 +119,7 @@ def perceptron(
     return finished(torch.where(s * z <= 0, 0 - s * z, 0), where, scores)
 
 
+@mark_probabilities("none")
 def multiclass_hinge(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -160,6 +162,7 @@ def multiclass_hinge(
     return finished((margin + best_wrong - of_label(scores, labels)).relu(), where, logits)
 
 
+@mark_probabilities("none")
 def multi_margin(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -210,6 +213,7 @@ def multi_margin(
     return finished(loss, where, logits)
 
 
+@mark_probabilities("none")
 def multilabel_margin(
     logits: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, check_number
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import class_inputs, finished
+from funcloss.losses._shared import class_inputs, finished, mark_probabilities
 
 
+@mark_probabilities("none")
 def coral(
     logits: Float[Tensor, "*batch thresholds"],
     labels: Int[Tensor, "*batch"],
@@ -74,6 +75,7 @@ def coral_decision(logits: Float[Tensor, "*batch thresholds"]) -> Int[Tensor, "*
     return (logits > 0).sum(-1)
 
 
+@mark_probabilities("none")
 def corn(
     logits: Float[Tensor, "*batch thresholds"],
     labels: Int[Tensor, "*batch"],
@@ -149,6 +151,7 @@ def _of_thresholds(scores: Tensor, labels: Tensor) -> Tensor:
     return -F.logsigmoid(torch.where(above, scores, -scores))
 
 
+@mark_probabilities("none")
 def earth_mover(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -225,6 +228,7 @@ def sord_targets(
     return (-scale * distances.square()).softmax(-1)
 
 
+@mark_probabilities("softmax")
 def sord(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

@@ -12,6 +12,7 @@ from funcloss.losses._shared import (
     box_cox,
     class_inputs,
     finished,
+    mark_probabilities,
     of_label,
     one_hot,
 )
@@ -28,6 +29,7 @@ def _inverse_log(depths: Tensor, rate: Tensor) -> Tensor:
     return torch.where(small, series, far)
 
 
+@mark_probabilities("softmax")
 def generalized_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -69,6 +71,7 @@ def generalized_cross_entropy(
     return finished(-box_cox(of_label(scores.log_softmax(-1), labels), q), where, logits)
 
 
+@mark_probabilities("softmax")
 def symmetric_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -119,6 +122,7 @@ def symmetric_cross_entropy(
     return finished(-alpha * log_p + beta * log_zero * torch.expm1(log_p), where, logits)
 
 
+@mark_probabilities("softmax")
 def normalized_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -160,6 +164,7 @@ def normalized_cross_entropy(
     return finished(of_label(log_probs, labels) / log_probs.sum(-1), where, logits)
 
 
+@mark_probabilities("none")
 def mean_absolute_error(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -263,6 +268,7 @@ def _tempered_log_softmax(scores: Tensor, t: float | Tensor, iterations: int) ->
     return -_inverse_log(level - scores, rate)
 
 
+@mark_probabilities("softmax")
 def bi_tempered(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

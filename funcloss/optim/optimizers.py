@@ -41,6 +41,7 @@ class Optimizer(NamedTuple):
     init: Callable[[Params], OptState]
     update: Callable[[Grads, OptState, Params, Tensor], tuple[Params, OptState]]
     split: Split | None = None  # None: an audit tells the gradient's parts, not the step's
+    scale_invariant: bool = False  # whether a factor on all gradients leaves the steps as they are
 
 
 class SGDState(NamedTuple):
@@ -178,7 +179,7 @@ def adam(
         return _adam_update(grads, state, learning_rate, betas, eps)
 
     split = Split(_adam_memory, _added_decay(weight_decay), _adam_split(betas, eps))
-    return Optimizer(_adam_init, update, split)
+    return Optimizer(_adam_init, update, split, scale_invariant=True)
 
 
 def adamw(
@@ -227,7 +228,8 @@ def adamw(
         rate = -learning_rate * weight_decay
         return {}, {name: rate.to(p) * p for name, p in params.items()} if weight_decay else {}
 
-    return Optimizer(_adam_init, update, Split(_adam_memory, decayed, _adam_split(betas, eps)))
+    split = Split(_adam_memory, decayed, _adam_split(betas, eps))
+    return Optimizer(_adam_init, update, split, scale_invariant=True)
 
 
 def _adam_init(params: Params) -> AdamState:

@@ -1,7 +1,7 @@
 """What a run's decisions cost: from its loss and data to the judgement of its logits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,54 +9,86 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from funcloss.combinators import options_of
+from funcloss.combinators import (
+    Combined,
+    correction_of,
+    name_of,
+    options_of,
+    probabilities_of,
+)
 from funcloss.config import TrainConfig
 from funcloss.data import Dataset, feed
 from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
-from funcloss.losses import effective_number_weights
 from funcloss.training import folder
 from funcloss.training.evaluation import Evaluation, evaluate
 from funcloss.training.objective import Forward, loss_named
 from funcloss.training.setup import Setup
 from funcloss.training.steering import Model
-from funcloss.typing import Hyper
+from funcloss.typing import Correction, Hyper, Probabilities
 
-# By what power of the training prior the optimum of a loss is away from the posterior.
-_BALANCED = {"balanced_softmax": 1.0, "logit_adjusted": 1.0, "vector_scaling": 1.0}
 _EVALUATED_AT_ONCE = 1024 * 3 * 32 * 32  # values of the inputs
-_NO_PROBABILITIES = (
-    "squared_error",
-    "multiclass_hinge",
-    "multi_margin",
-    "mean_absolute_error",
-    "earth_mover",
-)
+
+
+def rule_fits(config: TrainConfig) -> bool:
+    """Return whether decisions of minimum expected cost fit what a loss makes of logits.
+
+    A loss that does not state how its scores become probabilities is taken like the cross-entropy,
+    unless it takes the costs.
+    """
+    return _statement(config) not in ("none", "costs")
 
 
 def rule_caveat(config: TrainConfig) -> str:
-    """Return why the rule of minimum expected cost does not fit what a loss makes of logits.
+    """Return what to doubt about decisions of minimum expected cost after a training.
 
     Args:
         config: The training.
 
     Returns:
-        A sentence; empty where the softmax of the logits estimates probabilities.
+        A sentence; empty where the loss states how its scores become probabilities, and they do.
     """
-    if "cost_matrix" in options_of(loss_named(config.loss, refused=config.refused_code)):
+    stated, loss = _statement(config), config.loss
+    if stated == "costs":
         return (
-            f"the logits of {config.loss} have the costs in them already: decisions of minimum "
+            f"the logits of {loss} have the costs in them already: decisions of minimum "
             "expected cost count them twice, go by argmax"
         )
-    if config.loss in _NO_PROBABILITIES:
+    if stated == "none":
         return (
-            f"the softmax of the logits of {config.loss} estimates no probabilities: decisions of "
+            f"the softmax of the logits of {loss} estimates no probabilities: decisions of "
             "minimum expected cost rest on a temperature alone"
+        )
+    if stated is None:
+        name = _unstated(loss_named(loss, refused=config.refused_code), loss.rpartition(":")[2])
+        return (
+            f"{loss} does not state how its scores become probabilities; their softmax is used, "
+            f'as for cross_entropy: set {name}.probabilities = "softmax" where it is defined if '
+            'that is right, "none" if not'
         )
     return ""
 
 
+def _unstated(loss: Callable[..., Any], name: str) -> str:
+    """Return the name of the function inside a loss that states nothing of its scores."""
+    while isinstance(loss, (partial, Combined)):
+        inside = (loss.func,) if isinstance(loss, partial) else loss.losses
+        loss = next(part for part in inside if probabilities_of(part) is None)
+        name = name_of(loss)
+    return name
+
+
+def _statement(config: TrainConfig) -> Probabilities | None:
+    loss = loss_named(config.loss, refused=config.refused_code)
+    stated = probabilities_of(loss)
+    return "costs" if stated is None and "cost_matrix" in options_of(loss) else stated
+
+
 def probability_scores(
-    logits: Float[Tensor, "n classes"], config: TrainConfig, counts: Float[Tensor, " classes"]
+    logits: Float[Tensor, "n classes"],
+    config: TrainConfig,
+    counts: Float[Tensor, " classes"],
+    *,
+    costs: Costs | None = None,
 ) -> Float[Tensor, "n classes"]:
     """Return the logits as the loss takes them before its softmax, but for what is added to them.
 
@@ -64,46 +96,57 @@ def probability_scores(
         logits: What the model says.
         config: The training.
         counts: Training examples of each class.
+        costs: What decisions cost, for a loss whose correction depends on them.
 
     Returns:
-        The logits, those of vector scaling times ``(n / max(n))^gamma``.
+        The logits times the scale that the loss states, see :class:`funcloss.typing.Correction`.
     """
-    if config.loss != "vector_scaling":
-        return logits
-    counts = counts.cpu().double().clamp(min=0.5)
-    return logits * (counts / counts.max()) ** config.loss_option.get("gamma", 0.2)
+    scale = _correction(config, counts, costs).scale
+    if isinstance(scale, Tensor):
+        return logits * scale.to(logits.device)
+    return logits if scale == 1.0 else logits * scale
 
 
 def implied_prior(
     config: TrainConfig,
     counts: Float[Tensor, " classes"],
     class_weights: Float[Tensor, " classes"] | None,
+    *,
+    costs: Costs | None = None,
 ) -> Float[Tensor, " classes"]:
     """Return the prior of which ``softmax(logits)`` is the posterior, as far as the loss tells.
 
-    The training prior times the class weights, for the cross-entropy; what the logit-adjusted
-    losses take out of it is out. Other losses are taken like the cross-entropy.
+    The training prior times the class weights, for the cross-entropy; what other losses state that
+    they add to the logits is out, see :class:`funcloss.typing.Correction`.
 
     Args:
         config: The training.
         counts: Training examples of each class.
         class_weights: What the training was given; None: 1.
+        costs: What decisions cost, for a loss whose correction depends on them.
 
     Returns:
         Parts that sum to 1, float64; a class that was never seen, or at weight 0, has the least of
         the others.
     """
-    tau = config.loss_option.get("tau", 1.0) * _BALANCED.get(config.loss, 0.0)
-    parts = counts.cpu().double() ** (1.0 - tau)
-    if config.loss == "class_balanced":
-        beta = config.loss_option.get("beta", 0.9999)
-        parts = parts * effective_number_weights(counts.cpu().double(), beta=beta)
+    offset = _correction(config, counts, costs).offset
+    offset = torch.as_tensor(offset, dtype=torch.float64).cpu()
+    parts = counts.cpu().double() * (-offset).exp()
     if class_weights is not None:
         parts = parts * class_weights.cpu().double()
     seen = (counts.cpu() > 0) & (parts > 0)
     least = parts[seen].min() if seen.any() else torch.ones((), dtype=torch.float64)
     parts = torch.where(seen, parts, least)
     return parts / parts.sum()
+
+
+def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Correction:
+    """Return the correction that the loss states, under the options of the training, in float64."""
+    counted = _counted(counts.cpu())
+    options = {"class_counts": counted, "class_prior": counted / counted.sum()}
+    if costs is not None:
+        options["cost_matrix"] = costs.matrix.cpu().double()
+    return correction_of(loss_named(config.loss), options | config.loss_option)
 
 
 def deployment_prior(
@@ -212,12 +255,15 @@ def judge_parts(
     Returns:
         The judgement of each part, under both rules.
     """
-    implied = implied_prior(config, counts, class_weights)
+    implied = implied_prior(config, counts, class_weights, costs=costs)
     fitted = "validation" if "validation" in evaluations else None
     # What was held out, else the training set, stands for where the model will be used, unless a
     # prior says otherwise; the examples that are judged have no say in the decisions.
     support = {name: e.support for name, e in evaluations.items()}
-    scores = {name: probability_scores(e.logits, config, counts) for name, e in evaluations.items()}
+    scores = {
+        name: probability_scores(e.logits, config, counts, costs=costs)
+        for name, e in evaluations.items()
+    }
     temperature = 1.0
     if fitted:
         here = _shift(_counted(support[fitted]), implied)

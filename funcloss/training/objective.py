@@ -1,6 +1,7 @@
 """What a step minimises: a model, a loss and a reduction, as one pure function."""
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -14,14 +15,15 @@ from torch.func import functional_call
 from funcloss import losses
 from funcloss._addresses import imported
 from funcloss.combinators import (
+    Combined,
     class_weighted,
     class_weights_of,
+    factor_names,
     from_logits,
     masking,
     one_hot_targets,
     summed,
 )
-from funcloss.combinators._combined import Combined
 from funcloss.errors import ConfigError
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import mean, weighted_mean
@@ -30,38 +32,6 @@ from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Obje
 # (predictions, batch, hyper) -> scalar; an evaluation gives no inputs in its batch
 Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
-
-
-def class_balanced(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    class_counts: Tensor,
-    beta: float | Tensor = 0.9999,
-    where: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy weighted by :func:`funcloss.losses.effective_number_weights`.
-
-    The weights are scaled to a mean of 1 over the training examples, so that ``beta`` moves the
-    balance and not the size of the steps.
-
-    Args:
-        logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
-        labels: Class indices, shape ``(*batch)``.
-        class_counts: Training examples of each class, shape ``(classes,)``.
-        beta: How slowly another example of a class loses its novelty, in ``[0, 1]``.
-        where: Examples that count.
-
-    Returns:
-        Loss of each example, shape ``(*batch)``.
-
-    References:
-        Cui et al., "Class-balanced loss based on effective number of samples", 2019.
-    """
-    weights = losses.effective_number_weights(class_counts, beta=beta)
-    weights = weights * (class_counts.sum() / (weights * class_counts).sum())
-    weighted = class_weighted(losses.cross_entropy)
-    return weighted(logits, labels, class_weights=weights, **masking(where))
 
 
 LOSSES: dict[str, LossFn] = {  # of logits and labels
@@ -80,7 +50,7 @@ LOSSES: dict[str, LossFn] = {  # of logits and labels
     "bi_tempered": losses.bi_tempered,
     "earth_mover": losses.earth_mover,
     "sord": losses.sord,
-    "class_balanced": class_balanced,
+    "class_balanced": losses.class_balanced,
     "balanced_softmax": losses.balanced_softmax,
     "logit_adjusted": losses.logit_adjusted,
     "ldam": losses.ldam,
@@ -137,8 +107,11 @@ def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
     """
     if isinstance(loss, Combined):
         numbers = {name: n for part in loss.losses for name, n in number_options(part).items()}
-        factors = [name for name in loss.takes if not name.endswith("_weights")]
-        return numbers | dict.fromkeys(factors, True)
+        return numbers | dict.fromkeys(factor_names(*loss.factors), True)
+    if isinstance(loss, functools.partial):
+        numbers = number_options(loss.func)
+        bound = [k for k, v in loss.keywords.items() if k in numbers or isinstance(v, float)]
+        return numbers | dict.fromkeys(bound, False)
     parameters = inspect.signature(loss).parameters.values()
     return {
         p.name: p.default is p.empty

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcloss import optim
-from funcloss.combinators import options_of
+from funcloss.combinators import correction_of, options_of
 from funcloss.config import TrainConfig, check_code, did_you_mean, with_final_names
 from funcloss.data import (
     Dataset,
@@ -336,6 +336,23 @@ def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
         raise ConfigError(
             f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
             f"{got}: leave out the mean or sum in it"
+        )
+    _check_probabilities(loss, {**data, **given}, classes)
+
+
+def _check_probabilities(loss: str, options: dict, classes: int) -> None:
+    """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
+    try:
+        scale, offset = correction_of(loss_named(loss), options)
+        shape = tuple((scale * torch.zeros(classes) + offset).shape)
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss}: its probabilities cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if shape != (classes,):
+        raise ConfigError(
+            f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
+            f"{(classes,)}; got shape {shape}"
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from funcloss.laws.subject import Subject, logits_and_labels
 from funcloss.losses.imbalance import (
     balanced_softmax,
+    class_balanced,
     equalization,
     ldam,
     logit_adjusted,
@@ -41,6 +42,19 @@ def _logit_adjusted(
     prior = class_prior.tolist()
     values = [
         _cross_entropy([a + tau * _log(p) for a, p in zip(z, prior, strict=True)], y)
+        for z, y in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _class_balanced(
+    logits: Tensor, labels: Tensor, class_counts: Tensor, beta: float = 0.9999
+) -> Tensor:
+    counts = class_counts.tolist()
+    weights = [1 / math.fsum(beta**i for i in range(int(n))) for n in counts]
+    mean = math.fsum(w * n for w, n in zip(weights, counts, strict=True)) / sum(counts)
+    values = [
+        weights[y] / mean * _cross_entropy(z, y)
         for z, y in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
     return torch.tensor(values, dtype=torch.float64)
@@ -107,6 +121,14 @@ SUBJECTS = {
         reference=lambda z, y, class_counts: _logit_adjusted(z, y, class_counts),
         shift=True,
         limits=_AT_ZERO,
+    ),
+    "class_balanced": Subject(
+        class_balanced,
+        logits_and_labels,
+        {"class_counts": _COUNTS, "beta": torch.tensor(0.99, dtype=torch.float64)},
+        reference=_class_balanced,
+        minus_inf=True,
+        shift=True,
     ),
     "logit_adjusted": Subject(
         logit_adjusted,
