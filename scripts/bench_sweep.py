@@ -79,8 +79,8 @@ def _measured(
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(take, setup.dataset, setup.dataset.train)
-    width = choose_width(setup.train_step, setup.state, hypers, batch_at(indices[0]))
-    groups = make_groups(setup.train_step, hypers, width.width)
+    width, _ = choose_width(setup.model, members)
+    groups = make_groups(setup.train_step, hypers, width)
     step_on = make_members_step(groups)
     together = init_members(setup.state, groups)
     apart = [setup.state] * members
@@ -105,7 +105,7 @@ def _measured(
             times[run.__name__].append((time.perf_counter() - began) / steps)
     ratios = [a / b for a, b in zip(times["sweep"][1:], times["separate"][1:], strict=True)]
     return {
-        "width": {1: "a loop", members: "one program"}.get(width.width, f"{width.width} at a time"),
+        "width": "a loop" if width == 1 else "one program",
         "sweep": statistics.median(times["sweep"][1:]),
         "separate": statistics.median(times["separate"][1:]),
         "ratio": statistics.median(ratios),

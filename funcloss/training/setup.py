@@ -217,6 +217,20 @@ def seeded_state(setup: Setup, seed: int) -> TrainState:
     return init_state(model, make_optimizer(config), seed=seed)
 
 
+def trial_batch(setup: Setup) -> Batch:
+    """Return a batch of training examples from all over the set, which may be sorted by class.
+
+    Args:
+        setup: A training, of as many examples as a batch needs.
+
+    Returns:
+        The batch, on the device.
+    """
+    n, size = len(setup.dataset.train.labels), setup.config.batch_size
+    index = torch.arange(size, device=setup.config.device) * n // size
+    return take(setup.dataset, setup.dataset.train, index)
+
+
 def resolve_device(name: str) -> str:
     """Return the device to use: the one asked for if it is there, the fastest on ``auto``.
 
