@@ -261,10 +261,11 @@ def test_the_readme_is_finished():
 
 
 # inductor may turn add(a @ b, c, alpha=0.5) into a @ b + c.
+PRODUCTS = {"addmm", "addmv", "addr", "addbmm", "baddbmm", "sspaddmm"}
 SCALED = {
-    "alpha": "add sub subtract rsub addmm addmv addr addbmm baddbmm sspaddmm".split(),
-    "beta": "addmm addmv addr addbmm baddbmm sspaddmm".split(),
-    "value": "addcmul addcdiv".split(),
+    "alpha": {"add", "sub", "subtract", "rsub"} | PRODUCTS,
+    "beta": PRODUCTS,
+    "value": {"addcmul", "addcdiv"},
 }
 
 

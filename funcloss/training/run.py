@@ -8,8 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig
 from funcloss.data import short_name
