@@ -1,7 +1,7 @@
 """Sixteen members of a sweep against sixteen separate trainings, in one process.
 
 Both take the same steps on the same data: the sweep as `funcloss sweep` runs it (members in one
-program, a few at a time or in a loop, whichever a few steps show to be faster; the examples of a
+program, or in a loop if the model has convolutions and the device is not CUDA; the examples of a
 step read once), the separate trainings one after another as `funcloss-train` runs them. A round
 times a few steps of each in turn; the ratio is the median over the rounds of that within a round.
 

@@ -21,7 +21,7 @@ AnyStep = Callable[..., tuple[Any, Metrics]]  # (state, *inputs) -> (state, metr
 
 _CHECKED = 3  # steps: momentum enters at the second
 _NUDGES = 3  # of the weights, at each of these
-_ROOM = 16.0  # times what a nudge changes
+_ROOM = 6.0  # times what a nudge changes
 
 
 class Compiled(NamedTuple):
