@@ -39,7 +39,7 @@ def prepare(step_on: AnyStep, mode: str, state: Any, inputs: tuple[Any, ...]) ->
 
     Three compiled steps from ``state`` are compared with eager ones. They may differ by rounding:
     by a few times what the eager step itself changes by when the weights are moved by a few units
-    of rounding. Where they differ by more, the compiler is wrong and the eager step is used.
+    of rounding. If they differ by more, the compiler is wrong and the eager step is used.
 
     Args:
         step_on: A pure step, ``(state, *inputs) -> (state, metrics)``; trying it changes nothing.
@@ -91,16 +91,16 @@ def _error(step_on: AnyStep, state: Any, inputs: tuple[Any, ...], results: Any) 
     nudge = narrowest.nudge(state.key.device.type)
     got, before = _tensors(*results), flatten(state)
     change = _changes(eager, before)
-    moved = dict.fromkeys(change, 0.0)
+    spread = dict.fromkeys(change, 0.0)
     for seed in range(_NUDGES):
         near = _nudged(state, nudge, seed)
         other = _changes(_tensors(*step_on(near, *inputs)), flatten(near))
-        moved = {name: max(m, _distance(other[name], change[name])) for name, m in moved.items()}
+        spread = {name: max(s, _distance(other[name], change[name])) for name, s in spread.items()}
     for name, tensor in eager.items():
         error = _distance(_wide(got[name]), _wide(tensor))
         size = _norm(change[name])
-        adding = _eps(tensor) * _norm(_wide(tensor))  # the change to what was there
-        room = _ROOM * (moved[name] + nudge * size) + adding
+        stored = _eps(tensor) * _norm(_wide(tensor))  # rounding of the result itself
+        room = _ROOM * (spread[name] + nudge * size) + stored
         if not error <= room:
             return (
                 f"{name.removeprefix('params/')} is off by {error:.2g}, of a change of {size:.2g}; "
