@@ -241,7 +241,7 @@ class TrainConfig(NamedTuple):
     seed: Annotated[int, Option("Seed of everything random.", low=0, high=2**63 - 1)] = 0
     device: Annotated[str, Option("Where to train.", ("auto", "cpu", "cuda", "mps"))] = "auto"
     compile: Annotated[
-        str, Option("Compile the step; auto: where it is paid back.", ("auto", "on", "off"))
+        str, Option("Compile the step (torch.compile); auto: on CUDA only.", ("auto", "on", "off"))
     ] = "auto"
     amp: Annotated[str, Option("Mixed precision, on CUDA.", ("off", "bf16"))] = "off"
     threads: Annotated[int, Option("CPU threads; 0: torch's choice.", low=0, high=1024)] = 0

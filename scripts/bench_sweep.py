@@ -1,7 +1,7 @@
 """Sixteen members of a sweep against sixteen separate trainings, in one process.
 
 Both take the same steps on the same data: the sweep as `funcloss sweep` runs it (members in one
-program, a few at a time or in a loop, whichever a few steps show to be faster; the examples of a
+program, or in a loop if the model has convolutions and the device is not CUDA; the examples of a
 step read once), the separate trainings one after another as `funcloss-train` runs them. A round
 times a few steps of each in turn; the ratio is the median over the rounds of that within a round.
 
@@ -79,8 +79,8 @@ def _measured(
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(take, setup.dataset, setup.dataset.train)
-    width = choose_width(setup.train_step, setup.state, hypers, batch_at(indices[0]))
-    groups = make_groups(setup.train_step, hypers, width.width)
+    width, _ = choose_width(setup.model, members)
+    groups = make_groups(setup.train_step, hypers, width)
     step_on = make_members_step(groups)
     together = init_members(setup.state, groups)
     apart = [setup.state] * members
@@ -105,7 +105,7 @@ def _measured(
             times[run.__name__].append((time.perf_counter() - began) / steps)
     ratios = [a / b for a, b in zip(times["sweep"][1:], times["separate"][1:], strict=True)]
     return {
-        "width": {1: "a loop", members: "one program"}.get(width.width, f"{width.width} at a time"),
+        "width": "a loop" if width == 1 else "one program",
         "sweep": statistics.median(times["sweep"][1:]),
         "separate": statistics.median(times["separate"][1:]),
         "ratio": statistics.median(ratios),

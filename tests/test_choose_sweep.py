@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from funcloss import choose, data, losses, optim, training
+from funcloss import choose, data, losses, models, optim, training
 from funcloss._files import write_text
 from funcloss.choose import Axis, finish, members, plan, run, seeds
 from funcloss.choose.axes import member_config, members_of
@@ -316,25 +316,58 @@ def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_pa
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "width"), [({1: 3, 8: 1, 20: 2}, 8), ({1: 1, 8: 2, 20: 3}, 1),
-                           ({1: 3, 8: 2, 20: 1}, 20)],
-)  # fmt: skip
-def test_the_width_is_the_one_that_takes_least_time(monkeypatch, seconds, width):
-    monkeypatch.setattr(members, "_timer", lambda *args: lambda: seconds[args[-1]] / 1e3)
-    found = members.choose_width(None, None, [{}] * 20, None)
-    assert found.width == width
-    assert "20 members" in found.note
-    assert "in a loop" in found.note
-    assert members.choose_width(None, None, [{}], None).width == 1
+def test_convolutions_off_cuda_go_in_a_loop_and_all_else_in_one_program():
+    assert members.choose_width(models.article_cnn(), 20) == (
+        1, "20 members in a loop: the model has convolutions")  # fmt: skip
+    assert members.choose_width(models.linear(), 20) == (20, "20 members in one program")
+    for model in (models.linear(), models.article_cnn()):
+        assert members.choose_width(model, 1) == (1, "one member")
+
+    class OnCuda(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    conv = nn.Sequential(nn.Conv1d(1, 1, 1))
+    assert members.choose_width(conv, 3).width == 1
+    conv.parameters = lambda: iter([torch.zeros(1).as_subclass(OnCuda)])
+    assert members.choose_width(conv, 3).width == 3
 
 
-def test_auto_times_the_ways_and_says_so(tmp_path):
-    notes = []
-    made = plan.start(config(), [NINE], tmp_path / "s", method="auto", show=notes.append)
-    assert made.width in (1, 3)
-    assert re.match(r"3 members .*; a step takes in a loop [\d.]+ ms, in one program [\d.]+ ms$",
-                    notes[-1].text)  # fmt: skip
+@pytest.mark.parametrize(("model", "width"), [("linear", 3), ("lenet5", 1)])
+def test_auto_goes_by_the_model_and_times_nothing(tmp_path, monkeypatch, model, width):
+    notes, taken = [], []
+    monkeypatch.setattr(members, "make_members_step", taken.append)
+    made = plan.start(config(model=model), [NINE], tmp_path / "s", method="auto", show=notes.append)
+    assert made.width == width
+    assert notes[-1].text.startswith("3 members in ")
+    assert not taken
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_a_sweep_compiled_wrongly_warns_and_is_the_eager_sweep(
+    tmp_path, monkeypatch, plain_files, method
+):
+    def dropped(step, **options):
+        def wrong(state, *inputs):
+            velocity = {name: v / 0.9 for name, v in state.opt_state.velocity.items()}
+            memory = state.opt_state._replace(velocity=velocity)
+            return step(state._replace(opt_state=memory), *inputs)
+
+        return wrong
+
+    monkeypatch.setattr(torch, "compile", dropped)
+    warned = {}
+    for compile in ("on", "off"):
+        notes = []
+        made = config(optimizer="sgd", momentum=0.9, compile=compile, epochs=1)
+        choose.sweep(made, [NINE], tmp_path / compile, method=method, show=notes.append)
+        told = [n for n in notes if isinstance(n, training.Note) and n.text.startswith("step: ")]
+        warned[compile] = [note.text for note in told if note.warning]
+        assert read_toml(tmp_path / compile / "chosen" / "config.toml")["compile"] == "off"
+    assert warned["on"]
+    assert all("compiled step 2 is wrong: " in text for text in warned["on"])
+    assert not warned["off"]
+    a, b = (tensors(tmp_path / name / "chosen" / "model.safetensors") for name in ("on", "off"))
+    assert all(map(torch.equal, a.values(), b.values()))
 
 
 def test_what_a_sweep_shows_on_its_way(whole):

@@ -207,6 +207,20 @@ def test_laws_that_only_the_catalogue_can_break(law, change):
     assert try_law(law, SUBJECTS["cross_entropy"]._replace(**change)).verdict == "fail"
 
 
+def with_alpha(z, y):
+    """inductor takes its sum for a product's bias, and drops the -0.5."""
+    wanted = (y[..., None] == torch.arange(z.shape[-1])).to(z)
+    return torch.add(z, wanted, alpha=-0.5).square().sum(-1)
+
+
+def test_inductor_is_broken_by_what_it_compiles_wrongly_behind_a_linear_layer():
+    finding = try_law("inductor", adapt(with_alpha, classes=3).subject)
+    assert finding.verdict == "fail"
+    assert finding.detail.startswith("compiled a linear layer, against eager: ")
+    assert "c * b" in finding.advice
+    assert try_law("compile", adapt(with_alpha, classes=3).subject).verdict == "pass"
+
+
 def test_inductor_is_a_law_of_its_own():
     assert {name for name, *_ in BREAKERS} | {"reference", "shift", "inductor"} == set(LAWS)
 

@@ -412,3 +412,97 @@ def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
     findings, memory = audit_step(state, batch, hyper, None)
     assert (findings.step, memory) == (None, {})
     assert_close(findings.balance.share, found.balance.share)
+
+
+# Compiled they are what they are: inductor has patterns of its own where a gradient is a product.
+
+COMPILED = {
+    "sgd": (
+        optim.sgd,
+        [{"weight_decay": w} for w in (0.0, 0.1)]
+        + [
+            {"momentum": 0.9, "weight_decay": w} | more
+            for w in (0.0, 0.1)
+            for more in ({}, {"dampening": 0.3}, {"nesterov": True})
+        ],
+    ),
+    **{
+        name: (
+            make,
+            [
+                {"betas": betas, "eps": eps, "weight_decay": w}
+                for betas in ((0.9, 0.999), (0.0, 0.5))
+                for eps in (1e-8, 1e-2)
+                for w in (0.0, 0.1)
+            ],
+        )
+        for name, make in (("adam", optim.adam), ("adamw", optim.adamw))
+    },
+}
+SCHEDULES = {
+    "constant": None,
+    "step": optim.step_decay(every=2, factor=0.5),
+    "cosine": optim.cosine(steps=6),
+    "one-cycle": optim.one_cycle(steps=6),
+}
+COMPILED_NETS = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.Tanh(), nn.Linear(6, 3)),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(8, 3)
+    ),
+}
+
+
+def compiled_is_eager(net, optimizer, clip_norm, schedule):
+    """Compare five steps of a training, each from the same state."""
+    from funcloss import losses, training
+    from funcloss.typing import Batch
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = COMPILED_NETS[net]().double()
+    objective = training.supervised(model, training.mean_of(losses.cross_entropy))
+    step = training.make_train_step(
+        objective, optimizer, clip_norm=clip_norm, schedule=SCHEDULES[schedule]
+    )
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    state = training.init_state(model, optimizer)
+    batch = Batch(torch.randn(8, 1, 5, 5, dtype=torch.float64), torch.arange(8) % 3)
+    hyper = {"learning_rate": torch.tensor(0.1, dtype=torch.float64)}
+    for _ in range(5):
+        got = training.flatten(compiled(state, batch, hyper)[0])
+        state, _ = step(state, batch, hyper)
+        for name, expected in training.flatten(state).items():
+            assert_close(got[name], expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize(
+    ("net", "optimizer", "clip_norm", "schedule"),
+    [
+        ("linear", optim.sgd(momentum=0.9), 0.0, "constant"),
+        ("linear", optim.adamw(betas=(0.7, 0.9)), 0.1, "one-cycle"),
+        ("convolution", optim.sgd(momentum=0.9, nesterov=True, weight_decay=0.1), 0.0, "constant"),
+    ],
+    ids=["sgd with momentum", "adamw", "nesterov"],
+)
+def test_compiled_five_steps_are_those_of_eager(net, optimizer, clip_norm, schedule):
+    compiled_is_eager(net, optimizer, clip_norm, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", COMPILED_NETS)
+@pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, (_, table) in COMPILED.items() for o in table], ids=str
+)
+def test_compiled_every_option_is_what_it_is_in_eager(net, name, options):
+    compiled_is_eager(net, COMPILED[name][0](**options), 0.0, "constant")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("net", COMPILED_NETS)
+def test_compiled_clipping_and_schedules_are_what_they_are_in_eager(net, name, clip_norm, schedule):
+    make, table = COMPILED[name]
+    compiled_is_eager(net, make(**table[-1]), clip_norm, schedule)

@@ -258,3 +258,50 @@ def test_the_scripts_run(tmp_path, data_dir, monkeypatch):
 
 def test_the_readme_is_finished():
     assert "@@" not in README
+
+
+# inductor may turn add(a @ b, c, alpha=0.5) into a @ b + c.
+PRODUCTS = {"addmm", "addmv", "addr", "addbmm", "baddbmm", "sspaddmm"}
+SCALED = {
+    "alpha": {"add", "sub", "subtract", "rsub"} | PRODUCTS,
+    "beta": PRODUCTS,
+    "value": {"addcmul", "addcdiv"},
+}
+
+
+def scaled_in_torch(source):
+    """The lines that call arithmetic of torch with a factor of its own."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner, name = ast.unparse(node.func.value), node.func.attr.rstrip("_")
+            of_torch = owner.split(".")[0] in ("torch", "F")
+            for keyword in node.keywords:
+                known = name in SCALED.get(keyword.arg, ())
+                if known or (of_torch and keyword.arg in ("alpha", "beta")):
+                    yield node.lineno
+
+
+def test_no_arithmetic_of_torch_is_given_a_factor():
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in PACKAGE.rglob("*.py")
+        for line in scaled_in_torch(path.read_text(encoding="utf-8"))
+    }
+    assert found == set(), "write a + c * b: the compiler may drop alpha, beta and value"
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("torch.add(g, v, alpha=m)", 1),
+        ("g.sub_(v, alpha=0.5)", 1),
+        ("torch.addcmul(v, g, g, value=1 - b)", 1),
+        ("x.addmm_(a, b, beta=0.5)", 1),
+        ("F.celu(x, alpha=2.0)", 1),
+        ("torch.lerp(a, b, 0.1) + torch.addmm(a, b, c)", 0),
+        ("losses.smooth_l1(p, t, beta=0.5) + axes.grid(alpha=0.3)", 0),
+        ("F.pad(x, (1, 1), value=0.0)", 0),
+    ],
+)
+def test_a_factor_is_found_in_arithmetic_of_torch_alone(code, lines):
+    assert len(list(scaled_in_torch(code))) == lines

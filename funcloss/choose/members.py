@@ -1,14 +1,13 @@
 """Many trainings in one program: the stateless step mapped over states and ``hyper``."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules.conv import _ConvNd
 
 from funcloss.choose.axes import stacked_hypers
 from funcloss.training.step import TrainState, TrainStep, preferred_layout
@@ -16,8 +15,6 @@ from funcloss.typing import Batch, Hyper, Metrics
 
 # What members have each to themselves; the counter and the key are one for all.
 _OWN = TrainState(params=0, buffers=0, opt_state=0, step=None, key=None)  # type: ignore[arg-type]
-_TIMED = 3  # steps of each width
-_WIDTHS = (8, 64, 512)  # tried before all at once: a few at a time stay in the cache
 
 
 class Members(NamedTuple):
@@ -175,62 +172,26 @@ class Width(NamedTuple):
     note: str  # one line for the user
 
 
-def choose_width(
-    train_step: TrainStep,
-    state: TrainState,
-    hypers: Sequence[Hyper],
-    batch: Batch,
-) -> Width:
-    """Time a few steps of members alone, of a few together, of more, and take the fastest.
+def choose_width(model: nn.Module, members: int) -> Width:
+    """Return whether to train members in one program or in a loop.
+
+    Mapped over members, a convolution is a grouped one, which CPUs do slowly.
 
     Args:
-        train_step: The pure step of a single member.
-        state: A state to try it on; nothing of it changes.
-        hypers: What each member is given.
-        batch: Examples to try it on.
+        model: The network of every member, on its device.
+        members: How many there are.
 
     Returns:
-        The width, with the times.
+        All members; 1, which is a loop, for a model with convolutions that is not on CUDA.
+
+    Example:
+        >>> from funcloss import models
+        >>> choose_width(models.linear(), 16)
+        Width(width=16, note='16 members in one program')
     """
-    if len(hypers) == 1:
+    if members == 1:
         return Width(1, "one member")
-    best, times = 1, {}
-    # Wider takes more memory, so it is tried only as long as it pays.
-    for wider in (*(w for w in _WIDTHS if w < len(hypers)), len(hypers)):
-        runs = {w: _timer(train_step, state, hypers, batch, w) for w in (best, wider)}
-        taken: dict[int, list[float]] = {w: [] for w in runs}
-        for _ in range(1 + _TIMED):  # interleaved, since other work comes and goes
-            for w, run in runs.items():
-                taken[w].append(run())
-        times |= {w: statistics.median(seconds[1:]) for w, seconds in taken.items()}
-        if times[wider] > times[best]:
-            break
-        best = wider
-    told = ", ".join(f"{_spoken(w, len(hypers))} {1e3 * t:.1f} ms" for w, t in times.items())
-    return Width(best, f"{len(hypers)} members {_spoken(best, len(hypers))}; a step takes {told}")
-
-
-def _timer(
-    train_step: TrainStep,
-    state: TrainState,
-    hypers: Sequence[Hyper],
-    batch: Batch,
-    width: int,
-) -> Callable[[], float]:
-    groups = make_groups(train_step, hypers, width)
-    members, step_on = init_members(state, groups), make_members_step(groups)
-
-    def run() -> float:
-        nonlocal members
-        began = time.perf_counter()
-        members, metrics = step_on(members, batch)
-        float(metrics["loss"])  # waits for the device
-        return time.perf_counter() - began
-
-    return run
-
-
-def _spoken(width: int, members: int) -> str:
-    if width == 1:
-        return "in a loop"
-    return "in one program" if width >= members else f"{width} at a time"
+    convolves = any(isinstance(module, _ConvNd) for module in model.modules())
+    if convolves and next(model.parameters()).device.type != "cuda":
+        return Width(1, f"{members} members in a loop: the model has convolutions")
+    return Width(members, f"{members} members in one program")

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from funcloss._files import folder_replacing
 from funcloss.choose.axes import (
     Axis,
@@ -22,7 +20,6 @@ from funcloss.choose.axes import (
 from funcloss.choose.limits import Limit, check_measurable, make_limits
 from funcloss.choose.members import Group, choose_width, make_groups
 from funcloss.config import FileOptions, TrainConfig, check_code, make_config
-from funcloss.data import take
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import Note, folder
 from funcloss.training.lawful import check_loss
@@ -85,8 +82,8 @@ def start(
         axes: What is swept.
         out: The folder to make.
         seeds: How many seeds each member is trained with, from the configuration's on.
-        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: what a
-            few steps show to be faster.
+        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: a
+            loop for a model with convolutions that is not on CUDA, else ``vmap``.
         overwrite: A sweep that is at ``out`` may be replaced.
         show: Called with everything that happens.
 
@@ -122,7 +119,7 @@ def start(
         "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
     }
     run = {"command": folder.command_line(), "environment": folder.environment()}
-    check_free(out, overwrite=overwrite)  # another may have come while this one was timed
+    check_free(out, overwrite=overwrite)  # another may have come while the loss was checked
     with folder_replacing(out, last=SPEC) as beside:
         folder.write_config(beside / SPEC, shared, sweep=own, run=run)
     return made
@@ -209,7 +206,6 @@ def _assembled(
         loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
         floor=config.floor,
         ceiling=config.ceiling,
-        compile="on" if config.compile == "on" else "off",  # nothing tries whether it pays
     )
     made = Sweep(out, base, axes, seeds, width, setup, [], [], limits)
     entries = _entries(base, axes)
@@ -249,14 +245,9 @@ def _hypers(setup: Setup, entries: Sequence[Entry]) -> list[Hyper]:
 
 
 def _width(sweep: Sweep, method: str, show: Show) -> int:
-    setup = sweep.setup
-    hypers = _hypers(setup, sweep.entries)
-    if method != "auto":
-        return len(hypers) if method == "vmap" else 1
-    if not sweep.steps or not hypers:
-        return 1
-    index = torch.arange(setup.config.batch_size, device=setup.config.device)
-    batch = take(setup.dataset, setup.dataset.train, index)
-    found = choose_width(setup.train_step, setup.state, hypers, batch)
-    show(Note(found.note))
-    return found.width
+    members = len(_hypers(sweep.setup, sweep.entries))
+    if method == "auto":
+        width, note = choose_width(sweep.setup.model, members)
+        show(Note(note))
+        return width
+    return members if method == "vmap" else 1

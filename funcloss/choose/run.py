@@ -20,7 +20,7 @@ from funcloss.choose.members import member_hyper, member_state
 from funcloss.choose.plan import Sweep, start, taken_up
 from funcloss.choose.result import Ascent, Choice
 from funcloss.choose.result import Limit as Reached
-from funcloss.choose.seeds import STEPS, restored, run_seeds
+from funcloss.choose.seeds import STEPS, prepared, restored, run_seeds
 from funcloss.choose.select import baseline_of, chosen_of, faded, misses, points_of
 from funcloss.choose.words import (
     fading_sentence,
@@ -80,8 +80,8 @@ def sweep(
         axes: What is swept: class weights, options of the loss, the learning rate.
         out: The folder to make; None: a new one under ``sweeps``.
         seeds: How many seeds each member is trained with, from the configuration's on.
-        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: what a
-            few steps show to be faster.
+        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: a
+            loop for a model with convolutions that is not on CUDA, else ``vmap``.
         overwrite: A sweep that is at ``out`` may be replaced.
         show: Called with everything that happens.
         should_stop: Asked after every step; True saves and ends.
@@ -205,6 +205,7 @@ def resume_under_limits(
 
 
 def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
+    made = prepared(made, show)
     records = run_seeds(made, show=show, should_stop=should_stop)
     run_dir = made.folder / "chosen"
     if records is None:

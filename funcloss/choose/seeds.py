@@ -19,8 +19,9 @@ from funcloss.choose.members import (
     member_state,
 )
 from funcloss.choose.plan import Show, Sweep
-from funcloss.data import feed, take
+from funcloss.data import feed
 from funcloss.training import (
+    Compiled,
     Note,
     Progress,
     TrainState,
@@ -37,7 +38,7 @@ from funcloss.training import (
 )
 from funcloss.training.judging import evaluation_batch, judge_model, rule_fits
 from funcloss.training.objective import Forward
-from funcloss.training.setup import seeded_state
+from funcloss.training.setup import seeded_state, trial_batch
 from funcloss.typing import Batch
 
 MEMBERS, STEPS = "members.jsonl", "steps.jsonl"
@@ -63,6 +64,31 @@ class SweepStarted(NamedTuple):
     done: int  # of all seeds together
 
 
+def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
+    """Compile the programs of a sweep if that is asked for, each checked against the eager one.
+
+    Args:
+        sweep: The sweep.
+        show: Called with what came of it.
+
+    Returns:
+        The sweep with the steps to run; its configuration says whether all of them are compiled.
+    """
+    setup, mode = sweep.setup, sweep.config.compile if sweep.steps else "off"
+    batch = trial_batch(setup)
+    begun = init_members(setup.state, sweep.groups)
+    made: dict[int, Compiled] = {}
+    for group, state in zip(sweep.groups, begun.groups.values(), strict=True):
+        key = id(group.train_step)
+        if key not in made:
+            made[key] = prepare(group.train_step, mode, state, (batch, group.hyper))
+    for note, warning in dict.fromkeys((m.note, m.warning) for m in made.values()):
+        show(Note(f"step: {note}", warning))
+    groups = [g._replace(train_step=made[id(g.train_step)].step_on) for g in sweep.groups]
+    compiled = "on" if all(m.on for m in made.values()) else "off"
+    return sweep._replace(config=sweep.config._replace(compile=compiled), groups=groups)
+
+
 def run_seeds(
     sweep: Sweep,
     *,
@@ -80,7 +106,7 @@ def run_seeds(
         A record a member and seed, scored on validation data; None if it was told to stop.
     """
     records = folder.read_lines(sweep.folder / MEMBERS)
-    step_on = _ready(sweep, show)
+    step_on = make_members_step(sweep.groups)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
     show(SweepStarted(sweep.folder, len(sweep.entries), sweep.seeds, sweep.steps, done))
     for seed in range(sweep.seeds):
@@ -164,27 +190,6 @@ def evaluate_part(sweep: Sweep, forward: Forward, state: TrainState, part: str):
         {},
         batch_size=evaluation_batch(dataset),
     )
-
-
-def _ready(sweep: Sweep, show: Show) -> Callable:
-    """Return the step of all members, each program compiled if that is asked for."""
-    setup = sweep.setup
-    if setup.config.compile != "on" or not sweep.steps:
-        return make_members_step(sweep.groups)
-    index = torch.arange(setup.config.batch_size, device=setup.config.device)
-    batch = take(setup.dataset, setup.dataset.train, index)
-    begun = init_members(setup.state, sweep.groups)
-    compiled: dict[int, Callable] = {}
-    groups = []
-    for group, state in zip(sweep.groups, begun.groups.values(), strict=True):
-        key = id(group.train_step)
-        if key not in compiled:
-            inputs = (batch, group.hyper)
-            made = prepare(group.train_step, "on", state, inputs, sweep.steps)
-            show(Note(f"step: {made.note}"))
-            compiled[key] = made.step_on
-        groups.append(group._replace(train_step=compiled[key]))
-    return make_members_step(groups)
 
 
 def _trained(

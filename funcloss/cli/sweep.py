@@ -33,7 +33,8 @@ def sweep(
     method: Annotated[
         str,
         typer.Option(
-            help="All members in one program, or one after another; auto: what is faster.",
+            help="All members in one program, or one after another; auto: a loop for "
+            "convolutions off CUDA, else one program.",
             metavar="auto|vmap|loop",
         ),
     ] = "auto",

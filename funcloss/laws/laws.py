@@ -163,14 +163,14 @@ LAWS: dict[str, Law] = {
     ),
     "compile": Law(
         transforms.one_graph("aot_eager"),
-        "value, grad and vmap(grad) are one graph each, and equal eager",
+        "value, grad, vmap(grad) and a linear layer before it are one graph, and equal eager",
         "torch operations only: no .item(), .numpy(), boolean indexing or `if` on values",
         sizes=(3,),
     ),
     "inductor": Law(
         transforms.one_graph("inductor"),
-        "the default compiler gives the same value, grad and vmap(grad)",
-        "torch operations only: no .item(), .numpy(), boolean indexing or `if` on values",
+        "the default compiler gives the same, for a linear layer before the loss too",
+        "write a + c * b and not torch.add(a, b, alpha=c), whose alpha the compiler may drop",
         sizes=(3,),
     ),
     "extremes": Law(

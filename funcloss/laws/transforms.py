@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
-from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, vmap
 
 from funcloss.combinators import couples_examples
 from funcloss.laws._common import check_uncoupled, raised, same, total_of
@@ -136,7 +136,21 @@ def one_graph(backend: str) -> Callable[[Subject, Batch], None]:
                 return value(*example)
             return value(*(x.unsqueeze(0) for x in example)).sum()
 
-        forms = {"the value": value, "grad": gradient}
+        def layer(*data: Tensor) -> tuple[Tensor, ...]:
+            """Return the value of products and its gradients, which are products too."""
+
+            def total(*parts: Tensor) -> Tensor:
+                pairs = zip(parts[:k], parts[k:], strict=True)
+                predictions = ((mix @ p.reshape(n, -1)).view_as(p) for mix, p in pairs)
+                return value(*predictions, *data[k:]).sum()
+
+            grads, of_products = grad_and_value(total, tuple(range(2 * k)))(*mixes, *data[:k])
+            return (of_products, *grads)
+
+        # Each row a weighted mean of the predictions, which a loss takes as it takes them.
+        n = len(batch[0])
+        mixes = tuple(0.7 * torch.eye(n, dtype=p.dtype) + 0.3 / n for p in batch[:k])
+        forms = {"the value": value, "grad": gradient, "a linear layer": layer}
         if not couples_examples(loss):
             forms["vmap(grad)"] = vmap(grad(of_one, tuple(range(k))))
 

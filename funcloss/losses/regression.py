@@ -144,7 +144,7 @@ def _huber(error: Tensor, delta: float | Tensor) -> Tensor:
         near = error.clamp(-delta, delta)
     else:
         near = F.hardtanh(error, -delta, delta)  # the same; its backward is vectorised on CPUs
-    return near * torch.sub(error, near, alpha=0.5)
+    return near * (error - 0.5 * near)
 
 
 def smooth_l1(

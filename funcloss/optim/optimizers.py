@@ -117,9 +117,7 @@ def sgd(
             if dampening:  # from the second step on: torch's first velocity is the whole gradient
                 later = state.step > 0
                 fresh = {name: (1.0 - dampening * later.to(g)) * g for name, g in parts.items()}
-            moved = {
-                name: torch.add(g, velocity[name], alpha=momentum) for name, g in fresh.items()
-            }
+            moved = {name: g + momentum * velocity[name] for name, g in fresh.items()}
             directions = moved
         if nesterov:
             directions = {name: g + momentum * moved[name] for name, g in parts.items()}
@@ -274,8 +272,7 @@ def _adam_steps(
     spread = _bias(b2, step, learning_rate.dtype).rsqrt()
     first = {name: torch.lerp(memory[name], part, 1.0 - b1) for name, part in parts.items()}
     second = {
-        name: torch.addcmul(b2 * v, grads[name], grads[name], value=1.0 - b2)
-        for name, v in state.second.items()
+        name: b2 * v + (1.0 - b2) * grads[name] * grads[name] for name, v in state.second.items()
     }
     moves = {
         name: size.to(m) * m / (safe_sqrt(second[name]) * spread.to(m) + eps)

@@ -146,7 +146,9 @@ def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Cor
     options = {"class_counts": counted, "class_prior": counted / counted.sum()}
     if costs is not None:
         options["cost_matrix"] = costs.matrix.cpu().double()
-    return correction_of(loss_named(config.loss), options | config.loss_option)
+    return correction_of(
+        loss_named(config.loss, refused=config.refused_code), options | config.loss_option
+    )
 
 
 def deployment_prior(

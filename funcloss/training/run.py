@@ -12,7 +12,7 @@ import torch
 
 from funcloss._files import folder_replacing
 from funcloss.config import TrainConfig, option_values
-from funcloss.data import short_name, take
+from funcloss.data import short_name
 from funcloss.errors import AuditError, ConfigError
 from funcloss.training import folder, report
 from funcloss.training.checkpoint import (
@@ -28,7 +28,7 @@ from funcloss.training.judging import evaluate_model
 from funcloss.training.lawful import check_loss
 from funcloss.training.loop import Progress, fit
 from funcloss.training.objective import make_forward
-from funcloss.training.setup import Setup, make_setup
+from funcloss.training.setup import Setup, make_setup, trial_batch
 from funcloss.training.steering import Memory, Model, Steering
 from funcloss.training.step import TrainState
 from funcloss.typing import Batch, Hyper, Metrics
@@ -303,13 +303,10 @@ def _check_steered(config: TrainConfig, steer: object) -> None:
 def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[AnyStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
-    steps = config.epochs * setup.per_epoch - int(state.step)
-    if steps == 0:
+    if int(state.step) == config.epochs * setup.per_epoch:
         return setup.train_step, setup
-    index = torch.arange(config.batch_size, device=config.device)
-    batch = take(setup.dataset, setup.dataset.train, index)
-    made = prepare(setup.train_step, mode, state, (batch, setup.hyper), steps)
-    show(Note(f"step: {made.note}"))
+    made = prepare(setup.train_step, mode, state, (trial_batch(setup), setup.hyper))
+    show(Note(f"step: {made.note}", made.warning))
     config = config._replace(compile="on" if made.on else "off")
     return made.step_on, setup._replace(config=config)
 

@@ -214,6 +214,20 @@ def seeded_state(setup: Setup, seed: int) -> TrainState:
     return init_state(model, make_optimizer(config), seed=seed)
 
 
+def trial_batch(setup: Setup) -> Batch:
+    """Return a batch of training examples from all over the set, which may be sorted by class.
+
+    Args:
+        setup: A training, of as many examples as a batch needs.
+
+    Returns:
+        The batch, on the device.
+    """
+    n, size = len(setup.dataset.train.labels), setup.config.batch_size
+    index = torch.arange(size, device=setup.config.device) * n // size
+    return take(setup.dataset, setup.dataset.train, index)
+
+
 def resolve_device(name: str) -> str:
     """Return the device to use: the one asked for if it is there, the fastest on ``auto``.
 
@@ -337,13 +351,15 @@ def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
             f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
             f"{got}: leave out the mean or sum in it"
         )
-    _check_probabilities(loss, {**data, **given}, classes)
+    _check_probabilities(config, {**data, **given}, classes)
 
 
-def _check_probabilities(loss: str, options: dict, classes: int) -> None:
+def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> None:
     """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
+    loss = config.loss
     try:
-        scale, offset = correction_of(loss_named(loss), options)
+        function = loss_named(loss, refused=config.refused_code)
+        scale, offset = correction_of(function, options)
         shape = tuple((scale * torch.zeros(classes) + offset).shape)
     except Exception as error:  # somebody's own
         raise ConfigError(
