@@ -374,6 +374,59 @@ def test_a_jpeg_is_what_pillow_decodes(mode, tmp_path):
     assert [b for name, b in everything(read) if name == "a"] == [expected.tobytes()] * 3
 
 
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 5 6
+%%EndComments
+{ } loop
+%%EOF
+"""
+
+
+def as_bytes(image, kind):
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A path at which a file appears when Ghostscript is run."""
+    ran, here = tmp_path / "ran", tmp_path / "bin"
+    here.mkdir()
+    (here / "gs").write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
+    (here / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up again, and forgotten
+    return ran
+
+
+def test_an_eps_would_be_run_by_pillow_alone(ghostscript, tmp_path):
+    (tmp_path / "x.png").write_bytes(EPS)
+    with Image.open(tmp_path / "x.png") as image, pytest.raises(Exception, match="exit status"):
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [EPS, b"%PDF-1.4\n%%EOF\n", as_bytes(RGB[0], "gif"), as_bytes(RGB[0], "bmp")],
+    ids=["eps", "pdf", "gif", "bmp"],
+)
+def test_only_png_and_jpeg_are_looked_into_whatever_a_file_is_called(
+    content, ghostscript, tmp_path
+):
+    own = write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [RGB[1]] * 3})
+    path = own / "a" / "0.png"
+    path.write_bytes(content)
+    said = r"0\.png is not an image that can be read: PNG and JPEG are$"
+    for options in ({}, {"image_size": 8}, {"stream": "on"}):
+        with pytest.raises(DataError, match=said):
+            data.load_dataset(str(own), **options)
+    with pytest.raises(DataError, match=said):
+        data.read_image(path, None, 3)
+    assert not ghostscript.exists()
+
+
 def test_images_are_brought_to_the_size_asked_for(tmp_path):
     write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [pixels(9, 9, 3)] * 3})
     read = data.load_dataset(str(tmp_path / "own"), image_size=8)

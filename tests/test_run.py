@@ -482,8 +482,11 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
         g.label for g in guesses
     ]
     (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(DataError, match="no.png is not an image"):
-        training.predict_files(run, [tmp_path / "no.png"])
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\n{ } loop\n"
+    (tmp_path / "eps.png").write_text(eps)
+    for name in ("no.png", "eps.png"):
+        with pytest.raises(DataError, match=rf"{name} is not an image .* PNG and JPEG are$"):
+            training.predict_files(run, [tmp_path / name])
 
 
 def start(run, *options):
