@@ -16,7 +16,7 @@ from funcloss.data.raw import Raw, ordered, physical_memory
 from funcloss.data.streaming import Stream
 from funcloss.errors import ConfigError, DataError
 
-_FORMATS = ("PNG", "JPEG")  # Pillow knows more, EPS among them, which it gives to Ghostscript to run
+_FORMATS = ("PNG", "JPEG")  # not all that Pillow knows: an EPS it gives to Ghostscript to run
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 _PARTS |= {"test": "test"}

@@ -146,6 +146,7 @@ def train(
         "environment": folder.environment(),
     }
     memory = hooks.steering.init(setup.state) if hooks.steering else None
+    folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=run)
         _save(beside, setup, setup.state, memory, hooks.steering)
@@ -228,8 +229,10 @@ def write_run(
         The summary.
 
     Raises:
+        ConfigError: what is there is not a run alone.
         RunError: it cannot be written; what was there is as it was.
     """
+    folder.check_free(run_dir, overwrite=True)
     step = int(state.step)
     epochs = []
     for epoch in range(1, step // setup.per_epoch + 1):
