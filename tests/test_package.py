@@ -26,6 +26,7 @@ ROOMS = [
         "_checks",
         "_precision",
         "_files",
+        "_names",
         "_addresses",
         "_cost_file",
         "config",
