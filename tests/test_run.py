@@ -201,6 +201,33 @@ def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
     assert "Infinity" not in text
 
 
+LEARNS = {
+    "nan": (("--learning-rate", "1e38"), "the training loss is not a finite number at the end"),
+    "rises": (("--learning-rate", "30", "--quiet"), "the training loss did not fall, from"),
+    "none": (("--epochs", "0", "--seed", "2"), "the model was not trained, set epochs to 1"),
+    "fine": (("--learning-rate", "0.05"), ""),
+}
+
+
+@pytest.mark.parametrize("case", LEARNS)
+def test_a_training_that_learns_nothing_says_so_at_its_end(tmp_path, run_cli, case):
+    options, said = LEARNS[case]
+    command = ("train", "--dataset", "mnist-sample", "--model", "linear", "--optimizer", "sgd",
+               "--compile", "off", "--epochs", "1", "--log-every", "10", "--batch-size", "100",
+               "--run-dir", tmp_path / "run", *options)  # fmt: skip
+    code, out, err = run_cli(*command)
+    assert code == 0
+    warnings = folder.read_summary(tmp_path / "run")["warnings"]
+    told = [f"warning: {text}" for text in warnings]
+    lines = err.splitlines()
+    assert lines[len(lines) - len(told) :] == told
+    assert any(said in text for text in warnings) == bool(said)
+    for word in ("hardest class", "make its mistakes cost"):
+        assert (word in out) == (not said)
+    _, _, again = run_cli("train", "--resume", tmp_path / "run")
+    assert again.splitlines() == told
+
+
 def test_an_empty_folder_is_filled_and_a_link_followed(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")

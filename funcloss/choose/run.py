@@ -240,7 +240,11 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
     )["seed"]
-    setup, state = _write_chosen(made, seed, number, judged[seed][number].evaluations, run_dir)
+    setup, state, summary = _write_chosen(
+        made, seed, number, judged[seed][number].evaluations, run_dir
+    )
+    for text in summary["warnings"]:
+        show(Note(text, warning=True))
     limit_rows = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
     compared = None if plain is None else points[plain]
     lines = sweep_sentences(points, points[number], compared, limit_rows, made.axes)
@@ -302,8 +306,7 @@ def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Pat
         "sweep": f"{describe(entry.values) or 'plain'}, beside {len(made.entries) - 1} others",
         "environment": folder.environment(),
     }
-    write_run(run_dir, setup, state, records, evaluations, run)
-    return setup, state
+    return setup, state, write_run(run_dir, setup, state, records, evaluations, run)
 
 
 def _compared(outcome: Outcome, data_dir: str, watch: dict[str, Any]) -> Chosen:

@@ -189,7 +189,7 @@ def resume(
     config = folder.read_config(run_dir, allow_import=allow_import)
     if (summary := folder.read_summary(run_dir)) is not None:
         show(Note(f"{run_dir} is finished: there is nothing to resume"))
-        return Outcome(run_dir, True, summary)
+        return _finished(run_dir, summary, show)
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
@@ -393,6 +393,12 @@ def _run_from(
     if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
         evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
     summary = report.sum_up(run_dir, setup, state, model.hyper, evaluations, more)
+    return _finished(run_dir, summary, show)
+
+
+def _finished(run_dir: Path, summary: dict[str, Any], show: Show) -> Outcome:
+    for text in summary.get("warnings", []):  # none in a run from before there were any
+        show(Note(text, warning=True))
     return Outcome(run_dir, True, summary)
 
 
