@@ -28,6 +28,7 @@ class Option(NamedTuple):
     own: str = ""  # what else than its choices it may name; empty: nothing
 
 
+FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
 TORCHVISION = "torchvision:"  # what the models that torchvision has begin with
 TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
 DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
@@ -379,7 +380,23 @@ def read_toml(path: Path, *, allow_import: bool = False) -> FileOptions:
         Options by name, not yet checked: a layer of its own for :func:`make_config`.
 
     Raises:
-        ConfigError: the file cannot be read or is not TOML.
+        ConfigError: the file cannot be read, is not TOML or is of a newer format.
+    """
+    return read_record(path, allow_import=allow_import)[0]
+
+
+def read_record(path: Path, *, allow_import: bool = False) -> tuple["FileOptions", dict[str, Any]]:
+    """Read options as :func:`read_toml` does, and apart the tables that folders add.
+
+    Args:
+        path: The ``config.toml`` of a run folder or the ``sweep.toml`` of a sweep.
+        allow_import: Whether code that it names may be imported.
+
+    Returns:
+        Options by name, not yet checked; ``run`` and ``sweep``, those that are there.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML or is of a newer format.
     """
     try:
         options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -387,9 +404,29 @@ def read_toml(path: Path, *, allow_import: bool = False) -> FileOptions:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    for table in ("run", "sweep"):
-        options.pop(table, None)
-    return FileOptions(options, place=Path(path), allow_import=allow_import)
+    tables = {name: options.pop(name) for name in ("run", "sweep") if name in options}
+    version = recorded_format(tables)
+    if version is not None and version > FORMAT:
+        raise ConfigError(
+            f"{path} was made by a newer funcloss: format {version}, this one reads {FORMAT}; "
+            "update funcloss"
+        )
+    return FileOptions(options, place=Path(path), allow_import=allow_import), tables
+
+
+def recorded_format(tables: Mapping[str, Any]) -> int | None:
+    """Return the format that a folder says it has, None where it says none.
+
+    Args:
+        tables: As :func:`read_record` returns them.
+
+    Example:
+        >>> recorded_format({"run": {"version": 1}}), recorded_format({"run": {}})
+        (1, None)
+    """
+    run = tables.get("run")
+    version = run.get("version") if isinstance(run, dict) else None
+    return version if type(version) is int else None
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from audit_examples import make_audit
 from browser import PNG, Reader, browse, needs_browser
+from PIL import Image
 
 from funcloss.audit import figures
 from funcloss.audit.page import About, Axis, log_axis, render_page, zero_axis
@@ -153,13 +154,14 @@ def test_what_describes_the_audit_comes_out_as_text():
 
 def test_a_page_of_many_classes_is_bounded_and_says_what_it_shows():
     sizes = {}
-    for classes in (150, 300):
+    for classes in (150, 300, 1000):
         made = make_audit(classes, per_class=6)
         page = render_page(made, about(), history=history_of(made, range(0, 50_000, 100)))
         sizes[classes] = len(page)
-        assert f"Of {classes} classes this page shows the 24 with the largest shares" in page
+        assert f"Of {classes:,} classes this page shows the 24 with the largest shares" in page
     assert max(sizes.values()) < 700_000
     assert sizes[300] < 1.1 * sizes[150]
+    assert sizes[1000] < 1.1 * sizes[300]
 
 
 def test_missing_parts_are_said_to_be_missing():
@@ -329,6 +331,18 @@ def test_figures_of_many_classes_say_what_they_show():
     title = figures.conflicts(make_audit(300, per_class=4)).axes[0].get_title()
     assert "the 24 largest shares of 300 classes" in title
     assert "largest" not in figures.conflicts(make_audit(10)).axes[0].get_title()
+
+
+def test_figures_of_many_classes_with_long_names_are_bounded(tmp_path):
+    names = [f"class {c} " + "x" * 3_000 for c in range(1000)]
+    matrices = {"cost_matrix": torch.randn(1000, 1000).double()}
+    made = make_audit(1000, per_class=3, names=names, elasticities=matrices)
+    drawn = figures.draw_all(made, history_of(made))
+    assert len(drawn) == 7
+    for name, figure in drawn.items():
+        save_figure(figure, tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as image:
+            assert max(image.size) < 4_000, name
 
 
 def test_figures_show_the_numbers():

@@ -871,6 +871,7 @@ def test_its_run_folder_serves_every_command(missed, run_cli):
     assert f"accuracy {accuracy:.2%}" in out
     code, out, _ = run_cli("audit", run, "--examples", 200, "--quiet", "--out", run / "audit")
     assert code == 0
+    assert folder.foreign(run) == ["audit/"]
     report = json.loads((run / "floor.json").read_text())
     assert [limit["text"] for limit in report["limits"]] == [
         "recall of 3 at least 1", "recall of 8 at least 1",

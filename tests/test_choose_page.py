@@ -369,6 +369,21 @@ def test_intervals_are_drawn_where_they_are_known(name, spread):
         assert (mark in page) == spread
 
 
+def test_a_page_of_many_classes_is_bounded_and_says_what_it_draws():
+    sizes = {}
+    for classes in (20, 300, 1000):
+        weights = {f"class {c}": 1 + c / 9 for c in range(classes)}
+        ascent = tuple(row._replace(weights=weights) for row in make_ascent(steps=900))
+        slopes = {f"class {c}": math.cos(c) for c in range(classes)}
+        page = str(render_choice(FLOORS._replace(gradient=slopes, ascent=ascent)))
+        sizes[classes] = len(page)
+        said = words_of(page)
+        assert ("those not drawn stay at 1" in said) == (classes == 20)
+        assert ("the 24 that end furthest from 1, of 1,000 that moved" in said) == (classes == 1000)
+        assert page.count('class="line c') == min(classes, 24) + len(FLOORS.limits)
+    assert sizes[1000] < 1.1 * sizes[300]
+
+
 def test_names_come_out_as_text():
     first, second = HOSTILE[1:3]
     page = render_choice_page(CHOICES["markup"], None, about())

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt
+from conftest import StopAt, but_learning
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -372,6 +372,59 @@ def test_a_jpeg_is_what_pillow_decodes(mode, tmp_path):
     with Image.open(tmp_path / "own" / "a" / "0.jpg") as image:
         expected = np.asarray(image.convert("L" if mode == "L" else "RGB")).reshape(6, 5, -1)
     assert [b for name, b in everything(read) if name == "a"] == [expected.tobytes()] * 3
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 5 6
+%%EndComments
+{ } loop
+%%EOF
+"""
+
+
+def as_bytes(image, kind):
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A path at which a file appears when Ghostscript is run."""
+    ran, here = tmp_path / "ran", tmp_path / "bin"
+    here.mkdir()
+    (here / "gs").write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
+    (here / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up again, and forgotten
+    return ran
+
+
+def test_an_eps_would_be_run_by_pillow_alone(ghostscript, tmp_path):
+    (tmp_path / "x.png").write_bytes(EPS)
+    with Image.open(tmp_path / "x.png") as image, pytest.raises(Exception, match="exit status"):
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [EPS, b"%PDF-1.4\n%%EOF\n", as_bytes(RGB[0], "gif"), as_bytes(RGB[0], "bmp")],
+    ids=["eps", "pdf", "gif", "bmp"],
+)
+def test_only_png_and_jpeg_are_looked_into_whatever_a_file_is_called(
+    content, ghostscript, tmp_path
+):
+    own = write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [RGB[1]] * 3})
+    path = own / "a" / "0.png"
+    path.write_bytes(content)
+    said = r"0\.png is not an image that can be read: PNG and JPEG are$"
+    for options in ({}, {"image_size": 8}, {"stream": "on"}):
+        with pytest.raises(DataError, match=said):
+            data.load_dataset(str(own), **options)
+    with pytest.raises(DataError, match=said):
+        data.read_image(path, None, 3)
+    assert not ghostscript.exists()
 
 
 def test_images_are_brought_to_the_size_asked_for(tmp_path):
@@ -918,7 +971,7 @@ def test_one_example_is_enough_to_take_a_step(tmp_path, run_cli):
     np.savez(tmp_path / "own.npz", test_images=RGB, test_labels=INDEX % 2, **arrays)
     args = ("--dataset", tmp_path / "own.npz", "--batch-size", 1, "--val-fraction", 0)
     code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *QUICK, *args)
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
 
 
 # --- what is streamed ---
@@ -1120,7 +1173,7 @@ def odd_run(tmp_path, run_cli):
 
 def test_names_of_classes_are_kept_in_a_run(odd_run, tmp_path):
     run, (code, _, err) = odd_run
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["class_weight"] == dict.fromkeys(ODD[:5], 2.0)
     assert sorted(summary["test"]["recall"]) == sorted(ODD)
@@ -1133,7 +1186,7 @@ def test_names_of_classes_are_printed_as_they_are(odd_run, tmp_path, run_cli):
     shown = next(line for line in out.splitlines() if line.strip().startswith("class "))
     assert all(name in shown or name not in line_of(run) for name in ODD)
     code, out, err = run_cli("evaluate", run, "--csv", tmp_path / "guesses.csv")
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     firsts = [line for line in out.splitlines() if re.search(r" +\d+ +\d+\.\d+% +", line)]
     for name in ODD:
         assert any(re.match(re.escape(name) + " {2}", line) for line in firsts), name
@@ -1152,7 +1205,7 @@ def line_of(run):
 def test_names_of_classes_are_harmless_in_an_audit(odd_run, run_cli):
     run, _ = odd_run
     code, out, err = run_cli("audit", run)
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     rows = [line for line in out.splitlines() if re.search(r"\d%", line)]
     for name in ODD:
         assert any(line.startswith(f"{name} ") for line in rows), name
@@ -1170,7 +1223,7 @@ def test_names_of_classes_are_harmless_in_a_sweep(odd_run, tmp_path, run_cli):
     axis = ("--class-weight", f"{ODD[0]}=1,3", "--class-weight", f"{ODD[2]}=1,2")
     args = ("--dataset", tmp_path / "own.csv", "--target", "kind", "--batch-size", 8)
     code, out, err = run_cli("sweep", "--out", tmp_path / "sweep", *QUICK, *args, *axis)
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     assert f"class_weight {ODD[0]}=3" in out
     assert f"recall {ODD[2]}" in out
     page = (tmp_path / "sweep" / "sweep.html").read_text()
@@ -1208,7 +1261,7 @@ def test_a_model_of_many_classes_is_judged_on_a_few_examples(tmp_path, run_cli):
     assert run_cli("train", "--run-dir", run, *QUICK, *args)[0] == 0
     few = write_csv(tmp_path / "few.csv", header, rows[:3])
     code, out, err = run_cli("evaluate", run, "--dataset", few)
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     assert "on 3 examples of few, test" in out
     other = write_csv(tmp_path / "other.csv", header, [[1, 2, "k9"]])
     code, _, err = run_cli("evaluate", run, "--dataset", other)
@@ -1322,9 +1375,9 @@ def test_what_is_said_of_the_own_data_of_a_run_is_not_asked_of_other_data(tmp_pa
     np.savez(tmp_path / "new.npz", images=RGB[:6], labels=np.array(["p", "q"] * 3))
     args = ("--dataset", tmp_path / "own", "--stream", "on", "--test-fraction", 0.2)
     code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *QUICK, "--batch-size", 4, *args)
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     code, out, err = run_cli("evaluate", tmp_path / "run", "--dataset", tmp_path / "new.npz")
-    assert (code, err) == (0, "")
+    assert (code, but_learning(err)) == (0, "")
     assert "on 6 examples of new, test" in out
     code, _, err = run_cli("evaluate", tmp_path / "run", "--dataset", "mnist-sample")
     assert code == 2

@@ -26,6 +26,7 @@ ROOMS = [
         "_checks",
         "_precision",
         "_files",
+        "_names",
         "_addresses",
         "_cost_file",
         "config",
@@ -66,6 +67,17 @@ def test_imports_point_one_way(path):
     here = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     later = {name for name in imported(path) if room_of(name) > here}
     assert not later
+
+
+def test_every_image_is_opened_with_the_formats_that_may_be_read():
+    calls = [
+        (path.stem, {keyword.arg for keyword in node.keywords})
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    ]
+    assert calls
+    assert [where for where, given in calls if "formats" not in given] == []
 
 
 def loaded_by(code: str) -> set[str]:

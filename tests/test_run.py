@@ -13,7 +13,7 @@ from conftest import StopAt
 from torch.testing import assert_close
 
 import funcloss
-from funcloss import training
+from funcloss import audit, choose, training
 from funcloss.config import make_config, read_toml
 from funcloss.errors import ConfigError, DataError, RunError
 from funcloss.training import folder
@@ -201,6 +201,33 @@ def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
     assert "Infinity" not in text
 
 
+LEARNS = {
+    "nan": (("--learning-rate", "1e38"), "the training loss is not a finite number at the end"),
+    "rises": (("--learning-rate", "30", "--quiet"), "the training loss did not fall, from"),
+    "none": (("--epochs", "0", "--seed", "2"), "the model was not trained, set epochs to 1"),
+    "fine": (("--learning-rate", "0.05"), ""),
+}
+
+
+@pytest.mark.parametrize("case", LEARNS)
+def test_a_training_that_learns_nothing_says_so_at_its_end(tmp_path, run_cli, case):
+    options, said = LEARNS[case]
+    command = ("train", "--dataset", "mnist-sample", "--model", "linear", "--optimizer", "sgd",
+               "--compile", "off", "--epochs", "1", "--log-every", "10", "--batch-size", "100",
+               "--run-dir", tmp_path / "run", *options)  # fmt: skip
+    code, out, err = run_cli(*command)
+    assert code == 0
+    warnings = folder.read_summary(tmp_path / "run")["warnings"]
+    told = [f"warning: {text}" for text in warnings]
+    lines = err.splitlines()
+    assert lines[len(lines) - len(told) :] == told
+    assert any(said in text for text in warnings) == bool(said)
+    for word in ("hardest class", "make its mistakes cost"):
+        assert (word in out) == (not said)
+    _, _, again = run_cli("train", "--resume", tmp_path / "run")
+    assert again.splitlines() == told
+
+
 def test_an_empty_folder_is_filled_and_a_link_followed(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")
@@ -270,6 +297,122 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
         with pytest.raises(ConfigError, match="is not a run folder"):
             training.train(config(), path, overwrite=True)
     assert precious.read_text() == "ten years"
+
+
+FOREIGN = {
+    "a web site": ('baseURL = "https://example.org"\n[params]\nname = "x"\n', "unknown option"),
+    "options alone": ('dataset = "mnist-sample"\nepochs = 2\n', "has no version under"),
+    "a run without a version": ('epochs = 2\n[run]\ncommand = "x"\n', "has no version under"),
+    "a version that is none": ('epochs = 2\n[run]\nversion = "1"\n', "has no version under"),
+    "a run that is no table": ("epochs = 2\nrun = 1\n", "has no version under"),
+    "no TOML": ("epochs = [\n", "is not TOML"),
+    "a newer run": ("[run]\nversion = 2\n", "newer funcloss: format 2, this one reads 1"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_config_of_something_else_is_no_run_to_replace(tmp_path, case):
+    content, reason = FOREIGN[case]
+    here = tmp_path / "site"
+    here.mkdir()
+    (here / "config.toml").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is not a run folder to replace") as error:
+            training.train(config(epochs=0), here, overwrite=overwrite)
+        assert reason in str(error.value)
+        assert "overwrite" not in str(error.value)
+    assert (here / "config.toml").read_text() == content
+
+
+LEFT = {
+    "notes.txt": "notes.txt",
+    "mine.png": "mine.png",
+    "predictions.csv": "predictions.csv",
+    "seed-of-mine.safetensors": "seed-of-mine.safetensors",
+    "web/index.html": "web/",
+    "plain/notes.txt": "plain/notes.txt",
+    "tensorboard/notes.txt": "tensorboard/notes.txt",
+    "model.safetensors.bak/x": "model.safetensors.bak/",
+    ".git/config": ".git/",
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_else_lies_in_a_run_folder_is_named_and_kept(tmp_path, name):
+    run = tmp_path / "run"
+    training.train(config(epochs=0), run)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("ten years")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="holds a run and what funcloss did not write") as e:
+            training.train(config(epochs=0), run, overwrite=overwrite)
+        assert f"write: {LEFT[name]}; move that away or name another folder" in str(e.value)
+        assert "overwrite" not in str(e.value)
+    assert (run / name).read_text() == "ten years"
+    assert (run / "summary.json").exists()
+
+
+def test_of_many_files_a_few_are_named(tmp_path):
+    training.train(config(epochs=0), tmp_path)
+    for i in range(9):
+        (tmp_path / f"{i}.txt").touch()
+    with pytest.raises(ConfigError, match=r"0.txt, 1.txt, .*, 4.txt and 4 more; move"):
+        training.train(config(epochs=0), tmp_path, overwrite=True)
+
+
+def test_a_file_that_comes_while_the_data_is_read_is_kept(tmp_path, monkeypatch):
+    run, real = tmp_path / "run", training.run.make_setup
+    training.train(config(epochs=0), run)
+
+    def slow(made):
+        (run / "notes.txt").write_text("ten years")
+        return real(made)
+
+    monkeypatch.setattr(training.run, "make_setup", slow)
+    with pytest.raises(ConfigError, match=r"did not write: notes\.txt"):
+        training.train(config(epochs=0), run, overwrite=True)
+    assert (run / "notes.txt").read_text() == "ten years"
+
+
+def test_all_that_a_run_leaves_is_its_own(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    made = config(epochs=1, audit_every=20, tensorboard=True)
+    training.train(made, run, observer=audit.observer)
+    audit.write_report(audit.audit_run(run, examples=100), run)
+    for left in (".model-12.safetensors", ".curves-3.png", ".plain-a1_b/config.toml"):
+        (run / left).parent.mkdir(exist_ok=True)
+        (run / left).touch()  # by a kill
+    assert (run / "tensorboard").is_dir()
+    assert (run / "audit_history.png").exists()
+    assert folder.foreign(run) == []
+    training.train(config(epochs=0), run, overwrite=True)
+    assert not (run / "audit.html").exists()
+
+
+def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
+    run = tmp_path / "run"
+    training.train(config(), run, should_stop=StopAt(5))
+    path = run / "config.toml"
+    text = path.read_text()
+    assert "\n[run]\nversion = 1\n" in text
+    path.write_text(text.replace("\nversion = 1\n", "\nversion = 2\n"))
+    reads = (
+        training.resume,
+        training.evaluate_run,
+        funcloss.load,
+        audit.audit_run,
+        choose.resume_under_limits,
+        lambda run: training.predict_files(run, []),
+    )
+    said = r"config\.toml was made by a newer funcloss: format 2, this one reads 1; update funcloss"
+    for read in reads:
+        with pytest.raises(RunError, match=said):
+            read(run)
+    with pytest.raises(ConfigError, match=said):
+        read_toml(path)
+    path.write_text(text.replace("\nversion = 1\n", "\n"))  # of before there were versions
+    assert training.resume(run).finished
 
 
 def test_a_failing_overwrite_loses_nothing(tmp_path):
@@ -482,8 +625,11 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
         g.label for g in guesses
     ]
     (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(DataError, match="no.png is not an image"):
-        training.predict_files(run, [tmp_path / "no.png"])
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\n{ } loop\n"
+    (tmp_path / "eps.png").write_text(eps)
+    for name in ("no.png", "eps.png"):
+        with pytest.raises(DataError, match=rf"{name} is not an image .* PNG and JPEG are$"):
+            training.predict_files(run, [tmp_path / name])
 
 
 def start(run, *options):

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
+from funcloss._names import short
 from funcloss.audit.result import Audit, ExampleRows
-from funcloss.audit.words import clean, largest, spoken_of
+from funcloss.audit.words import largest, spoken_of
 from funcloss.training.figures import plain_text
 
 _SHARE, _BUDGET, _GREY = "#0072b2", "#d55e00", "#8a8f98"
@@ -361,8 +362,7 @@ def _heat(
 
 
 def _names(audit: Audit, labels: list[int]) -> list[str]:
-    names = (clean(audit.classes[c]) for c in labels)
-    return [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    return [short(audit.classes[c]) for c in labels]
 
 
 def _title(audit: Audit, text: str) -> str:

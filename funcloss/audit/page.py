@@ -13,10 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from torch import Tensor
 
+from funcloss._names import clean, short
 from funcloss.audit.figures import columns_of, history_lines, subsample
 from funcloss.audit.gram import cosines
 from funcloss.audit.result import QUANTILES, Audit, plain
-from funcloss.audit.words import clean, largest, passed, sentences, spoken_of
+from funcloss.audit.words import largest, passed, sentences, spoken_of
 
 _MOST = 24  # classes in a figure
 _LAYERS = 48
@@ -92,7 +93,7 @@ def render_page(
         before=before,
         audit=audit,
         names=[audit.classes[c] for c in shown],
-        name_width=max(len(_short(audit.classes[c])) for c in shown) + 2,
+        name_width=max(len(short(audit.classes[c], 14)) for c in shown) + 2,
         total=len(audit.classes),
         notes=audit.notes,
         lines=sentences(
@@ -139,7 +140,7 @@ def environment(*folders: Path) -> Environment:
         "bdi": lambda name: Markup("<bdi>{}</bdi>").format(clean(name)),
         "clean": clean,
         "marked": _marked,
-        "short": _short,
+        "short": lambda name, most=14: short(name, most),
         "pct": lambda part: "–" if _missing(part) else f"{round(100 * part, 1) + 0.0:.1f}",
         "num": lambda value: "–" if _missing(value) else f"{value + 0.0:.3g}",
         "two": lambda value: "–" if _missing(value) else f"{value + 0.0:.2g}",
@@ -162,11 +163,6 @@ def _isolated(name: str) -> str:
 def _marked(text: str) -> Markup:
     """Return a sentence as HTML, its names in elements that keep their direction to themselves."""
     return Markup(str(escape(text)).replace(_OPEN, "<bdi>").replace(_CLOSE, "</bdi>"))
-
-
-def _short(name: str, most: int = 14) -> str:
-    name = clean(name)
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _missing(value: float | None) -> bool:

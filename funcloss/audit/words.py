@@ -221,17 +221,6 @@ def percent(part: float | Tensor, error: float = math.nan) -> str:
     return f"{text} %" if math.isnan(error) else f"{text} ± {100 * error:.1f} %"
 
 
-def clean(name: str) -> str:
-    """Return a name without what no page can hold: control characters and halves of characters.
-
-    Example:
-        >>> clean("nine" + chr(10)) == "nine" + chr(0xFFFD)
-        True
-    """
-    whole = name.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() or c == " " else "\ufffd" for c in whole)
-
-
 def _of_cost(said: _Said, label: int) -> list[str]:
     """Say whether the cost of a class did what it is for."""
     audit, now, name = said

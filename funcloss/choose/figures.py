@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from funcloss.audit.words import clean
+from funcloss._names import short
 from funcloss.choose.result import Choice, Point, Score
 
 _CHEAP, _GREY, _DEAR = "#0072b2", "#8a8f98", "#d55e00"  # Okabe and Ito
@@ -51,7 +51,7 @@ def frontier(choice: Choice) -> Figure:
     _draw_crosses(axes, points)
     _draw_marks(figure, axes, points, scale_of(points))
     _draw_names(axes, points, choice.axes)
-    name = _short(choice.focus[0])
+    name = short(choice.focus[0], 24)
     dashes = {"color": _DEAR, "linestyle": "--", "linewidth": 1.2}
     for bound, said in bounds_of(choice, f"recall of {choice.focus[0]}"):
         axes.axhline(100 * bound, label=said, **dashes)
@@ -181,7 +181,7 @@ def _draw_names(axes: Axes, points: Sequence[Point], swept: Sequence[str]) -> No
         if p.plain or p.chosen or (len(swept) == 1 and len(points) <= 12):
             at = (100 * p.accuracy.value, 100 * p.recall[0].value)
             axes.annotate(
-                _short(title_of(p, swept)), at, (9, 5), textcoords="offset points", fontsize=8,
+                short(title_of(p, swept), 24), at, (9, 5), textcoords="offset points", fontsize=8,
                 parse_math=False,
             )  # fmt: skip
 
@@ -189,14 +189,9 @@ def _draw_names(axes: Axes, points: Sequence[Point], swept: Sequence[str]) -> No
 def _notes(choice: Choice) -> str:
     notes = []
     if len(choice.axes) == 1:
-        notes.append(f"joined in the order of {_short(choice.axes[0], 40)}")
+        notes.append(f"joined in the order of {short(choice.axes[0], 40)}")
     if any(ranged(p.accuracy) for p in choice.points):
         notes.append("thin lines: 95 % from seed to seed")
     if any(p.feasible is False for p in choice.points):
         notes.append("hollow: breaks a limit")
     return "; ".join(notes)
-
-
-def _short(name: str, most: int = 24) -> str:
-    name = clean(name)
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -10,6 +10,7 @@ import torch
 from jinja2 import Environment
 from markupsafe import Markup
 
+from funcloss._names import clean
 from funcloss.audit.page import (
     About,
     Axis,
@@ -21,7 +22,6 @@ from funcloss.audit.page import (
     zero_axis,
 )
 from funcloss.audit.result import Audit
-from funcloss.audit.words import clean
 from funcloss.choose.figures import (
     ISOLATED,
     Scale,
@@ -289,6 +289,7 @@ def _ascent(choice: Choice) -> dict[str, Any] | None:
     return {
         "x": x,
         "names": names[:_MOST],
+        "moved": len(names),
         "table": _thinned(rows, _STEPS // 10),
         "weights": _weight_lines(rows, names, x),
         "reached": _reached(choice, rows, x),
@@ -310,7 +311,8 @@ def _weight_lines(rows: Sequence[Ascent], names: list[str], x: Axis) -> dict[str
     steps = [row.step for row in rows]
     lasting = sorted(names, key=lambda name: -abs(math.log(max(lines[name][-1], 1e-300))))
     keys = {name: k + 1 for k, name in enumerate(lasting[:_COLOURS])}
-    drawn = [(keys.get(name, 0), _path(steps, line, x, y)) for name, line in lines.items()]
+    shown = lasting[:_MOST]
+    drawn = [(keys.get(name, 0), _path(steps, lines[name], x, y)) for name in shown]
     return {
         "y": y,
         "lines": sorted(drawn, key=lambda line: line[0] > 0),

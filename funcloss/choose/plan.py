@@ -1,6 +1,5 @@
 """What a sweep is: its members, how they are run, and the file that says so."""
 
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +18,14 @@ from funcloss.choose.axes import (
 )
 from funcloss.choose.limits import Limit, check_measurable, make_limits
 from funcloss.choose.members import Group, choose_width, make_groups
-from funcloss.config import FileOptions, TrainConfig, check_code, make_config
+from funcloss.config import TrainConfig, check_code, make_config, read_record
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import Note, folder
 from funcloss.training.lawful import check_loss
 from funcloss.training.setup import Setup, make_hyper, make_setup, setup_on
 from funcloss.typing import Hyper
 
-SPEC = "sweep.toml"
+SPEC = folder.SIGNS["sweep"]
 _METHODS = ("auto", "vmap", "loop")
 _SEEDS = 2**63  # from 0 on
 
@@ -62,7 +61,12 @@ class Sweep(NamedTuple):
 
     def seed_file(self, seed: int) -> Path:
         """Return where the states of a seed are kept."""
-        return self.folder / f"seed-{seed}.safetensors"
+        return seed_file(self.folder, seed)
+
+
+def seed_file(out: Path, seed: int) -> Path:
+    """Return where the folder of a sweep keeps the states of a seed."""
+    return out / f"seed-{seed}.safetensors"
 
 
 def start(
@@ -95,7 +99,7 @@ def start(
         DataError: the data cannot be had.
         RunError: the folder cannot be written.
     """
-    check_free(out, overwrite=overwrite)
+    folder.check_free(out, overwrite=overwrite, what="sweep")
     if method not in _METHODS:
         raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
     if seeds < 1:
@@ -119,28 +123,38 @@ def start(
         "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
     }
     run = {"command": folder.command_line(), "environment": folder.environment()}
-    check_free(out, overwrite=overwrite)  # another may have come while the loss was checked
+    # Another may have come while the loss was checked.
+    folder.check_free(out, overwrite=overwrite, what="sweep")
     with folder_replacing(out, last=SPEC) as beside:
         folder.write_config(beside / SPEC, shared, sweep=own, run=run)
     return made
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise ``ConfigError`` unless a new sweep may be made at ``out``.
+class Spec(NamedTuple):
+    """What ``sweep.toml`` says."""
 
-    Args:
-        out: The folder to make.
-        overwrite: A sweep that is there already may go; anything else never.
+    config: TrainConfig
+    axes: list[Axis]
+    seeds: int
+    width: int
+    environment: dict[str, Any]
+
+
+def read_spec(out: Path, *, allow_import: bool = False) -> Spec:
+    """Read what a sweep is from its folder.
+
+    Raises:
+        RunError: the folder is not that of a sweep, or is of a newer format.
     """
-    folder.check_free(out, overwrite=overwrite, sign=SPEC, what="sweep")
     if not (out / SPEC).is_file():
-        return
+        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
     try:
-        made_here = "axes" in tomllib.loads((out / SPEC).read_text(encoding="utf-8"))["sweep"]
-    except (OSError, ValueError, KeyError, TypeError):
-        made_here = False
-    if not made_here:
-        raise ConfigError(f"{out} is there and is not a sweep folder: name another one")
+        options, tables = read_record(out / SPEC, allow_import=allow_import)
+        own, run = tables["sweep"], tables["run"]
+        axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
+        return Spec(make_config(options), axes, own["seeds"], own["width"], run["environment"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"cannot read {out / SPEC}: {error}") from None
 
 
 def taken_up(
@@ -166,16 +180,7 @@ def taken_up(
         DataError: the data cannot be had.
         RunError: the folder is not that of a sweep.
     """
-    if not (out / SPEC).is_file():
-        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
-    try:
-        spec = tomllib.loads((out / SPEC).read_text(encoding="utf-8"))
-        own, run = spec.pop("sweep"), spec.pop("run")
-        axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
-        seeds, width, before = own["seeds"], own["width"], run["environment"]
-        config = make_config(FileOptions(spec, place=out / SPEC, allow_import=allow_import))
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(f"cannot read {out / SPEC}: {error}") from None
+    config, axes, seeds, width, before = read_spec(out, allow_import=allow_import)
     check_code(config)
     for line in folder.differences(before, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))

@@ -17,7 +17,7 @@ from funcloss.choose.finish import (
 from funcloss.choose.floors import limits_of, steer_by_limits
 from funcloss.choose.limits import Limit, held, limit_text, reached
 from funcloss.choose.members import member_hyper, member_state
-from funcloss.choose.plan import Sweep, start, taken_up
+from funcloss.choose.plan import Sweep, read_spec, seed_file, start, taken_up
 from funcloss.choose.result import Ascent, Choice
 from funcloss.choose.result import Limit as Reached
 from funcloss.choose.seeds import STEPS, prepared, restored, run_seeds
@@ -128,9 +128,10 @@ def resume_sweep(
         RunError: the folder is not that of a sweep, is finished, or cannot be written.
     """
     path = Path(out).expanduser()
+    seeds = read_spec(path).seeds
     if (path / "sweep.json").exists():
-        for left in path.glob("seed-*.safetensors"):  # by a kill at the very end
-            left.unlink()
+        for seed in range(seeds):  # left by a kill at the very end
+            seed_file(path, seed).unlink(missing_ok=True)
         raise RunError(f"{path} is finished: its report is {path / 'sweep.html'}")
     made = taken_up(path, data_dir=data_dir, allow_import=allow_import, show=show)
     return _swept(made, show, should_stop)
@@ -240,7 +241,11 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
     )["seed"]
-    setup, state = _write_chosen(made, seed, number, judged[seed][number].evaluations, run_dir)
+    setup, state, summary = _write_chosen(
+        made, seed, number, judged[seed][number].evaluations, run_dir
+    )
+    for text in summary["warnings"]:
+        show(Note(text, warning=True))
     limit_rows = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
     compared = None if plain is None else points[plain]
     lines = sweep_sentences(points, points[number], compared, limit_rows, made.axes)
@@ -302,8 +307,7 @@ def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Pat
         "sweep": f"{describe(entry.values) or 'plain'}, beside {len(made.entries) - 1} others",
         "environment": folder.environment(),
     }
-    write_run(run_dir, setup, state, records, evaluations, run)
-    return setup, state
+    return setup, state, write_run(run_dir, setup, state, records, evaluations, run)
 
 
 def _compared(

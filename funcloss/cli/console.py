@@ -142,15 +142,19 @@ class TrainingConsole:
         if self._quiet:
             return
         self._print_costs(outcome.summary)
-        recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
         run = shlex.quote(str(outcome.folder))
-        weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
-        costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
-        print(f"hardest class: {hardest}, recall {recall:.2%}")
-        print("next:")
-        print("  # make its mistakes cost five times")
         allowed = " --allow-import" if code_in(option_values(outcome.config)) else ""
-        print(f"  funcloss-train --config {run}/config.toml {costly}{allowed}")
+        hints = []
+        if not outcome.summary.get("warnings"):  # else no class is harder than the others
+            recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
+            print(f"hardest class: {hardest}, recall {recall:.2%}")
+            weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
+            costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
+            hints = [
+                "  # make its mistakes cost five times",
+                f"  funcloss-train --config {run}/config.toml {costly}{allowed}",
+            ]
+        print("next:", *hints, sep="\n")
         if outcome.summary["dataset"] in DATASETS:
             print("  # train by a recipe: the tutorial's own network and steps")
             print("  funcloss-train --recipe article")

@@ -16,6 +16,7 @@ from funcloss.data.raw import Raw, ordered, physical_memory
 from funcloss.data.streaming import Stream
 from funcloss.errors import ConfigError, DataError
 
+_FORMATS = ("PNG", "JPEG")  # not all that Pillow knows: an EPS it gives to Ghostscript to run
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 _PARTS |= {"test": "test"}
@@ -38,13 +39,12 @@ def read_image(
         invert: Swap dark and light, what is transparent being white before.
 
     Raises:
-        DataError: it cannot be read, or is not an image of 8 bits a channel.
+        DataError: it cannot be read, or is not a PNG or JPEG image of 8 bits a channel.
     """
-    with _readable(path):
-        with Image.open(path) as file:
-            if file.mode in _DEEP:
-                raise DataError(f"{path} has more than 8 bits a pixel: save it with 8")
-            picture = file.convert("RGBA")
+    with open_image(path) as file:
+        if file.mode in _DEEP:
+            raise DataError(f"{path} has more than 8 bits a pixel: save it with 8")
+        picture = file.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white" if invert else "black")
         flat = Image.alpha_composite(ground, picture).convert("L" if channels == 1 else "RGB")
         image = flat if size is None else flat.resize((size[1], size[0]))
@@ -55,12 +55,26 @@ def read_image(
 
 
 @contextlib.contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Turn what Pillow raises of a file that is broken or none into ``DataError``."""
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, a PNG or JPEG whatever its name says; nothing else is looked into.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The image, to be decoded within.
+
+    Raises:
+        DataError: it cannot be read or decoded, or is of another format.
+    """
     try:
-        yield
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise DataError(f"{path} is not an image, or not one of a sensible size") from None
+        with Image.open(path, formats=_FORMATS) as file:
+            yield file
+    except UnidentifiedImageError:
+        formats = " and ".join(_FORMATS)
+        raise DataError(f"{path} is not an image that can be read: {formats} are") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{path} is not an image of a sensible size") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
@@ -179,7 +193,7 @@ def _form_of(files: list[Path], image_size: int) -> _Form:
     sizes: dict[tuple[int, ...], Path] = {}
     channels = 1
     for path in files[:: -(-len(files) // _LOOKED_AT)]:
-        with _readable(path), Image.open(path) as image:
+        with open_image(path) as image:
             sizes.setdefault((image.height, image.width), path)
             grey = image.mode in (*_GREY, *_DEEP)
         channels = channels if grey else 3

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
 from funcloss._files import replacing
+from funcloss._names import short
 
+_NAMED = 30  # classes whose names and counts are all written
+_CELLS, _TICKS = 500, 25  # of a larger matrix, along each side
 _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 
 
@@ -73,14 +78,17 @@ def predictions(
     for axes, image, truth, guess in zip(grid.flat, images.numpy(), truths, guesses, strict=False):
         axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
         right = truth == guess
-        title = f"Prediction: {guess}\nTruth: {truth}"
+        title = f"Prediction: {short(guess)}\nTruth: {short(truth)}"
         plain_text([axes.set_title(title, fontsize=10, color="black" if right else _RED)])
     figure.tight_layout()
     return figure
 
 
 def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
-    """Confusion matrix, rows the truth, coloured by the part of each true class.
+    """Confusion matrix, rows the truth, coloured by the fraction of each true class.
+
+    Up to 30 classes are all named, with the counts in the cells. Beyond that the figure has a fixed
+    size and names every few classes; beyond 500 classes a cell joins neighbouring ones.
 
     Args:
         matrix: Counts, shape ``(classes, classes)``.
@@ -89,20 +97,39 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     Returns:
         The figure.
     """
-    counts = matrix.numpy()
+    total, counts = len(classes), matrix.numpy()
+    each = -(-total // _CELLS)  # classes in a cell
+    if each > 1:
+        starts = range(0, total, each)
+        counts = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)
     parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = 2.5 + 0.5 * len(classes)
+    named = total <= _NAMED
+    size = 2.5 + 0.5 * total if named else 10.0
     figure = Figure(figsize=(size, size))
     axes = figure.subplots()
-    axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    # In a large matrix a mistake is a faint point: the square root makes it visible.
+    norm = PowerNorm(1.0 if named else 0.5, vmin=0, vmax=1)
+    image = axes.imshow(parts, cmap="Blues", norm=norm, interpolation="nearest")
+    every = 1 if named else -(-len(counts) // _TICKS)
+    places = range(0, len(counts), every)
+    names = [short(classes[place * each]) for place in places]
+    axes.set_xticks(places, names, rotation=45 if named else 90, ha="right" if named else "center")
+    axes.set_yticks(places, names)
     plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title("Confusion matrix, test set")
+    if named:
+        axes.set_title("Confusion matrix, test set")
+        _write_counts(axes, counts, parts)
+    else:
+        joined = f"\neach cell joins {each} by {each} neighbouring classes" if each > 1 else ""
+        axes.set_title(f"Confusion matrix, test set: {total:,} classes{joined}")
+        figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.75)
+    return figure
+
+
+def _write_counts(axes: Axes, counts: np.ndarray, parts: np.ndarray) -> None:
     for row, column in np.argwhere(counts):
         color = "white" if parts[row, column] > 0.5 else "black"
         text = f"{counts[row, column]:,}"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    return figure

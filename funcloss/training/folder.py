@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,33 +18,101 @@ import torch
 
 from funcloss import __version__
 from funcloss._files import write_text
-from funcloss.config import CODE, TrainConfig, check_code, make_config, option_values, read_toml
+from funcloss.config import (
+    CODE,
+    FORMAT,
+    TrainConfig,
+    check_code,
+    make_config,
+    option_values,
+    read_record,
+    read_toml,
+    recorded_format,
+)
 from funcloss.errors import ConfigError, RunError
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+# All that is ever written into the folder of a run or a sweep, and the folders in it.
+_WRITTEN = (
+    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT),
+    *("curves.png", "confusion.png", "predictions.png", "events.out.tfevents.*"),
+    *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
+    *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
+    *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
+    *("floor.html", "floor.json", "frontier.png"),
+    *("sweep.toml", "sweep.html", "sweep.json", "sweep.csv", "steps.jsonl", "members.jsonl"),
+    "seed-[0-9]*.safetensors",
+)
+SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
+_FOLDERS = ("plain", "chosen", "tensorboard")
+_HALF_WRITTEN = re.compile(r"\.(.+)-\d+(\.\w+)|\.(.+?)-\w+(?:-old)?")  # what a kill leaves of them
+_NAMED = 5  # files in an error
 
 
-def check_free(path: Path, *, overwrite: bool, sign: str = CONFIG, what: str = "run") -> None:
-    """Raise ``ConfigError`` unless a new run may be made at ``path``.
+def check_free(path: Path, *, overwrite: bool, what: str = "run") -> None:
+    """Raise ``ConfigError`` unless a new run or sweep may be made at ``path``.
+
+    What may be replaced is known by its ``config.toml`` or ``sweep.toml``, which must parse and
+    have a table of its kind and the version of the format.
 
     Args:
         path: The folder to make.
-        overwrite: A run that is there already may go; anything else never.
-        sign: The file that tells such a folder.
-        what: What is made, for the error.
+        overwrite: What is there already may go if it is of the same kind, and no other file lies
+            in it.
+        what: What is made, ``run`` or ``sweep``.
     """
+    sign = SIGNS[what]
     try:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
+        others = foreign(path) if path.is_dir() else []
     except OSError as error:
         raise ConfigError(f"cannot use {path} as {what} folder: {error.strerror}") from None
+    not_one = f"{path} is there and is not a {what} folder"
     if not path.is_dir() or not (path / sign).exists():
-        raise ConfigError(f"{path} is there and is not a {what} folder: name another one")
+        raise ConfigError(f"{not_one}: name another one")
+    try:
+        options, tables = read_record(path / sign)
+        make_config(options)
+    except ConfigError as error:
+        raise ConfigError(f"{not_one} to replace: name another one ({error})") from None
+    if what not in tables or recorded_format(tables) is None:
+        raise ConfigError(
+            f"{not_one} to replace: name another one ({sign} has no version under [run])"
+        )
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise ConfigError(
+            f"{path} holds a {what} and what funcloss did not write: "
+            f"{', '.join(others[:_NAMED])}{more}; move that away or name another folder"
+        )
     if not overwrite:
         raise ConfigError(
             f"{path} holds a {what} already: resume it, overwrite it or name another folder"
         )
+
+
+def foreign(path: Path) -> list[str]:
+    """Return what lies in the folder of a run or a sweep and is none of its files.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Names relative to it, sorted; of a folder that is none of its own, that alone.
+    """
+    found = []
+    for item in sorted(path.iterdir()):
+        name = item.name
+        if half := _HALF_WRITTEN.fullmatch(name):
+            name = half[3] or half[1] + half[2]
+        if item.is_dir() and not item.is_symlink():
+            own = name in _FOLDERS
+            found += [f"{item.name}/{n}" for n in foreign(item)] if own else [f"{item.name}/"]
+        elif not any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
+            found.append(item.name)
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -79,13 +148,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_config(path: Path, config: TrainConfig, **tables: dict[str, Any]) -> None:
-    """Write a resolved configuration as TOML, with the tables of what was found on the way."""
+def write_config(
+    path: Path, config: TrainConfig, *, run: dict[str, Any], **tables: dict[str, Any]
+) -> None:
+    """Write a resolved configuration as TOML, with the tables of what was found on the way.
+
+    Args:
+        path: The file.
+        config: The configuration.
+        run: How it came about; the version of the format goes before it.
+        tables: What else the file says.
+    """
     options = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in option_values(config).items()
     }
-    write_text(path, tomli_w.dumps({**options, **tables}))
+    record = {**tables, "run": {"version": FORMAT, **run}}
+    write_text(path, tomli_w.dumps({**options, **record}))
 
 
 def read_config(
@@ -100,12 +179,16 @@ def read_config(
 
     Raises:
         ConfigError: it names code, and that is not allowed.
-        RunError: ``folder`` is not a run folder.
+        RunError: ``folder`` is not a run folder, or is of a newer format.
     """
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        config = make_config(read_toml(folder / CONFIG, allow_import=allow_import))
+        options = read_toml(folder / CONFIG, allow_import=allow_import)
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    try:
+        config = make_config(options)
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
     check_code(config, used)

@@ -299,19 +299,24 @@ def _shift(prior: Tensor, implied: Tensor) -> Tensor:
     return shift
 
 
-def judged_record(judged: Judged, costs: Costs) -> dict[str, Any]:
+def judged_record(judged: Judged, costs: Costs, *, matrices: bool = True) -> dict[str, Any]:
     """Return a judgement as JSON has it, None for what is not defined.
 
     Args:
         judged: The judgement.
         costs: What decisions cost.
+        matrices: Whether the confusion matrices are among it, which grow with the square of the
+            classes.
 
     Returns:
         Scores by rule, confusion matrices in counts and in cost units.
     """
     return folder.plain(
         {
-            "rules": {name: _record(scores, costs) for name, scores in judged.rules.items()},
+            "rules": {
+                name: _record(scores, costs) | (_matrices(scores) if matrices else {})
+                for name, scores in judged.rules.items()
+            },
             "temperature": judged.temperature,
             "calibration_error": judged.calibration_error,
             "calibrated_error": judged.calibrated_error,
@@ -334,6 +339,8 @@ def _record(scores: RuleScores, costs: Costs) -> dict[str, Any]:
         "recall": by_class(scores.recall, scores.recall_low, scores.recall_high),
         "precision": by_class(scores.precision, scores.precision_low, scores.precision_high),
         "decisions": list(costs.decisions),
-        "confusion": scores.confusion.tolist(),
-        "confusion_cost": scores.cost.tolist(),
     }
+
+
+def _matrices(scores: RuleScores) -> dict[str, Any]:
+    return {"confusion": scores.confusion.tolist(), "confusion_cost": scores.cost.tolist()}

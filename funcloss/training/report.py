@@ -19,9 +19,12 @@ from funcloss.errors import ConfigError
 from funcloss.training import figures, folder
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.judging import judge_model, judged_record, rule_caveat
+from funcloss.training.learned import learning_warnings
 from funcloss.training.setup import Setup
 from funcloss.training.step import TrainState
 from funcloss.typing import Hyper
+
+_MATRICES = 100  # classes at most whose confusion matrices are in a summary
 
 
 def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
@@ -63,6 +66,8 @@ def sum_up(
     epochs = [r for r in records if r["kind"] == "epoch" and r["epoch"] > 0]
     seconds = sum(r["seconds"] for r in epochs)
     examples = int(state.step) * config.batch_size
+    # Under floors and ceilings the loss itself changes with the class weights.
+    losses = [] if config.floor or config.ceiling else _losses(records)
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     drawn = {
         "curves.png": figures.curves(records),
@@ -98,17 +103,29 @@ def sum_up(
         "compile": config.compile,
         "threads": config.threads,
         "torch": torch.__version__,
+        "warnings": learning_warnings(
+            evaluations["test"].confusion, classes, losses, trained=bool(state.step)
+        ),
         **more,
         **scores(evaluations, classes),
         "costs": cost_sentences(setup.costs),
         "caveat": rule_caveat(config),
         "judged": {
-            name: judged_record(found, setup.costs)
+            name: judged_record(found, setup.costs, matrices=len(classes) <= _MATRICES)
             for name, found in judge_model(setup, evaluations, hyper).items()
         },
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _losses(records: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Return mean loss and number of steps of each report."""
+    return [
+        (math.nan if r["loss"] is None else r["loss"], r["steps"])
+        for r in records
+        if r["kind"] == "step"
+    ]
 
 
 @contextlib.contextmanager

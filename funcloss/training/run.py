@@ -147,6 +147,7 @@ def train(
         "environment": folder.environment(),
     }
     memory = hooks.steering.init(setup.state) if hooks.steering else None
+    folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=run)
         _save(beside, setup, setup.state, memory, hooks.steering)
@@ -189,7 +190,7 @@ def resume(
     config = folder.read_config(run_dir, allow_import=allow_import)
     if (summary := folder.read_summary(run_dir)) is not None:
         show(Note(f"{run_dir} is finished: there is nothing to resume"))
-        return Outcome(run_dir, True, summary, config)
+        return _finished(run_dir, summary, config, show)
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
@@ -230,8 +231,10 @@ def write_run(
         The summary.
 
     Raises:
+        ConfigError: what is there is not a run alone.
         RunError: it cannot be written; what was there is as it was.
     """
+    folder.check_free(run_dir, overwrite=True)
     step = int(state.step)
     epochs = []
     for epoch in range(1, step // setup.per_epoch + 1):
@@ -413,6 +416,12 @@ def _run_from(
     if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
         evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
     summary = report.sum_up(run_dir, setup, state, model.hyper, evaluations, more)
+    return _finished(run_dir, summary, config, show)
+
+
+def _finished(run_dir: Path, summary: dict[str, Any], config: TrainConfig, show: Show) -> Outcome:
+    for text in summary.get("warnings", []):  # none in a run from before there were any
+        show(Note(text, warning=True))
     return Outcome(run_dir, True, summary, config)
 
 

@@ -1,0 +1,23 @@
+"""Names that users gave, as text that a page, a figure or a terminal can hold."""
+
+
+def clean(name: str) -> str:
+    """Return a name without what no page can hold: control characters and halves of characters.
+
+    Example:
+        >>> clean("nine" + chr(10)) == "nine" + chr(0xFFFD)
+        True
+    """
+    whole = name.encode("utf-8", "replace").decode("utf-8")
+    return "".join(c if c.isprintable() or c == " " else "\ufffd" for c in whole)
+
+
+def short(name: str, most: int = 18) -> str:
+    """Return a name that is clean and has at most ``most`` characters, cut with an ellipsis.
+
+    Example:
+        >>> short("a name that is too long", 12)
+        'a name that…'
+    """
+    name = clean(name)
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
