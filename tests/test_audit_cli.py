@@ -1000,10 +1000,8 @@ def test_the_published_cost_leaves_the_share_of_the_nines_as_it_is(tutorial):
 
 
 def test_across_random_batches_of_32_the_published_cost_is_a_factor_of_1_03():
-    subject = adapt(
-        tutorial_losses.published_costly_nine, class_weights={9: 2.0}, batch_size=32
-    ).subject
-    effect = cost_effect(subject)
+    case = adapt(tutorial_losses.published_costly_nine, class_weights={9: 2.0}, batch_size=32).case
+    effect = cost_effect(case)
     assert float(effect.within[9]) == pytest.approx(1.0, abs=1e-6)
     assert float(effect.across[9]) == pytest.approx(1.03, abs=0.005)
     assert "1.03 across random batches of 32" in effect.of_class(9)
