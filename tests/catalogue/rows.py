@@ -81,9 +81,3 @@ def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
 def sigmoid(z: float) -> float:
     """Return a probability."""
     return 1 / (1 + math.exp(-z))
-
-
-def coupled() -> dict[str, str]:
-    """Return the limits of a loss that couples its examples."""
-    laws = "map over examples", "per-sample gradients"
-    return {law: "couples the examples of a batch" for law in laws}
