@@ -17,13 +17,9 @@ from torch.func import grad
 from funcloss._checks import check_number
 from funcloss._precision import wide_dtype
 from funcloss.combinators import Factor, factor_names, taken
-from funcloss.keys import fold_in, keyed_randomness
-from funcloss.losses import kl_div
-from funcloss.reduction import mean
+from funcloss.keys import fold_in
 from funcloss.typing import Batch, Buffers, Hyper, Metrics, Objective, Params
 
-Forward = Callable[[Params, Buffers, Tensor], tuple[Tensor, Buffers]]
-Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Bounds = tuple[float | Tensor, float | Tensor]
 
 LOG_VARIANCES = "log_variances"  # the entry of params that uncertainty weighting trains
@@ -199,70 +195,6 @@ def pgd(
         start = _start(batch.inputs, keys, epsilon)
         inputs = _ascended(of_inputs, batch.inputs, start, epsilon, step_size, steps, bounds)
         return objective(params, buffers, _with_inputs(batch, inputs), keys, hyper)
-
-    return robust
-
-
-def trades(
-    forward: Forward,
-    criterion: Criterion,
-    *,
-    beta: float | Tensor,
-    epsilon: float | Tensor,
-    step_size: float | Tensor,
-    steps: int = 10,
-    bounds: Bounds | None = None,
-) -> Objective:
-    """Return ``criterion(f(x)) + beta * mean KL(f(x) || f(x'))``, x' the worst near x for the KL.
-
-    It trades accuracy on the inputs as they are for predictions that do not move around them. The
-    search starts at a point of the cube drawn from the examples' keys.
-
-    Args:
-        forward: The model, :func:`funcloss.training.make_forward` of a module; it gives logits.
-        criterion: From predictions, batch and hyper to a scalar, as ``mean_of(loss)``.
-        beta: Factor of the second term, ``1 / lambda`` of the paper.
-        epsilon: Largest change of an input, in the units of the inputs as the model sees them.
-        step_size: How far a step moves each input.
-        steps: How many steps the search takes.
-        bounds: Least and largest value that an input may have; None: any.
-
-    Returns:
-        An objective with ``clean_loss`` and ``robust_kl`` among its metrics. The attack is a
-        constant: nothing is differentiated through it. Buffers come from the clean pass.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    References:
-        Zhang, Yu, Jiao, Xing, El Ghaoui and Jordan, "Theoretically principled trade-off between
-        robustness and accuracy", 2019.
-    """
-    _check_search("trades", epsilon, step_size, steps)
-    check_number("trades", "beta", beta, low=0)
-
-    def robust(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
-    ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        def logits_of(params: Params, inputs: Tensor) -> tuple[Tensor, Buffers]:
-            with keyed_randomness(keys):
-                return forward(params, buffers, inputs)
-
-        def divergence(logits: Tensor, attacked: Tensor) -> Tensor:
-            values = kl_div(attacked.log_softmax(-1), logits.softmax(-1), where=batch.where)
-            return mean(values, where=batch.where)
-
-        logits, new_buffers = logits_of(params, batch.inputs)
-        still = logits.detach()
-
-        def of_inputs(inputs: Tensor) -> Tensor:
-            return divergence(still, logits_of(_fixed(params), inputs)[0])
-
-        start = _start(batch.inputs, keys, epsilon)
-        inputs = _ascended(of_inputs, batch.inputs, start, epsilon, step_size, steps, bounds)
-        attacked, _ = logits_of(params, inputs)
-        plain, apart = criterion(logits, batch, hyper), divergence(logits, attacked)
-        return plain + beta * apart, (new_buffers, {"clean_loss": plain, "robust_kl": apart})
 
     return robust
 

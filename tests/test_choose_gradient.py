@@ -1,6 +1,5 @@
 import copy
 import math
-from itertools import islice, repeat
 from typing import NamedTuple
 
 import pytest
@@ -19,8 +18,7 @@ from funcloss.choose.gradient import (
     mean_expected_cost,
     unrolled_cost,
 )
-from funcloss.choose.tuning import tune
-from funcloss.data import Examples, take
+from funcloss.data import take
 from funcloss.training import (
     flatten,
     init_state,
@@ -410,114 +408,6 @@ def test_sample_weights_of_another_shape_are_refused():
         mean_expected_cost(
             scores, torch.ones(2, 2), labels, torch.ones(2, 2), sample_weights=torch.ones(3)
         )
-
-
-def tuned(problem, source=None, **options):
-    options = {"rounds": 3, "horizon": 2, "rate": 0.2, **options}
-    step, state, batches, cost, hyper = problem
-    return tune(step, state, source or iter(batches), cost, hyper, **options)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_tuning_is_its_rounds_taken_one_by_one(make_problem, optimizer):
-    problem = make_problem(optimizer=optimizer, k=6)
-    problem.hyper["class_weights"][3] = 0.0
-    result = tuned(problem)
-    values = [*(row.value for row in result.history), result.value]
-    assert torch.equal(values[0], problem.hyper["class_weights"])
-    state = problem.state
-    for i, row in enumerate(result.history):
-        here = problem._replace(
-            state=state,
-            batches=problem.batches[2 * i : 2 * i + 2],
-            hyper={**problem.hyper, "class_weights": values[i]},
-        )
-        assert_close(row[1:], tuple(cost_gradient(*here)), rtol=0.0, atol=0.0)
-        for batch in here.batches:
-            hyper = {**problem.hyper, "class_weights": values[i + 1]}
-            state, _ = problem.train_step(state, batch, hyper)
-    assert flatten(state).keys() == flatten(result.state).keys()
-    for path, tensor in flatten(state).items():
-        assert torch.equal(tensor, flatten(result.state)[path]), path
-    for before, after in zip(values, values[1:], strict=False):
-        assert after[3] == 0.0
-        kept = torch.arange(CLASSES) != 3
-        change = (after[kept] / before[kept]).log()
-        assert float(change.abs().max()) == pytest.approx(0.2, abs=1e-12)
-        assert float(change.sum()) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_every_move_is_down_hill_and_any_tensor_may_move(make_problem):
-    problem = make_problem(k=6)
-    result = tuned(problem, name="learning_rate")
-    signs = [-float(row.gradient.sign()) for row in result.history]
-    expected = 0.05 * math.exp(0.2 * sum(signs))
-    assert float(result.value) == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(problem.hyper["learning_rate"], result.history[0].value)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"horizon": 0}, "horizon must be 1 to 10 steps, got 0"),
-        ({"horizon": 11}, "horizon must be 1 to 10 steps, got 11"),
-        ({"rate": 0.0}, "rate must be positive and finite, got 0.0"),
-        ({"rate": math.nan}, "rate must be positive and finite, got nan"),
-        ({"rounds": 4}, "must give 2 batches a round, got 0 in round 4"),
-    ],
-)
-def test_what_cannot_be_tuned_is_refused(make_problem, options, text):
-    with pytest.raises(ValueError, match=f"^tune: .*{text}"):
-        tuned(make_problem(k=6), **options)
-
-
-def test_a_training_that_diverges_is_not_tuned(make_problem):
-    problem = make_problem()
-    problem.hyper["learning_rate"] = torch.tensor(math.inf, dtype=torch.float64)
-    with pytest.raises(ValueError, match="must be finite, those of round 1 are not"):
-        tuned(problem, source=repeat(problem.batches[0]))
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_tuned_costs_serve_a_rare_and_dear_class(sample, seed):
-    """Class 9 costs 10 and has 40 training examples; the others cost 1 and have 400.
-
-    Against the same 150 steps at constant weights, seeds 0 to 3 came to 0.58 to 0.63 of the
-    expected cost on validation data and to 0.65 to 0.70 on the test part, which the tuner never
-    sees; under SGD and with a perceptron all gained too, at least 8 %.
-    """
-    labels = sample.train.labels
-    kept = torch.cat([(labels != 9).nonzero()[:, 0], (labels == 9).nonzero()[:40, 0]])
-    rare = Examples(sample.train.inputs[kept], labels[kept])
-
-    def batches():
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield take(sample, rare, torch.randint(len(kept), (64,), generator=generator))
-
-    torch.manual_seed(seed)
-    model, optimizer = models.linear(), optim.adam()
-    objective = supervised(model, mean_of(class_weighted(losses.cross_entropy)))
-    step, start = make_train_step(objective, optimizer), init_state(model, optimizer, seed=seed)
-    judged, unseen = (
-        mean_expected_cost(
-            make_forward(model.eval()), data.inputs, data.targets, costly_nine(torch.float32)
-        )
-        for data in (
-            take(sample, part, torch.arange(500)) for part in (sample.validation, sample.test)
-        )
-    )
-    hyper = {"learning_rate": torch.tensor(1e-3), "class_weights": torch.ones(CLASSES)}
-    result = tune(step, start, batches(), judged, hyper, rounds=30, horizon=5, rate=0.1)
-    constant = start
-    for batch in islice(batches(), 150):
-        constant, _ = step(constant, batch, hyper)
-    for cost, bound in ((judged, 0.75), (unseen, 0.8)):
-        after = float(cost(result.state.params, result.state.buffers))
-        assert after < bound * float(cost(constant.params, constant.buffers))
-    assert result.value.argmax() == 9
-    assert float(result.value.log().mean()) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_sentences_tell_the_largest_first():

@@ -64,12 +64,9 @@ W, Y, COLD = WEIGHTS.tolist(), LABELS.tolist(), 0.3
 TRUE, HALF = by_loops(lambda s, i: s[Y[i]])
 OTHER, _ = by_loops(lambda s, i: s[OTHERS[i]])
 EVEN, HALF_EVEN = by_loops(lambda s, i: sum(s) / CLASSES)
-SOFT, _ = by_loops(lambda s, i: sum(t * x for t, x in zip(TARGETS[i].tolist(), s, strict=True)))
 COSTLY_SOFT, _ = by_loops(lambda s, i: sum(TARGETS[i, k].item() * W[k] * s[k] for k in range(4)))
-COSTLY_EVEN, _ = by_loops(lambda s, i: sum(w * x for w, x in zip(W, s, strict=True)) / CLASSES)
 ODDS, _ = by_loops(lambda s, i: math.exp(-s[Y[i]]))
 COST, _ = by_loops(lambda s, i: sum(COSTS[Y[i], k].item() * math.exp(-s[k]) for k in range(4)))
-DISTANCE, _ = by_loops(lambda s, i: sum(abs(LOGITS[i, k].item() - (k == Y[i])) for k in range(4)))
 PAYS = torch.tensor([W[y] for y in Y], dtype=torch.float64)
 SMOOTH, HALF_SMOOTH = 0.7 * TRUE + 0.3 * EVEN, 0.7 * HALF + 0.3 * HALF_EVEN
 
@@ -77,7 +74,6 @@ ce, weighted = losses.cross_entropy, class_weighted(losses.cross_entropy)
 nest = scaled(class_weighted(smoothed(temperature(ce, 2.0), COLD)), "by")
 cool = scaled(temperature(ce, "heat"), 4.0)
 both = summed({"fit": (0.5, sample_weighted(weighted)), "cool": ("by", cool)})
-not_one = where(ce, lambda z, y: y != 1)
 distance = one_hot_targets(losses.absolute_error)
 TWO, EPS, COSTLY = scalar(2.0), scalar(COLD), {"class_weights": WEIGHTS}
 ALL = {**COSTLY, "sample_weights": IMPORTANCE, "by": 0.25, "heat": 2.0}
@@ -85,29 +81,15 @@ ALL = {**COSTLY, "sample_weights": IMPORTANCE, "by": 0.25, "heat": 2.0}
 ROWS = {  # the loss, its data after the logits, its options, its values
     "scaled": (scaled(ce, 2.5), (LABELS,), {}, 2.5 * TRUE),
     "scaled by name": (scaled(ce, "by"), (LABELS,), {"by": 0.5}, 0.5 * TRUE),
-    "temperature": (temperature(ce, 2.0), (LABELS,), {}, HALF),
     "temperature by name": (temperature(ce, "heat"), (LABELS,), {"heat": TWO}, HALF),
-    "class_weighted": (weighted, (LABELS,), COSTLY, PAYS * TRUE),
     "sample_weighted": (
         sample_weighted(ce), (LABELS,), {"sample_weights": IMPORTANCE}, IMPORTANCE * TRUE
     ),
-    "from_logits": (from_logits(losses.nll), (LABELS,), {}, TRUE),
-    "one_hot_targets": (distance, (LABELS,), {}, DISTANCE),
-    "soft": (soft(ce), (TARGETS,), {}, SOFT),
     "soft(class_weighted)": (soft(weighted), (TARGETS,), COSTLY, COSTLY_SOFT),
-    "smoothed": (smoothed(ce, COLD), (LABELS,), {}, SMOOTH),
     "smoothed by name": (smoothed(ce, "eps"), (LABELS,), {"eps": EPS}, SMOOTH),
-    "class_weighted(smoothed)": (
-        class_weighted(smoothed(ce, COLD)), (LABELS,), COSTLY, PAYS * SMOOTH
-    ),
-    "smoothed(class_weighted)": (
-        smoothed(weighted, COLD), (LABELS,), COSTLY, 0.7 * PAYS * TRUE + 0.3 * COSTLY_EVEN
-    ),
-    "mixup": (mixup(ce), (LABELS, OTHERS), {"mix": 0.7}, 0.7 * TRUE + 0.3 * OTHER),
     "mixup, one an example": (
         mixup(ce), (LABELS, OTHERS), {"mix": MIX}, MIX * TRUE + (1 - MIX) * OTHER
     ),
-    "where": (not_one, (LABELS,), {}, TRUE * (LABELS != 1)),
     "a nest": (nest, (LABELS,), {**COSTLY, "by": 1.5}, 1.5 * PAYS * HALF_SMOOTH),
     "a sum of nests": (both, (LABELS,), ALL, 0.5 * IMPORTANCE * PAYS * TRUE + HALF),
 }  # fmt: skip

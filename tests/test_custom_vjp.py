@@ -268,8 +268,8 @@ def test_the_default_compiler_gives_the_same(loss):
 
 def test_the_hand_written_cross_entropy_keeps_every_law():
     adapted = adapt(by_hand)
-    assert adapted.kind == "function, one value an example"
-    findings = check(adapted.subject)
+    assert adapted.kind == "function, one value per example"
+    findings = check(adapted.case)
     assert [f for f in findings if f.verdict == "fail"] == []
     # No mask, no costs and no reference were given: all other laws were tried.
     untried = {f.law for f in findings if f.verdict != "pass"}

@@ -1,4 +1,4 @@
-"""What holds of the whole catalogue beside the laws: shapes, annotations, docstrings, values."""
+"""What holds of every loss beside the laws: its reference, shapes, annotations, docstrings."""
 
 import inspect
 import math
@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from beartype import beartype
+from catalogue import CASES
+from catalogue.rows import OfTorch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
@@ -14,26 +16,72 @@ from torch.testing import assert_close
 
 from funcloss import losses
 from funcloss.combinators import couples_examples, probabilities_of
-from funcloss.laws import SUBJECTS
+from funcloss.laws.case import in_dtype
+from funcloss.reduction import mean
 
-OWN = {name: s for name, s in SUBJECTS.items() if name.split(",")[0] in losses.__all__}
-FREE = {
-    name: s for name, s in SUBJECTS.items() if not couples_examples(s.loss) and "linear" not in name
+OWN = {name: case for name, case in CASES.items() if name.split(",")[0] in losses.__all__}
+FREE = {name: case for name, case in CASES.items() if not couples_examples(case.loss)}
+
+
+def batch_of(case, n, seed=0):
+    return case.data(n, torch.Generator().manual_seed(seed))
+
+
+REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": mean}
+INPUTS = {  # what the random predictions become
+    "random": lambda x, far: x,
+    "zeros": lambda x, far: 0 * x,
+    "ties": lambda x, far: x.round(),
+    "tiny": lambda x, far: 1e-30 * x,
+    "far": lambda x, far: torch.where(x > x.mean(), *(far if (x < 0).any() else map(abs, far))),
+}
+NO_ONE_SLOPE = {  # of rows at some inputs
+    "binary_cross_entropy": ("zeros", "ties", "tiny", "far"),  # torch's is 1e12 at 0 and 1
+    "triplet_margin, p=1": ("ties",),  # rounding decides on which side of the hinge a tie is
 }
 
 
-def batch_of(subject, n, seed=0):
-    return subject.data(n, torch.Generator().manual_seed(seed))
+AGAINST = [  # far out plain formulas overflow: there the law of extremes holds ours
+    (name, inputs)
+    for name, case in CASES.items()
+    for inputs in INPUTS
+    if inputs != "far" or isinstance(case.reference, OfTorch)
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("name", "inputs"), AGAINST)
+def test_values_gradients_and_reductions_are_those_of_the_reference(name, dtype, tolerance, inputs):
+    case = CASES[name].in_dtype(dtype)
+    of_torch = isinstance(case.reference, OfTorch)
+    k = case.predictions
+    data = in_dtype(batch_of(case, 20), dtype)
+    data = tuple(INPUTS[inputs](x, case.extremes).to(dtype) for x in data[:k]) + data[k:]
+    for reduction in ("none", "sum", "mean") if of_torch else ("none",):
+        reduced = {"reduction": reduction} if of_torch else {}
+        first = [x.clone().requires_grad_() for x in data[:k]]
+        second = [x.clone().requires_grad_() for x in data[:k]]
+        ours = REDUCTIONS[reduction](case(*first, *data[k:]))
+        theirs = case.reference(*second, *data[k:], **case.options, **reduced)
+        size = max(1.0, *(float(x.detach().abs().max()) for x in (*data[:k], theirs)))
+        assert_close(ours, theirs.to(dtype), rtol=0, atol=tolerance * size)
+        if theirs.requires_grad and inputs not in NO_ONE_SLOPE.get(name, ()):
+            gradients = (
+                torch.autograd.grad(v.sum(), x) for v, x in ((ours, first), (theirs, second))
+            )
+            for got, expected in zip(*gradients, strict=True):
+                size = max(1.0, float(expected.abs().max()))
+                assert_close(got, expected, rtol=0, atol=10 * tolerance * size)
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_annotations_are_true(name):
-    subject = OWN[name]
-    checked = jaxtyped(typechecker=beartype)(subject.loss)
-    data = batch_of(subject, 6)
-    checked(*data, where=torch.ones(6, dtype=torch.bool), **subject.options)
+    case = OWN[name]
+    checked = jaxtyped(typechecker=beartype)(case.loss)
+    data = batch_of(case, 6)
+    checked(*data, where=torch.ones(6, dtype=torch.bool), **case.options)
     with pytest.raises(Exception, match="where|type|Type"):
-        checked(*data, where=torch.ones(6), **subject.options)
+        checked(*data, where=torch.ones(6), **case.options)
 
 
 @settings(deadline=None, max_examples=6, derandomize=True)
@@ -45,19 +93,19 @@ def test_the_annotations_are_true(name):
 )
 @pytest.mark.parametrize("name", FREE)
 def test_any_batch_axes_dtype_mask_and_weights(name, shape, dtype, masked, seed):
-    subject = FREE[name]
+    case = FREE[name]
     n = math.prod(shape)
-    data = batch_of(subject, max(n, 1), seed)
+    data = batch_of(case, max(n, 1), seed)
     data = tuple(x.to(dtype) if x.is_floating_point() else x for x in data)
     flat = tuple(x[:n] for x in data)
     folded = tuple(x.reshape((*shape, *x.shape[1:])) for x in flat)
     generator = torch.Generator().manual_seed(seed)
     where = torch.rand(shape, generator=generator) > 0.5 if masked else None
     weights = torch.rand(shape, generator=generator).to(dtype)
-    values = subject(*folded, **({"where": where} if masked else {}))
+    values = case(*folded, **({"where": where} if masked else {}))
     assert values.shape == shape
     assert values.dtype == dtype
-    expected = subject(*flat).reshape(shape)
+    expected = case(*flat).reshape(shape)
     if where is not None:
         expected = torch.where(where, expected, 0.0)
     assert_close(values, expected, rtol=1e-3 if dtype.itemsize == 2 else 1e-5, atol=1e-3)

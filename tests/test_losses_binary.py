@@ -1,4 +1,4 @@
-"""Losses of yes-or-no questions: parity with torch and published code, limits, refusals."""
+"""Losses of yes-or-no questions: limits, known values, refusals."""
 
 import math
 
@@ -17,10 +17,9 @@ from funcloss.losses.binary import (
     sigmoid_focal,
     soft_margin,
 )
-from funcloss.reduction import mean
 
 CLASSES = 4
-WEIGHTS = torch.tensor([1.0, 0.5, 3.0, 0.0])
+WEIGHTS = torch.tensor([1.0, 0.5, 3.0, 0.0], dtype=torch.float64)
 RANDOM = 3 * torch.randn(6, CLASSES, generator=Generator().manual_seed(0), dtype=torch.float64)
 BITS = (torch.rand(6, CLASSES, generator=Generator().manual_seed(1)) > 0.5).double()
 SOFT = torch.rand(6, CLASSES, generator=Generator().manual_seed(2), dtype=torch.float64)
@@ -31,9 +30,7 @@ INPUTS = {
     "large": 12 * RANDOM,
     "far": torch.where(RANDOM > 0, 1e4, -1e4).double(),
 }
-TARGETS = {"bits": BITS, "soft": SOFT}
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6}
-REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": mean}
 
 
 def assert_agree(ours, theirs, x: Tensor, dtype: torch.dtype) -> None:
@@ -48,22 +45,6 @@ def assert_agree(ours, theirs, x: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_binary_cross_entropy_is_that_of_torch(weighted, reduction, targets, dtype):
-    """Torch's mean divides by the number of elements, also under weights."""
-    t = TARGETS[targets].to(dtype)
-    weights = WEIGHTS.to(dtype) if weighted else torch.ones(CLASSES, dtype=dtype)
-    assert_agree(
-        lambda p: REDUCTIONS[reduction](weights * binary_cross_entropy(p, t)),
-        lambda p: F.binary_cross_entropy(p, t, weights, reduction=reduction),
-        (RANDOM / 2).sigmoid(),
-        dtype,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_probabilities_of_zero_and_one_cost_what_they_cost_in_torch(target, dtype):
     p = torch.tensor([0.0, 1.0, 1e-37, 1e-30, 1e-7, 0.5, 1 - 1e-6], dtype=dtype)
@@ -74,97 +55,12 @@ def test_probabilities_of_zero_and_one_cost_what_they_cost_in_torch(target, dtyp
     assert grad(lambda p: binary_cross_entropy(p, t).sum())(p).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("pos_weight", [None, WEIGHTS])
-@pytest.mark.parametrize("weight", [None, WEIGHTS.flip(0)])
-def test_binary_cross_entropy_with_logits_is_that_of_torch(
-    weight, pos_weight, reduction, targets, inputs, dtype
-):
-    t = TARGETS[targets].to(dtype)
-    weight, pos_weight = (None if w is None else w.to(dtype) for w in (weight, pos_weight))
-    factor = 1.0 if weight is None else weight
-    option = {} if pos_weight is None else {"pos_weight": pos_weight}
-
-    def ours(z: Tensor) -> Tensor:
-        values = binary_cross_entropy_with_logits(z, t, **option)
-        return REDUCTIONS[reduction](factor * values)
-
-    def theirs(z: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(
-            z, t, weight, pos_weight=pos_weight, reduction=reduction
-        )
-
-    assert_agree(ours, theirs, INPUTS[inputs], dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_multilabel_soft_margin_is_that_of_torch(weights, reduction, inputs, dtype):
-    w, t = None if weights is None else weights.to(dtype), BITS.to(dtype)
-    assert_agree(
-        lambda z: REDUCTIONS[reduction](multilabel_soft_margin(z, t, class_weights=w)),
-        lambda z: F.multilabel_soft_margin_loss(z, t, w, reduction=reduction),
-        INPUTS[inputs],
-        dtype,
+def test_the_weight_of_a_yes_may_be_one_per_class():
+    got = binary_cross_entropy_with_logits(RANDOM, SOFT, pos_weight=WEIGHTS)
+    expected = F.binary_cross_entropy_with_logits(
+        RANDOM, SOFT, pos_weight=WEIGHTS, reduction="none"
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inputs", ["random", "zeros", "tiny", "large"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_soft_margin_is_that_of_torch(reduction, inputs, dtype):
-    """Not at 1e4, where torch's overflows: see the limits."""
-    signs = (2 * BITS - 1).to(dtype)
-    assert_agree(
-        lambda z: REDUCTIONS[reduction](soft_margin(z, signs)),
-        lambda z: F.soft_margin_loss(z, signs, reduction=reduction),
-        INPUTS[inputs],
-        dtype,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, None), (2.0, 0.25), (1.0, 0.9), (3.5, None)])
-def test_sigmoid_focal_is_that_of_torchvision(gamma, alpha, reduction, targets, inputs, dtype):
-    from torchvision.ops import sigmoid_focal_loss
-
-    t = TARGETS[targets].to(dtype)
-    minus_one = -1 if alpha is None else alpha
-    assert_agree(
-        lambda z: REDUCTIONS[reduction](sigmoid_focal(z, t, gamma=gamma, alpha=alpha)),
-        lambda z: sigmoid_focal_loss(z, t, minus_one, gamma, reduction),
-        INPUTS[inputs],
-        dtype,
-    )
-
-
-def published_asymmetric(z: Tensor, t: Tensor, gamma_pos, gamma_neg, clip) -> Tensor:
-    """The code of Ridnik et al., without its cut of the logarithm, summed over the classes."""
-    yes = z.sigmoid()
-    no = (1 - yes + clip).clamp(max=1)
-    weight = (1 - yes * t - no * (1 - t)) ** (gamma_pos * t + gamma_neg * (1 - t))
-    return -((t * yes.log() + (1 - t) * no.log()) * weight).sum(-1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [(0.0, 4.0, 0.05), (1.0, 4.0, 0.05), (2.0, 2.0, 0.3)])
-def test_asymmetric_is_that_of_the_published_code(options, dtype):
-    pos, neg, cut = options
-    t = BITS.to(dtype)
-    assert_agree(
-        lambda z: asymmetric(z, t, gamma_pos=pos, gamma_neg=neg, shift=cut),
-        lambda z: published_asymmetric(z, t, *options),
-        RANDOM,
-        dtype,
-    )
+    assert_close(got, expected, rtol=0, atol=1e-11)
 
 
 def bce(z: Tensor, t: Tensor) -> Tensor:

@@ -66,10 +66,6 @@ MEETINGS = {
         of_costs(softmax_margin, torch.full((5, 5), 1.5)),
         lambda z, y: torch_cross_entropy(z, y) + 1.5,
     ),
-    "softmax_margin": (
-        of_costs(softmax_margin, COSTS),
-        lambda z, y: F.cross_entropy(z + COSTS.to(z)[y], y, reduction="none"),
-    ),
     "cost_hinge, mistakes": (of_costs(cost_hinge, MISTAKES), torch_multi_margin_of_the_worst),
     "cost_hinge, no costs": (
         of_costs(cost_hinge, 0 * MISTAKES),

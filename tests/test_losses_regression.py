@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -27,77 +26,6 @@ def number(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def reals(scale, n=60):
-    """Predictions and targets, every fifth a tie, every seventh an error of exactly 1."""
-    generator = torch.Generator().manual_seed(0)
-    predictions, targets = scale * torch.randn(2, n, generator=generator, dtype=torch.float64)
-    targets[::5], targets[::7] = predictions[::5], predictions[::7] - 1
-    return predictions, targets
-
-
-def counts(scale, n=60):
-    log_rates, targets = reals(min(scale, 3.0), n)
-    return log_rates, targets.abs().round()
-
-
-def rates(scale, n=60):
-    predictions, targets = reals(scale, n)
-    predictions = torch.cat([predictions[1:].abs(), torch.zeros(1, dtype=torch.float64)])
-    return predictions, targets.abs().round()
-
-
-def normals(scale, n=60):
-    predictions, targets = reals(scale, n)
-    return predictions, targets.roll(1).square() * (torch.arange(n) % 9 > 0), targets
-
-
-def torch_gaussian_nll(predictions, variances, targets, **options):
-    return F.gaussian_nll_loss(predictions, targets, variances, **options)
-
-
-# Ours, torch's, the options of both, the data.
-PARITY = [
-    (absolute_error, F.l1_loss, {}, reals),
-    (squared_error, F.mse_loss, {}, reals),
-    *[(huber, F.huber_loss, {"delta": d}, reals) for d in (1.0, 1e-3, 0.5, 100.0)],
-    *[(smooth_l1, F.smooth_l1_loss, {"beta": b}, reals) for b in (1.0, 0.0, 1e-3, 100.0)],
-    *[(poisson_nll, F.poisson_nll_loss, {"full": f}, counts) for f in (False, True)],
-    *[
-        (poisson_nll, F.poisson_nll_loss, {"log_input": False, "full": f, "eps": e}, rates)
-        for f in (False, True)
-        for e in (1e-8, 1e-2)
-    ],
-    *[
-        (gaussian_nll, torch_gaussian_nll, {"full": f, "eps": e}, normals)
-        for f in (False, True)
-        for e in (1e-6, 1e-2)
-    ],
-]
-REDUCTIONS = {"none": lambda values: values, "mean": mean, "sum": torch.sum}
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-@pytest.mark.parametrize(("ours", "theirs", "options", "data"), PARITY)
-def test_values_and_gradients_are_those_of_torch(
-    ours, theirs, options, data, dtype, tolerance, scale
-):
-    batch = [x.to(dtype) for x in data(scale)]
-    size = max(1.0, max(x.abs().max().item() for x in batch))
-    for reduction, reduce in REDUCTIONS.items():
-        value, exact = (
-            reduce(ours(*batch, **options)),
-            theirs(*batch, reduction=reduction, **options),
-        )
-        assert_close(value, exact, rtol=tolerance, atol=tolerance * size)
-    differentiated = tuple(range(len(batch) - 1))
-    gradients = grad(lambda *b: ours(*b, **options).sum(), differentiated)(*batch)
-    wanted = [x.clone().requires_grad_() for x in batch]
-    theirs(*wanted, reduction="sum", **options).backward()
-    for i in differentiated:
-        assert_close(gradients[i], wanted[i].grad, rtol=10 * tolerance, atol=10 * tolerance)
-
-
 @pytest.mark.skipif(
     "weight" not in inspect.signature(F.l1_loss).parameters, reason="this torch has no weights"
 )
@@ -111,7 +39,8 @@ def test_values_and_gradients_are_those_of_torch(
     ],
 )
 def test_torchs_weights_multiply_the_values_and_divide_the_mean(ours, theirs, divides):
-    predictions, targets = reals(1.0)
+    generator = torch.Generator().manual_seed(0)
+    predictions, targets = torch.randn(2, 60, generator=generator, dtype=torch.float64)
     weights = torch.rand(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = ours(predictions, targets)
     for reduction, exact in {
@@ -211,16 +140,10 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("loss", "name", "value"), OPTIONS)
-def test_options_are_tensors_too(loss, name, value):
-    option = number(value).requires_grad_()
-
+def test_options_may_be_mapped_over(loss, name, value):
     def of(option):
         return loss(ERRORS[2:], ZEROS[2:], **{name: option})
 
-    assert_close(of(option), of(value))
-    assert gradcheck(of, option, check_forward_ad=True)
-    if loss not in (absolute_error, quantile):  # those are linear in it
-        assert gradgradcheck(of, option)
     several = torch.tensor([value, value / 2], dtype=torch.float64)
     assert_close(vmap(of)(several), torch.stack([of(value), of(value / 2)]))
 

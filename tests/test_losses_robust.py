@@ -150,18 +150,10 @@ def test_a_hopeless_example_costs_bi_tempered_a_bounded_amount():
 
 
 @pytest.mark.parametrize(("loss", "options"), LOSSES.values(), ids=LOSSES.keys())
-def test_options_are_tensors_too(batch, loss, options):
+def test_options_may_be_mapped_over(batch, loss, options):
     logits, labels = batch[0][:4], batch[1][:4]
-    names, values = list(options), [number(v).requires_grad_() for v in options.values()]
-
-    def of(*values):
-        return loss(logits, labels, **dict(zip(names, values, strict=True)))
-
-    assert_close(of(*values), loss(logits, labels, **options))
-    assert gradcheck(of, values, check_forward_ad=True)
-    assert gradgradcheck(of, values)
-    for i, name in enumerate(names):
-        several = values[i].detach() * torch.tensor([0.5, 0.8, 1.0], dtype=torch.float64)
+    for name, value in options.items():
+        several = value * torch.tensor([0.5, 0.8, 1.0], dtype=torch.float64)
         if name == "t2":
             several = several + 1
         mapped = vmap(lambda v, name=name: loss(logits, labels, **{**options, name: v}))(several)

@@ -10,11 +10,10 @@ from torch.testing import assert_close
 from funcloss import losses, models, optim
 from funcloss.combinators import class_weighted
 from funcloss.keys import example_keys, make_key
-from funcloss.objectives import fgsm, l1, l2, multi_task, pgd, trades, uncertainty_weighted
+from funcloss.objectives import fgsm, l1, l2, multi_task, pgd, uncertainty_weighted
 from funcloss.training import (
     flatten,
     init_state,
-    make_forward,
     make_train_step,
     mean_of,
     supervised,
@@ -244,38 +243,6 @@ def test_one_long_step_of_pgd_on_a_linear_model_ends_where_fgsm_does():
     assert_close((far[-1] - batch.inputs).abs(), torch.full_like(INPUTS, EPSILON))
 
 
-@pytest.mark.parametrize("beta", [0.0, 3.0])
-@pytest.mark.parametrize("batch", [BATCH, MASKED], ids=["all", "some"])
-def test_trades_is_the_criterion_and_the_divergence(beta, batch):
-    state, forward = state_of(LINEAR), make_forward(LINEAR)
-    seen = []
-
-    def watched(params, buffers, inputs):
-        seen.append(inputs)
-        return forward(params, buffers, inputs)
-
-    options = {"beta": beta, "epsilon": EPSILON, "step_size": 0.05, "steps": 3}
-    loss, (_, metrics) = trades(watched, criterion, **options)(state.params, {}, batch, KEYS, HYPER)
-    attacked = seen[-1]
-    assert 0 < (attacked - batch.inputs).abs().amax() <= EPSILON + 1e-12
-
-    def by_hand(params):
-        first = functional_call(LINEAR, params, (batch.inputs,)).log_softmax(-1)
-        second = functional_call(LINEAR, params, (attacked,)).log_softmax(-1)
-        apart = (first.exp() * (first - second)).sum(-1)
-        kept = torch.ones(N, dtype=torch.bool) if batch.where is None else batch.where
-        return plain(params, batch) + beta * apart[kept].mean()
-
-    assert_close(loss, by_hand(state.params))
-    assert_close(metrics["clean_loss"], plain(state.params, batch))
-    assert metrics["robust_kl"] > 0
-    ours = slope(trades(forward, criterion, **options), state.params, {}, batch)
-    # By differences with the attack held, through both sides of the divergence.
-    assert_close(ours, differences(by_hand, state.params), rtol=1e-6, atol=1e-8)
-    further = trades(forward, criterion, beta=1.0, epsilon=EPSILON, step_size=0.05, steps=8)
-    assert further(state.params, {}, batch, KEYS, HYPER)[1][1]["robust_kl"] >= metrics["robust_kl"]
-
-
 # -- several tasks --------------------------------------------------------------------------------
 
 
@@ -341,7 +308,6 @@ MAKE = {  # from a model to an objective
     "l2": lambda m: l2(supervised(m, criterion), 0.01, select=only_weights),
     "fgsm": lambda m: fgsm(supervised(m, criterion), epsilon=EPSILON),
     "pgd": lambda m: pgd(supervised(m, criterion), **ATTACK),
-    "trades": lambda m: trades(make_forward(m), criterion, beta=2.0, **ATTACK),
     "multi_task": lambda m: multi_task(tasks_of(m), {"one": 1.0, "two": 0.5}),
     "uncertainty": lambda m: uncertainty_weighted(tasks_of(m)),
     "nest": lambda m: l2(fgsm(pgd(supervised(m, criterion), **ATTACK), epsilon=EPSILON), 0.01),
@@ -402,14 +368,6 @@ def test_masks_and_starts_are_the_examples_own_so_a_batch_is_a_mean(name):
     assert not torch.allclose(objective(params, {}, BATCH, KEYS + 1, HYPER)[0], whole, rtol=1e-6)
 
 
-def test_trades_draws_the_masks_of_the_plain_objective():
-    state, model = state_of(DROPPING), DROPPING.train()
-    objective = trades(make_forward(model), criterion, beta=0.0, **ATTACK)
-    ours, (buffers, _) = objective(state.params, state.buffers, BATCH, KEYS, HYPER)
-    theirs = supervised(model, criterion)(state.params, state.buffers, BATCH, KEYS, HYPER)
-    assert_close((ours, buffers), (theirs[0], theirs[1][0]))
-
-
 @pytest.mark.parametrize("name", MAKE)
 def test_what_does_not_count_does_not_count(name):
     objective = MAKE[name](UNNORMED.train())
@@ -432,7 +390,7 @@ def test_costs_reach_the_loss_through_every_objective():
     assert_close(objective(params, {}, BATCH, KEYS, hyper)[0], expected)
 
 
-INNER, FORWARD = supervised(LINEAR, criterion), make_forward(LINEAR)
+INNER = supervised(LINEAR, criterion)
 
 
 def called(objective, params):
@@ -451,14 +409,6 @@ REFUSED = [
         r"pgd: steps must be in \[1, inf\), got 0",
     ),
     (lambda: pgd(INNER, epsilon=1.0, step_size=-1.0), "pgd: step_size must be"),
-    (
-        lambda: trades(FORWARD, criterion, beta=-1.0, epsilon=1.0, step_size=1.0),
-        "trades: beta must be",
-    ),
-    (
-        lambda: trades(FORWARD, criterion, beta=1.0, epsilon=-1.0, step_size=1.0),
-        "trades: epsilon must be",
-    ),
     (
         lambda: multi_task(TASKS, {"digit": 1.0}),
         r"objectives for \['digit', 'small'\] and factors for \['digit'\]",

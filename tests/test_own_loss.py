@@ -251,7 +251,7 @@ def test_the_command_tries_a_loss_that_is_told_of_the_data(own, tmp_path, run_cl
     """
     code, out, err = run_cli("check", f"{own(text)}:mine", "--classes", "4")
     assert (code, but_learning(err)) == (0, ""), out
-    assert "one value an example" in out
+    assert "one value per example" in out
 
 
 def test_the_option_of_a_loss_is_swept(own, table, tmp_path, run_cli):

@@ -90,7 +90,7 @@ def audit(
         clip_norm: Largest norm of the gradient; 0 clips nothing.
         gradient: What a training step computed on the same data, to be compared.
         per_example: Whether to measure every example: norms, slopes and what follows.
-        method: ``auto``, ``products``, ``examples``, ``classes``, ``jacrev`` or ``loop``.
+        method: ``auto``, ``products``, ``examples``, ``classes`` or ``loop``.
         memory: What may be held at a time beside the model, in MiB.
         batch_size: Examples a batch of data that does not come in batches.
         key: Key of the dropout masks, where ``state`` brings none.
@@ -139,7 +139,7 @@ def audit(
             request = StepRequest(optimizer, rate, schedule, clip_norm)
         weights = _weights(class_weights, len(names), predictions)
         norms = per_example and method in ("auto", *BY_EXAMPLE)
-        plan = plan_for(subject, side, probe, classes=len(names), norms=norms, method=method)
+        plan = plan_for(subject, side, probe, norms=norms, method=method)
         room = _room(plan, subject, len(names), memory, with_step=request is not None)
         work = Work(subject, side, len(names), room.chunk)
         measured = whole_gradient(
@@ -262,16 +262,13 @@ def _weights(class_weights: Tensor | None, classes: int, like: Tensor) -> Tensor
 
 
 def plan_for(
-    subject: Subject, side: LossSide, rows: Kept, *, classes: int, norms: bool, method: str = "auto"
+    subject: Subject, side: LossSide, rows: Kept, *, norms: bool, method: str = "auto"
 ) -> Plan:
     """Choose the method for a model by trying it on a few rows, as :func:`make_plan` does."""
     few = rows.some(_PROBE)
     predictions = subject.predict(subject.params, few.chunk.inputs, few.chunk.keys)
     _, back = cotangents_of(side, predictions, few.targets)
-    return make_plan(
-        subject.predict, subject.params, few.chunk, back,
-        classes=classes, norms=norms, forced=method,
-    )  # fmt: skip
+    return make_plan(subject.predict, subject.params, few.chunk, back, norms=norms, forced=method)
 
 
 def _room(plan: Plan, subject: Subject, classes: int, memory: float, *, with_step: bool) -> _Room:

@@ -1,4 +1,4 @@
-"""Five ways to the same class gradients, and the rule that chooses between them.
+"""Four ways to the same class gradients, and the rule that chooses between them.
 
 | method | how | delivers | costs, in plain passes |
 |---|---|---|---|
@@ -6,7 +6,6 @@
 | examples | ``vmap`` of each example's vjp, in chunks | classes, examples | about 2.5 |
 | loop | a backward pass an example | classes, examples | about 20 |
 | classes | a backward pass for the examples of each class | classes | 4/3 |
-| jacrev | ``jacrev`` of the sums over each class | classes | (1 + 2 classes) / 3 |
 
 A plain pass is a forward and a backward of the same examples. The rule: of the methods that can
 measure this model and deliver what is asked for, the one of least predicted cost. ``products``
@@ -33,10 +32,10 @@ from funcloss.audit.products import (
     tapping,
 )
 from funcloss.errors import AuditError
-from funcloss.transforms import Predict, class_grads, directional, per_sample_vjps
+from funcloss.transforms import Predict, directional, per_sample_vjps
 from funcloss.typing import Grads, Params
 
-METHODS = ("products", "examples", "classes", "jacrev", "loop")
+METHODS = ("products", "examples", "classes", "loop")
 BY_EXAMPLE = ("products", "examples", "loop")  # these deliver norms
 
 
@@ -118,23 +117,6 @@ def by_classes(
             sums[name][group] += g
 
 
-def by_jacrev(
-    predict: Predict,
-    params: Params,
-    chunk: Chunk,
-    cotangents: Cotangents,
-    sums: Grads,
-    norms: bool,
-) -> None:
-    """Add each group's gradient to ``sums``, from one mapped backward pass."""
-    back = cotangents(predict(params, chunk.inputs, chunk.keys))
-    rows = len(next(iter(sums.values())))
-    with _slowly():
-        parts = class_grads(predict, rows)(params, chunk.inputs, chunk.keys, back, chunk.groups)
-    for name, g in parts.items():
-        sums[name] += g
-
-
 def by_loop(
     predict: Predict,
     params: Params,
@@ -178,7 +160,6 @@ MEASURES: dict[str, Measure] = {
     "products": by_products,
     "examples": by_examples,
     "classes": by_classes,
-    "jacrev": by_jacrev,
     "loop": by_loop,
 }
 
@@ -198,7 +179,6 @@ def make_plan(
     probe: Chunk,
     back: Tensor,
     *,
-    classes: int,
     norms: bool,
     forced: str = "auto",
 ) -> Plan:
@@ -209,7 +189,6 @@ def make_plan(
         params: Its parameters.
         probe: A few examples.
         back: Their cotangents, to compare the methods on.
-        classes: Number of classes.
         norms: Whether every example's norm is asked for.
         forced: The method to use; ``auto``: the rule's.
 
@@ -219,7 +198,7 @@ def make_plan(
     Raises:
         AuditError: the method that is asked for cannot measure this model.
     """
-    costs = {"classes": 4 / 3, "jacrev": (1 + 2 * classes) / 3, "loop": 20.0}
+    costs = {"classes": 4 / 3, "loop": 20.0}
     cannot = {}
     plain = _each_plainly(predict, params, probe, back)
     layers, cannot["products"] = _try_products(predict, params, probe, back, plain)
@@ -232,14 +211,9 @@ def make_plan(
     if not cannot.get("examples"):
         costs["examples"] = 2.5
     if forced != "auto":
-        if forced in ("classes", "jacrev"):
-            try:
-                _try(forced, predict, params, probe, back)
-            except (RuntimeError, ValueError) as error:
-                cannot[forced] = _first_line(error)
         if why := cannot.get(forced):
             raise AuditError(f"audit: the method {forced} cannot measure this model: {why}")
-        size = _bytes(predict, params, probe, forced, classes)
+        size = _bytes(predict, params, probe, forced)
         return Plan(forced, "asked for", costs, size)
     able = {name: costs[name] for name in METHODS if name in costs}
     if norms:
@@ -248,7 +222,7 @@ def make_plan(
     best = min(able, key=lambda name: able[name])
     what = "class gradients and norms" if norms else "class gradients"
     why = f"least predicted cost for {what}" + (f"; {why_not}" if why_not else "")
-    return Plan(best, why, costs, _bytes(predict, params, probe, best, classes))
+    return Plan(best, why, costs, _bytes(predict, params, probe, best))
 
 
 def _each_plainly(
@@ -340,7 +314,7 @@ def _disagreement(each: Grads, squares: Tensor | None, plain: list[tuple[Grads, 
     return ""
 
 
-def _bytes(predict: Predict, params: Params, probe: Chunk, method: str, classes: int) -> int:
+def _bytes(predict: Predict, params: Params, probe: Chunk, method: str) -> int:
     """Return the memory that an example takes while it is measured."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
 
@@ -361,9 +335,8 @@ def _bytes(predict: Predict, params: Params, probe: Chunk, method: str, classes:
     more = kept(n) - kept(n - 1) if n > 1 else kept(n)
     inputs = sum(x.nbytes for x in tree_leaves(probe.inputs)) / n
     grads = sum(p.nbytes for p in params.values()) if method == "examples" else 0
-    backs = classes if method == "jacrev" else 1
     # What is saved going forward has a gradient of its size going back, and room to compute it.
-    return int(max(more, 0) * (2 + backs) + 2 * inputs + 3 * grads) + 1
+    return int(max(more, 0) * 3 + 2 * inputs + 3 * grads) + 1
 
 
 def _first_line(error: Exception) -> str:

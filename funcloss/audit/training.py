@@ -118,7 +118,7 @@ def make_audit_step(
         rows = Rows(*batch, groups=groups_of(batch, None), first=0)
         if not found:
             weighted = weights is not None
-            found.update(_method(subject, loss, options, rows, len(classes), weighted=weighted))
+            found.update(_method(subject, loss, options, rows, weighted=weighted))
         side = found["side"]._replace(options=options)
         check_costs(side, weights, reduction)
         work = Work(subject, side, len(classes), len(batch.targets))
@@ -201,7 +201,6 @@ def _method(
     loss: LossFn,
     options: dict[str, Any],
     rows: Rows,
-    classes: int,
     *,
     weighted: bool,
 ) -> dict[str, Any]:
@@ -211,5 +210,5 @@ def _method(
     few = few.some(COUPLING)
     predictions = subject.predict(subject.params, few.chunk.inputs, few.chunk.keys)
     side = make_loss_side(loss, options, predictions, few.targets, weighted=weighted)
-    plan = plan_for(subject, side, few, classes=classes, norms=False)
+    plan = plan_for(subject, side, few, norms=False)
     return {"side": side, "method": plan.method}

@@ -20,7 +20,6 @@ from funcloss.choose.run import (
     train_under_limits,
 )
 from funcloss.choose.seeds import SeedReport, SweepStarted
-from funcloss.choose.tuning import Tuned, tune
 
 __all__ = [
     "Ascent",
@@ -34,7 +33,6 @@ __all__ = [
     "Score",
     "SeedReport",
     "SweepStarted",
-    "Tuned",
     "choose_width",
     "cost_gradient",
     "gradient_sentences",
@@ -50,6 +48,5 @@ __all__ = [
     "steer_by_limits",
     "sweep",
     "train_under_limits",
-    "tune",
     "unrolled_cost",
 ]

@@ -11,7 +11,7 @@ from funcloss.config import fields, make_config
 from funcloss.errors import ConfigError
 
 _PARTS = ("train", "validation", "test")
-_METHODS = ("auto", "products", "examples", "classes", "jacrev", "loop")
+_METHODS = ("auto", "products", "examples", "classes", "loop")
 _CHOICES = {field.name: "|".join(field.option.choices) for field in fields()}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import warnings
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -28,9 +29,9 @@ def check(
     task: Annotated[
         str,
         typer.Option(
-            help="What the loss is fed.",
+            help="Task type; determines the generated test inputs.",
             metavar="classification|binary|regression|embedding",
-            show_default="classification",
+            show_default="inferred from the names of its parameters",
         ),
     ] = "",
     classes: Annotated[int, typer.Option(help="Number of classes.", min=2, max=1000)] = 10,
@@ -65,7 +66,7 @@ def check(
             class_weights=weights,
             batch_size=batch_size,
         )
-        findings = laws.check(adapted.subject, inductor=inductor)
+        findings = laws.check(adapted.case, inductor=inductor)
     if as_json:
         _print_json(loss, adapted, findings)
     else:
@@ -92,7 +93,7 @@ def _print_json(loss: str, adapted: Any, findings: list[Any]) -> None:
         "loss": loss,
         "kind": adapted.kind,
         "task": adapted.task,
-        "laws": [f._asdict() for f in findings],
+        "laws": [asdict(f) for f in findings],
     }
     print(json.dumps(report, indent=2))
 

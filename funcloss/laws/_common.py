@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcloss.combinators import couples_examples
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, shown
+from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
 
 
 def raised(error: BaseException) -> str:
@@ -33,35 +33,35 @@ def same(
         )
 
 
-def total_of(subject: Subject, batch: Batch) -> Callable[..., Tensor]:
+def total_of(case: LossCase, batch: Batch) -> Callable[..., Tensor]:
     """Return the sum of the values as a function of the predictions."""
 
     def total(*predictions: Tensor) -> Tensor:
-        return subject(*predictions, *batch[subject.predictions :]).sum()
+        return case(*predictions, *batch[case.predictions :]).sum()
 
     return total
 
 
-def gradients_of(subject: Subject, batch: Batch) -> tuple[Tensor, ...]:
+def gradients_of(case: LossCase, batch: Batch) -> tuple[Tensor, ...]:
     """Return the gradients by plain autograd, which any loss must have."""
-    inputs = tuple(x.detach().clone().requires_grad_() for x in batch[: subject.predictions])
-    total = total_of(subject, batch)(*inputs)
+    inputs = tuple(x.detach().clone().requires_grad_() for x in batch[: case.predictions])
+    total = total_of(case, batch)(*inputs)
     return torch.autograd.grad(total, inputs, materialize_grads=True)
 
 
-def check_uncoupled(subject: Subject) -> None:
+def check_uncoupled(case: LossCase) -> None:
     """Raise ``NotApplicable`` where a loss couples its examples."""
-    if couples_examples(subject.loss):
+    if couples_examples(case.loss):
         raise NotApplicable("it couples the examples of a batch")
 
 
-def check_per_example(subject: Subject, law: str) -> None:
+def check_per_example(case: LossCase, law: str) -> None:
     """Raise ``NotApplicable`` where a loss is reduced."""
-    if subject.reduction != "none":
+    if case.reduction != "none":
         raise NotApplicable(f"it is reduced: {law}")
 
 
-def check_of_classes(subject: Subject, batch: Batch) -> None:
+def check_of_classes(case: LossCase, batch: Batch) -> None:
     """Raise ``NotApplicable`` where the predictions are not one a class."""
-    if not any(x.dim() > 1 and x.shape[-1] == subject.classes for x in batch[:1]):
+    if not any(x.dim() > 1 and x.shape[-1] == case.classes for x in batch[:1]):
         raise NotApplicable("its predictions have no axis of classes")

@@ -1,27 +1,34 @@
-"""From whatever a user calls a loss to the subject that the laws are tried on."""
+"""From whatever a user calls a loss to the case that the laws are tried on."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from funcloss.combinators import Combined
 from funcloss.errors import ConfigError
-from funcloss.laws.catalogue import SUBJECTS
-from funcloss.laws.subject import Batch, Subject, in_dtype
+from funcloss.laws.case import LossCase
+from funcloss.laws.feed import Feed, feeds_for, vector_width
 
-TASKS = ("classification", "binary", "regression", "embedding")
-_FEATURES = 4  # of an embedding
+_NAMES: dict[str, tuple[str, ...]] = {
+    "classification": ("logits", "labels"),
+    "binary": ("logits", "targets"),
+    "regression": ("predictions", "targets"),
+}
+TASKS = (*_NAMES, "embedding")
 
 
-class Adapted(NamedTuple):
+@dataclass(frozen=True)
+class Adapted:
     """A loss as the laws see it, and what was found out about it."""
 
-    subject: Subject
+    case: LossCase
     kind: str  # what it is, and how it reduces
-    task: str
+    task: str  # what it is fed
 
 
 def adapt(
@@ -32,67 +39,107 @@ def adapt(
     class_weights: Mapping[int, float] | None = None,
     batch_size: int = 32,
 ) -> Adapted:
-    """Return the subject of anything that is meant as a loss.
+    """Return the case of anything that is meant as a loss.
 
     Args:
         loss: A function of predictions and targets, per example or reduced; a module, its class or
-            a function without arguments that makes one; the class of an ``autograd.Function``. A
-            loss of the catalogue brings its own data.
-        task: What it is fed: ``classification`` (logits and labels, the default), ``binary``
-            (logits and targets of 0 or 1), ``regression`` (values) or ``embedding`` (vectors).
+            a function without arguments that makes one; the class of an ``autograd.Function``.
+        task: What it is fed: ``classification`` (logits and labels), ``binary`` (logits and
+            targets of 0 or 1), ``regression`` (values) or ``embedding`` (vectors). By default it
+            is inferred from the names of its parameters, as ``(log_probs, labels)`` or
+            ``(scores, signs)``; where they say nothing, it is ``classification``.
         classes: How many classes there are.
         class_weights: What the classes are said to weigh. Where the loss takes ``class_weights``,
             it is given them.
         batch_size: Size of the random batches across which the weights are measured.
 
     Returns:
-        The subject, with a line that says what the loss is.
+        The case, with a line that says what the loss is.
 
     Raises:
         ConfigError: it cannot be called or made, or there is no such task or class.
+
+    Example:
+        >>> from funcloss import losses
+        >>> adapt(losses.hinge).task
+        'scores, signs'
     """
-    known = next((s for s in SUBJECTS.values() if s.loss is loss), None)
-    if known is not None and not task and not class_weights:
-        return Adapted(known._replace(batch_size=batch_size), "loss of the catalogue", "its own")
-    stated = dict(class_weights or {})
-    if stated and task in ("regression", "embedding"):
-        raise ConfigError(f"class weights need classes, and {task} has none")
-    classes = 2 if task == "binary" else classes
-    if any(not 0 <= index < classes for index in stated):
-        raise ConfigError(f"class weights must name classes in 0..{classes - 1}, got {stated}")
-    task = task or "classification"
+    if task and task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
     call, kind = _callable(loss)
-    names = _keywords(call)
-    options: dict[str, Tensor | float] = {}
-    if "class_weights" in names and task == "classification":
-        weights = [stated.get(i, 1.0 if stated else 1.0 + i / 4) for i in range(classes)]
-        options["class_weights"] = torch.tensor(weights, dtype=torch.float64)
-    weighted = bool(options)
-    if task == "classification":
-        options |= _facts(call, classes)
-    subject = Subject(
-        call,
-        _data(task, classes, stated, call),
-        options,
-        costs=("class_weights",) if weighted else (),
-        predictions=_arity(call) if task == "embedding" and _arity(call) > 2 else 1,
-        classes=classes,
-        takes_where="where" in names,
-        stated={} if weighted else stated,
-        batch_size=batch_size,
-    )
-    subject = _that_runs(subject)
-    reduction = _reduction(subject)
-    subject = subject._replace(reduction=reduction)
+    stated = dict(class_weights or {})
+    feeds = _feeds(call, task, classes, tuple(stated))
+    case, feed = _that_runs(call, feeds, stated)
+    task = task or _task(feed)
+    _check_stated(stated, feed.class_count, task)
+    reduction = _reduction(case)
+    case = replace(case, reduction=reduction, batch_size=batch_size)
     if reduction == "none":
-        subject = subject._replace(unbatched=_takes_one(subject))
+        case = replace(case, unbatched=_takes_one(case))
     ways = {
-        "none": "one value an example",
+        "none": "one value per example",
         "mean": "reduced by the mean",
         "sum": "reduced by the sum",
         "other": "neither the mean nor the sum of its examples",
     }
-    return Adapted(subject, f"{kind}, {ways[reduction]}", task)
+    return Adapted(case, f"{kind}, {ways[reduction]}", task)
+
+
+def _feeds(
+    call: Callable[..., Any], task: str, classes: int, stated: tuple[int, ...]
+) -> list[Feed]:
+    """Return what the loss may be fed, likeliest first."""
+    stated = tuple(i for i in stated if 0 <= i < classes)  # the others are refused further on
+    if task == "embedding":
+        three = len(_needed(call)) > 2
+        names = ("anchor", "positive", "negative") if three else ("predictions", "targets")
+        return [Feed(names, (vector_width(classes),), classes)]
+    names = _NAMES[task] if task else _needed(call)
+    feeds = feeds_for(names, classes, stated)
+    return [next(feed for feed in feeds if feed.names == names)] if task else feeds
+
+
+def _case(call: Callable[..., Any], feed: Feed, stated: Mapping[int, float]) -> LossCase:
+    names, classes = _keywords(call), feed.class_count or feed.classes
+    options: dict[str, Tensor | float] = {}
+    if "class_weights" in names and "labels" in feed.names:
+        weights = [stated.get(i, 1.0 if stated else 1.0 + i / 4) for i in range(classes)]
+        options["class_weights"] = torch.tensor(weights, dtype=torch.float64)
+    weighted = bool(options)
+    options |= _facts(call, classes)
+    return LossCase(
+        call,
+        feed,
+        options,
+        costs=tuple(name for name in ("class_weights", "cost_matrix") if name in options),
+        predictions=feed.predictions,
+        extremes=(80.0, -1e4) if _of_logs(call) else feed.extremes,
+        classes=classes,
+        takes_where="where" in names,
+        stated={} if weighted else stated,
+    )
+
+
+def _of_logs(call: Callable[..., Any]) -> bool:
+    """Return whether predictions are logs, whose exponential is above any float32 from 89 on."""
+    return any(p.name == "log_input" and p.default is True for p in _parameters(call) or ())
+
+
+def _task(feed: Feed) -> str:
+    """Return the name of what is fed: a task's, or the parameters'."""
+    known = {
+        names: task
+        for task, names in _NAMES.items()
+        if bool(feed.shape) == (task == "classification")
+    }
+    return known.get(feed.names, ", ".join(feed.names))
+
+
+def _check_stated(stated: Mapping[int, float], classes: int, task: str) -> None:
+    if stated and not classes:
+        raise ConfigError(f"class weights need classes, and {task} has none")
+    if any(not 0 <= index < classes for index in stated):
+        raise ConfigError(f"class weights must name classes in 0..{classes - 1}, got {stated}")
 
 
 def _callable(loss: Any) -> tuple[Callable[..., Any], str]:
@@ -104,7 +151,7 @@ def _callable(loss: Any) -> tuple[Callable[..., Any], str]:
     if not callable(loss):
         got = type(loss).__name__
         raise ConfigError(f"a loss must be a function, a module or an autograd.Function; got {got}")
-    if not isinstance(loss, nn.Module) and _arity(loss) == 0:
+    if not isinstance(loss, nn.Module) and not _needed(loss):
         made = _made(loss)
         return made, "module" if isinstance(made, nn.Module) else "function"
     return loss, "module" if isinstance(loss, nn.Module) else "function"
@@ -132,13 +179,13 @@ def _parameters(call: Callable[..., Any]) -> list[inspect.Parameter] | None:
         return None
 
 
-def _arity(call: Callable[..., Any]) -> int:
-    """Return how many arguments a call needs; 2 where nothing is known."""
+def _needed(call: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the positional parameters that a call needs; two unnamed where nothing is known."""
     parameters = _parameters(call)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2
+        return "", ""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    return tuple(p.name for p in parameters if p.kind in kinds and p.default is p.empty)
 
 
 def _keywords(call: Callable[..., Any]) -> set[str]:
@@ -147,81 +194,50 @@ def _keywords(call: Callable[..., Any]) -> set[str]:
     return {p.name for p in _parameters(call) or () if p.kind is not p.POSITIONAL_ONLY}
 
 
-def _facts(call: Callable[..., Any], classes: int) -> dict[str, Tensor]:
-    """Return what a loss of labels must be told of the data, made up."""
+def _facts(call: Callable[..., Any], classes: int) -> dict[str, Tensor | float]:
+    """Return the options that a loss requires, made up: of the data, and of no default."""
     counts = torch.linspace(100.0, 10.0, classes, dtype=torch.float64)
     known = {
         "class_counts": counts,
         "class_prior": counts / counts.sum(),
         "cost_matrix": 1.0 - torch.eye(classes, dtype=torch.float64),
+        "threshold": 1.0 / classes,  # of a frequency
+        "alpha": 1.0,
     }
     needed = {p.name for p in _parameters(call) or () if p.default is p.empty}
     return {name: value for name, value in known.items() if name in needed}
 
 
-def _data(
-    task: str, classes: int, first: Collection[int], call: Callable[..., Any]
-) -> Callable[[int, Generator], Batch]:
-    if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
+def _that_runs(
+    call: Callable[..., Any], feeds: list[Feed], stated: Mapping[int, float]
+) -> tuple[LossCase, Feed]:
+    """Return the case that gives one value per example, else one that runs, else the first.
 
-    def normal(generator: Generator, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def classification(n: int, generator: Generator) -> Batch:
-        # Those of stated weight come first, and sixteen examples have most of the classes.
-        others = torch.randperm(classes, generator=generator).tolist()
-        order = torch.tensor([*first, *(i for i in others if i not in first)])
-        return 2 * normal(generator, n, classes), order[torch.arange(n) % classes]
-
-    def binary(n: int, generator: Generator) -> Batch:
-        bits = torch.rand(n, generator=generator) > 0.5
-        return 2 * normal(generator, n), bits.double()
-
-    def regression(n: int, generator: Generator) -> Batch:
-        return normal(generator, n), normal(generator, n)
-
-    def embedding(n: int, generator: Generator) -> Batch:
-        vectors = max(2, _arity(call))
-        return tuple(normal(generator, n, _FEATURES) for _ in range(vectors))
-
-    return {
-        "classification": classification,
-        "binary": binary,
-        "regression": regression,
-        "embedding": embedding,
-    }[task]
-
-
-def _that_runs(subject: Subject) -> Subject:
-    """Return the subject in float64, or in float32 where only that runs."""
-    for dtype in (torch.float64, torch.float32):
-        there = subject._replace(data=_cast(subject.data, dtype)).in_dtype(dtype)
+    In float64, or in float32 where only that runs.
+    """
+    ran = []
+    n = 16 if feeds[0].classes != 16 else 17  # labels must not pass for targets per class
+    for feed, dtype in itertools.product(feeds, (torch.float64, torch.float32)):
+        feed = replace(feed, dtype=dtype)
+        case = _case(call, feed, stated).in_dtype(dtype)
         try:
-            there.fresh()(*there.data(16, Generator().manual_seed(0)))
+            values = case.fresh()(*feed(n, Generator().manual_seed(0)))
         except (Exception, SystemExit):  # the laws will say what it raised
             continue
-        return there
-    return subject
+        if isinstance(values, Tensor) and tuple(values.shape) == (n,):
+            return case, feed
+        ran.append((case, feed))
+    return ran[0] if ran else (_case(call, feeds[0], stated), feeds[0])
 
 
-def _cast(
-    data: Callable[[int, Generator], Batch], dtype: torch.dtype
-) -> Callable[[int, Generator], Batch]:
-    def cast(n: int, generator: Generator) -> Batch:
-        return in_dtype(data(n, generator), dtype)
-
-    return cast
-
-
-def _reduction(subject: Subject) -> str:
-    batch = subject.data(16, Generator().manual_seed(0))
-    subject = subject.fresh()
+def _reduction(case: LossCase) -> str:
+    batch = case.data(16, Generator().manual_seed(0))
+    case = case.fresh()
     try:
-        whole = subject(*batch)
+        whole = case(*batch)
         if whole.dim():
             return "none"
-        alone = torch.stack([subject(*(x[i : i + 1] for x in batch)) for i in range(16)])
+        alone = torch.stack([case(*(x[i : i + 1] for x in batch)) for i in range(16)])
     except (Exception, SystemExit):  # the laws will say what it raised
         return "other"
     for name, value in (("mean", alone.mean()), ("sum", alone.sum())):
@@ -230,9 +246,9 @@ def _reduction(subject: Subject) -> str:
     return "other"
 
 
-def _takes_one(subject: Subject) -> bool:
-    example = (x[0] for x in subject.data(1, Generator().manual_seed(0)))
+def _takes_one(case: LossCase) -> bool:
+    example = (x[0] for x in case.data(1, Generator().manual_seed(0)))
     try:
-        return subject.fresh()(*example).dim() == 0
+        return case.fresh()(*example).dim() == 0
     except (Exception, SystemExit):
         return False

@@ -1,18 +1,19 @@
 """What the cost of a class does: by what factor its examples weigh, measured on gradients."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject
+from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable
 
 _PATTERNS = 8  # how many settings of the logits every class is seen in
 _DRAWS = 64  # random batches
 _CLOSE = 0.01  # relative: the draws of two classes share their batches, so little is noise
 
 
-class CostEffect(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CostEffect:
     """How much an example of each class weighs against one of the median class."""
 
     within: Tensor  # (classes,) side by side in one batch
@@ -67,7 +68,7 @@ class CostEffect(NamedTuple):
         return line
 
 
-def cost_effect(subject: Subject) -> CostEffect:
+def cost_effect(case: LossCase) -> CostEffect:
     """Measure by what factor each class's examples weigh against the rest.
 
     Every class is put into the same situations: logits turned round so that its own column holds
@@ -76,7 +77,7 @@ def cost_effect(subject: Subject) -> CostEffect:
     once as each class, so that the classes meet the same batches.
 
     Args:
-        subject: A loss of logits and labels, or of one logit and two classes.
+        case: A loss of logits and labels, or of one logit and two classes.
 
     Returns:
         The factors, relative to the (lower) median of the classes that weigh anything.
@@ -84,17 +85,17 @@ def cost_effect(subject: Subject) -> CostEffect:
     Raises:
         NotApplicable: the targets are no classes, or the predictions not one a class.
     """
-    make = _situations(subject)
-    c = 2 if make is _two_classes else subject.classes
-    given = subject.options.get("class_weights")
+    make = _situations(case)
+    c = 2 if make is _two_classes else case.classes
+    given = case.options.get("class_weights")
     stated = given
-    if subject.stated:
-        stated = torch.tensor([subject.stated.get(i, 1.0) for i in range(c)])
-    measured = [measure(subject, make, c) for measure in (_within, _across, _alone)]
+    if case.stated:
+        stated = torch.tensor([case.stated.get(i, 1.0) for i in range(c)])
+    measured = [measure(case, make, c) for measure in (_within, _across, _alone)]
     if isinstance(given, Tensor):
         # Against the same loss under weights of one, which may tell its classes apart by itself.
-        plain = {**subject.options, "class_weights": torch.ones_like(given)}
-        base = subject._replace(options=plain)
+        plain = {**case.options, "class_weights": torch.ones_like(given)}
+        base = replace(case, options=plain)
         measured = [
             m / measure(base, make, c)
             for m, measure in zip(measured, (_within, _across, _alone), strict=True)
@@ -105,15 +106,15 @@ def cost_effect(subject: Subject) -> CostEffect:
         across,
         alone,
         _relative(stated.double()) if isinstance(stated, Tensor) else None,
-        subject.batch_size,
-        tuple(subject.stated),
+        case.batch_size,
+        tuple(case.stated),
     )
 
 
-def _situations(subject: Subject):
+def _situations(case: LossCase):
     """Return how to make examples of given classes, from the look of the data."""
-    data = subject.data(16, Generator().manual_seed(0))
-    if len(data) != 2 or subject.predictions != 1:
+    data = case.data(16, Generator().manual_seed(0))
+    if len(data) != 2 or case.predictions != 1:
         raise NotApplicable("its targets are no classes")
     predictions, targets = data
     if targets.is_floating_point():
@@ -121,63 +122,63 @@ def _situations(subject: Subject):
         if not bits or float(predictions.min()) > 0.0:
             raise NotApplicable("its targets are no classes")
         return _two_classes
-    if predictions.dim() != 2 or predictions.shape[-1] != subject.classes:
+    if predictions.dim() != 2 or predictions.shape[-1] != case.classes:
         raise NotApplicable("its predictions are not one a class")
     return _many_classes
 
 
-def _many_classes(subject: Subject, classes: Tensor, patterns: Tensor) -> Batch:
+def _many_classes(case: LossCase, classes: Tensor, patterns: Tensor) -> Batch:
     """Return examples whose logits are a pattern's, turned so that the class comes first in it."""
-    logits, _ = subject.data(_PATTERNS, Generator().manual_seed(1))
+    logits, _ = case.data(_PATTERNS, Generator().manual_seed(1))
     c = logits.shape[-1]
     columns = (torch.arange(c) - classes[:, None]) % c
     return logits[patterns].gather(-1, columns), classes
 
 
-def _two_classes(subject: Subject, classes: Tensor, patterns: Tensor) -> Batch:
+def _two_classes(case: LossCase, classes: Tensor, patterns: Tensor) -> Batch:
     """Return examples whose logits are a pattern's for class 1, and its negative for class 0."""
-    logits, _ = subject.data(_PATTERNS, Generator().manual_seed(1))
-    _, targets = subject.data(16, Generator().manual_seed(0))
+    logits, _ = case.data(_PATTERNS, Generator().manual_seed(1))
+    _, targets = case.data(16, Generator().manual_seed(0))
     low = float(targets.min())
     signs = (2 * classes - 1).to(logits.dtype)
     return logits[patterns] * signs, torch.where(classes == 1, 1.0, low).to(logits.dtype)
 
 
-def _norms(subject: Subject, batch: Batch) -> Tensor:
+def _norms(case: LossCase, batch: Batch) -> Tensor:
     """Return the norm of the gradient with respect to each example's predictions, ``(n,)``."""
     predictions, targets = batch
     predictions = predictions.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(subject(predictions, targets).sum(), predictions)
+    (gradient,) = torch.autograd.grad(case(predictions, targets).sum(), predictions)
     return gradient.reshape(len(gradient), -1).norm(dim=-1).double()
 
 
-def _within(subject: Subject, make, c: int) -> Tensor:
+def _within(case: LossCase, make, c: int) -> Tensor:
     total = torch.zeros(c, dtype=torch.float64)
     for pattern in range(_PATTERNS):
-        batch = make(subject, torch.arange(c), torch.full((c,), pattern))
-        total += _norms(subject, batch)
+        batch = make(case, torch.arange(c), torch.full((c,), pattern))
+        total += _norms(case, batch)
     return total
 
 
-def _across(subject: Subject, make, c: int) -> Tensor:
+def _across(case: LossCase, make, c: int) -> Tensor:
     generator = Generator().manual_seed(2)
     total = torch.zeros(c, dtype=torch.float64)
     for draw in range(_DRAWS):
-        classes = torch.randint(c, (subject.batch_size,), generator=generator)
-        patterns = torch.randint(_PATTERNS, (subject.batch_size,), generator=generator)
+        classes = torch.randint(c, (case.batch_size,), generator=generator)
+        patterns = torch.randint(_PATTERNS, (case.batch_size,), generator=generator)
         patterns[0] = draw % _PATTERNS
         for k in range(c):
             classes[0] = k
-            total[k] += _norms(subject, make(subject, classes, patterns))[0]
+            total[k] += _norms(case, make(case, classes, patterns))[0]
     return total
 
 
-def _alone(subject: Subject, make, c: int) -> Tensor:
+def _alone(case: LossCase, make, c: int) -> Tensor:
     total = torch.zeros(c, dtype=torch.float64)
     for pattern in range(_PATTERNS):
         for k in range(c):
-            batch = make(subject, torch.tensor([k]), torch.tensor([pattern]))
-            total[k] += _norms(subject, batch)[0]
+            batch = make(case, torch.tensor([k]), torch.tensor([pattern]))
+            total[k] += _norms(case, batch)[0]
     return total
 
 

@@ -3,27 +3,29 @@
 import re
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Generator
 from torch.autograd import gradcheck, gradgradcheck
 
 from funcloss.laws import transforms, values
 from funcloss.laws._common import raised
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, shown
+from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
 from funcloss.transforms import quiet_jvp
 
 
-class Law(NamedTuple):
+@dataclass(frozen=True)
+class Law:
     """What must hold, how it is tried, and what to write where it does not."""
 
-    holds: Callable[[Subject, Batch], str | None]  # raises Broken or NotApplicable; may remark
+    holds: Callable[[LossCase, Batch], str | None]  # raises Broken or NotApplicable; may remark
     meaning: str
     advice: str
     sizes: tuple[int, ...] = (1, 2, 3, 16)
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """What one law says of one loss."""
 
     law: str
@@ -32,32 +34,32 @@ class Finding(NamedTuple):
     advice: str = ""  # what to write instead
 
 
-def try_law(name: str, subject: Subject) -> Finding:
+def try_law(name: str, case: LossCase) -> Finding:
     """Try one law on a loss.
 
     Args:
         name: A key of ``LAWS``.
-        subject: The loss and its data.
+        case: The loss and its data.
 
     Returns:
         The finding; a failure shows the smallest batch that broke the law.
 
     Example:
-        >>> from funcloss.laws import SUBJECTS
-        >>> try_law("shift", SUBJECTS["cross_entropy"]).verdict
+        >>> from funcloss import laws, losses
+        >>> try_law("shift", laws.adapt(losses.cross_entropy).case).verdict
         'pass'
     """
     law = LAWS[name]
-    subject = subject.fresh()
-    if name in subject.limits:
-        return Finding(name, "not applicable", subject.limits[name])
+    case = case.fresh()
+    if name in case.limits:
+        return Finding(name, "not applicable", case.limits[name])
     remark = None
     try:
         for n in law.sizes:
-            batch = subject.data(n, Generator().manual_seed(n))
+            batch = case.data(n, Generator().manual_seed(n))
             try:
                 with quiet_jvp():
-                    remark = law.holds(subject, batch)
+                    remark = law.holds(case, batch)
             except (Broken, NotApplicable):
                 raise
             except (Exception, SystemExit) as error:  # what the loss raises is its failure
@@ -70,22 +72,22 @@ def try_law(name: str, subject: Subject) -> Finding:
     return Finding(name, "pass", remark or "")
 
 
-def check(subject: Subject, *, inductor: bool = False) -> list[Finding]:
+def check(case: LossCase, *, inductor: bool = False) -> list[Finding]:
     """Try every law on a loss.
 
     Args:
-        subject: The loss and its data.
+        case: The loss and its data.
         inductor: Whether to try the default compiler too, which takes seconds to minutes.
 
     Returns:
-        A finding a law, in the order of ``LAWS``.
+        A finding per law, in the order of ``LAWS``.
     """
     names = [name for name in LAWS if inductor or name != "inductor"]
-    runs = try_law("runs", subject)
+    runs = try_law("runs", case)
     if runs.verdict == "fail":
         why = "it does not run on every batch"
         return [runs, *(Finding(name, "not applicable", why) for name in names[1:])]
-    return [runs, *(try_law(name, subject) for name in names[1:])]
+    return [runs, *(try_law(name, case) for name in names[1:])]
 
 
 _CURES = {
@@ -127,7 +129,7 @@ LAWS: dict[str, Law] = {
     "map over examples": Law(
         transforms.map_over_examples,
         "the values of a batch are those of its examples alone",
-        "give one value an example and reduce outside: funcloss.mean(loss(predictions, targets)); "
+        "give one value per example and reduce outside: funcloss.mean(loss(predictions, targets)); "
         "a loss that is to couple its examples says so: loss.couples_examples = True",
     ),
     "per-sample gradients": Law(

@@ -1,6 +1,6 @@
 """The laws of a loss under transforms: mapped, differentiated, compiled.
 
-Each takes a subject and a batch, and raises ``Broken`` or ``NotApplicable`` where it does not hold.
+Each takes a case and a batch, and raises ``Broken`` or ``NotApplicable`` where it does not hold.
 """
 
 from collections.abc import Callable
@@ -12,74 +12,74 @@ from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, vmap
 
 from funcloss.combinators import couples_examples
 from funcloss.laws._common import check_uncoupled, raised, same, total_of
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, shown
+from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
 
 
-def runs(subject: Subject, batch: Batch) -> None:
+def runs(case: LossCase, batch: Batch) -> None:
     """It takes batches of any size, and is finite on ordinary ones."""
-    values = subject(*batch)
+    values = case(*batch)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise Broken(f"it gives {type(values).__name__}, not a floating tensor")
     if not values.isfinite().all():
         raise Broken(f"at ordinary predictions it gives {shown((values,))}; at {shown(batch)}")
 
 
-def map_over_examples(subject: Subject, batch: Batch) -> None:
+def map_over_examples(case: LossCase, batch: Batch) -> None:
     """The values of a batch are those of its examples alone."""
-    check_uncoupled(subject)
-    values = subject(*batch)
+    check_uncoupled(case)
+    values = case(*batch)
     n = batch[0].shape[0]
-    alone = torch.stack([subject(*(x[i : i + 1] for x in batch)).sum() for i in range(n)])
-    if subject.reduction == "none":
+    alone = torch.stack([case(*(x[i : i + 1] for x in batch)).sum() for i in range(n)])
+    if case.reduction == "none":
         if tuple(values.shape) != (n,):
             raise Broken(
-                f"{n} examples give shape {tuple(values.shape)}, not one value an example, ({n},)"
+                f"{n} examples give shape {tuple(values.shape)}, not one value per example, ({n},)"
             )
         same(values, alone, "an example's value within its batch, against alone", batch)
-        mapped = vmap(subject.of_one)(*batch)
+        mapped = vmap(case.of_one)(*batch)
         same(mapped, alone, "vmap(loss), against one example at a time", batch)
     else:
-        expected = alone.sum() if subject.reduction == "sum" else alone.mean()
-        whole = "sum" if subject.reduction == "sum" else "mean"
+        expected = alone.sum() if case.reduction == "sum" else alone.mean()
+        whole = "sum" if case.reduction == "sum" else "mean"
         same(values, expected, f"the batch's value, against the {whole} of its examples'", batch)
 
 
-def per_sample_gradients(subject: Subject, batch: Batch) -> None:
+def per_sample_gradients(case: LossCase, batch: Batch) -> None:
     """The gradients of single examples sum to the gradient of the batch."""
-    check_uncoupled(subject)
-    k = subject.predictions
+    check_uncoupled(case)
+    k = case.predictions
     ones = torch.ones((), dtype=batch[0].dtype)
 
     def of_scale(scale: Tensor, *data: Tensor) -> Tensor:
-        return subject(*(scale * x for x in data[:k]), *data[k:]).sum()
+        return case(*(scale * x for x in data[:k]), *data[k:]).sum()
 
     def of_one(scale: Tensor, *example: Tensor) -> Tensor:
-        return subject.of_one(*(scale * x for x in example[:k]), *example[k:])
+        return case.of_one(*(scale * x for x in example[:k]), *example[k:])
 
     each = vmap(grad(of_one), in_dims=(None, *(0 for _ in batch)))(ones, *batch)
-    expected = each.sum() if subject.reduction in ("none", "sum") else each.mean()
-    whole = "sum" if subject.reduction in ("none", "sum") else "mean"
+    expected = each.sum() if case.reduction in ("none", "sum") else each.mean()
+    whole = "sum" if case.reduction in ("none", "sum") else "mean"
     got = grad(of_scale)(ones, *batch)
     same(got, expected, f"the batch's gradient, against the {whole} of its examples'", batch)
 
 
-def differences(check: Callable[..., bool], **settings: bool) -> Callable[[Subject, Batch], None]:
+def differences(check: Callable[..., bool], **settings: bool) -> Callable[[LossCase, Batch], None]:
     """Return the law that a check by finite differences holds."""
 
-    def holds(subject: Subject, batch: Batch) -> None:
+    def holds(case: LossCase, batch: Batch) -> None:
         if batch[0].dtype != torch.float64:
             raise NotApplicable("finite differences need float64, which it refuses: see dtype")
-        k = subject.predictions
-        options = {name: o for name, o in subject.options.items() if isinstance(o, Tensor)}
+        k = case.predictions
+        options = {name: o for name, o in case.options.items() if isinstance(o, Tensor)}
         named = [name for name, option in options.items() if option.is_floating_point()]
-        if subject.reference is None:  # a user's options need no gradient
+        if case.reference is None:  # a user's options need no gradient
             named = []
         varied = (*batch[:k], *(options[name] for name in named))
         inputs = [x.detach().clone().requires_grad_() for x in varied]
 
         def of(*args: Tensor) -> Tensor:
             given = dict(zip(named, args[k:], strict=True))
-            return subject(*args[:k], *batch[k:], **given)
+            return case(*args[:k], *batch[k:], **given)
 
         try:
             check(of, inputs, **settings)
@@ -90,23 +90,23 @@ def differences(check: Callable[..., bool], **settings: bool) -> Callable[[Subje
     return holds
 
 
-def forward_is_reverse(subject: Subject, batch: Batch) -> None:
+def forward_is_reverse(case: LossCase, batch: Batch) -> None:
     """Forward and reverse mode agree."""
-    k = subject.predictions
+    k = case.predictions
     argnums = tuple(range(k))
 
     def of(*predictions: Tensor) -> Tensor:
-        return subject(*predictions, *batch[k:])
+        return case(*predictions, *batch[k:])
 
     forward, reverse = (jac(of, argnums)(*batch[:k]) for jac in (jacfwd, jacrev))
     for f, r in zip(forward, reverse, strict=True):
         same(f, r, "jacfwd, against jacrev", batch)
 
 
-def hessian_is_symmetric(subject: Subject, batch: Batch) -> None:
+def hessian_is_symmetric(case: LossCase, batch: Batch) -> None:
     """The Hessian is finite and symmetric."""
-    total = total_of(subject, batch)
-    rest = batch[1 : subject.predictions]
+    total = total_of(case, batch)
+    rest = batch[1 : case.predictions]
     size = batch[0].numel()
     second = hessian(lambda p: total(p, *rest))(batch[0]).reshape(size, size)
     if not second.isfinite().all():
@@ -114,13 +114,13 @@ def hessian_is_symmetric(subject: Subject, batch: Batch) -> None:
     same(second, second.T, "the Hessian, against its transpose", batch)
 
 
-def one_graph(backend: str) -> Callable[[Subject, Batch], None]:
+def one_graph(backend: str) -> Callable[[LossCase, Batch], None]:
     """Return the law that the compiled loss is one graph and gives what eager gives."""
 
-    def holds(subject: Subject, batch: Batch) -> None:
+    def holds(case: LossCase, batch: Batch) -> None:
         # What is traced is made of plain functions: an older compiler traces no more than that.
-        loss, options, k = subject.loss, dict(subject.options), subject.predictions
-        unbatched = subject.unbatched and subject.reduction == "none"
+        loss, options, k = case.loss, dict(case.options), case.predictions
+        unbatched = case.unbatched and case.reduction == "none"
 
         def value(*data: Tensor) -> Tensor:
             return loss(*data, **options)

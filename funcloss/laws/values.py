@@ -1,11 +1,12 @@
 """The laws of a loss's values: how far it reaches, what it leaves alone, what its costs do.
 
-Each takes a subject and a batch, raises ``Broken`` or ``NotApplicable`` where it does not hold, and
+Each takes a case and a batch, raises ``Broken`` or ``NotApplicable`` where it does not hold, and
 may return a remark where it does.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,61 +21,61 @@ from funcloss.laws._common import (
     gradients_of,
     same,
 )
+from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, in_dtype, shown
 from funcloss.laws.effect import cost_effect
-from funcloss.laws.subject import Batch, Broken, NotApplicable, Subject, in_dtype, shown
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def stays_finite(subject: Subject, batch: Batch) -> str | None:
+def stays_finite(case: LossCase, batch: Batch) -> str | None:
     """Value and gradient are finite far out."""
-    k = subject.predictions
+    k = case.predictions
     for dtype in (torch.float32, batch[0].dtype):
-        data, there = in_dtype(batch, dtype), subject.in_dtype(dtype)
-        for extreme in subject.extremes:
+        data, there = in_dtype(batch, dtype), case.in_dtype(dtype)
+        for extreme in case.extremes:
             for every in (1, 2, 3):
                 far = [x.clone() for x in data[:k]]
                 for x in far:
                     x.view(-1)[::every] = extreme
                 _finite(there, (*far, *data[k:]), f"at predictions of {extreme:g}")
-    if subject.minus_inf:
+    if case.minus_inf:
         logits, labels = batch
         classes = torch.arange(logits.shape[-1])
         barred = classes == (labels[:, None] + 1) % logits.shape[-1]
-        _finite(subject, (torch.where(barred, -torch.inf, logits), labels), "at a logit of -inf")
-    if subject.extremes == (1e4, -1e4):
+        _finite(case, (torch.where(barred, -torch.inf, logits), labels), "at a logit of -inf")
+    if case.extremes == (1e4, -1e4):
         return None
-    return f"tried at {' and '.join(f'{x:g}' for x in subject.extremes)}"
+    return f"tried at {' and '.join(f'{x:g}' for x in case.extremes)}"
 
 
-def _finite(subject: Subject, batch: Batch, where: str) -> None:
-    values = subject(*batch)
+def _finite(case: LossCase, batch: Batch, where: str) -> None:
+    values = case(*batch)
     if not values.isfinite().all():
         raise Broken(f"{where} its value is {shown((values,))}; at {shown(batch)}")
-    for gradient in gradients_of(subject, batch):
+    for gradient in gradients_of(case, batch):
         if not gradient.isfinite().all():
             raise Broken(f"{where} its gradient is {shown((gradient,))}; at {shown(batch)}")
 
 
-def masked_is_dropped(subject: Subject, batch: Batch) -> None:
+def masked_is_dropped(case: LossCase, batch: Batch) -> None:
     """What is masked counts as if it were not there, whatever it holds."""
-    if not subject.takes_where:
+    if not case.takes_where:
         raise NotApplicable("it takes no `where`")
     n = batch[0].shape[0]
-    where = torch.arange(n) % 3 != 1 if n > 1 else torch.tensor([subject.reduction != "none"])
+    where = torch.arange(n) % 3 != 1 if n > 1 else torch.tensor([case.reduction != "none"])
     kept = tuple(x[where] for x in batch)
     for bad in (torch.inf, -torch.inf, torch.nan, 1e300):
         spoilt = tuple(_spoilt(x, where, bad) for x in batch)
-        under = subject._replace(options={**subject.options, "where": where})
+        under = replace(case, options={**case.options, "where": where})
         values, gradients = under(*spoilt), gradients_of(under, spoilt)
-        if subject.reduction == "none":
+        if case.reduction == "none":
             same(values[~where], torch.zeros_like(values[~where]), "a masked value", batch)
             values = values[where]
         for got in gradients:
             same(got[~where], torch.zeros_like(got[~where]), "a masked gradient", batch)
         if where.any():
-            same(values, subject(*kept), "values beside masked ones, against alone", batch)
-            for got, expected in zip(gradients, gradients_of(subject, kept), strict=True):
+            same(values, case(*kept), "values beside masked ones, against alone", batch)
+            for got, expected in zip(gradients, gradients_of(case, kept), strict=True):
                 same(got[where], expected, "gradients beside masked ones", batch)
 
 
@@ -84,34 +85,34 @@ def _spoilt(x: Tensor, where: Tensor, bad: float) -> Tensor:
     return spoilt
 
 
-def dtype_is_kept(subject: Subject, batch: Batch) -> None:
+def dtype_is_kept(case: LossCase, batch: Batch) -> None:
     """The dtype that comes in goes out, and half precision is computed in single."""
     for dtype in (*HALF, torch.float32, torch.float64):
-        data, there = in_dtype(batch, dtype), subject.in_dtype(dtype)
+        data, there = in_dtype(batch, dtype), case.in_dtype(dtype)
         values = there(*data)
         if values.dtype != dtype:
             raise Broken(f"{dtype} in, {values.dtype} out")
         if batch[0].dtype != torch.float64:
             continue
         exact = there.in_dtype(torch.float64)(*in_dtype(data, torch.float64))
-        largest = max(1.0, *(float(x.abs().max()) for x in data[: subject.predictions]))
+        largest = max(1.0, *(float(x.abs().max()) for x in data[: case.predictions]))
         tolerance = 4 * torch.finfo(dtype).eps * largest
         same(values.double(), exact, f"in {dtype}, against float64", data, tolerance)
 
 
-def is_pure(subject: Subject, batch: Batch) -> None:
+def is_pure(case: LossCase, batch: Batch) -> None:
     """Nothing that the loss is given changes, nor a module itself, nor the answer."""
-    tensors = [*batch, *(o for o in subject.options.values() if isinstance(o, Tensor))]
+    tensors = [*batch, *(o for o in case.options.values() if isinstance(o, Tensor))]
     before = [x.clone() for x in tensors]
-    kept = copy.deepcopy(_state(subject.loss))
-    first = subject(*batch)
-    subject(*(x.flip(0) for x in batch))
-    second = subject(*batch)
+    kept = copy.deepcopy(_state(case.loss))
+    first = case(*batch)
+    case(*(x.flip(0) for x in batch))
+    second = case(*batch)
     for x, was in zip(tensors, before, strict=True):
         if not torch.equal(x, was):
             raise Broken(f"it changed what it was given: {shown((was,))} became {shown((x,))}")
     same(second, first, "the second answer to one question, against the first", batch, 0.0)
-    for name, now in _state(subject.loss).items():
+    for name, now in _state(case.loss).items():
         was = kept.get(name)
         unchanged = (
             torch.equal(was, now)
@@ -130,10 +131,10 @@ def _state(loss: Callable[..., Tensor]) -> dict[str, Any]:
     return {**plain, **loss.state_dict()}
 
 
-def permutes(subject: Subject, batch: Batch) -> None:
+def permutes(case: LossCase, batch: Batch) -> None:
     """Classes that change places, costs with them, change nothing."""
-    check_of_classes(subject, batch)
-    c = subject.classes
+    check_of_classes(case, batch)
+    c = case.classes
     order = torch.randperm(c, generator=Generator().manual_seed(1))
     place = order.argsort()
 
@@ -148,96 +149,94 @@ def permutes(subject: Subject, batch: Batch) -> None:
                 option = option.index_select(axis, order)
         return option
 
-    options = {name: permuted_option(option) for name, option in subject.options.items()}
+    options = {name: permuted_option(option) for name, option in case.options.items()}
     moved = tuple(permuted(x) for x in batch)
     try:
-        same(subject(*moved, **options), subject(*batch), "after the classes changed places", batch)
+        same(case(*moved, **options), case(*batch), "after the classes changed places", batch)
     except Broken:
         # A cost may be written into a user's loss, or its classes have an order.
         plain = {n: torch.ones_like(o) for n, o in options.items() if isinstance(o, Tensor)}
         by_itself = not plain or not torch.allclose(
-            subject(*moved, **plain), subject(*batch, **plain), equal_nan=True
+            case(*moved, **plain), case(*batch, **plain), equal_nan=True
         )
-        if subject.reference is None and by_itself:
+        if case.reference is None and by_itself:
             raise NotApplicable("it treats its classes differently: see cost effect") from None
         raise
 
 
-def shift(subject: Subject, batch: Batch) -> None:
+def shift(case: LossCase, batch: Batch) -> None:
     """A constant added to all logits changes nothing."""
-    if subject.shift is False:
+    if case.shift is False:
         raise NotApplicable("its predictions are no logits of a softmax")
-    check_of_classes(subject, batch)
-    k = subject.predictions
-    moved = subject(*(x + 3.25 for x in batch[:k]), *batch[k:])
+    check_of_classes(case, batch)
+    k = case.predictions
+    moved = case(*(x + 3.25 for x in batch[:k]), *batch[k:])
     try:
-        same(moved, subject(*batch), "with 3.25 added to every logit", batch)
+        same(moved, case(*batch), "with 3.25 added to every logit", batch)
     except Broken:
-        if subject.shift is None:
+        if case.shift is None:
             raise NotApplicable("it is no function of softmax(logits)") from None
         raise
 
 
-def weights(subject: Subject, batch: Batch) -> None:
+def weights(case: LossCase, batch: Batch) -> None:
     """A weight multiplies its example's value and gradient, at batch size one too."""
-    check_uncoupled(subject)
+    check_uncoupled(case)
     n = batch[0].shape[0]
-    if "class_weights" in subject.options:
-        labels, c = batch[-1], subject.classes
+    if "class_weights" in case.options:
+        labels, c = batch[-1], case.classes
         weights = (torch.arange(c) % 3).to(batch[0].dtype)  # 0, 1, 2, 0, 1 ...
         weighted = {"class_weights": weights}
         plain = {"class_weights": torch.ones_like(weights)}
         if labels.is_floating_point():
             raise NotApplicable("its class weights act within an example's sum over classes")
         factors = weights[labels.long()]
-        got = subject(*batch, **weighted)
-        expected = subject(*batch, **plain)
-        if subject.reduction != "none":
-            alone = [
-                subject(*(x[i : i + 1] for x in batch), **plain) * factors[i] for i in range(n)
-            ]
+        got = case(*batch, **weighted)
+        expected = case(*batch, **plain)
+        if case.reduction != "none":
+            alone = [case(*(x[i : i + 1] for x in batch), **plain) * factors[i] for i in range(n)]
             for i in range(n):
                 one = tuple(x[i : i + 1] for x in batch)
                 what = f"alone, an example of class weight {factors[i]:g}"
-                same(subject(*one, **weighted), alone[i], what, one)
+                same(case(*one, **weighted), alone[i], what, one)
             return
         same(got, factors * expected, "with class weights, against weight times value", batch)
         return
-    check_per_example(subject, "a weight has no single value to act on; reduce outside")
+    check_per_example(case, "a weight has no single value to act on; reduce outside")
     weights = (torch.arange(n) % 3).to(batch[0].dtype) if n > 1 else batch[0].new_tensor([3.0])
-    k = subject.predictions
+    k = case.predictions
 
     def weighted_values(*predictions: Tensor) -> Tensor:
-        loss = sample_weighted(subject)
+        loss = sample_weighted(case)
         return loss(*predictions, *batch[k:], sample_weights=weights)
 
     def weighted_total(*predictions: Tensor) -> Tensor:
         return weighted_values(*predictions).sum()
 
-    same(weighted_values(*batch[:k]), weights * subject(*batch), "weighted values", batch)
+    same(weighted_values(*batch[:k]), weights * case(*batch), "weighted values", batch)
     got = grad(weighted_total, tuple(range(k)))(*batch[:k])
-    for g, e in zip(got, gradients_of(subject, batch), strict=True):
+    for g, e in zip(got, gradients_of(case, batch), strict=True):
         scale = weights.reshape(-1, *(1 for _ in e.shape[1:]))
         same(g, scale * e, "weighted gradients", batch)
 
 
-def cost_order(subject: Subject, batch: Batch) -> None:
+def cost_order(case: LossCase, batch: Batch) -> None:
     """A larger cost never makes the costly mistake cheaper."""
-    if not subject.costs:
+    if not case.costs:
         raise NotApplicable("it takes no costs")
     for i, label in enumerate(batch[-1].long().tolist()):
         one = tuple(x[i : i + 1] for x in batch)
-        for name in subject.costs:
-            cost = subject.options[name]
+        for name in case.costs:
+            cost = case.options[name]
             assert isinstance(cost, Tensor)
-            before = subject(*one).sum()
+            before = case(*one).sum()
             mistakes = range(cost.shape[-1]) if cost.dim() == 2 else (None,)
             for decision in mistakes:
                 if decision == label:
                     continue  # no mistake
                 dearer = cost.clone()
                 dearer[label if decision is None else (label, decision)] += 0.01
-                change = float(subject(*one, **{name: dearer}).sum() - before)
+                change = float(case(*one, **{name: dearer}).sum() - before)
                 if change < -1e-12 * max(1.0, float(before.abs())):
                     raise Broken(
                         f"raising {name} for a mistake on class {label} by 0.01 changes the value "
@@ -245,16 +244,16 @@ def cost_order(subject: Subject, batch: Batch) -> None:
                     )
 
 
-def agrees(subject: Subject, batch: Batch) -> None:
+def agrees(case: LossCase, batch: Batch) -> None:
     """The value is that of another computation."""
-    if subject.reference is None:
+    if case.reference is None:
         raise NotApplicable("no other computation of it was given")
-    expected = subject.reference(*batch, **subject.options)
-    got = subject(*batch)
-    largest = max(1.0, *(float(x.abs().max()) for x in batch[: subject.predictions]))
+    expected = case.reference(*batch, **case.options)
+    got = case(*batch)
+    largest = max(1.0, *(float(x.abs().max()) for x in batch[: case.predictions]))
     same(got, expected.to(got.dtype), "its value, against the reference", batch, 1e-10 * largest)
 
 
-def weighs_what_it_says(subject: Subject, batch: Batch) -> str:
+def weighs_what_it_says(case: LossCase, batch: Batch) -> str:
     """A class weighs the same however it is batched, and what its cost says."""
-    return cost_effect(subject).judge()
+    return cost_effect(case).judge()

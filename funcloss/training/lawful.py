@@ -37,7 +37,7 @@ def check_loss(setup: Setup) -> tuple[str, ...]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
         tried = functools.partial(loss, **given) if given else loss
-        findings = laws.check(laws.adapt(tried, task="classification", classes=classes).subject)
+        findings = laws.check(laws.adapt(tried, task="classification", classes=classes).case)
     broken = [f for f in findings if f.verdict == "fail"]
     if broken:
         lines = "".join(f"\n  {f.law}: {f.detail}" + f"\n    -> {f.advice}" * bool(f.advice)
