@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from funcloss import (
+        app,
         audit,
-        choose,
-        data,
+        constraints,
         decisions,
+        errors,
         keys,
         laws,
         losses,
         models,
         objectives,
         optim,
+        sensitivity,
         training,
         transforms,
         typing,
     )
     from funcloss._custom_vjp import custom_vjp, from_numpy
+    from funcloss.app.runs import load
     from funcloss.combinators import (
         class_weighted,
         class_weights_of,
@@ -45,20 +48,20 @@ if TYPE_CHECKING:
     )
     from funcloss.modules import as_module, from_module
     from funcloss.reduction import mean, weighted_mean
-    from funcloss.training import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "app",
     "as_module",
     "audit",
-    "choose",
     "class_weighted",
     "class_weights_of",
+    "constraints",
     "couples_examples",
     "custom_vjp",
-    "data",
     "decisions",
+    "errors",
     "from_logits",
     "from_module",
     "from_numpy",
@@ -77,6 +80,7 @@ __all__ = [
     "probabilities_of",
     "sample_weighted",
     "scaled",
+    "sensitivity",
     "smoothed",
     "soft",
     "summed",
@@ -97,7 +101,7 @@ _HOMES = {
     "from_logits": "combinators",
     "from_module": "modules",
     "from_numpy": "_custom_vjp",
-    "load": "training",
+    "load": "app.runs",
     "mean": "reduction",
     "mixup": "combinators",
     "one_hot_targets": "combinators",

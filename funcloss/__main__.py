@@ -1,6 +1,6 @@
 """``python -m funcloss``: the same as the ``funcloss`` command."""
 
-from funcloss.cli import main
+from funcloss.app.cli import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from einops.layers.torch import Rearrange
 from torch import nn
 
 InputShape = tuple[int, ...]  # channels, height, width of an image; or the number of features
@@ -26,7 +25,7 @@ def linear(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Modul
         >>> linear()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    return _stack(flatten=_flatten(), fc=nn.Linear(math.prod(input_shape), classes))
+    return _stack(flatten=nn.Flatten(), fc=nn.Linear(math.prod(input_shape), classes))
 
 
 def mlp(
@@ -47,7 +46,7 @@ def mlp(
         torch.Size([2, 3])
     """
     return _stack(
-        flatten=_flatten(),
+        flatten=nn.Flatten(),
         fc1=nn.Linear(math.prod(input_shape), hidden),
         relu1=nn.ReLU(),
         fc2=nn.Linear(hidden, hidden),
@@ -86,7 +85,7 @@ def article_cnn(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.
         "drop2": nn.Dropout2d(),
         "pool2": nn.MaxPool2d(2),
         "relu2": nn.ReLU(),
-        "flatten": _flatten(),
+        "flatten": nn.Flatten(),
     }
     size = _size_of("article_cnn", features, input_shape)
     return _stack(
@@ -129,7 +128,7 @@ def lenet5(input_shape: InputShape = (1, 32, 32), classes: int = 10) -> nn.Modul
         "pool2": nn.MaxPool2d(2),
         "relu2": nn.ReLU(),
         "conv3": nn.Conv2d(16, 120, 5),
-        "flatten": _flatten(),
+        "flatten": nn.Flatten(),
     }
     size = _size_of("lenet5", features, input_shape)
     return _stack(**features, fc1=nn.Linear(size, 84), relu3=nn.ReLU(), fc2=nn.Linear(84, classes))
@@ -159,7 +158,7 @@ def fast_cnn(input_shape: InputShape = (1, 28, 28), classes: int = 10) -> nn.Mod
         "conv2": nn.Conv2d(24, 32, 3),
         "pool2": nn.MaxPool2d(2),
         "relu2": nn.ReLU(),
-        "flatten": _flatten(),
+        "flatten": nn.Flatten(),
     }
     size = _size_of("fast_cnn", features, input_shape)
     return _stack(
@@ -191,7 +190,7 @@ def cifar_cnn(input_shape: InputShape = (3, 32, 32), classes: int = 10) -> nn.Mo
         features[f"pool{i}"] = nn.MaxPool2d(2)
         features[f"relu{i}"] = nn.ReLU()
         channels = 64
-    features["flatten"] = _flatten()
+    features["flatten"] = nn.Flatten()
     size = _size_of("cifar_cnn", features, input_shape)
     return _stack(
         **features, fc1=nn.Linear(size, 512), relu4=nn.ReLU(), fc2=nn.Linear(512, classes)
@@ -210,10 +209,6 @@ MODELS: dict[str, Callable[[InputShape, int], nn.Module]] = {
 
 def _stack(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
-
-
-def _flatten() -> Rearrange:
-    return Rearrange("n ... -> n (...)")
 
 
 def _size_of(name: str, features: dict[str, nn.Module], input_shape: InputShape) -> int:

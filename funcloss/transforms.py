@@ -40,7 +40,7 @@ def per_sample_grads(
 
     Example:
         >>> from funcloss import losses, models
-        >>> from funcloss.training import mean_of, supervised
+        >>> from funcloss.objectives import mean_of, supervised
         >>> objective = supervised(models.linear((1, 2, 2), 3), mean_of(losses.cross_entropy))
         >>> params = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
         >>> batch = Batch(torch.ones(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from funcloss import losses, models
-from funcloss.data import load_dataset, take
-from funcloss.training.folder import environment
+from funcloss.app.data import load_dataset, take
+from funcloss.app.runs.folder import environment
 
 QUANTITIES = ("share", "conflict", "norm", "alignment")
 CLASSES = 10

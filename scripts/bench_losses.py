@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from funcloss import losses, mean
-from funcloss.training.folder import environment
+from funcloss.app.runs.folder import environment
 
 SLOW_EAGER, SLOW_COMPILED = 1.5, 1.05  # ratios above these are marked
 TURN = 0.03  # seconds at least that a loss runs in its turn

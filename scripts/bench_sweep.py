@@ -21,11 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from funcloss.choose import choose_width, init_members, make_groups, make_members_step
-from funcloss.config import make_config
-from funcloss.data import take
+from funcloss.app.config import make_config
+from funcloss.app.data import take
+from funcloss.app.runs.setup import make_setup
+from funcloss.app.sweep import choose_width, init_members, make_groups, make_members_step
 from funcloss.training.loop import epoch_order
-from funcloss.training.setup import make_setup
 
 
 def main(

@@ -31,15 +31,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
 from funcloss import losses, models, optim
-from funcloss.data import Dataset, load_dataset, moved, normalised, take
-from funcloss.training import (
-    epoch_order,
-    init_state,
-    make_train_step,
-    mean_of,
-    supervised,
-)
-from funcloss.training.run import folder
+from funcloss.app.data import Dataset, load_dataset, moved, normalised, take
+from funcloss.app.runs.run import folder
+from funcloss.objectives import mean_of, supervised
+from funcloss.training import epoch_order, init_state, make_train_step
 
 CASES = {  # model, batch size, optimiser
     "article, batch 32": ("article-cnn", 32, "sgd"),

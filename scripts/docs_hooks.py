@@ -61,7 +61,7 @@ def help_block(command: str) -> str:
     program, *words = command.split()
     entry = "main_train" if program == "funcloss-train" else "main"
     code = f"import sys; sys.argv = {[program, *words, '--help']!r}; "
-    code += f"from funcloss.cli import {entry}; {entry}()"
+    code += f"from funcloss.app.cli import {entry}; {entry}()"
     wide = {"COLUMNS": "110", "TERMINAL_WIDTH": "110", "NO_COLOR": "1", "PYTHONUTF8": "1"}
     said = subprocess.run(
         [sys.executable, "-c", code],

@@ -16,9 +16,9 @@ from typing import Annotated
 import torch
 import typer
 
-from funcloss import choose
-from funcloss.choose import Axis
-from funcloss.config import make_config
+from funcloss.app import sweep
+from funcloss.app.config import make_config
+from funcloss.app.sweep import Axis
 
 BASE = {
     "dataset": "fashion-mnist",
@@ -80,13 +80,13 @@ def _swept(
     """Sweep a loss, or go on with its sweep, and return the choice."""
     if not (folder / "sweep.json").exists():
         if (folder / "sweep.toml").exists():
-            choose.resume_sweep(folder)
+            sweep.resume_sweep(folder)
         else:
             swept = [Axis("loss_option", key, values) for key, values in axes.items()]
             # Without a parameter of its own, only how fast it learns is left to choose.
             swept = swept or [Axis("learning_rate", "", (0.001, 0.002))]
             options = {"loss": loss, "loss_option": fixed, "epochs": epochs}
-            choose.sweep(make_config(BASE, options), swept, folder, seeds=seeds)
+            sweep.sweep(make_config(BASE, options), swept, folder, seeds=seeds)
         print(f"{loss} is swept", flush=True)
     return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from funcloss import data
-from funcloss.cli import app as shell
+from funcloss.app import data
+from funcloss.app.cli import app as shell
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"

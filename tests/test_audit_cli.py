@@ -19,22 +19,16 @@ from conftest import StopAt
 from matplotlib.figure import Figure
 from torch.testing import assert_close
 
-from funcloss import class_weighted, losses, models, optim, training
-from funcloss.audit import (
-    audit,
-    audit_checkpoint,
-    audit_run,
-    compare,
-    observer,
-    sentences,
-    write_report,
-)
-from funcloss.config import make_config
-from funcloss.data import take
+from funcloss import class_weighted, losses, models, optim
+from funcloss.app import runs
+from funcloss.app.audits import audit_checkpoint, audit_run, observer, write_report
+from funcloss.app.config import make_config
+from funcloss.app.data import take
+from funcloss.app.registry import LOSSES
+from funcloss.app.runs.setup import make_setup
+from funcloss.audit import audit, compare, sentences
 from funcloss.errors import ConfigError, RunError
 from funcloss.laws import adapt, cost_effect
-from funcloss.training.objective import LOSSES
-from funcloss.training.setup import make_setup
 from funcloss.typing import Batch
 
 SMALL = {
@@ -62,7 +56,7 @@ FILES = [
 
 def trained(run, *, stop=0, **options):
     should_stop = StopAt(stop) if stop else lambda: False
-    training.train(make_config(SMALL, options), run, observer=observer, should_stop=should_stop)
+    runs.train(make_config(SMALL, options), run, observer=observer, should_stop=should_stop)
     return run
 
 
@@ -94,7 +88,7 @@ def stopped(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Most tests look at numbers, and drawing takes longer than these do."""
-    monkeypatch.setattr("funcloss.audit.runs.draw_all", lambda *args: {})
+    monkeypatch.setattr("funcloss.app.audits.draw_all", lambda *args: {})
 
 
 @pytest.fixture
@@ -227,7 +221,7 @@ def test_a_table_that_goes_to_a_file_is_whole_at_any_width(
 
 def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(finished, sample):
     """Of other examples of the same run, the words say the same, or that they cannot tell."""
-    model, weights = training.load(finished).model, torch.tensor([1.0] * 9 + [5.0])
+    model, weights = runs.load(finished).model, torch.tensor([1.0] * 9 + [5.0])
     shares, errors, verdicts = [], [], []
     for seed in range(20):
         index = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:1024]
@@ -352,7 +346,7 @@ def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported,
     rows = rows_of(run / "audit_examples.csv")[:50]
     index = torch.tensor([int(row["index"]) for row in rows])
     batch = take(sample, sample.train, index)
-    model = training.load(run).model
+    model = runs.load(run).model
     with torch.no_grad():
         logits = model(batch.inputs)
     values = losses.cross_entropy(logits, batch.targets)
@@ -580,7 +574,7 @@ def test_a_stopped_run_is_audited_at_the_step_it_would_take(stopped):
     parts = step.gram.diagonal()[:10].sqrt()
     expected = step.learning_rate * step.clip * audited.balance.norm
     assert_close(parts, expected, rtol=1e-4, atol=1e-9)
-    velocity = training.load_tensors(stopped / "checkpoint.safetensors")[0]
+    velocity = runs.load_tensors(stopped / "checkpoint.safetensors")[0]
     history = sum(
         float(t.double().square().sum())
         for name, t in velocity.items()
@@ -650,7 +644,7 @@ def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
     for name, weights in (("costs", {"9": 5}), ("none", {})):
         made = make_config(SMALL, options, {"class_weight": weights})
         tensors = make_setup(made).state.params
-        training.save_tensors(tmp_path / f"{name}.safetensors", tensors, {})
+        runs.save_tensors(tmp_path / f"{name}.safetensors", tensors, {})
         found = audit_checkpoint(tmp_path / f"{name}.safetensors", made, examples=100).audit
         assert found.balance.share.sum() == pytest.approx(1.0)
         assert found.linear_in_weights
@@ -702,12 +696,10 @@ REFUSED = [
 def places(finished, tmp_path):
     """What the words of the tables above stand for."""
     (tmp_path / "text.safetensors").write_text("no tensors")
-    tensors, header = training.load_tensors(finished / "model.safetensors")
+    tensors, header = runs.load_tensors(finished / "model.safetensors")
     wide = {**tensors, "fc.weight": torch.zeros(10, 99)}
-    training.save_tensors(tmp_path / "wide.safetensors", wide, header)
-    training.save_tensors(
-        tmp_path / "more.safetensors", {**tensors, "extra": torch.zeros(1)}, header
-    )
+    runs.save_tensors(tmp_path / "wide.safetensors", wide, header)
+    runs.save_tensors(tmp_path / "more.safetensors", {**tensors, "extra": torch.zeros(1)}, header)
     return {
         "RUN": [finished],
         "MODEL": [finished / "model.safetensors"],
@@ -804,7 +796,7 @@ def test_a_log_that_is_no_text_is_one_line_at_most(run, run_cli, no_figures):
 
 
 def test_data_that_is_gone_is_one_line(run_cli, tmp_path, finished, monkeypatch):
-    monkeypatch.setattr("funcloss.data.fetch.answering", lambda urls: [])
+    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls: [])
     run = shutil.copytree(finished, tmp_path / "run")
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace('"mnist-sample"', '"mnist"', 1))
@@ -911,7 +903,7 @@ def test_ctrl_c_of_a_terminal_ends_it_at_once(run, tmp_path):
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    while True: real(*a, **k)\n"
         "audit.audit_run = slow\n"
-        "from funcloss.cli import main\n"
+        "from funcloss.app.cli import main\n"
         f"sys.argv = ['funcloss', 'audit', {str(run)!r}, '--examples', '100']\n"
         "main()\n"
     )
@@ -943,7 +935,7 @@ def test_the_library_refuses_an_unknown_part_too(finished):
 def test_the_help_names_every_option_and_loads_no_torch():
     code = (
         "import sys; sys.argv = ['funcloss', 'audit', '--help']\n"
-        "from funcloss.cli import main\n"
+        "from funcloss.app.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"

@@ -11,9 +11,9 @@ from audit_examples import make_audit
 from browser import PNG, Reader, browse, needs_browser
 from PIL import Image
 
-from funcloss.audit import figures
-from funcloss.audit.page import About, Axis, log_axis, render_page, zero_axis
-from funcloss.training.figures import save_figure
+from funcloss.app.report import audit_figures as figures
+from funcloss.app.report.audit_page import About, Axis, log_axis, render_page, zero_axis
+from funcloss.app.report.run_figures import save_figure
 
 HOSTILE = (
     'it\'s "quoted"',

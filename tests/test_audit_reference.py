@@ -23,7 +23,8 @@ from funcloss.audit import audit
 from funcloss.combinators import one_hot_targets
 from funcloss.errors import FunclossError
 from funcloss.keys import example_keys
-from funcloss.training import init_state, make_train_step, mean_of, supervised
+from funcloss.objectives import mean_of, supervised
+from funcloss.training import init_state, make_train_step
 from funcloss.typing import Batch
 
 METHODS = ("auto", "products", "examples", "classes")

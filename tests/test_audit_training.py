@@ -11,26 +11,22 @@ from conftest import StopAt
 from torch import nn
 from torch.testing import assert_close
 
-from funcloss import losses, optim, training
-from funcloss.audit import audit, make_audit_step, observer
-from funcloss.cli import app as shell
+from funcloss import losses, optim
+from funcloss.app import runs
+from funcloss.app.audits import observer
+from funcloss.app.cli import app as shell
+from funcloss.app.config import make_config
+from funcloss.app.data import take
+from funcloss.app.registry import LOSSES, make_criterion
+from funcloss.app.runs import folder
+from funcloss.app.runs.setup import make_setup
+from funcloss.audit import audit, make_audit_step
 from funcloss.combinators import class_weighted
-from funcloss.config import make_config
-from funcloss.data import take
 from funcloss.errors import AuditError
 from funcloss.keys import example_keys
-from funcloss.training import (
-    folder,
-    init_state,
-    make_train_step,
-    mean_of,
-    sum_of,
-    supervised,
-    weighted_mean_of,
-)
+from funcloss.objectives import mean_of, sum_of, supervised, weighted_mean_of
+from funcloss.training import init_state, make_train_step
 from funcloss.training.loop import epoch_order
-from funcloss.training.objective import LOSSES, make_criterion
-from funcloss.training.setup import make_setup
 from funcloss.typing import Batch
 
 CLASSES, N, RATE, STEPS = 4, 16, 0.125, 5
@@ -175,7 +171,7 @@ def test_the_memory_is_of_the_step_that_was_audited_and_nothing_given_is_touched
     hyper = {"learning_rate": torch.tensor(RATE).double(), "class_weights": WEIGHTS}
     state = init_state(model, optimizer)
     _, memory = audit_step(state, batch_of(0), hyper, None)
-    given = {**training.flatten(state), **{f"memory {n}": m for n, m in memory.items()}}
+    given = {**runs.flatten(state), **{f"memory {n}": m for n, m in memory.items()}}
     before = {name: t.clone() for name, t in given.items()}
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     outside = torch.get_rng_state()
@@ -293,7 +289,7 @@ def timeless(records):
 def same(a, b):
     """Whether two runs ended in the same state and the same model, to the bit."""
     files = "checkpoint.safetensors", "model.safetensors"
-    pairs = [[training.load_tensors(run / file)[0] for run in (a, b)] for file in files]
+    pairs = [[runs.load_tensors(run / file)[0] for run in (a, b)] for file in files]
     return all(x.keys() == y.keys() and all(map(torch.equal, x.values(), y.values()))
                for x, y in pairs)  # fmt: skip
 
@@ -303,7 +299,7 @@ def audited(tmp_path_factory):
     """A run that was audited on the way, and the events."""
     events = []
     run = tmp_path_factory.mktemp("audited") / "run"
-    training.train(config(), run, show=events.append, observer=observer)
+    runs.train(config(), run, show=events.append, observer=observer)
     return run, events
 
 
@@ -325,7 +321,7 @@ def test_every_audit_is_a_line_a_class(audited):
         assert now[0]["seconds"] > 0
     first = [r for r in records if r["step"] == 1]
     assert sum(r["update_share"] for r in first) == pytest.approx(1.0)  # no history yet
-    seen = [e for e in events if isinstance(e, training.Audited)]
+    seen = [e for e in events if isinstance(e, runs.Audited)]
     assert [e.step for e in seen] == AUDITED
     assert [row for e in seen for row in e.rows] == [
         {k: v for k, v in r.items() if k not in ("kind", "step", "epoch", "seconds")}
@@ -361,8 +357,8 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
 
 def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
     run, _ = audited
-    training.train(config(audit_every=0), tmp_path / "none", observer=observer)
-    training.train(config(), tmp_path / "nobody looks")
+    runs.train(config(audit_every=0), tmp_path / "none", observer=observer)
+    runs.train(config(), tmp_path / "nobody looks")
     assert audits(tmp_path / "none") == audits(tmp_path / "nobody looks") == []
     assert same(run, tmp_path / "none")
     assert same(run, tmp_path / "nobody looks")
@@ -373,10 +369,10 @@ def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
 def test_a_run_that_is_stopped_goes_on_to_the_same_audits(tmp_path, audited, at):
     whole, _ = audited
     run = tmp_path / "run"
-    stopped = training.train(config(), run, should_stop=StopAt(at), observer=observer)
+    stopped = runs.train(config(), run, should_stop=StopAt(at), observer=observer)
     assert not stopped.finished
     assert [r["step"] for r in audits(run)[::10]] == [s for s in AUDITED if s <= at]
-    assert training.resume(run, observer=observer).finished
+    assert runs.resume(run, observer=observer).finished
     assert timeless(audits(run)) == timeless(audits(whole))
     assert same(run, whole)
 
@@ -385,13 +381,13 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
     """A kill loses the steps since the checkpoint, and not their lines."""
     whole, _ = audited
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(10), observer=observer)
+    runs.train(config(), run, should_stop=StopAt(10), observer=observer)
     for line in audits(whole):
         if line["step"] == 15:
             folder.append_record(run, line)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "audit", "step": 15, "cl')
-    training.resume(run, observer=observer)
+    runs.resume(run, observer=observer)
     assert timeless(audits(run)) == timeless(audits(whole))
 
 
@@ -418,7 +414,7 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
 def test_every_option_is_audited(tmp_path, options):
     options = {"model": "linear", "class_weight": {"9": 5}, **options}
     run = tmp_path / "run"
-    training.train(config(**options), run, observer=observer)
+    runs.train(config(**options), run, observer=observer)
     records = audits(run)
     assert records
     for step in {r["step"] for r in records}:
@@ -458,7 +454,7 @@ def test_a_batch_of_which_every_class_weighs_nothing_stops_no_training(tmp_path)
     free = dict.fromkeys("012345678", 0.0)
     options = {"model": "linear", "class_weight": free, "batch_size": 4, "audit_every": 10}
     options |= {"log_every": 1000, "learning_rate": 1e-4}
-    outcome = training.train(config(**options), tmp_path / "run", observer=observer)
+    outcome = runs.train(config(**options), tmp_path / "run", observer=observer)
     assert outcome.finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in lines
@@ -469,21 +465,21 @@ def test_a_training_that_diverges_goes_on_as_it_does_without_audits(tmp_path):
     """An audit tells of a training and never ends it: the loss may be finite again, or not."""
     notes = []
     made = config(model="linear", learning_rate=1e38, audit_every=1, batch_size=1000)
-    outcome = training.train(made, tmp_path / "run", show=notes.append, observer=observer)
+    outcome = runs.train(made, tmp_path / "run", show=notes.append, observer=observer)
     assert outcome.finished
-    said = [n for n in notes if isinstance(n, training.Note) and "the loss is nan" in n.text]
+    said = [n for n in notes if isinstance(n, runs.Note) and "the loss is nan" in n.text]
     assert len(said) == 1
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     assert [r["share"] for r in audits(tmp_path / "run") if r["step"] == 4] in ([], [None] * 10)
-    training.train(made._replace(audit_every=0), tmp_path / "plain", observer=observer)
+    runs.train(made._replace(audit_every=0), tmp_path / "plain", observer=observer)
     finals = [folder.read_records(tmp_path / name)[-1]["test"] for name in ("run", "plain")]
     assert finals[0] == finals[1]
 
 
 def test_no_step_is_no_audit(tmp_path):
-    training.train(config(model="linear", epochs=0), tmp_path / "run", observer=observer)
+    runs.train(config(model="linear", epochs=0), tmp_path / "run", observer=observer)
     assert audits(tmp_path / "run") == []
 
 
@@ -492,7 +488,7 @@ def test_tensorboard_gets_the_shares(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    training.train(config(model="linear", tensorboard=True), run, observer=observer)
+    runs.train(config(model="linear", tensorboard=True), run, observer=observer)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     for score in ("share", "norm", "update_share"):
         for name in "0123456789":

@@ -9,8 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from funcloss.choose import Axis, Row, parse_values, words
-from funcloss.choose.axes import (
+from funcloss.app.config import make_config
+from funcloss.app.report.choice import Limit as Reached
+from funcloss.app.report.choice import Row, Score
+from funcloss.app.sweep import Axis, parse_values, words
+from funcloss.app.sweep.axes import (
     by_name,
     describe,
     learning_rates,
@@ -19,12 +22,9 @@ from funcloss.choose.axes import (
     plain_config,
     plain_members,
 )
-from funcloss.choose.limits import make_limits
-from funcloss.choose.result import Limit as Reached
-from funcloss.choose.result import Score
-from funcloss.choose.select import baseline_of, chosen_of, faded, misses, points_of
-from funcloss.choose.tested import part_interval, row_of
-from funcloss.config import make_config
+from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, points_of
+from funcloss.app.sweep.tested import part_interval, row_of
+from funcloss.constraints.limits import make_limits
 from funcloss.decisions import judge, make_costs, score_decisions
 from funcloss.errors import ConfigError
 

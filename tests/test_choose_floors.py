@@ -16,10 +16,19 @@ from conftest import StopAt
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from funcloss import choose, training
-from funcloss.audit import audit_run, observer
-from funcloss.choose import steer_by_limits
-from funcloss.choose.ascent import (
+from funcloss import training
+from funcloss.app import runs, sweep
+from funcloss.app.audits import audit_run, observer
+from funcloss.app.cli import app as shell
+from funcloss.app.config import make_config
+from funcloss.app.data import normalised, take
+from funcloss.app.report.choice import Ascent
+from funcloss.app.report.choice import Limit as Told
+from funcloss.app.runs import folder
+from funcloss.app.runs.constrained import steer_by_limits
+from funcloss.app.runs.setup import make_setup
+from funcloss.app.sweep.words import limit_sentences
+from funcloss.constraints.ascent import (
     CAP,
     RATE,
     Snapshot,
@@ -29,7 +38,7 @@ from funcloss.choose.ascent import (
     snapshot_of,
     weights_of,
 )
-from funcloss.choose.limits import (
+from funcloss.constraints.limits import (
     Limit,
     directions,
     held,
@@ -38,16 +47,8 @@ from funcloss.choose.limits import (
     reached,
     violations,
 )
-from funcloss.choose.result import Ascent
-from funcloss.choose.result import Limit as Told
-from funcloss.choose.words import limit_sentences
-from funcloss.cli import app as shell
-from funcloss.config import make_config
-from funcloss.data import normalised, take
 from funcloss.decisions import make_costs, score_decisions
 from funcloss.errors import ConfigError, RunError
-from funcloss.training import folder
-from funcloss.training.setup import make_setup
 
 DIGITS = tuple("0123456789")
 NAMES = ("cat", "dog", "a:b", "precision:x", "cost")
@@ -73,9 +74,9 @@ def config(**options):
 def _no_figures(monkeypatch):
     """Drawing takes longer than these trainings do."""
     for name in ("curves", "confusion", "predictions"):
-        monkeypatch.setattr(f"funcloss.training.figures.{name}", lambda *args: None)
-    monkeypatch.setattr("funcloss.training.figures.save_figure", lambda f, path: path.touch())
-    monkeypatch.setattr("funcloss.audit.runs.draw_all", lambda *args: {})
+        monkeypatch.setattr(f"funcloss.app.report.run_figures.{name}", lambda *args: None)
+    monkeypatch.setattr("funcloss.app.report.run_figures.save_figure", lambda f, path: path.touch())
+    monkeypatch.setattr("funcloss.app.audits.draw_all", lambda *args: {})
 
 
 # What they name.
@@ -551,7 +552,7 @@ def test_where_no_threshold_keeps_a_limit_the_nearest_is_told_as_missed():
 def trained(run, **options):
     made = config(**options)
     steer = steer_by_limits if made.floor or made.ceiling else None
-    return training.train(made, run, steer=steer)
+    return runs.train(made, run, steer=steer)
 
 
 def argmax_of(outcome, part="validation"):
@@ -563,7 +564,7 @@ def steered(run):
 
 
 def tensors(run, file):
-    return training.load_tensors(Path(run) / file)[0]
+    return runs.load_tensors(Path(run) / file)[0]
 
 
 def same(a, b):
@@ -594,8 +595,8 @@ def quick():
     """As ``_no_figures``, for the fixtures of the module."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves", "confusion", "predictions"):
-            patch.setattr(f"funcloss.training.figures.{name}", lambda *args: None)
-        patch.setattr("funcloss.training.figures.save_figure", lambda f, path: path.touch())
+            patch.setattr(f"funcloss.app.report.run_figures.{name}", lambda *args: None)
+        patch.setattr("funcloss.app.report.run_figures.save_figure", lambda f, path: path.touch())
         yield
 
 
@@ -696,15 +697,15 @@ def test_an_audit_sees_the_weights_of_the_last_steps(floored):
 
 def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
     """They tell what prior the probabilities are of, and what the loss was."""
-    found = training.evaluate_run(floored.folder, part="validation")
-    record = training.judging.judged_record(found.judged, found.costs)
+    found = runs.evaluate_run(floored.folder, part="validation")
+    record = runs.judging.judged_record(found.judged, found.costs)
     assert record == floored.summary["judged"]["validation"]
     assert found.evaluation.loss == pytest.approx(floored.summary["validation"]["loss"])
 
 
 def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
     made = config(floor={"8": 0.99}, epochs=1, batch_size=250, floor_every=3, audit_every=3)
-    training.train(made, tmp_path / "run", steer=steer_by_limits, observer=observer)
+    runs.train(made, tmp_path / "run", steer=steer_by_limits, observer=observer)
     records = folder.read_records(tmp_path / "run")
     weight_at = {r["step"]: r["weights"].get("8", 1.0) for r in records if r["kind"] == "steering"}
     counts = make_setup(made).dataset.train.labels
@@ -744,7 +745,7 @@ def test_weights_of_the_configuration_go_into_those_that_are_told(tmp_path):
         [2.0, last["weights"]["8"]], rel=1e-3
     )
     assert run.summary["weights_found"]["8"] > 3.0
-    best = training.load(run.folder).class_weights
+    best = runs.load(run.folder).class_weights
     assert best[8].item() == pytest.approx(run.summary["weights_at_best"]["8"], rel=1e-3)
 
 
@@ -773,8 +774,8 @@ def test_a_limit_moves_a_real_training_its_way(plain, tmp_path, options, signs, 
     assert all(way * moved[name] > 0.1 for name, way in signs.items())
     assert max(moved, key=lambda name: abs(moved[name])) in signs
     costs = {"class_cost": options["class_cost"]} if "class_cost" in options else {}
-    before = training.evaluate_run(plain.folder, part="validation", judge_by=costs)
-    before = training.judging.judged_record(before.judged, before.costs)["rules"]["argmax"]
+    before = runs.evaluate_run(plain.folder, part="validation", judge_by=costs)
+    before = runs.judging.judged_record(before.judged, before.costs)["rules"]["argmax"]
     assert score(argmax_of(run)) > score(before)
 
 
@@ -794,11 +795,11 @@ def test_weights_that_change_compile_nothing_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda fn, **how: real(fn, backend=counter, **how))
 
     def show(event):
-        if isinstance(event, training.Started):
+        if isinstance(event, runs.Started):
             seen.append(counter.frame_count)
 
     made = config(compile="on", floor={"8": 0.99}, epochs=2, batch_size=400, floor_every=2)
-    training.train(made, tmp_path / "run", steer=steer_by_limits, show=show)
+    runs.train(made, tmp_path / "run", steer=steer_by_limits, show=show)
     assert len({json.dumps(r["weights"]) for r in steered(tmp_path / "run")}) > 5
     assert seen == [counter.frame_count]
     assert counter.frame_count >= 1
@@ -815,7 +816,7 @@ def missed(room, quick):
                "--floor", "3=1", "--floor", "8=1", "--run-dir", str(room / "missed")]  # fmt: skip
     out, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr("funcloss.audit.runs.draw_all", lambda *args: {})
+        patch.setattr("funcloss.app.audits.draw_all", lambda *args: {})
         patch.setattr(sys, "argv", ["funcloss-train", *options])
         try:
             shell.main_train()
@@ -907,16 +908,16 @@ def no_report(monkeypatch):
     """The report of a choice, less the page and what is measured for it alone."""
 
     def write_choice(choice, out, run_dir, setup, page):
-        (out / "floor.json").write_text(json.dumps(folder.plain(choose.finish.as_dict(choice))))
+        (out / "floor.json").write_text(json.dumps(folder.plain(sweep.finish.as_dict(choice))))
         return [out / page]
 
-    monkeypatch.setattr("funcloss.choose.run.write_choice", write_choice)
-    monkeypatch.setattr("funcloss.choose.run.gradient_of", lambda *args: ({}, 0))
+    monkeypatch.setattr("funcloss.app.sweep.run.write_choice", write_choice)
+    monkeypatch.setattr("funcloss.app.sweep.run.gradient_of", lambda *args: ({}, 0))
 
 
 @pytest.fixture
 def whole(tmp_path, no_report):
-    choose.train_under_limits(config(**BRIEF), tmp_path / "run")
+    sweep.train_under_limits(config(**BRIEF), tmp_path / "run")
     return (tmp_path / "run").rename(tmp_path / "whole")
 
 
@@ -925,13 +926,13 @@ def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_
     assert steps == [3, 6, 9, 12, 15, 16]
     for at in (1, 3, 8, 9, 15, 16, 17, 24, 30):  # 16 of each
         run = tmp_path / "run"
-        stopped = choose.train_under_limits(config(**BRIEF), run, should_stop=StopAt(at))
+        stopped = sweep.train_under_limits(config(**BRIEF), run, should_stop=StopAt(at))
         assert not stopped.finished
         assert (run / "summary.json").exists() == (at >= 16)
         assert (run / "plain").exists() == (at >= 16)
         if at in (1, 9):  # and once more
-            assert not choose.resume_under_limits(run, should_stop=StopAt(5)).finished
-        ended = choose.resume_under_limits(run)
+            assert not sweep.resume_under_limits(run, should_stop=StopAt(5)).finished
+        ended = sweep.resume_under_limits(run)
         assert ended.finished
         assert same(run, whole)
         assert same(run / "plain", whole / "plain")
@@ -968,14 +969,14 @@ def killing(monkeypatch, at):
 
 def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     made = config(**BRIEF)
-    training.train(made, tmp_path / "whole", steer=steer_by_limits)
+    runs.train(made, tmp_path / "whole", steer=steer_by_limits)
     taken_up = 0
     for at in range(1, 40):
         run = tmp_path / f"run{at}"
         with monkeypatch.context() as patch:
             killing(patch, at)
             try:
-                training.train(made, run, steer=steer_by_limits)
+                runs.train(made, run, steer=steer_by_limits)
             except Killed:
                 alive = False
             else:
@@ -984,7 +985,7 @@ def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path
             break
         if run.exists():
             taken_up += 1
-            assert training.resume(run, steer=steer_by_limits).finished
+            assert runs.resume(run, steer=steer_by_limits).finished
             assert same(run, tmp_path / "whole")
             assert told(run) == told(tmp_path / "whole")
     assert taken_up > 10
@@ -993,11 +994,11 @@ def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path
 
 def test_a_run_with_floors_is_not_taken_up_without_what_steers_it(tmp_path):
     run = tmp_path / "run"
-    training.train(config(**BRIEF), run, steer=steer_by_limits, should_stop=StopAt(2))
+    runs.train(config(**BRIEF), run, steer=steer_by_limits, should_stop=StopAt(2))
     with pytest.raises(ConfigError, match="floors and ceilings need what steers by them"):
-        training.resume(run)
+        runs.resume(run)
     with pytest.raises(RunError, match="is not a run folder"):
-        choose.resume_under_limits(tmp_path)
+        sweep.resume_under_limits(tmp_path)
 
 
 # Honest.
@@ -1006,7 +1007,7 @@ def test_a_run_with_floors_is_not_taken_up_without_what_steers_it(tmp_path):
 @pytest.mark.parametrize("option", [{"floor": {"8": 0.9}}, {"ceiling": {"cost": 0.5}}])
 def test_floors_are_never_silently_ignored(tmp_path, option):
     with pytest.raises(ConfigError, match=r"steer=funcloss\.choose\.steer_by_limits"):
-        training.train(config(**option), tmp_path / "run")
+        runs.train(config(**option), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1027,7 +1028,7 @@ def test_limits_that_cannot_be_measured_are_refused_before_anything_is_written(
     tmp_path, options, message
 ):
     with pytest.raises(ConfigError, match=message):
-        choose.train_under_limits(config(**options), tmp_path / "run")
+        sweep.train_under_limits(config(**options), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1051,7 +1052,7 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
     few = type(few)(few.inputs[few.labels != 8], few.labels[few.labels != 8])
     setup = setup._replace(dataset=setup.dataset._replace(validation=few))
     with pytest.raises(ConfigError, match="there is no validation example of 8 to measure"):
-        choose.floors.limits_of(setup)
+        runs.constrained.limits_of(setup)
 
 
 def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypatch, no_report):
@@ -1061,9 +1062,9 @@ def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypa
         events.append("test" if feed.args[1] is feed.args[0].test else "validation")
         return real(forward, params, buffers, feed, n, *rest, **options)
 
-    monkeypatch.setattr("funcloss.training.judging.evaluate", spy)
+    monkeypatch.setattr("funcloss.app.runs.judging.evaluate", spy)
     show = lambda event: events.append(type(event).__name__)  # noqa: E731
-    choose.train_under_limits(config(**BRIEF), tmp_path / "run", show=show)
+    sweep.train_under_limits(config(**BRIEF), tmp_path / "run", show=show)
     first = events.index("test")
     begun = [i for i, event in enumerate(events) if event == "Started"]
     measured = [i for i, event in enumerate(events) if event == "Steered"]
@@ -1078,7 +1079,7 @@ def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypa
 
 
 def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatch, whole):
-    from funcloss.training import setup as room
+    from funcloss.app.runs import setup as room
 
     real = room.load_dataset
 
@@ -1090,7 +1091,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
 
     monkeypatch.setattr(room, "load_dataset", garbled)
     run = tmp_path / "run"
-    choose.train_under_limits(config(**BRIEF), run)
+    sweep.train_under_limits(config(**BRIEF), run)
     assert same(run, whole)
     assert same(run / "plain", whole / "plain")
     assert told(run) == told(whole)

@@ -10,7 +10,10 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from funcloss import class_weighted, losses, models, optim
-from funcloss.choose.gradient import (
+from funcloss.app.data import take
+from funcloss.app.runs import flatten
+from funcloss.objectives import make_forward, mean_of, supervised
+from funcloss.sensitivity import (
     CostGradient,
     _differentiable_batch_norm,
     cost_gradient,
@@ -18,15 +21,7 @@ from funcloss.choose.gradient import (
     mean_expected_cost,
     unrolled_cost,
 )
-from funcloss.data import take
-from funcloss.training import (
-    flatten,
-    init_state,
-    make_forward,
-    make_train_step,
-    mean_of,
-    supervised,
-)
+from funcloss.training import init_state, make_train_step
 from funcloss.transforms import quiet_jvp
 
 CLASSES = 10

@@ -9,11 +9,11 @@ from browser import PNG, Reader, browse, needs_browser, photograph, run_browser
 from PIL import Image
 from test_audit_page import HOSTILE, about
 
-from funcloss.audit.page import render_page
-from funcloss.choose import figures
-from funcloss.choose.page import render_choice, render_choice_page
-from funcloss.choose.result import Ascent, Choice, Limit, Point, Row, Score
-from funcloss.training.figures import save_figure
+from funcloss.app.report import choice_figures as figures
+from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row, Score
+from funcloss.app.report.choice_page import render_choice, render_choice_page
+from funcloss.app.report.run_figures import save_figure
 
 AXIS = "class_weight 9"
 WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)

@@ -21,15 +21,16 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from funcloss import choose, data, losses, models, optim, training
+from funcloss import losses, models, objectives, optim, training
 from funcloss._files import write_text
-from funcloss.choose import Axis, finish, members, plan, run, seeds
-from funcloss.choose.axes import member_config, members_of
-from funcloss.choose.members import mapped, member_state
+from funcloss.app import data, report, runs, sweep
+from funcloss.app.config import make_config, read_toml
+from funcloss.app.runs import folder, setup
+from funcloss.app.sweep import Axis, finish, members, plan, run, seeds
+from funcloss.app.sweep.axes import member_config, members_of
+from funcloss.app.sweep.members import mapped, member_state
 from funcloss.combinators import class_weighted
-from funcloss.config import make_config, read_toml
 from funcloss.errors import ConfigError, RunError
-from funcloss.training import folder, setup
 from funcloss.typing import Batch
 
 SMALL = {
@@ -78,7 +79,7 @@ def plainly(monkeypatch, dataset):
     """Train on these digits, draw nothing and audit nothing."""
     given(monkeypatch, dataset)
     for module, names in (
-        (training.figures, ("curves", "confusion", "predictions")),
+        (report.run_figures, ("curves", "confusion", "predictions")),
         (finish, ("frontier",)),
     ):
         for name in names:
@@ -99,7 +100,7 @@ def whole(tmp_path_factory, tiny):
     out = tmp_path_factory.mktemp("sweeps") / "whole"
     with pytest.MonkeyPatch.context() as patched:
         plainly(patched, tiny)
-        ended = choose.sweep(config(), [NINE], out, seeds=2, method="vmap", show=events.append)
+        ended = sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", show=events.append)
     return out, ended, events
 
 
@@ -109,11 +110,11 @@ def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweeps") / "full"
     made = config(class_cost={"9": 5}, floor={"9": 0.93}, batch_size=400, compile="auto")
     axis = Axis("class_weight", "9", (1.0, 3.0, 30.0))
-    return out, choose.sweep(made, [axis], out, seeds=2, method="vmap")
+    return out, sweep.sweep(made, [axis], out, seeds=2, method="vmap")
 
 
 def tensors(path):
-    return training.load_tensors(Path(path))[0]
+    return runs.load_tensors(Path(path))[0]
 
 
 def same(a, b):
@@ -161,9 +162,9 @@ def index_of(step):
 
 def gaps(trainings, width, steps=3):
     """Return how far members and trainings alone are apart after a step, of what it moved."""
-    groups = choose.make_groups(trainings.steps[0], trainings.hypers, width)
-    step_on = choose.make_members_step(groups)
-    state, found = choose.init_members(trainings.state, groups), []
+    groups = sweep.make_groups(trainings.steps[0], trainings.hypers, width)
+    step_on = sweep.make_members_step(groups)
+    state, found = sweep.init_members(trainings.state, groups), []
     for i in range(steps):
         before = state
         state, metrics = step_on(state, trainings.batch_at(index_of(i)))
@@ -182,7 +183,7 @@ def gaps(trainings, width, steps=3):
 
 
 def opt_pairs(*states):
-    trees = [training.flatten({"": s.opt_state}) for s in states]
+    trees = [runs.flatten({"": s.opt_state}) for s in states]
     return [trees]
 
 
@@ -246,7 +247,9 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_so_it_is_of_a_model_of_ones_own_with_batch_normalisation(sample, dtype, tolerance):
     optimizer, model = optim.sgd(momentum=0.9), Normed().to(dtype)
-    objective = training.supervised(model, training.mean_of(class_weighted(losses.cross_entropy)))
+    objective = objectives.supervised(
+        model, objectives.mean_of(class_weighted(losses.cross_entropy))
+    )
     step = training.make_train_step(objective, optimizer, clip_norm=1.0)
 
     def batch_at(index):
@@ -292,10 +295,10 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
         alone, order = tmp_path / f"{seed}{number}", []
         with monkeypatch.context() as patched:
             indices(patched, order)
-            training.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
+            runs.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
         state = state_of(made, seed, number)
-        expected = training.beneath(tensors(alone / "checkpoint.safetensors"), "state")
-        found = training.flatten(state)
+        expected = runs.beneath(tensors(alone / "checkpoint.safetensors"), "state")
+        found = runs.flatten(state)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], t) for name, t in expected.items())
         orders.append(torch.stack(order))
@@ -307,7 +310,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
 
 def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_path, plain_files):
     out, ended, _ = whole
-    again = choose.sweep(config(), [NINE], tmp_path / "loop", seeds=2, method="loop")
+    again = sweep.sweep(config(), [NINE], tmp_path / "loop", seeds=2, method="loop")
     for a, b in zip(again.choice.points, ended.choice.points, strict=True):
         assert (a.name, a.chosen) == (b.name, b.chosen)
         assert a.accuracy.value == pytest.approx(b.accuracy.value, abs=0.004)
@@ -359,8 +362,8 @@ def test_a_sweep_compiled_wrongly_warns_and_is_the_eager_sweep(
     for compile in ("on", "off"):
         notes = []
         made = config(optimizer="sgd", momentum=0.9, compile=compile, epochs=1)
-        choose.sweep(made, [NINE], tmp_path / compile, method=method, show=notes.append)
-        told = [n for n in notes if isinstance(n, training.Note) and n.text.startswith("step: ")]
+        sweep.sweep(made, [NINE], tmp_path / compile, method=method, show=notes.append)
+        told = [n for n in notes if isinstance(n, runs.Note) and n.text.startswith("step: ")]
         warned[compile] = [note.text for note in told if note.warning]
         assert read_toml(tmp_path / compile / "chosen" / "config.toml")["compile"] == "off"
     assert warned["on"]
@@ -373,10 +376,10 @@ def test_a_sweep_compiled_wrongly_warns_and_is_the_eager_sweep(
 def test_what_a_sweep_shows_on_its_way(whole):
     _, ended, events = whole
     assert ended.finished
-    started, *rest = [e for e in events if not isinstance(e, training.Note)]
-    assert isinstance(started, choose.SweepStarted)
+    started, *rest = [e for e in events if not isinstance(e, runs.Note)]
+    assert isinstance(started, sweep.SweepStarted)
     assert (started.members, started.seeds, started.steps, started.done) == (3, 2, 20, 0)
-    done = [e for e in rest if isinstance(e, choose.SeedReport)]
+    done = [e for e in rest if isinstance(e, sweep.SeedReport)]
     assert [(e.number, e.seeds, len(e.records)) for e in done] == [(1, 2, 3), (2, 2, 3)]
     steps = [e.step for e in rest if isinstance(e, training.Progress)]
     assert steps == 2 * [5, 10, 15, 20]
@@ -423,8 +426,8 @@ def test_a_member_that_diverges_leaves_the_others_alone(
     for name, state in states["without"].items():
         if method == "loop":
             assert records["with"][name]["accuracy"] == records["without"][name]["accuracy"]
-        found = training.flatten(states["with"][name])
-        for path, tensor in training.flatten(state).items():
+        found = runs.flatten(states["with"][name])
+        for path, tensor in runs.flatten(state).items():
             if method == "loop":
                 assert torch.equal(found[path], tensor)
             else:  # the products of fewer members may be rounded in another order
@@ -439,7 +442,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(
 
 def test_what_diverged_is_told_and_is_not_what_is_compared_with(tmp_path, plain_files):
     made = config(model="mlp", epochs=1, optimizer="sgd")
-    ended = choose.sweep(made, [RATES._replace(values=(0.02, 1e9))], tmp_path / "s")
+    ended = sweep.sweep(made, [RATES._replace(values=(0.02, 1e9))], tmp_path / "s")
     said = ended.choice.lines
     assert said[1] == "Diverged, and out of the choice: learning_rate=1e+09 on 1 of 1 seeds."
     assert said[0].startswith("learning_rate=0.02 has the least expected cost")
@@ -458,7 +461,7 @@ def test_what_stands_in_for_a_plain_training_that_diverged_goes_by_its_own_name(
         return real(sweep, number, state) | {"diverged": sweep.entries[number].plain}
 
     monkeypatch.setattr(seeds, "score", score)
-    ended = choose.sweep(config(epochs=1, batch_size=100), [NINE], tmp_path / "s")
+    ended = sweep.sweep(config(epochs=1, batch_size=100), [NINE], tmp_path / "s")
     name = next(p.name for p in ended.choice.points if p.chosen)
     assert [row.name for row in ended.choice.rows] == [name, f"{name}, minimum expected cost"]
     assert ended.choice.lines[0].endswith("; plain diverged.")
@@ -489,17 +492,17 @@ def test_where_all_diverge_it_says_so_and_the_folder_can_be_used_again(
 @pytest.mark.parametrize("at", [(1,), (10,), (13,), (20,), (21,), (39,), (7, 9, 15)])
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain_files, at):
     out, started = tmp_path / "s", []
-    ended = choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(at[0]))
+    ended = sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(at[0]))
     assert not ended.finished
     assert ended.choice is None
     assert sorted(f.name for f in out.iterdir() if f.name[:4] != "seed") == (
         ["members.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
     )
     for more in at[1:]:
-        assert not choose.resume_sweep(out, should_stop=StopAt(more)).finished
-    ended = choose.resume_sweep(out, show=started.append)
+        assert not sweep.resume_sweep(out, should_stop=StopAt(more)).finished
+    ended = sweep.resume_sweep(out, show=started.append)
     assert ended.finished
-    done = next(e.done for e in started if isinstance(e, choose.SweepStarted))
+    done = next(e.done for e in started if isinstance(e, sweep.SweepStarted))
     assert done == (20 if sum(at) >= 20 else 0)
     assert same(out, whole[0])
     steps = [(r["seed"], r["step"]) for r in folder.read_lines(out / "steps.jsonl")]
@@ -509,7 +512,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain
 def test_stopped_at_the_last_step_it_is_finished(tmp_path, whole, plain_files):
     out = tmp_path / "s"
     stop = StopAt(40)
-    assert choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=stop).finished
+    assert sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=stop).finished
     assert same(out, whole[0])
 
 
@@ -524,7 +527,7 @@ def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         if name == "b":
             assert found is None
             assert seeds.run_seeds(sweep)
-        states.append([training.flatten(state_of(sweep, 0, n)) for n in range(3)])
+        states.append([runs.flatten(state_of(sweep, 0, n)) for n in range(3)])
     for a, b in zip(*states, strict=True):
         assert int(a["step"]) > 3
         assert all(torch.equal(a[path], b[path]) for path in a)
@@ -554,19 +557,19 @@ def test_killed_at_any_write_the_sweep_goes_on_to_the_same_bits(tmp_path, monkey
     monkeypatch.setattr(run, "gradient_of", lambda *args: ({}, 0))
     made = config(epochs=1, batch_size=100, log_every=10)
     how = {"seeds": 2, "method": "vmap"}
-    choose.sweep(made, [NINE], tmp_path / "whole", **how)
+    sweep.sweep(made, [NINE], tmp_path / "whole", **how)
     for at in range(1, 60):
         out = tmp_path / str(at)
         with monkeypatch.context() as patched:
             killing(patched, at)
             try:
-                choose.sweep(made, [NINE], out, **how)
+                sweep.sweep(made, [NINE], out, **how)
                 break
             except Killed:
                 pass
         if out.exists():
             assert not (out / "sweep.json").exists()  # the sign that all is there comes last
-            assert choose.resume_sweep(out).finished
+            assert sweep.resume_sweep(out).finished
             assert same(out, tmp_path / "whole")
         names = {f.name for f in (out if out.exists() else tmp_path / "whole").iterdir()}
         assert names == {f.name for f in (tmp_path / "whole").iterdir()}
@@ -584,8 +587,8 @@ def test_killed_within_an_epoch_no_step_is_logged_twice(tmp_path, whole, plain_f
             raise Killed
 
     with pytest.raises(Killed):
-        choose.sweep(config(), [NINE], out, seeds=2, method="vmap", show=show)
-    choose.resume_sweep(out)
+        sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", show=show)
+    sweep.resume_sweep(out)
     assert same(out, whole[0])
     logged = [[(r["seed"], r["step"], r["losses"]) for r in folder.read_lines(x / "steps.jsonl")]
               for x in (out, whole[0])]  # fmt: skip
@@ -595,14 +598,14 @@ def test_killed_within_an_epoch_no_step_is_logged_twice(tmp_path, whole, plain_f
 def test_killed_while_finishing_twice_it_still_ends_well(tmp_path, monkeypatch, whole, tiny):
     plainly(monkeypatch, tiny)
     out = tmp_path / "s"
-    assert not choose.sweep(config(), [NINE], out, seeds=2, method="vmap",
+    assert not sweep.sweep(config(), [NINE], out, seeds=2, method="vmap",
                             should_stop=StopAt(39)).finished  # fmt: skip
     for at in (14, 12):  # after the chosen run is written, then where it is written over
         with monkeypatch.context() as patched:
             killing(patched, at)
             with pytest.raises(Killed):
-                choose.resume_sweep(out)
-    assert choose.resume_sweep(out).finished
+                sweep.resume_sweep(out)
+    assert sweep.resume_sweep(out).finished
     assert same(out, whole[0])
 
 
@@ -613,12 +616,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, whole, tiny, w
     with monkeypatch.context() as patched:
         filling(patched, writes)
         with pytest.raises(RunError, match="cannot (write|make) .*: No space left on device"):
-            choose.sweep(config(), [NINE], out, seeds=2, method="vmap")
+            sweep.sweep(config(), [NINE], out, seeds=2, method="vmap")
     assert not [f for f in out.rglob(".*")]
     assert not (out / "sweep.json").exists()
     for path in out.glob("seed-*.safetensors"):
         tensors(path)  # whole
-    choose.resume_sweep(out)
+    sweep.resume_sweep(out)
     assert same(out, whole[0])
 
 
@@ -646,26 +649,26 @@ def test_a_disk_that_is_full_from_the_start_leaves_the_sweep_that_was_there(
     with monkeypatch.context() as patched:
         filling(patched, 0)
         with pytest.raises(RunError, match="No space left on device"):
-            choose.sweep(config(), [NINE], out, overwrite=True)
+            sweep.sweep(config(), [NINE], out, overwrite=True)
         with pytest.raises(RunError, match="No space left on device"):
-            choose.sweep(config(), [NINE], tmp_path / "new")
+            sweep.sweep(config(), [NINE], tmp_path / "new")
     assert same(out, whole[0])
     assert [f.name for f in tmp_path.iterdir()] == ["s"]
 
 
 def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path, whole, plain_files):
     out = tmp_path / "s"
-    choose.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
+    sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
     for name in ("members.jsonl", "steps.jsonl"):
         text = (out / name).read_text()
         (out / name).write_text(text + '{"seed": 1, "step": 7, "lo')
-    choose.resume_sweep(out)
+    sweep.resume_sweep(out)
     assert same(out, whole[0])
 
 
 def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch, plain_files):
     out, notes = tmp_path / "s", []
-    choose.sweep(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
+    sweep.sweep(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
     monkeypatch.setattr(folder, "environment", lambda: {"torch": "1.0"})
     plan.taken_up(out, show=notes.append)
     assert [n.text for n in notes] == [
@@ -690,7 +693,7 @@ def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
     path = made.folder / "sweep.toml"
     path.write_text(damage(path.read_text()))
     with pytest.raises(RunError, match="cannot read .*sweep.toml: "):
-        choose.resume_sweep(made.folder)
+        sweep.resume_sweep(made.folder)
 
 
 def test_a_sweep_of_a_newer_format_is_refused(tmp_path):
@@ -700,9 +703,9 @@ def test_a_sweep_of_a_newer_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace("\nversion = 1\n", "\nversion = 2\n"))
     said = "newer funcloss: format 2, this one reads 1"
     with pytest.raises(RunError, match=said):
-        choose.resume_sweep(made.folder)
+        sweep.resume_sweep(made.folder)
     with pytest.raises(ConfigError, match=said):
-        choose.sweep(config(), [NINE], made.folder, overwrite=True)
+        sweep.sweep(config(), [NINE], made.folder, overwrite=True)
 
 
 def test_nothing_but_a_sweep_is_replaced_and_nothing_else_lost(tmp_path):
@@ -732,7 +735,7 @@ def test_resuming_what_is_no_sweep_removes_nothing(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     (tmp_path / "seed-0.safetensors").write_text("ten years")
     with pytest.raises(RunError, match="is not the folder of a sweep"):
-        choose.resume_sweep(tmp_path)
+        sweep.resume_sweep(tmp_path)
     assert (tmp_path / "seed-0.safetensors").exists()
 
 
@@ -788,13 +791,13 @@ def test_the_test_set_is_read_once_and_at_the_end(tmp_path, tiny, plain_files):
             marks.append((event, len(reads.log)))
 
         made = config(**FLOORED, batch_size=100, log_every=2)
-        ended = choose.sweep(made, [NINE], tmp_path / "s", seeds=2, method="vmap", show=show)
+        ended = sweep.sweep(made, [NINE], tmp_path / "s", seeds=2, method="vmap", show=show)
     early = [type(e) for e, n in marks if not n]
     assert early.count(training.Progress) == 4
-    assert early.count(choose.SeedReport) == 2
-    reading = marks.index((training.Note("reading the test set"), 0))
+    assert early.count(sweep.SeedReport) == 2
+    reading = marks.index((runs.Note("reading the test set"), 0))
     # After it, at most warnings that the chosen one learned nothing.
-    assert all(type(e) is training.Note and e.warning for e, _ in marks[reading + 1 :])
+    assert all(type(e) is runs.Note and e.warning for e, _ in marks[reading + 1 :])
     assert [row.name for row in ended.choice.rows][3] == "class_weight 9=10"
     # Plain training and the chosen member, on each of two seeds, in one batch each; and what
     # the figure of the chosen run shows.
@@ -817,7 +820,7 @@ def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, ti
     for name, dataset in (("real", tiny), ("noise", garbage(tiny))):
         with monkeypatch.context() as patched:
             given(patched, dataset)
-            ended[name] = choose.sweep(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
+            ended[name] = sweep.sweep(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
                                        method="vmap")  # fmt: skip
     real, noise = (tmp_path / name for name in ended)
     assert (real / "members.jsonl").read_bytes() == (noise / "members.jsonl").read_bytes()
@@ -897,7 +900,7 @@ def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(ful
 
 def test_the_report_says_what_the_summary_of_the_chosen_run_says(tmp_path, plain_files):
     made = config(epochs=1, class_cost={"9": 5}, prior={"9": 0.3})
-    ended = choose.sweep(made, [NINE], tmp_path / "s", method="vmap")
+    ended = sweep.sweep(made, [NINE], tmp_path / "s", method="vmap")
     summary = folder.read_summary(tmp_path / "s" / "chosen")
     name = next(p.name for p in ended.choice.points if p.chosen and not p.plain)
     rows = {row.name: row for row in ended.choice.rows}
@@ -955,13 +958,13 @@ def test_its_configuration_trains_that_member_alone(full, run_cli, tmp_path):
 def test_plain_training_beside_the_grid_is_compared_with(tmp_path, plain_files):
     tau = Axis("loss_option", "tau", (0.5, 1.0))
     made = config(loss="logit_adjusted", imbalance=10, epochs=1)
-    ended = choose.sweep(made, [tau], tmp_path / "s", method="vmap")
+    ended = sweep.sweep(made, [tau], tmp_path / "s", method="vmap")
     names = [(p.name, p.plain) for p in ended.choice.points]
     assert names == [("tau=0.5", False), ("tau=1", False), ("plain", True)]
     assert [row.name for row in ended.choice.rows[:2]] == ["plain", "plain, minimum expected cost"]
     assert ended.choice.rows[2].name in ("tau=0.5", "tau=1")
     assert ended.choice.gradient == {}
-    alone = training.train(config(imbalance=10, epochs=1), tmp_path / "plain").summary
+    alone = runs.train(config(imbalance=10, epochs=1), tmp_path / "plain").summary
     rules = alone["judged"]["test"]["rules"]
     for row, rule in zip(ended.choice.rows, rules.values(), strict=False):
         assert row.expected_cost.value == pytest.approx(rule["expected_cost"][0], abs=1e-9)
@@ -970,7 +973,7 @@ def test_plain_training_beside_the_grid_is_compared_with(tmp_path, plain_files):
 def test_plain_training_beside_the_grid_may_be_the_choice(tmp_path, monkeypatch, tiny):
     plainly(monkeypatch, tiny)
     made = config(epochs=1, batch_size=100, class_weight={"4": 100})
-    ended = choose.sweep(made, [NINE, RATES], tmp_path / "s", method="vmap")
+    ended = sweep.sweep(made, [NINE, RATES], tmp_path / "s", method="vmap")
     plain = [p.name for p in ended.choice.points if p.plain]
     assert plain == ["plain at learning_rate=0.02", "plain at learning_rate=0.1"]
     chosen = next(p for p in ended.choice.points if p.chosen)
@@ -993,7 +996,7 @@ def test_weights_that_have_faded_are_told_and_what_does_not_fade_is_named(
 ):
     plainly(monkeypatch, tiny)
     few = config(model="mlp", imbalance=imbalance, batch_size=50, epochs=12, learning_rate=0.005)
-    ended = choose.sweep(few, [NINE], tmp_path / "few", method="vmap")
+    ended = sweep.sweep(few, [NINE], tmp_path / "few", method="vmap")
     told = [line for line in ended.choice.lines if "class weights fade" in line]
     assert len(told) == 1
     assert told[0].startswith("The training error is 0.0")
@@ -1110,7 +1113,7 @@ def test_folders_in_use_and_folders_of_something_else(run_cli, tmp_path, whole):
 
 def interrupting(monkeypatch, *, at):
     """Send Ctrl-C when a number of reports were shown."""
-    from funcloss.cli.console import TrainingConsole
+    from funcloss.app.cli.console import TrainingConsole
 
     real, seen = TrainingConsole.show, []
 
@@ -1177,7 +1180,7 @@ def test_a_file_gives_what_is_fixed_and_the_command_line_what_is_swept(
 def test_help_of_the_sweep_does_not_load_torch():
     code = (
         "import sys; sys.argv = ['funcloss', 'sweep', '--help']\n"
-        "from funcloss.cli import main\n"
+        "from funcloss.app.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"

@@ -13,10 +13,10 @@ import tomli_w
 from conftest import StopAt
 
 import funcloss
-from funcloss import choose, training
-from funcloss._addresses import final, imported, is_address
-from funcloss.audit import audit_run
-from funcloss.config import (
+from funcloss.app import runs, sweep
+from funcloss.app.addresses import final, imported, is_address
+from funcloss.app.audits import audit_run
+from funcloss.app.config import (
     TrainConfig,
     check_code,
     code_in,
@@ -82,7 +82,7 @@ ELSEWHERE += ("a folder called as code",)  # the others are one file
 ROWS = {"epochs": 2, "batch_size": 4, "model": "linear", "compile": "off", "device": "cpu"}
 ROWS |= {"threads": 1, "audit_every": 0, "target": "y", "check": False, "test_fraction": 0.2}
 ROWS |= {"val_fraction": 0.3}
-AXES = [choose.Axis("learning_rate", "", (0.01, 0.1))]
+AXES = [sweep.Axis("learning_rate", "", (0.01, 0.1))]
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,12 @@ def made(tmp_path_factory):
         writer.writerow(("a", "b", "c", "y"))
         writer.writerows((i % 2, i % 5, 0.1 * i, i % 2) for i in range(40))
     config = make_config(ROWS, {"dataset": str(place / "rows.csv")})
-    training.train(config, place / "run", should_stop=StopAt(3))
-    choose.sweep(config, AXES, place / "sweep", should_stop=StopAt(3))
+    runs.train(config, place / "run", should_stop=StopAt(3))
+    sweep.sweep(config, AXES, place / "sweep", should_stop=StopAt(3))
     floor = make_config(ROWS, {"dataset": config.dataset, "floor": {"1": 0.5}, "epochs": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("funcloss.training.figures.save_figure", lambda figure, path: None)
-        choose.train_under_limits(floor, place / "floor", should_stop=StopAt(8))
+        patch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
+        sweep.train_under_limits(floor, place / "floor", should_stop=StopAt(8))
     assert (place / "floor" / "summary.json").exists()
     assert not (place / "floor" / "plain" / "summary.json").exists()
     return place
@@ -144,7 +144,7 @@ class Place:
 def place(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("funcloss.training.figures.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     found = Place(tmp_path, made)
@@ -158,15 +158,15 @@ EVERY, DATA = set(OPTIONS), {"dataset", "validation_dataset", "test_dataset"}
 
 
 def trained_again(run):
-    training.train(make_config(read_toml(run / "config.toml"), {"epochs": 1}), "again")
+    runs.train(make_config(read_toml(run / "config.toml"), {"epochs": 1}), "again")
 
 
 def trained_as_loaded(run):
-    training.train(training.load(run).config, "again")
+    runs.train(runs.load(run).config, "again")
 
 
 def swept_again(run):
-    choose.sweep(make_config(read_toml(run / "config.toml")), AXES, "swept")
+    sweep.sweep(make_config(read_toml(run / "config.toml")), AXES, "swept")
 
 
 # What uses a run, and the options of which it imports the code. A tuple is a command.
@@ -187,9 +187,9 @@ USES = {
         ("sweep", "--config", "run/config.toml", "--learning-rate", "0.1,0.2", "--out", "swept"),
         EVERY,
     ),
-    "load": (training.load, {"model"}),
-    "evaluate_run": (training.evaluate_run, EVERY),
-    "resume": (training.resume, EVERY),
+    "load": (runs.load, {"model"}),
+    "evaluate_run": (runs.evaluate_run, EVERY),
+    "resume": (runs.resume, EVERY),
     "audit_run": (audit_run, EVERY),
     "train by a file": (trained_again, EVERY),
     "train as loaded": (trained_as_loaded, EVERY),
@@ -273,7 +273,7 @@ def test_what_is_not_used_needs_no_leave(option, place, run_cli):
     place.name(option, place.spelt("a dot within", option))
     if option != "model":
         assert run_cli("predict", "run", "unlabelled.csv")[0] == 0
-        assert training.load("run").model is not None
+        assert runs.load("run").model is not None
     if option in DATA:
         assert run_cli("evaluate", "run", "--dataset", "other.csv")[0] == 0
     assert not place.ran
@@ -417,8 +417,8 @@ def test_code_of_ones_own_trains_under_floors_and_goes_on(option, place, run_cli
     text = place.spelt("relative", option)
     floor = {"dataset": "rows.csv", "floor": {"1": 0.5}, "epochs": 1, option: text}
     config = make_config(ROWS, floor)
-    assert choose.train_under_limits(config, "whole").finished
-    assert not choose.train_under_limits(config, "part", should_stop=StopAt(8)).finished
+    assert sweep.train_under_limits(config, "whole").finished
+    assert not sweep.train_under_limits(config, "part", should_stop=StopAt(8)).finished
     assert run_cli("train", "--resume", "part")[0] == 2
     assert run_cli("train", "--resume", "part", "--allow-import", "--quiet")[0] == 0
 
@@ -445,9 +445,9 @@ def test_all_of_it_is_told_at_once(place, run_cli):
 
 def test_what_is_refused_is_neither_an_option_nor_in_a_file(place, run_cli):
     place.name("loss", place.spelt("absolute", "loss"))
-    config = training.folder.read_config(Path("run"), used=())
+    config = runs.folder.read_config(Path("run"), used=())
     assert config.refused_code == {f"{place.here}/e.py:loss": "run/config.toml"}
-    training.folder.write_config(Path("written.toml"), config)
+    runs.folder.write_config(Path("written.toml"), config)
     assert "refused_code" not in Path("written.toml").read_text()
     assert "refused" not in run_cli("train", "--help")[1]
     place.name("refused_code", "")
@@ -458,7 +458,7 @@ def test_what_is_refused_is_neither_an_option_nor_in_a_file(place, run_cli):
 
 def test_what_is_refused_stays_so_where_folders_move(place):
     place.name("dataset", f"{place.here}/deep/e.py:load")
-    config = training.folder.read_config(Path("run"), used=())
+    config = runs.folder.read_config(Path("run"), used=())
     (place.here / "deep").rename(place.here / "deeper")
     (place.here / "deep").symlink_to(place.here / "deeper")
     assert final(config.dataset) != config.dataset
@@ -467,20 +467,20 @@ def test_what_is_refused_stays_so_where_folders_move(place):
 
 def test_what_is_passed_in_python_needs_no_leave(place):
     place.name("loss", place.spelt("absolute", "loss"))
-    config = training.folder.read_config(Path("run"), used=())
+    config = runs.folder.read_config(Path("run"), used=())
     with pytest.raises(ConfigError, match="names code"):
         check_code(config)
     check_code(config._replace(loss="nll", model="e.py:Net"))
     check_code(TrainConfig(dataset="e.py:load"))
-    training.train(config._replace(loss="nll", model="e.py:Net"), "again")
+    runs.train(config._replace(loss="nll", model="e.py:Net"), "again")
     assert place.mark.read_text() == "x"
 
 
 def test_the_import_itself_is_barred(place):
     """Nothing is left to a look before: each use of a configuration meets the gate."""
-    from funcloss.data.own import How, load_own
-    from funcloss.training.network import make_model
-    from funcloss.training.objective import loss_named, make_criterion
+    from funcloss.app.data.own import How, load_own
+    from funcloss.app.registry import loss_named, make_criterion
+    from funcloss.app.runs.network import make_model
 
     refused = {f"{place.here}/e.py:{name}": "some/file" for name in OPTIONS.values()}
     data, one, model, loss = refused
@@ -493,8 +493,8 @@ def test_the_import_itself_is_barred(place):
         lambda: make_model(config, (3,), 2),
         lambda: load_own(data, How(), refused=refused),
         lambda: load_own(table, How(target="y", test=one), refused=refused),
-        lambda: funcloss.data.load_dataset(data, refused_code=refused),
-        lambda: training.setup.load_data(config),
+        lambda: funcloss.app.data.load_dataset(data, refused_code=refused),
+        lambda: runs.setup.load_data(config),
     ):
         with pytest.raises(ConfigError, match="some/file names code"):
             use()

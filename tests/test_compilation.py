@@ -4,11 +4,13 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
-from funcloss import class_weighted, losses, optim, training
-from funcloss.config import make_config
+from funcloss import class_weighted, losses, optim
+from funcloss.app import runs
+from funcloss.app.config import make_config
 from funcloss.errors import RunError
 from funcloss.models import linear
-from funcloss.training import compilation, init_state, make_train_step, mean_of, prepare, supervised
+from funcloss.objectives import mean_of, supervised
+from funcloss.training import compilation, init_state, make_train_step, prepare
 from funcloss.typing import Batch
 
 INDEX = torch.arange(4)
@@ -154,11 +156,11 @@ def test_without_a_compiler_auto_says_so_and_on_fails(state, monkeypatch, there)
 def test_trying_a_step_changes_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled_to(in_double))
     step, state, inputs = trial(Convolved, optim.adam())
-    before = {name: t.clone() for name, t in training.flatten(state).items()}
+    before = {name: t.clone() for name, t in runs.flatten(state).items()}
     generator = torch.get_rng_state()
     prepare(step, "on", state, inputs)
     assert torch.equal(generator, torch.get_rng_state())
-    assert all(torch.equal(before[name], t) for name, t in training.flatten(state).items())
+    assert all(torch.equal(before[name], t) for name, t in runs.flatten(state).items())
 
 
 # A compiled step is checked against the eager one.
@@ -249,11 +251,11 @@ def test_a_run_whose_compiled_step_is_wrong_warns_and_is_the_eager_run(tmp_path,
     runs = {}
     for compile in ("on", "off"):
         events = []
-        out = training.train(make_config(small, {"compile": compile}), tmp_path / compile,
+        out = runs.train(make_config(small, {"compile": compile}), tmp_path / compile,
                              show=events.append)  # fmt: skip
-        warned = [e.text for e in events if isinstance(e, training.Note) and e.warning
+        warned = [e.text for e in events if isinstance(e, runs.Note) and e.warning
                   and e.text.startswith("step: ")]  # fmt: skip
-        tensors, _ = training.load_tensors(tmp_path / compile / "model.safetensors")
+        tensors, _ = runs.load_tensors(tmp_path / compile / "model.safetensors")
         runs[compile] = warned, out.summary["compile"], tensors
     (text,), *_ = runs["on"]
     assert text.startswith("step: eager, since compiled step 2 is wrong: ")

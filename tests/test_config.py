@@ -3,10 +3,11 @@ import sys
 
 import pytest
 
-from funcloss import config, models
+from funcloss import models
+from funcloss.app import config
+from funcloss.app.registry import LOSSES
 from funcloss.decisions import read_cost_matrix
 from funcloss.errors import ConfigError
-from funcloss.training.objective import LOSSES
 
 
 def test_later_layers_win():
@@ -109,7 +110,7 @@ def test_toml_files_are_read_and_refused_in_words(tmp_path):
 
 
 def test_the_table_loads_without_torch():
-    code = "import sys, funcloss.config; assert 'torch' not in sys.modules"
+    code = "import sys, funcloss.app.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

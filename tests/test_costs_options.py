@@ -12,14 +12,15 @@ import typer.testing
 from conftest import StopAt
 from torch.testing import assert_close
 
-from funcloss import audit, class_weighted, custom_vjp, data, losses, mixup, scaled, training
-from funcloss.cli import app as shell
-from funcloss.config import make_config, read_toml
+from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
+from funcloss.app import audits, data, runs
+from funcloss.app.cli import app as shell
+from funcloss.app.config import make_config, read_toml
+from funcloss.app.registry import LOSSES, make_criterion, number_options
+from funcloss.app.runs import folder
+from funcloss.app.runs.setup import make_hyper, make_setup
 from funcloss.decisions import make_costs
 from funcloss.errors import ConfigError
-from funcloss.training import folder
-from funcloss.training.objective import LOSSES, make_criterion, number_options
-from funcloss.training.setup import make_hyper, make_setup
 from funcloss.typing import Batch
 
 TINY = {"dataset": "mnist-sample", "model": "linear", "compile": "off", "epochs": 1}
@@ -109,7 +110,7 @@ def test_a_loss_of_counts_or_costs_trains_on_what_the_data_and_the_options_say(
     assert code == 0, err
     epochs = [r for r in folder.read_records(run) if r["kind"] == "epoch"]
     assert epochs[1]["test"]["loss"] < 0.9 * epochs[0]["test"]["loss"]
-    judged = training.evaluate_run(run)
+    judged = runs.evaluate_run(run)
     assert judged.evaluation.loss == pytest.approx(epochs[1]["test"]["loss"], rel=1e-6)
     costs = torch.ones(10, 10).double().fill_diagonal_(0.0)
     costs[4] *= 3
@@ -145,12 +146,12 @@ RESUMED = {
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_with_costs_goes_on_to_the_same_bits(tmp_path, options):
     made = make_config(TINY, {"audit_every": 3, "batch_size": 50}, options)
-    whole = training.train(made, tmp_path / "whole", observer=audit.observer).folder
-    part = training.train(made, tmp_path / "part", observer=audit.observer, should_stop=StopAt(9))
+    whole = runs.train(made, tmp_path / "whole", observer=audits.observer).folder
+    part = runs.train(made, tmp_path / "part", observer=audits.observer, should_stop=StopAt(9))
     assert not part.finished
-    assert training.resume(tmp_path / "part", observer=audit.observer).finished
+    assert runs.resume(tmp_path / "part", observer=audits.observer).finished
     for file in (folder.CHECKPOINT, folder.MODEL):
-        a, b = (training.load_tensors(run / file) for run in (whole, tmp_path / "part"))
+        a, b = (runs.load_tensors(run / file) for run in (whole, tmp_path / "part"))
         assert a[0].keys() == b[0].keys()
         assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
         assert a[1].get("class_counts") == b[1].get("class_counts")
@@ -379,21 +380,21 @@ def test_every_number_is_the_same_as_a_tensor(loss):
 
 def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_path, data_dir):
     options = {"imbalance": 10, "loss": "balanced_softmax", "data_dir": str(data_dir)}
-    run = training.train(make_config(TINY, options), tmp_path / "run").folder
+    run = runs.train(make_config(TINY, options), tmp_path / "run").folder
     counts = long_tail(400, 10)
-    loaded = training.load(run)
+    loaded = runs.load(run)
     assert loaded.class_counts.dtype == torch.float32
     assert loaded.class_counts.tolist() == counts
-    assert training.evaluate_run(run, part="train").labels.bincount().tolist() == counts
-    whole = training.evaluate_run(run, dataset="mnist-sample", part="train")
+    assert runs.evaluate_run(run, part="train").labels.bincount().tolist() == counts
+    whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
     assert whole.labels.bincount().tolist() == counts
-    assert training.evaluate_run(run, part="validation").labels.bincount().tolist() == [50] * 10
-    elsewhere = training.evaluate_run(run, dataset="mnist", part="train")
+    assert runs.evaluate_run(run, part="validation").labels.bincount().tolist() == [50] * 10
+    elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
     assert len(elsewhere.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()
     expected = float(F.cross_entropy(told, elsewhere.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
-    assert audit.audit_run(run, examples=5000).audit.count.tolist() == counts
+    assert audits.audit_run(run, examples=5000).audit.count.tolist() == counts
 
 
 AUDITED = {
@@ -409,11 +410,11 @@ AUDITED = {
 def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
     run_cli, tmp_path, monkeypatch, loss, elastic
 ):
-    monkeypatch.setattr("funcloss.audit.runs.draw_all", lambda *found: {})  # the figures are slow
+    monkeypatch.setattr("funcloss.app.audits.draw_all", lambda *found: {})  # the figures are slow
     options = {"logit_adjusted": {"tau": 1.5}} | NEEDED
     made = {"loss": loss, "loss_option": options.get(loss, {}), "class_cost": {"9": 5}}
     config = make_config(TINY, made, {"imbalance": 3, "class_weight": {"8": 2}, "audit_every": 10})
-    run = training.train(config, tmp_path / "run", observer=audit.observer).folder
+    run = runs.train(config, tmp_path / "run", observer=audits.observer).folder
     records = [r for r in folder.read_records(run) if r["kind"] == "audit"]
     assert records
     for step in {r["step"] for r in records}:
@@ -421,7 +422,7 @@ def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
         assert sum(shares) == pytest.approx(1.0, abs=1e-6)
     code, _, err = run_cli("audit", run, "--examples", 500, "--quiet")
     assert (code, err) == (0, "")
-    found = audit.audit_run(run, examples=500).audit
+    found = audits.audit_run(run, examples=500).audit
     assert set(found.elasticities) == elastic
     if "price" in elastic:
         # The price multiplies the costs, and nothing else does: Euler's theorem.
@@ -434,8 +435,8 @@ def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
 def test_a_saved_model_is_audited_under_costs(tmp_path):
     config = make_config(TINY, {"loss": "expected_cost", "class_cost": {"9": 5}})
     setup = make_setup(config)
-    training.save_tensors(tmp_path / "m.safetensors", setup.state.params, {})
-    found = audit.audit_checkpoint(tmp_path / "m.safetensors", config, examples=300).audit
+    runs.save_tensors(tmp_path / "m.safetensors", setup.state.params, {})
+    found = audits.audit_checkpoint(tmp_path / "m.safetensors", config, examples=300).audit
     batch = data.take(setup.dataset, setup.dataset.train, torch.arange(4000))
     assert found.count.sum() == 300
     logits = batch.inputs.flatten(1) @ setup.state.params["fc.weight"].T

@@ -16,6 +16,7 @@ from funcloss import (
     from_numpy,
     losses,
     models,
+    objectives,
     optim,
     sample_weighted,
     scaled,
@@ -347,12 +348,14 @@ def test_it_takes_options_and_combines():
 def test_it_trains_in_a_step_and_composes_with_combinators():
     loss = class_weighted(by_hand)
     model, optimizer = models.linear((1, 2, 2), 5), optim.sgd()
-    step = training.make_train_step(training.supervised(model, training.mean_of(loss)), optimizer)
+    step = training.make_train_step(
+        objectives.supervised(model, objectives.mean_of(loss)), optimizer
+    )
     state = training.init_state(model, optimizer)
     batch = Batch(torch.randn(6, 1, 2, 2), torch.arange(6) % 5, torch.arange(6) < 4)
     hyper = {"learning_rate": torch.tensor(0.1), "class_weights": torch.ones(5)}
     _, metrics = step(state, batch, hyper)
-    plain = training.supervised(model, training.mean_of(losses.cross_entropy))
+    plain = objectives.supervised(model, objectives.mean_of(losses.cross_entropy))
     expected, _ = plain(state.params, state.buffers, batch, torch.arange(6), {})
     assert_close(metrics["loss"], expected)
     assert repr(loss).startswith("class_weighted(custom_vjp(")

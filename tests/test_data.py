@@ -15,10 +15,10 @@ import torchvision
 from conftest import idx_bytes
 from torch.testing import assert_close
 
-from funcloss import data
-from funcloss.data import fetch as fetching
-from funcloss.data import sources
-from funcloss.data.files import read_idx
+from funcloss.app import data
+from funcloss.app.data import fetch as fetching
+from funcloss.app.data import sources
+from funcloss.app.data.files import read_idx
 from funcloss.errors import ConfigError, DataError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (

@@ -153,7 +153,7 @@ def public_names() -> set[str]:
 
 
 # A module of its own, and the names of things in another room that this one hands on.
-ELSEWHERE = {"funcloss.training.folder", "funcloss.training.load"}
+ELSEWHERE = {"funcloss.app.runs.folder", "funcloss.app.runs.load"}
 
 
 def test_the_nav_names_every_page_and_no_other():

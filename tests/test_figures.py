@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from funcloss.training import figures
+from funcloss.app.report import run_figures as figures
 
 LONG = "a name that goes on and on, " * 400
 

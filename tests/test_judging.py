@@ -15,12 +15,11 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
 from funcloss import training
-from funcloss.config import make_config
-from funcloss.data import normalised
-from funcloss.decisions import fit_temperature, make_costs
-from funcloss.errors import ConfigError
-from funcloss.training import objective
-from funcloss.training.judging import (
+from funcloss.app import runs
+from funcloss.app.config import make_config
+from funcloss.app.data import normalised
+from funcloss.app.registry import make_criterion
+from funcloss.app.runs.judging import (
     deployment_prior,
     implied_prior,
     judge_parts,
@@ -29,8 +28,10 @@ from funcloss.training.judging import (
     rule_caveat,
     rule_fits,
 )
-from funcloss.training.objective import make_criterion
-from funcloss.training.setup import make_hyper
+from funcloss.app.runs.setup import make_hyper
+from funcloss.decisions import fit_temperature, make_costs
+from funcloss.errors import ConfigError
+from funcloss.objectives import supervised as objective
 from funcloss.typing import Batch
 
 ABC = ("a", "b", "c")
@@ -538,7 +539,7 @@ def run(room):
             "class_cost": {"9": 8},
         }
     )  # fmt: skip
-    training.train(config, room / "run")
+    runs.train(config, room / "run")
     return room / "run"
 
 
@@ -582,7 +583,7 @@ def test_evaluate_writes_what_loops_count(run, tmp_path, sample, run_cli, args, 
     record = json.loads(path.read_text())
     judged = record["judged"]
 
-    loaded = training.load(run)
+    loaded = runs.load(run)
     with torch.no_grad():
         held_out, tested = (
             loaded.model(normalised(part.inputs, loaded.mean, loaded.std)).double().numpy()
@@ -658,15 +659,15 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
 
 def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
     file = table_file(tmp_path / "costs.csv", ABSTAIN, ["ask"])
-    own = training.evaluate_run(run)
+    own = runs.evaluate_run(run)
     assert own.costs.matrix.tolist() == NINES.tolist()
     from funcloss.decisions import read_cost_matrix
 
-    by_table = training.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
+    by_table = runs.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
     assert by_table.costs.extra == ("ask",)
-    by_class = training.evaluate_run(run, judge_by={"class_cost": {"0": 2.0}})
+    by_class = runs.evaluate_run(run, judge_by={"class_cost": {"0": 2.0}})
     assert by_class.costs.matrix[9].tolist() == [1.0] * 9 + [0.0]
-    weighed = training.evaluate_run(run, judge_by={"prior": {"9": 0.5}})
+    weighed = runs.evaluate_run(run, judge_by={"prior": {"9": 0.5}})
     assert weighed.costs.matrix.tolist() == NINES.tolist()
     for other in (by_table, by_class, weighed):  # what it learnt by is what it was
         assert other.evaluation.loss == own.evaluation.loss
@@ -677,7 +678,7 @@ def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
 def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     made = {"dataset": "mnist-sample", "model": "linear", "epochs": 0, "val_fraction": 0,
             "compile": "off"}  # fmt: skip
-    training.train(make_config(made), tmp_path / "run")
+    runs.train(make_config(made), tmp_path / "run")
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
     assert "at temperature 1.000 (no validation part)" in out
@@ -728,7 +729,7 @@ def test_what_cannot_be_judged_by_is_one_line_and_exit_code_2(
 
 def test_a_prior_of_no_class_that_is_judged_is_refused(run):
     with pytest.raises(ConfigError, match="the parts of all classes must add up to 1, got 0.5"):
-        training.evaluate_run(run, judge_by={"prior": dict.fromkeys(DIGITS, 0.05)})
+        runs.evaluate_run(run, judge_by={"prior": dict.fromkeys(DIGITS, 0.05)})
 
 
 def test_scores_that_cannot_be_written_are_exit_code_1(run, tmp_path, run_cli):

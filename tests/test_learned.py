@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from funcloss.training.learned import learning_warnings
+from funcloss.app.runs.learned import learning_warnings
 
 FALLING = [(2.3, 10), (1.9, 10), (1.2, 10), (0.8, 10)]
 

@@ -3,19 +3,17 @@ import torch
 from torch.testing import assert_close
 
 from funcloss import losses, models, optim
-from funcloss.data import take
+from funcloss.app.data import take
+from funcloss.app.runs import flatten
 from funcloss.keys import make_key
+from funcloss.objectives import make_forward, mean_of, supervised
 from funcloss.training import (
     confusion_matrix,
     epoch_order,
     evaluate,
     fit,
-    flatten,
     init_state,
-    make_forward,
     make_train_step,
-    mean_of,
-    supervised,
 )
 from funcloss.typing import Batch
 

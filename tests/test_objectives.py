@@ -8,16 +8,20 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
 from funcloss import losses, models, optim
+from funcloss.app.runs import flatten
 from funcloss.combinators import class_weighted
 from funcloss.keys import example_keys, make_key
-from funcloss.objectives import fgsm, l1, l2, multi_task, pgd, uncertainty_weighted
-from funcloss.training import (
-    flatten,
-    init_state,
-    make_train_step,
+from funcloss.objectives import (
+    fgsm,
+    l1,
+    l2,
     mean_of,
+    multi_task,
+    pgd,
     supervised,
+    uncertainty_weighted,
 )
+from funcloss.training import init_state, make_train_step
 from funcloss.typing import Batch
 
 N, CLASSES, SHAPE = 12, 3, (1, 2, 2)

@@ -43,7 +43,7 @@ TWINS = {
 @pytest.fixture(scope="module")
 def digits():
     """A real net and real digits, in double precision."""
-    from funcloss.data import load_dataset, take
+    from funcloss.app.data import load_dataset, take
 
     dataset = load_dataset("mnist-sample")
     index = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
@@ -386,7 +386,7 @@ def test_weight_decay_is_through_the_gradient_or_beside_it_and_never_both():
 
 
 def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
-    from funcloss import losses, training
+    from funcloss import losses, objectives, training
     from funcloss.audit import audit, make_audit_step
     from funcloss.typing import Batch
 
@@ -399,7 +399,7 @@ def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
     batch = Batch(inputs[:20], labels[:20])
     net = models.linear((1, 28, 28), 10).double()
     step = training.make_train_step(
-        training.supervised(net, training.mean_of(losses.cross_entropy)), own
+        objectives.supervised(net, objectives.mean_of(losses.cross_entropy)), own
     )
     hyper = {"learning_rate": torch.tensor(0.01, dtype=torch.float64)}
     state = training.init_state(net, own)
@@ -455,13 +455,14 @@ COMPILED_NETS = {
 
 def compiled_is_eager(net, optimizer, clip_norm, schedule):
     """Compare five steps of a training, each from the same state."""
-    from funcloss import losses, training
+    from funcloss import losses, objectives, training
+    from funcloss.app import runs
     from funcloss.typing import Batch
 
     torch.manual_seed(0)
     torch.compiler.reset()
     model = COMPILED_NETS[net]().double()
-    objective = training.supervised(model, training.mean_of(losses.cross_entropy))
+    objective = objectives.supervised(model, objectives.mean_of(losses.cross_entropy))
     step = training.make_train_step(
         objective, optimizer, clip_norm=clip_norm, schedule=SCHEDULES[schedule]
     )
@@ -470,9 +471,9 @@ def compiled_is_eager(net, optimizer, clip_norm, schedule):
     batch = Batch(torch.randn(8, 1, 5, 5, dtype=torch.float64), torch.arange(8) % 3)
     hyper = {"learning_rate": torch.tensor(0.1, dtype=torch.float64)}
     for _ in range(5):
-        got = training.flatten(compiled(state, batch, hyper)[0])
+        got = runs.flatten(compiled(state, batch, hyper)[0])
         state, _ = step(state, batch, hyper)
-        for name, expected in training.flatten(state).items():
+        for name, expected in runs.flatten(state).items():
             assert_close(got[name], expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: n + m)
 
 

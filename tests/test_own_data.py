@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from funcloss import choose, data, training
-from funcloss.audit import audit_run
-from funcloss.config import make_config
-from funcloss.data.table import read_table
+from funcloss.app import data, runs, sweep
+from funcloss.app.audits import audit_run
+from funcloss.app.config import make_config
+from funcloss.app.data.table import read_table
 from funcloss.errors import ConfigError, DataError
 
 PREAMBLE = """
@@ -66,7 +66,7 @@ def module(tmp_path, monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Most of the time of runs as small as these would go into drawing."""
-    monkeypatch.setattr("funcloss.training.figures.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
 
 
 @pytest.fixture
@@ -1012,7 +1012,7 @@ def in_two_forms(form, folder, module):
 
 def final(run):
     files = "checkpoint.safetensors", "model.safetensors"
-    return {f"{f} {n}": t for f in files for n, t in training.load_tensors(run / f)[0].items()}
+    return {f"{f} {n}": t for f in files for n, t in runs.load_tensors(run / f)[0].items()}
 
 
 def assert_same(run, other):
@@ -1030,12 +1030,12 @@ def test_a_streamed_data_set_trains_to_the_bits_of_one_that_is_held(
     held, streamed = in_two_forms(form, tmp_path, module)
     streamed |= {"workers": workers}
     for name, options in (("held", held), ("streamed", streamed)):
-        training.train(make_config(OPTIONS, options), tmp_path / name)
+        runs.train(make_config(OPTIONS, options), tmp_path / name)
     assert_same(tmp_path / "held", tmp_path / "streamed")
     part, stop = tmp_path / "stopped", StopAt(3)
-    assert not training.train(make_config(OPTIONS, streamed), part, should_stop=stop).finished
+    assert not runs.train(make_config(OPTIONS, streamed), part, should_stop=stop).finished
     assert none_left()
-    assert training.resume(part, allow_import=True).finished
+    assert runs.resume(part, allow_import=True).finished
     assert_same(tmp_path / "held", part)
     summaries = [
         json.loads((tmp_path / name / "summary.json").read_text())
@@ -1051,18 +1051,18 @@ def test_a_streamed_run_is_judged_and_audited_as_a_held_one(form, tmp_path, modu
     for name, options in zip(
         ("held", "streamed"), in_two_forms(form, tmp_path, module), strict=True
     ):
-        training.train(make_config(OPTIONS, options), tmp_path / name)
-    runs = tmp_path / "held", tmp_path / "streamed"
+        runs.train(make_config(OPTIONS, options), tmp_path / name)
+    both = tmp_path / "held", tmp_path / "streamed"
     for part in ("train", "validation", "test"):
-        held, streamed = (training.evaluate_run(run, part=part, allow_import=True) for run in runs)
+        held, streamed = (runs.evaluate_run(run, part=part, allow_import=True) for run in both)
         assert torch.equal(held.evaluation.logits, streamed.evaluation.logits)
         assert torch.equal(held.labels, streamed.labels)
-    held, streamed = (audit_run(run, allow_import=True).audit for run in runs)
+    held, streamed = (audit_run(run, allow_import=True).audit for run in both)
     assert torch.equal(held.balance.share, streamed.balance.share)
     assert torch.equal(held.balance.conflict, streamed.balance.conflict)
     assert held.count.tolist() == streamed.count.tolist()
     for command in ("evaluate", "audit"):
-        assert run_cli(command, runs[1], "--allow-import")[0] == 0
+        assert run_cli(command, both[1], "--allow-import")[0] == 0
     assert none_left()
 
 
@@ -1070,12 +1070,12 @@ def test_a_streamed_run_is_judged_and_audited_as_a_held_one(form, tmp_path, modu
 @pytest.mark.parametrize("form", ["folder", "code"])
 def test_a_streamed_data_set_is_swept_as_a_held_one(form, tmp_path, module):
     key = "cat" if form == "folder" else "0"
-    axes = [choose.Axis("class_weight", key, (1.0, 4.0))]
+    axes = [sweep.Axis("class_weight", key, (1.0, 4.0))]
     found = []
     for name, options in zip(
         ("held", "streamed"), in_two_forms(form, tmp_path, module), strict=True
     ):
-        ended = choose.sweep(make_config(OPTIONS, options), axes, tmp_path / name)
+        ended = sweep.sweep(make_config(OPTIONS, options), axes, tmp_path / name)
         found.append([p._replace(chosen=False) for p in ended.choice.points])
     assert found[0] == found[1]
     assert_same(tmp_path / "held" / "chosen", tmp_path / "streamed" / "chosen")
@@ -1177,7 +1177,7 @@ def test_names_of_classes_are_kept_in_a_run(odd_run, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["class_weight"] == dict.fromkeys(ODD[:5], 2.0)
     assert sorted(summary["test"]["recall"]) == sorted(ODD)
-    assert list(training.load(run).classes) == sorted(ODD)
+    assert list(runs.load(run).classes) == sorted(ODD)
     assert (run / "confusion.png").exists()
 
 
@@ -1233,7 +1233,7 @@ def test_names_of_classes_are_harmless_in_a_sweep(odd_run, tmp_path, run_cli):
 
 @pytest.mark.parametrize("name", ["$a$ and $b$", "$\\frac{$", "$", "5 $ to 6 $", "a_b^c", "\\$x$"])
 def test_names_of_classes_are_no_mathematics_in_figures(name):
-    from funcloss.training import figures
+    from funcloss.app.report import run_figures as figures
 
     figure = figures.confusion(torch.tensor([[1, 2], [3, 4]]), (name, "other"))
     figure.canvas.draw()
@@ -1277,7 +1277,7 @@ def test_the_rows_of_a_table_are_predicted_without_their_classes(tmp_path, run_c
     args = ("--dataset", own, "--target", "kind", "--batch-size", 8)
     assert run_cli("train", "--run-dir", run, *QUICK, *args)[0] == 0
     bare = write_csv(tmp_path / "bare.csv", ["b", "a"], [[b, a] for a, b, _ in rows[:4]])
-    loaded = training.load(run)
+    loaded = runs.load(run)
     scaled = data.normalised(torch.tensor([row[:2] for row in rows[:4]]), loaded.mean, loaded.std)
     expected = loaded.model(scaled).softmax(-1).max(-1)
     code, out, _ = run_cli("predict", run, bare)

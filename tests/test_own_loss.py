@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import StopAt, but_learning
 
-from funcloss import choose, training
-from funcloss.config import code_in, make_config, read_toml
+from funcloss.app import runs, sweep
+from funcloss.app.config import code_in, make_config, read_toml
 
 PREAMBLE = """
 import torch
@@ -33,7 +33,7 @@ _numbers = itertools.count()
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """Most of the time of runs as small as these would go into drawing."""
-    monkeypatch.setattr("funcloss.training.figures.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def fit(run_cli, tmp_path, table):
 
 
 def tensors(run, file="model"):
-    return training.load_tensors(run / f"{file}.safetensors")[0]
+    return runs.load_tensors(run / f"{file}.safetensors")[0]
 
 
 def assert_same(run, other):
@@ -405,7 +405,7 @@ def marking(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(place)
         patch.chdir(place)
-        training.train(make_config(options), place / "run")
+        runs.train(make_config(options), place / "run")
     assert (place / "imported").read_text() == "x"
     return place / "run", name
 
@@ -461,21 +461,21 @@ def test_code_that_is_allowed_runs(command, marked, tmp_path, run_cli):
 
 
 def stopped_run(config, folder):
-    return training.train(config, folder, should_stop=StopAt(3))
+    return runs.train(config, folder, should_stop=StopAt(3))
 
 
 def stopped_sweep(config, folder):
-    axes = [choose.Axis("learning_rate", "", (0.01, 0.1))]
-    return choose.sweep(config, axes, folder, should_stop=StopAt(3))
+    axes = [sweep.Axis("learning_rate", "", (0.01, 0.1))]
+    return sweep.sweep(config, axes, folder, should_stop=StopAt(3))
 
 
 RESUMED = [
-    pytest.param(stopped_run, "train", training.train, id="run"),
+    pytest.param(stopped_run, "train", runs.train, id="run"),
     pytest.param(
         stopped_sweep,
         "sweep",
-        lambda config, folder: choose.sweep(
-            config, [choose.Axis("learning_rate", "", (0.01, 0.1))], folder
+        lambda config, folder: sweep.sweep(
+            config, [sweep.Axis("learning_rate", "", (0.01, 0.1))], folder
         ),
         id="sweep",
     ),
@@ -561,10 +561,10 @@ def test_data_that_is_typed_needs_no_leave(own, fit, tmp_path, run_cli):
 
 def test_the_library_asks_as_well(marked, tmp_path):
     run, _, mark = marked
-    from funcloss.audit import audit_run
+    from funcloss.app.audits import audit_run
     from funcloss.errors import ConfigError
 
-    for use in (training.evaluate_run, training.resume, audit_run):
+    for use in (runs.evaluate_run, runs.resume, audit_run):
         with pytest.raises(ConfigError, match="names code"):
             use(run)
     assert not mark.exists()
@@ -578,7 +578,7 @@ def test_a_model_alone_needs_leave_for_its_own_code_alone(marked, run_cli, tmp_p
     assert code == 2
     assert ("--allow-import" in err) == own_model
     if not own_model:
-        assert training.load(run).model is not None
+        assert runs.load(run).model is not None
 
 
 def test_other_data_needs_no_leave_for_the_data_of_the_run(marked, run_cli):

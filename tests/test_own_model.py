@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from funcloss import data, models, training
-from funcloss.config import make_config, read_toml
+from funcloss import models
+from funcloss.app import data, runs
+from funcloss.app.config import make_config, read_toml
+from funcloss.app.runs.network import make_model, try_model
 from funcloss.errors import ConfigError
-from funcloss.training.network import make_model, try_model
 
 PREAMBLE = """
 import torch
@@ -40,7 +41,7 @@ _numbers = itertools.count()
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """Most of the time of runs as small as these would go into drawing."""
-    monkeypatch.setattr("funcloss.training.figures.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def fit(run_cli, tmp_path, table):
 
 
 def tensors(run, file="model"):
-    return training.load_tensors(run / f"{file}.safetensors")[0]
+    return runs.load_tensors(run / f"{file}.safetensors")[0]
 
 
 def assert_same(run, other, names=None):
@@ -151,7 +152,7 @@ def test_a_factory_makes_the_model(text, name, parameters, own, fit):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["parameters"] == parameters
     assert summary["model"] == address
-    assert training.load(run, allow_import=True).model.training is False
+    assert runs.load(run, allow_import=True).model.training is False
 
 
 def test_a_factory_in_a_file_is_called_by_its_path(own, fit, tmp_path):
@@ -402,9 +403,9 @@ def test_batch_norm_keeps_its_running_mean(own, fit):
     assert kept["norm.num_batches_tracked"] == 1
     assert_close(kept["norm.running_mean"], torch.zeros(3), atol=1e-6, rtol=0)
     assert_close(kept["norm.running_var"], torch.full((3,), 0.5 + 0.5 * 32 / 31))
-    loaded = training.load(run, allow_import=True)
+    loaded = runs.load(run, allow_import=True)
     assert torch.equal(loaded.model.norm.running_var, kept["norm.running_var"])
-    judged = training.evaluate_run(run, allow_import=True).evaluation
+    judged = runs.evaluate_run(run, allow_import=True).evaluation
     assert judged.accuracy == json.loads((run / "summary.json").read_text())["test"]["accuracy"]
 
 
@@ -414,12 +415,12 @@ def test_tied_weights_stay_tied(own, fit, run_cli):
     assert (code, but_learning(err)) == (0, "")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["parameters"] == 3 * 3 + 3 + 3 + 8
-    loaded = training.load(run, allow_import=True).model
+    loaded = runs.load(run, allow_import=True).model
     assert loaded.two.weight is loaded.one.weight
     assert torch.equal(loaded.one.weight, tensors(run)["one.weight"])
     for command in ("evaluate", "audit"):
         assert run_cli(command, run, "--allow-import")[0] == 0
-    judged = training.evaluate_run(run, allow_import=True).evaluation
+    judged = runs.evaluate_run(run, allow_import=True).evaluation
     assert judged.accuracy == summary["test"]["accuracy"]
     args = ("--model", address, "--init", run / "model.safetensors", "--epochs", 0)
     again, (code, _, err) = fit(*args)
@@ -462,10 +463,10 @@ def test_a_model_resumes_to_the_same_bits(kind, own, table, tmp_path):
     options = {"model": f"{own(KINDS)}:{kind}", "dataset": str(table), "epochs": 2}
     options |= {"batch_size": 8, "compile": "off", "device": "cpu"}
     config = make_config(options)
-    training.train(config, tmp_path / "whole")
-    stopped = training.train(config, tmp_path / "part", should_stop=StopAt(3))
+    runs.train(config, tmp_path / "whole")
+    stopped = runs.train(config, tmp_path / "part", should_stop=StopAt(3))
     assert not stopped.finished
-    assert training.resume(tmp_path / "part", allow_import=True).finished
+    assert runs.resume(tmp_path / "part", allow_import=True).finished
     assert_same(tmp_path / "whole", tmp_path / "part")
 
 
@@ -647,8 +648,8 @@ def test_a_file_of_pytorch_is_no_file_of_first_weights(fit, tmp_path):
 def test_a_run_needs_its_first_weights_only_to_begin(weights, table, tmp_path, run_cli):
     options = {"model": "mlp", "dataset": str(table), "init": str(weights), "epochs": 2}
     config = make_config(options, {"batch_size": 8, "compile": "off", "device": "cpu"})
-    training.train(config, tmp_path / "whole")
-    assert not training.train(config, tmp_path / "part", should_stop=StopAt(3)).finished
+    runs.train(config, tmp_path / "whole")
+    assert not runs.train(config, tmp_path / "part", should_stop=StopAt(3)).finished
     weights.unlink()
     assert run_cli("evaluate", tmp_path / "whole")[0] == 0
     code, _, err = run_cli("train", "--resume", tmp_path / "part")

@@ -1,6 +1,7 @@
 """The package as its users meet it: what importing loads, what depends on what, the README."""
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -13,42 +14,44 @@ from pathlib import Path
 import pytest
 
 import funcloss
-from funcloss.cli import app as shell
+from funcloss.app.cli import app as shell
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "funcloss"
 
-# Each room may import from those before it, and from its own.
-ROOMS = [
-    {
-        "errors",
-        "typing",
-        "_checks",
-        "_precision",
-        "_files",
-        "_names",
-        "_addresses",
-        "_cost_file",
-        "config",
-        "__init__",
-    },
+# Each room may import from those before it, and from its own; the application from all.
+LIBRARY = [
+    {"errors", "typing", "_checks", "_names", "_precision", "_files", "__init__"},
     {"losses", "reduction"},
     {"combinators", "keys"},
     {"modules", "objectives", "_custom_vjp", "transforms"},
     {"laws"},
     {"optim"},
-    {"models", "data", "decisions"},
+    {"models", "decisions"},
     {"training"},
-    {"audit"},
-    {"choose"},
-    {"cli"},
+    {"audit", "constraints", "sensitivity"},
+]
+APPLICATION = [
+    {"app", "app.addresses"},
+    {"app.config", "app.registry", "app.data", "app.report"},
+    {"app.runs"},
+    {"app.audits"},
+    {"app.sweep"},
+    {"app.cli"},
     {"__main__"},
 ]
+ROOMS = [*LIBRARY, *APPLICATION]
+PUBLIC_ROOMS = sorted(set.union(*LIBRARY) - {"__init__"})
 
 
 def room_of(module: str) -> int:
-    name = module.removeprefix("funcloss").strip(".").split(".")[0] or "__init__"
-    return next(i for i, names in enumerate(ROOMS) if name in names)
+    name = module.removeprefix("funcloss").strip(".") or "__init__"
+    parts = name.split(".")
+    for name in (".".join(parts[:2]), parts[0]):
+        for i, names in enumerate(ROOMS):
+            if name in names:
+                return i
+    raise AssertionError(f"no room of {module}")
 
 
 def imported(path: Path) -> set[str]:
@@ -86,13 +89,21 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.parametrize("room", PUBLIC_ROOMS)
+def test_a_room_of_the_library_loads_torch_and_library_rooms_only(room):
+    heavy = ["torchvision", "matplotlib", "PIL", "jinja2", "rich", "typer", "safetensors", "einops"]
+    modules = loaded_by(f"import funcloss.{room}")
+    assert not {m.partition(".")[0] for m in modules} & set(heavy)
+    assert not [m for m in modules if m.startswith("funcloss.app")]
+
+
 def test_importing_funcloss_loads_nothing_and_its_losses_load_torch_at_most():
     assert "torch" not in loaded_by("import funcloss")
     heavy = {"torchvision", "matplotlib", "typer", "rich", "einops", "PIL", "safetensors"}
     modules = loaded_by("import funcloss; funcloss.losses.cross_entropy; funcloss.mean")
     assert "torch" in modules
     assert not heavy & modules
-    assert not [m for m in modules if m.startswith(("funcloss.training", "funcloss.data"))]
+    assert not [m for m in modules if m.startswith(("funcloss.training", "funcloss.app.data"))]
 
 
 def test_every_public_name_is_there_and_no_other():
@@ -105,11 +116,11 @@ def test_every_public_name_is_there_and_no_other():
 
 @pytest.mark.parametrize(
     "name",
-    ["losses", "data", "training", "optim", "keys", "models", "laws", "objectives", "transforms"]
-    + ["audit"],
+    ["losses", "app.data", "app.runs", "app.sweep", "app.audits", "training", "optim", "keys"]
+    + ["models", "laws", "objectives", "transforms", "audit", "constraints", "sensitivity"],
 )
 def test_what_is_public_is_documented(name):
-    module = getattr(funcloss, name)
+    module = importlib.import_module(f"funcloss.{name}")
     public = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
     for item in public:
         thing = getattr(module, item)

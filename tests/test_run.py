@@ -13,10 +13,11 @@ from conftest import StopAt
 from torch.testing import assert_close
 
 import funcloss
-from funcloss import audit, choose, training
-from funcloss.config import make_config, read_toml
+from funcloss import training
+from funcloss.app import audits, runs, sweep
+from funcloss.app.config import make_config, read_toml
+from funcloss.app.runs import folder
 from funcloss.errors import ConfigError, DataError, RunError
-from funcloss.training import folder
 
 SMALL = {
     "dataset": "mnist-sample",
@@ -35,13 +36,13 @@ def config(**options):
 
 
 def weights(run):
-    return training.load_tensors(Path(run) / "checkpoint.safetensors")[0]
+    return runs.load_tensors(Path(run) / "checkpoint.safetensors")[0]
 
 
 def same(a, b):
     """Whether two runs ended in the same state and the same model."""
     files = "checkpoint.safetensors", "model.safetensors"
-    pairs = [[training.load_tensors(Path(run) / file)[0] for run in (a, b)] for file in files]
+    pairs = [[runs.load_tensors(Path(run) / file)[0] for run in (a, b)] for file in files]
     return all(x.keys() == y.keys() and all(map(torch.equal, x.values(), y.values()))
                for x, y in pairs)  # fmt: skip
 
@@ -51,7 +52,7 @@ def finished(tmp_path_factory):
     """A finished run, its summary and the events on the way."""
     events = []
     run = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = training.train(config(class_weight={"9": 2}), run, show=events.append)
+    outcome = runs.train(config(class_weight={"9": 2}), run, show=events.append)
     return run, outcome, events
 
 
@@ -97,10 +98,10 @@ def test_every_report_and_epoch_is_a_line(finished):
         (2, 80, 8000),
     ]
     assert epochs[0]["test"]["accuracy"] < 0.4 < epochs[-1]["test"]["accuracy"]
-    assert isinstance(events[0], training.Note)
+    assert isinstance(events[0], runs.Note)
     assert "not comparable" in events[0].text
     assert sum(isinstance(e, training.Progress) for e in events) == 8
-    assert sum(isinstance(e, training.EpochReport) for e in events) == 2
+    assert sum(isinstance(e, runs.EpochReport) for e in events) == 2
 
 
 def test_the_resolved_configuration_makes_the_same_run_again(finished, tmp_path):
@@ -108,7 +109,7 @@ def test_the_resolved_configuration_makes_the_same_run_again(finished, tmp_path)
     resolved = read_toml(run / "config.toml")
     assert resolved["device"] in ("cpu", "cuda", "mps")
     assert resolved["threads"] == torch.get_num_threads()
-    training.train(make_config(resolved), tmp_path / "again")
+    runs.train(make_config(resolved), tmp_path / "again")
     assert same(run, tmp_path / "again")
 
 
@@ -119,13 +120,15 @@ def test_a_run_loads_as_a_plain_model(finished, sample):
     assert loaded.input_shape == (1, 28, 28)
     assert not loaded.model.training
     with torch.no_grad():
-        logits = loaded.model(funcloss.data.normalised(sample.test.inputs, loaded.mean, loaded.std))
+        logits = loaded.model(
+            funcloss.app.data.normalised(sample.test.inputs, loaded.mean, loaded.std)
+        )
     accuracy = (logits.argmax(-1) == sample.test.labels).double().mean()
     assert_close(accuracy.item(), outcome.summary["test"]["accuracy"])
     again = torch.func.functional_call(
         loaded.model,
         {**loaded.params, **loaded.buffers},
-        (funcloss.data.normalised(sample.test.inputs, loaded.mean, loaded.std),),
+        (funcloss.app.data.normalised(sample.test.inputs, loaded.mean, loaded.std),),
     )
     assert_close(again.detach(), logits)
 
@@ -135,10 +138,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     whole, _, _ = finished
     run = tmp_path / "run"
     made = config(class_weight={"9": 2})
-    outcome = training.train(made, run, should_stop=StopAt(at))
+    outcome = runs.train(made, run, should_stop=StopAt(at))
     assert not outcome.finished
     assert not (run / "summary.json").exists()
-    assert training.resume(run).finished
+    assert runs.resume(run).finished
     assert same(run, whole)
     steps = [r["step"] for r in folder.read_records(run) if r["kind"] == "epoch"]
     assert steps == [0, 40, 80]
@@ -149,7 +152,7 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
         pass
 
     made = config(model="linear", epochs=2)
-    training.train(made, tmp_path / "whole")
+    runs.train(made, tmp_path / "whole")
     real = Path.replace
     for at in range(1, 20):
         left = [at]
@@ -163,11 +166,11 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
         run = tmp_path / f"run{at}"
         monkeypatch.setattr(Path, "replace", replace)
         try:
-            training.train(made, run)
+            runs.train(made, run)
         except Killed:
             monkeypatch.undo()
             if run.exists():
-                assert training.resume(run).finished
+                assert runs.resume(run).finished
         else:
             monkeypatch.undo()
             break
@@ -178,9 +181,9 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
 
 
 def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
-    training.train(config(), tmp_path / "whole")
-    training.train(config(), tmp_path / "run", should_stop=StopAt(39))
-    training.resume(tmp_path / "run")
+    runs.train(config(), tmp_path / "whole")
+    runs.train(config(), tmp_path / "run", should_stop=StopAt(39))
+    runs.resume(tmp_path / "run")
     whole, run = (folder.read_records(tmp_path / name) for name in ("whole", "run"))
     for a, b in zip(*([r for r in rs if r["kind"] == "epoch"] for rs in (whole, run)), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-6)
@@ -192,8 +195,8 @@ def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
 def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
     notes = []
     made = config(model="linear", learning_rate=1e38)
-    training.train(made, tmp_path / "run", show=notes.append)
-    said = [n for n in notes if isinstance(n, training.Note) and "the loss is nan" in n.text]
+    runs.train(made, tmp_path / "run", show=notes.append)
+    said = [n for n in notes if isinstance(n, runs.Note) and "the loss is nan" in n.text]
     assert len(said) == 1
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     text += (tmp_path / "run" / "summary.json").read_text()
@@ -232,34 +235,34 @@ def test_an_empty_folder_is_filled_and_a_link_followed(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    training.train(config(epochs=0), Path("."))
-    training.train(config(epochs=0, seed=3), str(tmp_path / "link"), overwrite=True)
+    runs.train(config(epochs=0), Path("."))
+    runs.train(config(epochs=0, seed=3), str(tmp_path / "link"), overwrite=True)
     assert folder.read_summary(tmp_path / "here")["seed"] == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link"]
     assert (tmp_path / "link").is_symlink()
     with pytest.raises(ConfigError, match="cannot use .* as run folder: File name too long"):
-        training.train(config(), tmp_path / ("x" * 300))
+        runs.train(config(), tmp_path / ("x" * 300))
 
 
 def test_the_configuration_of_a_run_serves_another_model(tmp_path):
-    training.train(config(epochs=0, model="lenet5"), tmp_path / "a")
+    runs.train(config(epochs=0, model="lenet5"), tmp_path / "a")
     options = read_toml(tmp_path / "a" / "config.toml")
-    summary = training.train(make_config(options, {"model": "fast-cnn"}), tmp_path / "b").summary
+    summary = runs.train(make_config(options, {"model": "fast-cnn"}), tmp_path / "b").summary
     assert summary["parameters"] == 215_194
 
 
 def test_stopped_at_the_last_step_it_is_finished(tmp_path):
-    assert training.train(config(epochs=1), tmp_path / "run", should_stop=StopAt(40)).finished
+    assert runs.train(config(epochs=1), tmp_path / "run", should_stop=StopAt(40)).finished
 
 
 def test_resuming_twice_and_resuming_what_is_finished(tmp_path):
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(5))
-    training.resume(run, should_stop=StopAt(30))
-    training.resume(run)
+    runs.train(config(), run, should_stop=StopAt(5))
+    runs.resume(run, should_stop=StopAt(30))
+    runs.resume(run)
     before = {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
     notes = []
-    outcome = training.resume(run, show=notes.append)
+    outcome = runs.resume(run, show=notes.append)
     assert outcome.finished
     assert outcome.summary["steps"] == 80
     assert "nothing to resume" in notes[0].text
@@ -268,12 +271,12 @@ def test_resuming_twice_and_resuming_what_is_finished(tmp_path):
 
 def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(5))
+    runs.train(config(), run, should_stop=StopAt(5))
     real = folder.environment()
     monkeypatch.setattr(folder, "environment", lambda: {**real, "torch": "1.0"})
     notes = []
-    training.resume(run, show=notes.append)
-    warnings = [n.text for n in notes if isinstance(n, training.Note) and n.warning]
+    runs.resume(run, show=notes.append)
+    warnings = [n.text for n in notes if isinstance(n, runs.Note) and n.warning]
     assert any(f"torch was {torch.__version__}, is 1.0" in text for text in warnings)
 
 
@@ -281,11 +284,11 @@ def test_a_used_folder_is_not_overwritten_unless_asked_to(tmp_path, finished):
     run, _, _ = finished
     before = (run / "summary.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already: resume it, overwrite it or name"):
-        training.train(config(), run)
+        runs.train(config(), run)
     assert (run / "summary.json").read_bytes() == before
     copy = tmp_path / "copy"
-    training.train(config(epochs=0), copy)
-    training.train(config(epochs=0, seed=7), copy, overwrite=True)
+    runs.train(config(epochs=0), copy)
+    runs.train(config(epochs=0, seed=7), copy, overwrite=True)
     assert json.loads((copy / "summary.json").read_text())["seed"] == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 
@@ -295,7 +298,7 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     precious.write_text("ten years")
     for path in (tmp_path, precious):
         with pytest.raises(ConfigError, match="is not a run folder"):
-            training.train(config(), path, overwrite=True)
+            runs.train(config(), path, overwrite=True)
     assert precious.read_text() == "ten years"
 
 
@@ -318,7 +321,7 @@ def test_a_config_of_something_else_is_no_run_to_replace(tmp_path, case):
     (here / "config.toml").write_text(content)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="is not a run folder to replace") as error:
-            training.train(config(epochs=0), here, overwrite=overwrite)
+            runs.train(config(epochs=0), here, overwrite=overwrite)
         assert reason in str(error.value)
         assert "overwrite" not in str(error.value)
     assert (here / "config.toml").read_text() == content
@@ -340,12 +343,12 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_what_else_lies_in_a_run_folder_is_named_and_kept(tmp_path, name):
     run = tmp_path / "run"
-    training.train(config(epochs=0), run)
+    runs.train(config(epochs=0), run)
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("ten years")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds a run and what funcloss did not write") as e:
-            training.train(config(epochs=0), run, overwrite=overwrite)
+            runs.train(config(epochs=0), run, overwrite=overwrite)
         assert f"write: {LEFT[name]}; move that away or name another folder" in str(e.value)
         assert "overwrite" not in str(e.value)
     assert (run / name).read_text() == "ten years"
@@ -353,24 +356,24 @@ def test_what_else_lies_in_a_run_folder_is_named_and_kept(tmp_path, name):
 
 
 def test_of_many_files_a_few_are_named(tmp_path):
-    training.train(config(epochs=0), tmp_path)
+    runs.train(config(epochs=0), tmp_path)
     for i in range(9):
         (tmp_path / f"{i}.txt").touch()
     with pytest.raises(ConfigError, match=r"0.txt, 1.txt, .*, 4.txt and 4 more; move"):
-        training.train(config(epochs=0), tmp_path, overwrite=True)
+        runs.train(config(epochs=0), tmp_path, overwrite=True)
 
 
 def test_a_file_that_comes_while_the_data_is_read_is_kept(tmp_path, monkeypatch):
-    run, real = tmp_path / "run", training.run.make_setup
-    training.train(config(epochs=0), run)
+    run, real = tmp_path / "run", runs.run.make_setup
+    runs.train(config(epochs=0), run)
 
     def slow(made):
         (run / "notes.txt").write_text("ten years")
         return real(made)
 
-    monkeypatch.setattr(training.run, "make_setup", slow)
+    monkeypatch.setattr(runs.run, "make_setup", slow)
     with pytest.raises(ConfigError, match=r"did not write: notes\.txt"):
-        training.train(config(epochs=0), run, overwrite=True)
+        runs.train(config(epochs=0), run, overwrite=True)
     assert (run / "notes.txt").read_text() == "ten years"
 
 
@@ -378,32 +381,32 @@ def test_all_that_a_run_leaves_is_its_own(tmp_path):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
     made = config(epochs=1, audit_every=20, tensorboard=True)
-    training.train(made, run, observer=audit.observer)
-    audit.write_report(audit.audit_run(run, examples=100), run)
+    runs.train(made, run, observer=audits.observer)
+    audits.write_report(audits.audit_run(run, examples=100), run)
     for left in (".model-12.safetensors", ".curves-3.png", ".plain-a1_b/config.toml"):
         (run / left).parent.mkdir(exist_ok=True)
         (run / left).touch()  # by a kill
     assert (run / "tensorboard").is_dir()
     assert (run / "audit_history.png").exists()
     assert folder.foreign(run) == []
-    training.train(config(epochs=0), run, overwrite=True)
+    runs.train(config(epochs=0), run, overwrite=True)
     assert not (run / "audit.html").exists()
 
 
 def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(5))
+    runs.train(config(), run, should_stop=StopAt(5))
     path = run / "config.toml"
     text = path.read_text()
     assert "\n[run]\nversion = 1\n" in text
     path.write_text(text.replace("\nversion = 1\n", "\nversion = 2\n"))
     reads = (
-        training.resume,
-        training.evaluate_run,
+        runs.resume,
+        runs.evaluate_run,
         funcloss.load,
-        audit.audit_run,
-        choose.resume_under_limits,
-        lambda run: training.predict_files(run, []),
+        audits.audit_run,
+        sweep.resume_under_limits,
+        lambda run: runs.predict_files(run, []),
     )
     said = r"config\.toml was made by a newer funcloss: format 2, this one reads 1; update funcloss"
     for read in reads:
@@ -412,14 +415,14 @@ def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
     with pytest.raises(ConfigError, match=said):
         read_toml(path)
     path.write_text(text.replace("\nversion = 1\n", "\n"))  # of before there were versions
-    assert training.resume(run).finished
+    assert runs.resume(run).finished
 
 
 def test_a_failing_overwrite_loses_nothing(tmp_path):
     run = tmp_path / "run"
-    training.train(config(epochs=0), run)
+    runs.train(config(epochs=0), run)
     with pytest.raises(ConfigError, match="no class 'ten'"):
-        training.train(config(class_weight={"ten": 2}), run, overwrite=True)
+        runs.train(config(class_weight={"ten": 2}), run, overwrite=True)
     assert (run / "summary.json").exists()
 
 
@@ -437,12 +440,12 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(RunError, match="cannot write .*safetensors: No space left on device"):
-        training.train(config(), run)
+        runs.train(config(), run)
     assert not [f for f in run.iterdir() if f.name.startswith(".")]
     assert int(weights(run)["state/step"]) == 40
     monkeypatch.undo()
-    training.resume(run)
-    training.train(config(), tmp_path / "whole")
+    runs.resume(run)
+    runs.train(config(), tmp_path / "whole")
     assert same(run, tmp_path / "whole")
 
 
@@ -452,47 +455,47 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match="No space left on device"):
-        training.train(config(), tmp_path / "run")
+        runs.train(config(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot make .*: (Not a directory|File exists)"):
-        training.train(config(epochs=0), tmp_path / "file" / "run")
+        runs.train(config(epochs=0), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml", "summary.json"])
 def test_a_damaged_run_is_one_line(tmp_path, name):
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(5))
+    runs.train(config(), run, should_stop=StopAt(5))
     (run / name).write_bytes((run / name).read_bytes()[:50] if name != "summary.json" else b"{")
     with pytest.raises(RunError, match=name):
-        training.resume(run)
+        runs.resume(run)
 
 
 def test_tensors_of_another_program_are_refused(tmp_path):
     run = tmp_path / "run"
-    training.train(config(), run, should_stop=StopAt(5))
+    runs.train(config(), run, should_stop=StopAt(5))
     for name in ("checkpoint.safetensors", "model.safetensors"):
-        training.save_tensors(run / name, {"w": torch.zeros(1)}, {})
+        runs.save_tensors(run / name, {"w": torch.zeros(1)}, {})
     with pytest.raises(RunError, match="checkpoint.safetensors is not of a run: its header has no"):
-        training.resume(run)
+        runs.resume(run)
     with pytest.raises(RunError, match="model.safetensors is not of a run"):
         funcloss.load(run)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
-    training.train(config(), run, should_stop=StopAt(5))
-    training.train(config(model="mlp"), other, should_stop=StopAt(5))
+    runs.train(config(), run, should_stop=StopAt(5))
+    runs.train(config(model="mlp"), other, should_stop=StopAt(5))
     (run / "checkpoint.safetensors").write_bytes((other / "checkpoint.safetensors").read_bytes())
     with pytest.raises(RunError, match="it is of another model"):
-        training.resume(run)
+        runs.resume(run)
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
-    for use in (training.resume, funcloss.load):
+    for use in (runs.resume, funcloss.load):
         with pytest.raises(RunError, match="is not a run folder: it has no config.toml"):
             use(tmp_path)
 
@@ -512,16 +515,16 @@ def test_what_the_data_does_not_have_is_refused_before_anything_is_written(
     tmp_path, options, message
 ):
     with pytest.raises(ConfigError, match=message):
-        training.train(config(**options), tmp_path / "run")
+        runs.train(config(**options), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_an_absent_device_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="device cuda is not on this machine"):
-        training.train(config(device="cuda"), tmp_path / "run")
+        runs.train(config(device="cuda"), tmp_path / "run")
     with pytest.raises(ConfigError, match="amp bf16 needs device cuda, and here it is"):
-        training.train(config(amp="bf16"), tmp_path / "run")
+        runs.train(config(amp="bf16"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -556,7 +559,7 @@ def test_an_absent_device_is_refused(tmp_path):
     ids=str,
 )
 def test_every_option_trains(tmp_path, options):
-    outcome = training.train(config(**{"epochs": 1, **options}), tmp_path / "run")
+    outcome = runs.train(config(**{"epochs": 1, **options}), tmp_path / "run")
     assert outcome.summary["test"]["accuracy"] > 0.5
     assert ("validation" in outcome.summary) == (options.get("val_fraction") != 0.0)
 
@@ -565,7 +568,7 @@ def test_a_cost_on_a_class_raises_its_recall(tmp_path):
     recall = []
     for weight in (1, 20):
         made = config(model="linear", class_weight={"9": weight})
-        summary = training.train(made, tmp_path / f"{weight}").summary
+        summary = runs.train(made, tmp_path / f"{weight}").summary
         recall.append(summary["test"]["recall"]["9"])
     assert recall[1] > recall[0]
 
@@ -575,7 +578,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    training.train(config(model="linear", tensorboard=True), run)
+    runs.train(config(model="linear", tensorboard=True), run)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss/train")] == [10, 20, 30, 40, 50, 60, 70, 80]
     assert [e.step for e in events.Scalars("accuracy/test")] == [0, 40, 80]
@@ -584,24 +587,24 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'funcloss\[tensorboard\]'"):
-        training.train(config(tensorboard=True), tmp_path / "run")
+        runs.train(config(tensorboard=True), tmp_path / "run")
 
 
 def test_evaluating_a_run_gives_what_its_summary_says(finished):
     run, outcome, _ = finished
-    judged = training.evaluate_run(run)
+    judged = runs.evaluate_run(run)
     assert judged.evaluation.accuracy == outcome.summary["test"]["accuracy"]
     assert judged.evaluation.loss == pytest.approx(outcome.summary["test"]["loss"], rel=1e-5)
-    validation = training.evaluate_run(run, part="validation").evaluation
+    validation = runs.evaluate_run(run, part="validation").evaluation
     assert validation.accuracy == outcome.summary["validation"]["accuracy"]
 
 
 def test_a_run_can_be_judged_on_another_data_set(finished, data_dir):
     run, _, _ = finished
-    judged = training.evaluate_run(run, dataset="mnist", data_dir=str(data_dir))
+    judged = runs.evaluate_run(run, dataset="mnist", data_dir=str(data_dir))
     assert len(judged.labels) == 10_000
     assert judged.evaluation.accuracy > 0.75
-    clothes = training.evaluate_run(run, dataset="fashion-mnist", data_dir=str(data_dir))
+    clothes = runs.evaluate_run(run, dataset="fashion-mnist", data_dir=str(data_dir))
     assert clothes.evaluation.accuracy < 0.4
     assert clothes.classes[0] == "T-shirt/top"
 
@@ -610,7 +613,7 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
     from PIL import Image, ImageOps
 
     run, _, _ = finished
-    logits = training.evaluate_run(run).evaluation.logits
+    logits = runs.evaluate_run(run).evaluation.logits
     sure = logits.softmax(-1).max(-1).values.topk(5).indices.tolist()
     paths = []
     for i in sure:
@@ -618,10 +621,10 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
         image.resize((70, 70)).convert("RGB").save(tmp_path / f"{i}.png")
         ImageOps.invert(image).save(tmp_path / f"{i}-dark.png")
         paths.append(tmp_path / f"{i}.png")
-    guesses = training.predict_files(run, paths)
+    guesses = runs.predict_files(run, paths)
     assert [g.label for g in guesses] == [str(int(logits[i].argmax())) for i in sure]
     dark = [path.with_name(f"{path.stem}-dark.png") for path in paths]
-    assert [g.label for g in training.predict_files(run, dark, invert=True)] == [
+    assert [g.label for g in runs.predict_files(run, dark, invert=True)] == [
         g.label for g in guesses
     ]
     (tmp_path / "no.png").write_text("no image")
@@ -629,7 +632,7 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
     (tmp_path / "eps.png").write_text(eps)
     for name in ("no.png", "eps.png"):
         with pytest.raises(DataError, match=rf"{name} is not an image .* PNG and JPEG are$"):
-            training.predict_files(run, [tmp_path / name])
+            runs.predict_files(run, [tmp_path / name])
 
 
 def start(run, *options):
@@ -660,8 +663,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert f"go on with: funcloss-train --resume {run}" in rest
     assert "Traceback" not in rest
     assert 20 <= int(weights(run)["state/step"]) < 600
-    training.resume(run)
-    training.train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
+    runs.resume(run)
+    runs.train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
     assert same(run, tmp_path / "whole")
 
 
@@ -672,20 +675,20 @@ def kill_and_resume(run, after, *options):
     process.communicate()
     while not (run / "summary.json").exists():
         if (run / "config.toml").exists():
-            training.load_tensors(run / "checkpoint.safetensors")  # whole at any moment
-            assert training.resume(run).finished
+            runs.load_tensors(run / "checkpoint.safetensors")  # whole at any moment
+            assert runs.resume(run).finished
         else:  # killed before there was a run: nothing but a hidden folder beside it
             start(run, *options).communicate()
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
-    training.train(config(batch_size=20, log_every=5), tmp_path / "whole")
+    runs.train(config(batch_size=20, log_every=5), tmp_path / "whole")
     run = tmp_path / "run"
     process = start(run, "--epochs", "2")
     wait_for(process, "epoch 1/2")
     process.kill()
     process.communicate()
-    assert training.resume(run).finished
+    assert runs.resume(run).finished
     assert same(run, tmp_path / "whole")
 
 

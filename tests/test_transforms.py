@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from funcloss import class_weighted, losses
 from funcloss.keys import example_keys, keyed_randomness
-from funcloss.training import init_state, mean_of, sum_of, supervised, weighted_mean_of
+from funcloss.objectives import mean_of, sum_of, supervised, weighted_mean_of
+from funcloss.training import init_state
 from funcloss.transforms import class_grads, directional, per_sample_grads, per_sample_vjps
 from funcloss.typing import Batch
 

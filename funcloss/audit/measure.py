@@ -13,13 +13,7 @@ from funcloss.audit.data import GroupBy, batches
 from funcloss.audit.gradients import Along, Measured, slopes_along, whole_gradient
 from funcloss.audit.gram import REDUCTIONS
 from funcloss.audit.impact import StepRequest, step_and_impact
-from funcloss.audit.loss import (
-    LossSide,
-    check_costs,
-    cotangents_of,
-    make_loss_side,
-    swept_options,
-)
+from funcloss.audit.loss import LossSide, check_costs, cotangents_of, make_loss_side, swept_options
 from funcloss.audit.methods import BY_EXAMPLE, METHODS, Plan, has_forward_mode, make_plan
 from funcloss.audit.passes import Kept, Passes, Work, check_labels, kept_rows
 from funcloss.audit.result import QUANTILES, Audit, Check, ExampleRows, Impact, Method, StepAudit

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_map
 
 from funcloss.errors import AuditError
 from funcloss.keys import keyed_randomness, make_key
+from funcloss.objectives import make_forward
+from funcloss.objectives.supervised import Forward
 from funcloss.optim import OptState
-from funcloss.training import TrainState, make_forward
-from funcloss.training.objective import Forward
+from funcloss.training import TrainState
 from funcloss.training.step import preferred_layout
 from funcloss.transforms import Predict
 from funcloss.typing import Buffers, Params

@@ -16,12 +16,10 @@ from funcloss.audit.passes import Work, gradient_pass, kept_rows
 from funcloss.audit.result import StepAudit, plain
 from funcloss.audit.step import OWN_ROWS, split_step
 from funcloss.audit.subject import Subject, check_couples_nothing, make_predict
-from funcloss.combinators import class_weighted
 from funcloss.errors import AuditError
+from funcloss.objectives import make_forward
 from funcloss.optim import Optimizer, Schedule
-from funcloss.training import TrainState, make_forward
-from funcloss.training.objective import loss_named
-from funcloss.training.setup import Setup, make_optimizer, make_schedule
+from funcloss.training import TrainState
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
 
@@ -156,39 +154,6 @@ def make_audit_step(
         return StepFindings(now, count.cpu(), mean, step, classes), memory
 
     return torch.no_grad()(audit_step)
-
-
-def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]:
-    """Return what a run calls every ``audit_every`` steps: a record a class, for its log.
-
-    Args:
-        setup: The training.
-
-    Returns:
-        ``(state, batch, hyper) -> records`` of the step on a batch.
-    """
-    config, dataset = setup.config, setup.dataset
-    audit_step = make_audit_step(
-        setup.model,
-        loss_of(setup),
-        make_optimizer(config),
-        classes=dataset.classes,
-        reduction=config.reduction,
-        schedule=make_schedule(config, setup.per_epoch),
-        clip_norm=config.clip_norm,
-    )
-
-    def observe(state: TrainState, batch: Batch, hyper: Hyper) -> list[dict[str, Any]]:
-        found, _ = audit_step(state, batch, hyper, None)
-        return found.records()
-
-    return observe
-
-
-def loss_of(setup: Setup) -> LossFn:
-    """Return the loss of a training as it puts its class weights, if it has any."""
-    loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
-    return class_weighted(loss) if "class_weights" in setup.hyper else loss
 
 
 def loss_options(hyper: Hyper) -> dict[str, Tensor]:

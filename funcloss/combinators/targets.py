@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcloss._checks import (
-    check_floating,
-    check_labels,
-    check_number,
-    check_shape,
-    check_where,
-)
+from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
 from funcloss.combinators._combined import (
     Combined,
     Factor,

@@ -1,6 +1,6 @@
 """Decisions and what they cost: cost matrices, decision rules, and honest scores of both."""
 
-from funcloss._cost_file import read_cost_matrix
+from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
 from funcloss.decisions.intervals import Interval, mean_interval, seed_interval, student, wilson
 from funcloss.decisions.judge import Judged, RuleScores, calibration_error, judge, score_decisions

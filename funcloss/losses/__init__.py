@@ -24,12 +24,7 @@ from funcloss.losses.cost_sensitive import (
     one_sided_regression,
     softmax_margin,
 )
-from funcloss.losses.divergence import (
-    distillation,
-    generalized_kl,
-    jensen_shannon,
-    kl_div,
-)
+from funcloss.losses.divergence import distillation, generalized_kl, jensen_shannon, kl_div
 from funcloss.losses.embedding import (
     cosine_distance,
     cosine_embedding,
@@ -39,9 +34,7 @@ from funcloss.losses.embedding import (
     supervised_contrastive,
     triplet_margin,
 )
-from funcloss.losses.fused import (
-    linear_cross_entropy,
-)
+from funcloss.losses.fused import linear_cross_entropy
 from funcloss.losses.imbalance import (
     balanced_softmax,
     class_balanced,
@@ -68,13 +61,7 @@ from funcloss.losses.ordinal import (
     sord,
     sord_targets,
 )
-from funcloss.losses.overlap import (
-    dice,
-    focal_tversky,
-    jaccard,
-    over_batch,
-    tversky,
-)
+from funcloss.losses.overlap import dice, focal_tversky, jaccard, over_batch, tversky
 from funcloss.losses.regression import (
     absolute_error,
     barron,

@@ -11,13 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
-from funcloss._checks import (
-    check_floating,
-    check_labels,
-    check_number,
-    check_shape,
-    check_where,
-)
+from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
 from funcloss._precision import wide_dtype
 from funcloss.losses._shared import finished, mark_probabilities, masked, of_label
 

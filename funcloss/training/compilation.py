@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from funcloss.app.runs.checkpoint import flatten
 from funcloss.errors import RunError
-from funcloss.training.checkpoint import flatten
 from funcloss.typing import Metrics
 
 AnyStep = Callable[..., tuple[Any, Metrics]]  # (state, *inputs) -> (state, metrics)

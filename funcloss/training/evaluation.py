@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from funcloss.training.objective import Criterion, Forward
+from funcloss.objectives.supervised import Criterion, Forward
 from funcloss.typing import Batch, Buffers, Hyper, Params
 
 

@@ -77,7 +77,7 @@ def fit(
         n: Number of training examples.
         feed: From the indices of the steps of an epoch, each ``(batch,)`` int64 on the device of
             the state, to what each step takes, ``lambda indices: feed(dataset, examples,
-            indices)`` of :mod:`funcloss.data` say, which may read ahead; ``iter``: the index.
+            indices)`` of :mod:`funcloss.app.data` say, which may read ahead; ``iter``: the index.
         epochs: Number of the last epoch.
         batch_size: Examples a step.
         log_every: Steps between two reports; between them nothing is read from the device.

@@ -84,7 +84,7 @@ def make_train_step(
 
     Example:
         >>> from funcloss import losses, models, optim
-        >>> from funcloss.training import mean_of, supervised
+        >>> from funcloss.objectives import mean_of, supervised
         >>> model, optimizer = models.linear((1, 2, 2), 3), optim.sgd()
         >>> objective = supervised(model, mean_of(losses.cross_entropy))
         >>> train_step = make_train_step(objective, optimizer)

@@ -1,0 +1,71 @@
+"""The shell around the commands: what each is called, and how errors leave."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from funcloss.app.cli.audit import audit
+from funcloss.app.cli.check import check
+from funcloss.app.cli.evaluate import evaluate
+from funcloss.app.cli.predict import predict
+from funcloss.app.cli.stopping import INTERRUPTED
+from funcloss.app.cli.sweep import sweep
+from funcloss.app.cli.train import train
+from funcloss.app.cli.version import Version
+from funcloss.errors import FunclossError
+
+
+def _group(version: Version = False) -> None:
+    """Loss functions for mistakes that do not cost the same."""
+
+
+def _app(**settings: Any) -> typer.Typer:
+    names = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(pretty_exceptions_enable=False, context_settings=names, **settings)
+
+
+app = _app(no_args_is_help=True, callback=_group)
+for command in (train, evaluate, predict, check, audit, sweep):
+    app.command()(command)
+
+train_app = _app(add_completion=False)
+train_app.command()(train)
+
+
+def main() -> None:
+    """Run ``funcloss``."""
+    _run(app)
+
+
+def main_train() -> None:
+    """Run ``funcloss-train``."""
+    _run(train_app)
+
+
+def _run(program: Callable[[], Any]) -> None:
+    """Run a command; what a user can mend leaves as one line on stderr, never as a traceback."""
+    try:
+        program()
+    except FunclossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into an exit of its own, without a word.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        # Torch raises it wherever the training is when a process that reads ahead dies.
+        if "DataLoader worker" not in str(error):
+            raise
+        text = str(error).splitlines()[0]
+        print(f"error: reading ahead failed: {text}; try --workers 0", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,559 @@
+"""What a training can be asked for: one table of options, read from TOML and the command line.
+
+Nothing here loads torch, so that ``--help`` answers at once.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Collection, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from funcloss.app.addresses import final, final_path, is_address, refusal
+from funcloss.errors import ConfigError
+
+
+class Option(NamedTuple):
+    """What the table says of one option, beside its type and default."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # low itself is refused
+    metavar: str = ""  # how the command line writes a value; empty: as its type says
+    example: str = ""
+    own: str = ""  # what else than its choices it may name; empty: nothing
+
+
+FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
+TORCHVISION = "torchvision:"  # what the models that torchvision has begin with
+TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
+DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
+_DATA = ("dataset", "validation_dataset", "test_dataset")
+CODE = (*_DATA, "model", "loss")  # the options that may name it
+_MODELS = ("linear", "mlp", "article-cnn", "lenet5", "fast-cnn", "cifar-cnn")
+_LOSSES = (  # of logits and labels
+    "cross_entropy",
+    "nll",
+    "squared_error",
+    "softmax_focal",
+    "poly1",
+    "asymmetric_single_label",
+    "multiclass_hinge",
+    "multi_margin",
+    "generalized_cross_entropy",
+    "symmetric_cross_entropy",
+    "normalized_cross_entropy",
+    "mean_absolute_error",
+    "bi_tempered",
+    "earth_mover",
+    "sord",
+    "class_balanced",
+    "balanced_softmax",
+    "logit_adjusted",
+    "ldam",
+    "vector_scaling",
+    "equalization",
+    "expected_cost",
+    "log_bilinear",
+    "softmax_margin",
+    "cost_hinge",
+    "cross_entropy_with_cost",
+)
+_REDUCTIONS = ("mean", "weighted_mean")
+
+
+class TrainConfig(NamedTuple):
+    """Everything that decides a training. The defaults reach 98 % on MNIST in under two minutes."""
+
+    dataset: Annotated[
+        str,
+        Option(
+            "Data set; auto: MNIST, else its 5,000-digit sample.",
+            ("auto", *DATASETS),
+            own="a folder of images, .npz, .safetensors or .csv of your own, or module:function",
+        ),
+    ] = "auto"
+    target: Annotated[str, Option("Column of the classes, of a CSV table.", metavar="COLUMN")] = ""
+    ignore: Annotated[
+        tuple[str, ...],
+        Option("Column of a CSV table to leave out; repeatable.", metavar="COLUMN"),
+    ] = ()
+    validation_dataset: Annotated[
+        str, Option("Validation part of your own data, where it is apart.", metavar="PATH")
+    ] = ""
+    test_dataset: Annotated[
+        str, Option("Test part of your own data, where it is apart.", metavar="PATH")
+    ] = ""
+    data_dir: Annotated[
+        str, Option("Folder of the data; else $FUNCLOSS_DATA_DIR, else a cache folder.")
+    ] = ""
+    val_fraction: Annotated[
+        float, Option("Part of the training set held out for validation.", low=0, high=0.8)
+    ] = 0.1
+    test_fraction: Annotated[
+        float,
+        Option(
+            "Part of your own data held out for the test, where it brings no test part.",
+            low=0,
+            high=0.8,
+            above=True,
+        ),
+    ] = 0.1
+    imbalance: Annotated[
+        float,
+        Option(
+            "Largest over smallest class of the training part, made long-tailed (the other parts "
+            "stay as they are); 1: as it comes.",
+            low=1,
+        ),
+    ] = 1.0
+    image_size: Annotated[
+        int,
+        Option("Resize images to this height and width; 0: as the model needs.", low=0, high=4096),
+    ] = 0
+    pixel_mean: Annotated[
+        tuple[float, ...], Option("Mean a channel, pixels in 0..1; none: the data set's own.")
+    ] = ()
+    pixel_std: Annotated[
+        tuple[float, ...],
+        Option("Standard deviation a channel; none: the data set's own.", low=0, above=True),
+    ] = ()
+    stream: Annotated[
+        str,
+        Option(
+            "Read a folder of images as it is needed; auto: where it would fill a quarter of the "
+            "memory.",
+            ("auto", "on", "off"),
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int, Option("Processes that read streamed data ahead; 0: none.", low=0, high=1024)
+    ] = 2
+    model: Annotated[
+        str,
+        Option(
+            "Network; auto: fast-cnn on images, mlp on what is none or too small.",
+            ("auto", *_MODELS),
+            own="module:factory, or torchvision:resnet18 and the like",
+        ),
+    ] = "auto"
+    init: Annotated[
+        str, Option("First weights, a .safetensors file; else drawn.", metavar="FILE")
+    ] = ""
+    loss: Annotated[
+        str,
+        Option("Loss to minimise.", _LOSSES, own="module:function, tried by the laws first"),
+    ] = "cross_entropy"
+    check: Annotated[bool, Option("Try the laws on a loss of your own first.")] = True
+    loss_option: Annotated[
+        dict[str, float],
+        Option(
+            "Option of the loss, NAME=NUMBER, such as gamma=2; repeatable.",
+            metavar="NAME=NUMBER",
+            example="gamma=2",
+        ),
+    ] = {}  # noqa: RUF012 - never written to, nor are those below
+    class_weight: Annotated[
+        dict[str, float],
+        Option(
+            "Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.",
+            low=0,
+            metavar="CLASS=WEIGHT",
+            example="9=5",
+        ),
+    ] = {}  # noqa: RUF012
+    reduction: Annotated[
+        str, Option("Divide by the examples, or by their class weights.", _REDUCTIONS)
+    ] = "mean"
+    cost_matrix: Annotated[
+        dict[str, dict[str, float]],
+        Option(
+            "What each decision costs in each true class, a CSV file: rows the truth, columns the "
+            "decision, true\\decided in the first cell.",
+            metavar="FILE",
+        ),
+    ] = {}  # noqa: RUF012
+    class_cost: Annotated[
+        dict[str, float],
+        Option(
+            "What every mistake on a true class costs, CLASS=COST, else 1; repeatable.",
+            low=0,
+            metavar="CLASS=COST",
+            example="9=5",
+        ),
+    ] = {}  # noqa: RUF012
+    prior: Annotated[
+        dict[str, float],
+        Option(
+            "Part of the examples that a class makes up where the model will be used, CLASS=PART; "
+            "repeatable.",
+            low=0,
+            high=1,
+            metavar="CLASS=PART",
+            example="9=0.01",
+        ),
+    ] = {}  # noqa: RUF012
+    floor: Annotated[
+        dict[str, float],
+        Option(
+            "Least recall of a class on validation data, or precision:CLASS=PRECISION; repeatable.",
+            metavar="CLASS=RECALL",
+            example="9=0.99",
+        ),
+    ] = {}  # noqa: RUF012
+    ceiling: Annotated[
+        dict[str, float],
+        Option(
+            "Largest part of a true class that may be decided as another, or cost=COST, the "
+            "expected cost of an example; repeatable.",
+            metavar="TRUE:DECIDED=RATE",
+            example="9:4=0.01",
+        ),
+    ] = {}  # noqa: RUF012
+    floor_every: Annotated[
+        int,
+        Option("Steps between two measurements under floors; 0: five an epoch.", low=0, high=1e9),
+    ] = 0
+    optimizer: Annotated[str, Option("Optimiser.", ("sgd", "adam", "adamw"))] = "adam"
+    learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
+    momentum: Annotated[float, Option("Momentum of sgd.", low=0, high=0.9999)] = 0.9
+    dampening: Annotated[float, Option("Dampening of sgd's momentum.", low=0, high=1)] = 0.0
+    nesterov: Annotated[bool, Option("Nesterov's form of sgd's momentum.")] = False
+    betas: Annotated[
+        tuple[float, ...], Option("Decays of adam and adamw, two numbers.", low=0, high=0.999999)
+    ] = (0.7, 0.9)
+    eps: Annotated[float, Option("Added to adam's denominator.", low=0)] = 1e-8
+    weight_decay: Annotated[float, Option("Weight decay.", low=0)] = 0.0
+    clip_norm: Annotated[float, Option("Clip gradients to this norm; 0: never.", low=0)] = 0.0
+    schedule: Annotated[
+        str, Option("Learning rate over time.", ("constant", "step", "cosine", "one-cycle"))
+    ] = "one-cycle"
+    warmup: Annotated[
+        float, Option("Part of the steps that one-cycle warms up.", low=0, high=0.99, above=True)
+    ] = 0.3
+    decay_every: Annotated[int, Option("Epochs between two decays of step.", low=1, high=1e6)] = 1
+    decay_factor: Annotated[float, Option("Factor of a decay of step.", low=0, high=1)] = 0.1
+    epochs: Annotated[int, Option("Passes over the training set.", low=0, high=1e6)] = 3
+    batch_size: Annotated[int, Option("Examples a step.", low=1, high=1e9)] = 128
+    seed: Annotated[int, Option("Seed of everything random.", low=0, high=2**63 - 1)] = 0
+    device: Annotated[str, Option("Where to train.", ("auto", "cpu", "cuda", "mps"))] = "auto"
+    compile: Annotated[
+        str, Option("Compile the step (torch.compile); auto: on CUDA only.", ("auto", "on", "off"))
+    ] = "auto"
+    amp: Annotated[str, Option("Mixed precision, on CUDA.", ("off", "bf16"))] = "off"
+    threads: Annotated[int, Option("CPU threads; 0: torch's choice.", low=0, high=1024)] = 0
+    log_every: Annotated[int, Option("Steps between two logged losses.", low=1, high=1e9)] = 50
+    audit_every: Annotated[
+        int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
+    ] = 100
+    tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
+    # No option: code that a file named and nobody allowed to import, with the file.
+    refused_code: dict[str, str] = {}  # noqa: RUF012
+
+
+def option_values(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of a configuration by name, as a file has them."""
+    return {field.name: getattr(config, field.name) for field in fields()}
+
+
+class FileOptions(dict[str, Any]):
+    """Options that a file names. Code that they name is imported only where that is allowed."""
+
+    def __init__(self, options: Mapping[str, Any], *, place: Path, allow_import: bool) -> None:
+        """Hold options.
+
+        Args:
+            options: By name, not yet checked.
+            place: The file, for errors.
+            allow_import: Whether code that it names may be imported.
+        """
+        super().__init__(options)
+        self.place, self.allow_import = place, allow_import
+
+
+class Field(NamedTuple):
+    """One row of the table: a field of :class:`TrainConfig` and what is said of it."""
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+
+
+def fields() -> tuple[Field, ...]:
+    """Return the table of options, in order.
+
+    Example:
+        >>> fields()[0].name, fields()[0].default
+        ('dataset', 'auto')
+    """
+    rows = []
+    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, option = get_args(hint)
+            rows.append(Field(name, kind, TrainConfig._field_defaults[name], option))
+    return tuple(rows)
+
+
+def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
+    """Check layers of options, each over the one before, and make a configuration of them.
+
+    Args:
+        layers: Options by name, as a TOML file has them; a later layer wins. Code is imported if a
+            layer names it that is a plain mapping, or of a file that is allowed to.
+
+    Returns:
+        The configuration, defaults where no layer says otherwise, and its paths and addresses of
+        code final: absolute, the symbolic links in them resolved.
+
+    Raises:
+        ConfigError: an option is unknown, of the wrong type, not among its choices or out of range,
+            or two options clash.
+
+    Example:
+        >>> make_config({"epochs": 5}, {"epochs": 2}).epochs
+        2
+    """
+    known = {field.name: field for field in fields()}
+    values: dict[str, Any] = {}
+    origin: dict[str, Mapping[str, Any]] = {}  # the layer that each value is from
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}{did_you_mean(name, list(known))}")
+            field = known[name]
+            values[name] = _checked(name, field.type, field.option, value)
+            origin[name] = layer
+    config = with_final_names(TrainConfig(**values))
+    _check_together(config)
+    refused = {
+        address: str(layer.place)
+        for name, address in code_in(option_values(config)).items()
+        if isinstance(layer := origin[name], FileOptions) and not layer.allow_import
+    }
+    return config._replace(refused_code=refused)
+
+
+def with_final_names(config: TrainConfig) -> TrainConfig:
+    """Return a configuration whose paths and addresses of code mean the same from any folder.
+
+    Raises:
+        ConfigError: one is a path that there cannot be.
+    """
+    paths = {name: getattr(config, name) for name in _DATA}
+    paths = {n: value for n, value in paths.items() if value not in ("", "auto", *DATASETS)}
+    named = {
+        name: final(text)
+        for name, text in (paths | code_in(option_values(config))).items()
+        if text not in config.refused_code  # else final, and to stay the text that is refused
+    }
+    return config._replace(init=config.init and final_path(config.init), **named)
+
+
+def check_code(config: TrainConfig, used: Collection[str] = CODE) -> None:
+    """Raise ``ConfigError`` if options name code that is refused, all of it in one message.
+
+    Args:
+        config: A configuration.
+        used: Those of its options that will be used.
+    """
+    refused = config.refused_code
+    code = code_in(option_values(config)).items()
+    named = {name: address for name, address in code if name in used and address in refused}
+    if named:
+        places = dict.fromkeys(refused[address] for address in named.values())
+        raise ConfigError(refusal(" and ".join(places), named))
+
+
+def read_toml(path: Path, *, allow_import: bool = False) -> FileOptions:
+    """Read options from a TOML file; the tables that run and sweep folders add are left out.
+
+    Args:
+        path: A TOML file, such as the ``config.toml`` of a run folder.
+        allow_import: Whether code that it names may be imported.
+
+    Returns:
+        Options by name, not yet checked: a layer of its own for :func:`make_config`.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML or is of a newer format.
+    """
+    return read_record(path, allow_import=allow_import)[0]
+
+
+def read_record(path: Path, *, allow_import: bool = False) -> tuple["FileOptions", dict[str, Any]]:
+    """Read options as :func:`read_toml` does, and apart the tables that folders add.
+
+    Args:
+        path: The ``config.toml`` of a run folder or the ``sweep.toml`` of a sweep.
+        allow_import: Whether code that it names may be imported.
+
+    Returns:
+        Options by name, not yet checked; ``run`` and ``sweep``, those that are there.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML or is of a newer format.
+    """
+    try:
+        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    tables = {name: options.pop(name) for name in ("run", "sweep") if name in options}
+    version = recorded_format(tables)
+    if version is not None and version > FORMAT:
+        raise ConfigError(
+            f"{path} was made by a newer funcloss: format {version}, this one reads {FORMAT}; "
+            "update funcloss"
+        )
+    return FileOptions(options, place=Path(path), allow_import=allow_import), tables
+
+
+def recorded_format(tables: Mapping[str, Any]) -> int | None:
+    """Return the format that a folder says it has, None where it says none.
+
+    Args:
+        tables: As :func:`read_record` returns them.
+
+    Example:
+        >>> recorded_format({"run": {"version": 1}}), recorded_format({"run": {}})
+        (1, None)
+    """
+    run = tables.get("run")
+    version = run.get("version") if isinstance(run, dict) else None
+    return version if type(version) is int else None
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of the recipes that come with the package.
+
+    Example:
+        >>> recipe_names()
+        ('article', 'fast', 'lenet5-fashion')
+    """
+    folder = resources.files("funcloss.app") / "recipes"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.is_file()))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the options of a recipe.
+
+    Args:
+        name: One of :func:`recipe_names`.
+
+    Returns:
+        Options by name.
+
+    Raises:
+        ConfigError: there is no such recipe.
+
+    Example:
+        >>> read_recipe("article")["batch_size"]
+        32
+    """
+    if name not in recipe_names():
+        raise ConfigError(
+            f"no recipe {name!r}{did_you_mean(name, recipe_names())}; "
+            f"there are {', '.join(recipe_names())}"
+        )
+    text = (resources.files("funcloss.app") / "recipes" / f"{name}.toml").read_text(
+        encoding="utf-8"
+    )
+    return tomllib.loads(text)
+
+
+def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
+    """Return ``value`` as the type ``kind``, or say what is wrong with it."""
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            what = "numbers" if inner is float else "texts"
+            raise ConfigError(f"{name} must be a list of {what}, got {value!r}")
+        return tuple(_checked(name, inner, option, item) for item in value)
+    if get_origin(kind) is dict:
+        _, inner = get_args(kind)
+        if not isinstance(value, Mapping):
+            what = "tables" if get_origin(inner) is dict else "numbers"
+            raise ConfigError(f"{name} must be a table of {what}, got {value!r}")
+        return {str(k): _checked(f"{name} {k}", inner, option, v) for k, v in value.items()}
+    if kind in (int, float):
+        return _number(name, option, value, kind)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
+    if option.choices and value not in option.choices and not (option.own and names_own(value)):
+        choices = ", ".join(option.choices)
+        guess = did_you_mean(value, option.choices)
+        own = f", or {option.own}" if option.own else ""
+        raise ConfigError(f"{name} must be one of {choices}{own}; got {value!r}{guess}")
+    return value
+
+
+def names_own(value: str) -> bool:
+    """Return whether a text names something of the user's: code, a file or a folder.
+
+    Example:
+        >>> names_own("mine:net"), names_own("rows.csv"), names_own("mnits")
+        (True, True, False)
+    """
+    return any(mark in value for mark in ":/.") or (value != "" and Path(value).exists())
+
+
+def code_in(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of some options that name code, which would be imported.
+
+    Args:
+        options: Options by name, a configuration's or a TOML file's.
+
+    Returns:
+        ``module:name`` by option.
+
+    Example:
+        >>> code_in({"model": "torchvision:resnet18", "loss": "mine:loss"})
+        {'loss': 'mine:loss'}
+    """
+    return {
+        name: value
+        for name in CODE
+        if isinstance(value := options.get(name), str)
+        and is_address(value)
+        and not (name == "model" and value.startswith(TORCHVISION))
+    }
+
+
+def _number(name: str, option: Option, value: Any, kind: type) -> Any:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name} must be {what}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    low = value > option.low if option.above else value >= option.low
+    if not low or value > option.high:
+        bounds = [f"{'above' if option.above else 'at least'} {option.low:g}"]
+        bounds += [f"at most {option.high:g}"] if option.high < math.inf else []
+        raise ConfigError(f"{name} must be {' and '.join(bounds)}, got {value}")
+    return kind(value)
+
+
+def _check_together(config: TrainConfig) -> None:
+    if len(config.betas) != 2:
+        raise ConfigError(f"betas must be two numbers, got {len(config.betas)}")
+    if bool(config.pixel_mean) != bool(config.pixel_std):
+        raise ConfigError("pixel_mean and pixel_std must be given together")
+    if config.nesterov and (not config.momentum or config.dampening):
+        raise ConfigError("nesterov needs momentum above 0 and dampening 0")
+    if config.reduction == "weighted_mean" and not config.class_weight:
+        raise ConfigError("reduction weighted_mean needs a class_weight: without one it is mean")
+    if config.amp != "off" and config.device in ("cpu", "mps"):
+        raise ConfigError(f"amp {config.amp} needs device cuda, got {config.device}")
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return the end of an error: what a wrong name may have been meant to be, if anything."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,197 @@
+"""A data set: its types, and the way from an index to a batch."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from funcloss.app.data.streaming import Stream, item_shape
+from funcloss.errors import ConfigError
+from funcloss.typing import Batch
+
+
+class Examples(NamedTuple):
+    """Inputs and their labels on one device; inputs too large to hold are a stream."""
+
+    # images (n, height, width, channels), uint8 or float: a permuted view is channels-last;
+    # features (n, features); or whatever a model takes
+    inputs: Tensor | Stream
+    labels: Int[Tensor, " n"]
+
+
+class Dataset(NamedTuple):
+    """The parts of a data set, and what is needed to read a prediction on it."""
+
+    name: str
+    classes: tuple[str, ...]  # names, in the order of the labels
+    train: Examples
+    validation: Examples  # may be empty
+    test: Examples
+    # of a channel, pixels in 0..1 where they are uint8; of a feature; empty: inputs go as they are
+    mean: Float[Tensor, " channels"]
+    std: Float[Tensor, " channels"]
+    note: str = ""  # what whoever reads the results must know of the data
+    columns: tuple[str, ...] = ()  # names of the features of a table
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input to a model: channels, height and width of an image."""
+        shape = item_shape(self.train.inputs)
+        return (shape[2], *shape[:2]) if self.has_images else shape
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the inputs are images, which can be resized and shown."""
+        return len(item_shape(self.train.inputs)) == 3 and len(self.mean) > 0
+
+
+def normalised(
+    inputs: Tensor, mean: Float[Tensor, " channels"], std: Float[Tensor, " channels"]
+) -> Tensor:
+    """Return examples as a network takes them, ``(input - mean) / std``, images channels-last.
+
+    Args:
+        inputs: Images ``(n, height, width, channels)``, uint8 pixels standing for 0..1 in steps of
+            1/255; or features ``(n, channels)``.
+        mean: Mean of each channel, shape ``(channels,)``; empty: inputs go as they are.
+        std: Standard deviation of each channel, shape ``(channels,)``.
+
+    Returns:
+        float32 of shape ``(n, channels, height, width)`` or ``(n, channels)``, on the device of
+        ``inputs``.
+
+    Example:
+        >>> white = torch.full((1, 2, 2, 1), 255, dtype=torch.uint8)
+        >>> normalised(white, torch.tensor([0.0]), torch.tensor([0.5])).shape
+        torch.Size([1, 1, 2, 2])
+    """
+    if not len(mean):
+        return inputs
+    unit = 255.0 if inputs.dtype == torch.uint8 else 1.0
+    scaled = torch.addcmul(-mean / std, inputs.float(), 1.0 / (unit * std))
+    return rearrange(scaled, "n h w c -> n c h w") if scaled.dim() == 4 else scaled
+
+
+def take(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> Batch:
+    """Return the batch of examples at ``index``, normalised as the data set says.
+
+    Args:
+        dataset: The data set, for its mean and standard deviation.
+        examples: One of its parts.
+        index: Which examples, shape ``(batch,)``, on their device.
+
+    Returns:
+        Inputs ``(batch, channels, height, width)`` of images, ``(batch, features)`` of a table, and
+        labels ``(batch,)``.
+
+    Raises:
+        DataError: a streamed input cannot be read.
+    """
+    if isinstance(examples.inputs, Stream):
+        return next(feed(dataset, examples, [index]))
+    inputs = normalised(examples.inputs[index], dataset.mean, dataset.std)
+    return Batch(inputs, examples.labels[index])
+
+
+def feed(
+    dataset: Dataset, examples: Examples, indices: Iterable[Int[Tensor, " batch"]]
+) -> Iterator[Batch]:
+    """Give one batch after another, streamed ones read ahead of whoever takes them.
+
+    Args:
+        dataset: The data set, for its mean and standard deviation.
+        examples: One of its parts.
+        indices: Of each batch, on the device of the labels.
+
+    Yields:
+        The batches, as :func:`take` has them.
+
+    Raises:
+        DataError: a streamed input cannot be read.
+    """
+    inputs, labels = examples
+    if isinstance(inputs, Tensor):
+        yield from (take(dataset, examples, index) for index in indices)
+        return
+    indices, device = list(indices), labels.device
+    read = inputs.batches(indices, pinned=device.type == "cuda")
+    for index, part in zip(indices, read, strict=True):
+        there = tree_map(lambda x: x.to(device, non_blocking=True), part)
+        if isinstance(there, Tensor):
+            there = normalised(there, dataset.mean, dataset.std)
+        yield Batch(there, labels[index])
+
+
+def resized(dataset: Dataset, size: int) -> Dataset:
+    """Return the data set with images of ``size`` by ``size``, by antialiased interpolation.
+
+    Args:
+        dataset: A data set of images of any size, in memory.
+        size: New height and width in pixels.
+
+    Returns:
+        The same examples, as images of the new size.
+
+    Raises:
+        ConfigError: the inputs are not images in memory.
+    """
+
+    def resize(examples: Examples) -> Examples:
+        if not dataset.has_images or isinstance(examples.inputs, Stream):
+            raise ConfigError(f"image_size: {dataset.name} has no images that can be resized")
+        pieces = [_interpolated(piece, size) for piece in examples.inputs.split(4096)]
+        return Examples(torch.cat(pieces), examples.labels)
+
+    return _with_parts(dataset, resize)
+
+
+def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
+    """Return the data set with all of its tensors on ``device``; streams stay where they are."""
+
+    def move(examples: Examples) -> Examples:
+        inputs = examples.inputs
+        there = inputs.to(device) if isinstance(inputs, Tensor) else inputs
+        return Examples(there, examples.labels.to(device))
+
+    return _with_parts(dataset, move)._replace(
+        mean=dataset.mean.to(device), std=dataset.std.to(device)
+    )
+
+
+def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
+    """Return the examples at ``index``."""
+    inputs, labels = examples
+    chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
+    return Examples(chosen, labels[index])
+
+
+def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:
+    """Return images to be shown, on the CPU: floating ones from their darkest to their lightest."""
+    inputs = examples.inputs
+    if isinstance(inputs, Stream):
+        inputs = torch.cat([*inputs.batches([torch.arange(len(inputs))])])
+    if inputs.dtype == torch.uint8:
+        return inputs.cpu()
+    low, high = inputs.min(), inputs.max()
+    return (255 * (inputs - low) / (high - low).clamp(min=1e-12)).round().to(torch.uint8).cpu()
+
+
+def _with_parts(dataset: Dataset, change: Callable[[Examples], Examples]) -> Dataset:
+    return dataset._replace(
+        train=change(dataset.train),
+        validation=change(dataset.validation),
+        test=change(dataset.test),
+    )
+
+
+def _interpolated(images: Tensor, size: int) -> Tensor:
+    pixels = rearrange(images, "n h w c -> n c h w").float()
+    pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    if images.dtype == torch.uint8:
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "n c h w -> n h w c")

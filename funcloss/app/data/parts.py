@@ -1,0 +1,245 @@
+"""The parts of a data set: cut, counted, thinned out, measured."""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from funcloss.app.data.dataset import Dataset, Examples, subset
+from funcloss.app.data.streaming import Stream
+from funcloss.errors import ConfigError, DataError
+
+_MEASURED = 1_000  # streamed inputs whose mean and standard deviation stand for all
+_VALUES_AT_ONCE = 2**17
+
+
+def make_dataset(
+    name: str,
+    classes: tuple[str, ...],
+    train: Examples,
+    test: Examples | None,
+    *,
+    validation: Examples | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    note: str = "",
+    columns: tuple[str, ...] = (),
+) -> Dataset:
+    """Check examples, and part them into training, validation and test set.
+
+    Args:
+        name: Name of the data set.
+        classes: Names of the classes, in the order of the labels.
+        train: What is there to train on.
+        test: The test set; None cuts it from ``train``.
+        validation: The validation set; None cuts it from ``train``.
+        mean: Mean of each channel, pixels in 0..1; empty: inputs go to the model as they are; None:
+            measured on the training part.
+        std: Standard deviation of each channel; None: measured.
+        val_fraction: Part of each class of ``train`` that becomes validation.
+        test_fraction: Part of each class of ``train`` that becomes the test set, if it is cut.
+        note: What whoever reads the results must know of the data.
+        columns: Names of the features of a table.
+
+    Returns:
+        The data set. The parts depend on nothing but the labels, so every run sees the same.
+
+    Raises:
+        ConfigError: the fractions leave nothing to train on, or nothing to test on.
+        DataError: there are no examples, inputs and labels differ in number, or a label is out of
+            range.
+    """
+    for part, examples in (("training", train), ("validation", validation), ("test", test)):
+        if examples is not None:
+            _check_examples(f"{name}, {part} set", examples, len(classes))
+    fractions = (
+        val_fraction if validation is None else 0.0,
+        test_fraction if test is None else 0.0,
+    )
+    if sum(fractions) >= 1.0:
+        raise ConfigError(
+            f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} leave nothing to "
+            "train on"
+        )
+    kept, held, tested = stratified_split(train.labels, *fractions)
+    test = subset(train, tested) if test is None else test
+    if not len(kept) or not len(test.labels):
+        what = "train" if not len(kept) else "test"
+        raise ConfigError(
+            f"{name}: {len(train.labels):,} examples leave none to {what} on, at val_fraction "
+            f"{val_fraction:g} and test_fraction {test_fraction:g}"
+        )
+    validation = subset(train, held) if validation is None else validation
+    train = train if len(kept) == len(train.labels) else subset(train, kept)
+    if mean is None or std is None:
+        mean, std = measured_scale(train)
+    return Dataset(
+        name=name,
+        classes=classes,
+        train=train,
+        validation=validation,
+        test=test,
+        mean=torch.tensor(mean),
+        std=torch.tensor(std),
+        note=note,
+        columns=columns,
+    )
+
+
+def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel or feature, the last axis.
+
+    Args:
+        examples: Images or features; of a stream some are read.
+
+    Returns:
+        Both, pixels of uint8 images in 0..1; a constant has the standard deviation 1.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
+        >>> measured_scale(Examples(features, torch.tensor([0, 1])))
+        ((1.0, 5.0), (1.0, 1.0))
+    """
+    inputs = examples.inputs
+    if isinstance(inputs, Stream):
+        some = torch.linspace(0, len(inputs) - 1, min(len(inputs), _MEASURED)).long()
+        pieces = inputs.batches(some.split(100))
+    else:
+        pieces = inputs.split(max(1, _VALUES_AT_ONCE // inputs[:1].numel()))
+    count, total, squares = 0, 0.0, 0.0
+    first = None
+    for piece in pieces:
+        flat = piece.flatten(0, -2).double() / (255.0 if piece.dtype == torch.uint8 else 1.0)
+        # Around the mean of the first piece: large features would cancel in the squares.
+        first = flat.mean(0) if first is None else first
+        flat = flat - first
+        count, total, squares = count + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
+    assert first is not None
+    shift = torch.as_tensor(total / count)
+    deviation = (torch.as_tensor(squares / count) - shift**2).clamp(min=0.0).sqrt()
+    mean = shift + first
+    constant = deviation <= 1e-7 * mean.abs()  # but for the rounding of the features
+    deviation = torch.where(constant | (deviation == 0.0), 1.0, deviation)
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def stratified_split(
+    labels: Int[Tensor, " n"], *fractions: float, seed: int = 0
+) -> tuple[Int[Tensor, " part"], ...]:
+    """Part examples at random, each class in the same proportions.
+
+    Args:
+        labels: Class of each example, shape ``(n,)``.
+        fractions: Part of each class that goes into the second part, the third, and so on.
+        seed: Seed of the choice; the same seed gives the same parts.
+
+    Returns:
+        Indices of each part, in ascending order: first what is left, then one part a fraction.
+
+    Raises:
+        ValueError: the fractions are negative or reach 1 together.
+
+    Example:
+        >>> rest, tenth = stratified_split(torch.arange(20) % 2, 0.1)
+        >>> len(rest), len(tenth)
+        (18, 2)
+    """
+    if min(fractions, default=0.0) < 0.0 or sum(fractions) >= 1.0:
+        raise ValueError(f"stratified_split: fractions must be in [0, 1) together, got {fractions}")
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.cpu()
+    # A stable sort, so that thousands of classes take one pass.
+    members = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
+    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
+    sizes = [_shares([len(m) for m in members], fraction) for fraction in fractions]
+    for i, member in enumerate(members):
+        shuffled = member[torch.randperm(len(member), generator=generator)]
+        taken, room = [], len(member) - 1  # one of each class stays in the first part
+        for size in sizes:
+            taken.append(min(size[i], room))
+            room -= taken[-1]
+        pieces = shuffled.split([len(member) - sum(taken), *taken])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.append(piece)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return tuple(torch.cat([empty, *part]).sort().values for part in parts)
+
+
+def _shares(counts: list[int], fraction: float) -> list[int]:
+    """Return ``fraction`` of each count, rounded so that they add up to that of all."""
+    exact = [fraction * count for count in counts]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: round(fraction * sum(counts)) - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def class_counts(examples: Examples, classes: int) -> Int[Tensor, " classes"]:
+    """Count the examples of each of ``classes`` classes.
+
+    Example:
+        >>> images = torch.zeros(3, 2, 2, 1, dtype=torch.uint8)
+        >>> class_counts(Examples(images, torch.tensor([0, 2, 2])), 4)
+        tensor([1, 0, 2, 0])
+    """
+    return examples.labels.bincount(minlength=classes)
+
+
+def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
+    """Thin out the training part: ``n_c = n_max * factor^(-c / (C - 1))`` examples of class ``c``.
+
+    The classes are taken in the order of their labels, so the last is the rarest. Validation and
+    test set stay as they are: scores on them are of the classes as they came.
+
+    Args:
+        dataset: A data set of ``C`` classes, at least 2, the largest with ``n_max`` examples.
+        factor: Largest over smallest class of what is kept, at least 1.
+        seed: Seed of which examples are kept; the same seed keeps the same.
+
+    Returns:
+        The data set with fewer training examples, in their order: ``n_c`` of a class, rounded
+        down and at least 1; all of a class that has fewer.
+
+    Raises:
+        ConfigError: ``factor`` is below 1 or not finite, or there is but one class.
+
+    Example:
+        >>> part = Examples(torch.zeros(20, 2, 2, 1, dtype=torch.uint8), torch.arange(20) % 2)
+        >>> even = make_dataset("even", ("a", "b"), part, part, mean=(0.0,), std=(1.0,),
+        ...                     val_fraction=0.0)
+        >>> class_counts(long_tailed(even, 5).train, 2)
+        tensor([10,  2])
+
+    References:
+        Cui et al., "Class-balanced loss based on effective number of samples", 2019, section 5.1.
+    """
+    if not 1.0 <= factor < math.inf:
+        raise ConfigError(f"imbalance must be at least 1 and finite, got {factor}")
+    last = len(dataset.classes) - 1
+    if last < 1:
+        raise ConfigError(f"imbalance needs two classes, and {dataset.name} has {last + 1}")
+    labels = dataset.train.labels.cpu()
+    largest = int(labels.bincount().max())
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for c in range(last + 1):
+        members = (labels == c).nonzero().squeeze(1)
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
+    index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
+    return dataset._replace(train=subset(dataset.train, index))
+
+
+def _check_examples(what: str, examples: Examples, classes: int) -> None:
+    inputs, labels = examples
+    if len(inputs) != len(labels):
+        raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
+    if len(labels) == 0:
+        raise DataError(f"{what}: no examples")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{what}: labels must be in 0..{classes - 1}, got {low}..{high}")

@@ -1,0 +1,1 @@
+"""Reports: pages, figures and tables of runs, audits and sweeps."""

@@ -1,0 +1,317 @@
+"""The files of a run folder, and what must hold of them."""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from funcloss import __version__
+from funcloss._files import write_text
+from funcloss.app.config import (
+    CODE,
+    FORMAT,
+    TrainConfig,
+    check_code,
+    make_config,
+    option_values,
+    read_record,
+    read_toml,
+    recorded_format,
+)
+from funcloss.errors import ConfigError, RunError
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+# All that is ever written into the folder of a run or a sweep, and the folders in it.
+_WRITTEN = (
+    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT),
+    *("curves.png", "confusion.png", "predictions.png", "events.out.tfevents.*"),
+    *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
+    *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
+    *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
+    *("floor.html", "floor.json", "frontier.png"),
+    *("sweep.toml", "sweep.html", "sweep.json", "sweep.csv", "steps.jsonl", "members.jsonl"),
+    "seed-[0-9]*.safetensors",
+)
+SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
+_FOLDERS = ("plain", "chosen", "tensorboard")
+_HALF_WRITTEN = re.compile(r"\.(.+)-\d+(\.\w+)|\.(.+?)-\w+(?:-old)?")  # what a kill leaves of them
+_NAMED = 5  # files in an error
+
+
+def check_free(path: Path, *, overwrite: bool, what: str = "run") -> None:
+    """Raise ``ConfigError`` unless a new run or sweep may be made at ``path``.
+
+    What may be replaced is known by its ``config.toml`` or ``sweep.toml``, which must parse and
+    have a table of its kind and the version of the format.
+
+    Args:
+        path: The folder to make.
+        overwrite: What is there already may go if it is of the same kind, and no other file lies
+            in it.
+        what: What is made, ``run`` or ``sweep``.
+    """
+    sign = SIGNS[what]
+    try:
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        others = foreign(path) if path.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"cannot use {path} as {what} folder: {error.strerror}") from None
+    not_one = f"{path} is there and is not a {what} folder"
+    if not path.is_dir() or not (path / sign).exists():
+        raise ConfigError(f"{not_one}: name another one")
+    try:
+        options, tables = read_record(path / sign)
+        make_config(options)
+    except ConfigError as error:
+        raise ConfigError(f"{not_one} to replace: name another one ({error})") from None
+    if what not in tables or recorded_format(tables) is None:
+        raise ConfigError(
+            f"{not_one} to replace: name another one ({sign} has no version under [run])"
+        )
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise ConfigError(
+            f"{path} holds a {what} and what funcloss did not write: "
+            f"{', '.join(others[:_NAMED])}{more}; move that away or name another folder"
+        )
+    if not overwrite:
+        raise ConfigError(
+            f"{path} holds a {what} already: resume it, overwrite it or name another folder"
+        )
+
+
+def foreign(path: Path) -> list[str]:
+    """Return what lies in the folder of a run or a sweep and is none of its files.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Names relative to it, sorted; of a folder that is none of its own, that alone.
+    """
+    found = []
+    for item in sorted(path.iterdir()):
+        name = item.name
+        if half := _HALF_WRITTEN.fullmatch(name):
+            name = half[3] or half[1] + half[2]
+        if item.is_dir() and not item.is_symlink():
+            own = name in _FOLDERS
+            found += [f"{item.name}/{n}" for n in foreign(item)] if own else [f"{item.name}/"]
+        elif not any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
+            found.append(item.name)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Return what must be the same for two runs to be the same to the bit."""
+    return {
+        "funcloss": __version__,
+        "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each part of the environment that is not what it was."""
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in now
+        if before.get(name) != now.get(name)
+    ]
+
+
+def write_config(
+    path: Path, config: TrainConfig, *, run: dict[str, Any], **tables: dict[str, Any]
+) -> None:
+    """Write a resolved configuration as TOML, with the tables of what was found on the way.
+
+    Args:
+        path: The file.
+        config: The configuration.
+        run: How it came about; the version of the format goes before it.
+        tables: What else the file says.
+    """
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in option_values(config).items()
+    }
+    record = {**tables, "run": {"version": FORMAT, **run}}
+    write_text(path, tomli_w.dumps({**options, **record}))
+
+
+def read_config(
+    folder: Path, *, allow_import: bool = False, used: Collection[str] = CODE
+) -> TrainConfig:
+    """Read the resolved configuration of a run.
+
+    Args:
+        folder: A run folder.
+        allow_import: Whether code that it names may be imported.
+        used: The options of which the code will be. That of the others stays refused.
+
+    Raises:
+        ConfigError: it names code, and that is not allowed.
+        RunError: ``folder`` is not a run folder, or is of a newer format.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        options = read_toml(folder / CONFIG, allow_import=allow_import)
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    try:
+        config = make_config(options)
+    except ConfigError as error:
+        raise RunError(f"{folder / CONFIG}: {error}") from None
+    check_code(config, used)
+    return config
+
+
+def append_record(folder: Path, record: dict[str, Any]) -> None:
+    """Add a line to ``metrics.jsonl``.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    append_line(folder / METRICS, record)
+
+
+def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``, without a last line that a kill cut short."""
+    records = read_lines(folder / METRICS)
+    if up_to_step is None:
+        return records
+    # What steers a step measures before it: at the step of a checkpoint, not yet.
+    return [r for r in records if r["step"] + (r["kind"] == "steering") <= up_to_step]
+
+
+def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write ``metrics.jsonl`` anew."""
+    write_lines(folder / METRICS, records)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of JSON lines.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, up to a line that a kill cut short.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    records = []
+    if path.exists():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"cannot read {path}: {error}") from None
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a file of JSON lines anew, whole or not at all."""
+    write_text(path, "".join(map(_line, records)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(plain(record), allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it, numbers that are not finite as None.
+
+    Example:
+        >>> plain({"loss": math.nan, "recall": [1.0, math.inf]})
+        {'loss': None, 'recall': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return defined(value) if isinstance(value, float) else value
+
+
+def defined(score: float) -> float | None:
+    """Return a number that JSON has, None for the others."""
+    return score if math.isfinite(score) else None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return ``summary.json``, None in a run that is not finished.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {folder / SUMMARY}: {error}") from None
+
+
+def as_name(text: str) -> str:
+    """Return a text as the name of a folder.
+
+    Example:
+        >>> as_name("my data/mine:net")
+        'my-data-mine-net'
+    """
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "run"
+
+
+def fresh_name(parent: Path, stem: str) -> Path:
+    """Return a path under ``parent`` that is not there yet."""
+    path, n = parent / stem, 1
+    while path.exists():
+        n += 1
+        path = parent / f"{stem}-{n}"
+    return path
+
+
+def command_line() -> str:
+    """Return the command that made this process, for whoever reads the run later."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -1,0 +1,49 @@
+"""The laws, tried on a loss of the user's before it trains anything."""
+
+import contextlib
+import functools
+import sys
+import warnings
+
+from funcloss import laws
+from funcloss.app.registry import LOSSES, loss_named
+from funcloss.app.runs.setup import Setup
+from funcloss.combinators import options_of
+from funcloss.errors import ConfigError
+
+_MOST_CLASSES = 10  # that the laws are tried with
+
+
+def check_loss(setup: Setup) -> tuple[str, ...]:
+    """Raise ``ConfigError`` if the loss is the user's own and breaks a law.
+
+    Args:
+        setup: The training; its configuration's ``check`` says whether to try at all.
+
+    Returns:
+        What the user should read: that nothing was tried, if so.
+    """
+    config = setup.config
+    if config.loss in LOSSES:
+        return ()
+    if not config.check:
+        return (f"the laws were not tried on the loss {config.loss}",)
+    loss = loss_named(config.loss, refused=config.refused_code)
+    takes = options_of(loss)
+    given = {name: t.cpu() for name, t in setup.hyper.items() if name in takes}
+    given.pop("class_weights", None)  # put on its values from outside
+    # What comes from the data is of as many classes as the data has.
+    classes = len(setup.dataset.classes) if given else min(len(setup.costs.classes), _MOST_CLASSES)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
+        tried = functools.partial(loss, **given) if given else loss
+        findings = laws.check(laws.adapt(tried, task="classification", classes=classes).case)
+    broken = [f for f in findings if f.verdict == "fail"]
+    if broken:
+        lines = "".join(f"\n  {f.law}: {f.detail}" + f"\n    -> {f.advice}" * bool(f.advice)
+                        for f in broken)  # fmt: skip
+        raise ConfigError(
+            f"loss {config.loss} breaks {len(broken)} of {len(findings)} laws:{lines}\n"
+            "mend it (funcloss check shows all laws), or train all the same with no-check"
+        )
+    return ()

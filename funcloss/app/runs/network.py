@@ -1,0 +1,225 @@
+"""The network that a configuration names: ours, torchvision's or somebody's own."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from funcloss import models
+from funcloss.app.addresses import imported
+from funcloss.app.config import TORCHVISION, TrainConfig, did_you_mean
+from funcloss.app.runs.checkpoint import load_tensors
+from funcloss.errors import ConfigError, DataError, FunclossError, RunError
+from funcloss.keys import example_keys, keyed_randomness, make_key
+from funcloss.objectives import make_forward
+from funcloss.objectives.supervised import aliases_of
+from funcloss.typing import Inputs, Params
+
+_SMALLEST = 12  # pixels that fast-cnn needs
+
+
+def resolve_model(name: str, shape: models.InputShape) -> str:
+    """Return the network to use: the one asked for, or what suits the inputs on ``auto``.
+
+    Args:
+        name: Of a network, or ``auto``.
+        shape: Of an input.
+
+    Example:
+        >>> resolve_model("auto", (1, 28, 28)), resolve_model("auto", (30,))
+        ('fast-cnn', 'mlp')
+    """
+    if name != "auto":
+        return name
+    return "fast-cnn" if len(shape) == 3 and min(shape[1:]) >= _SMALLEST else "mlp"
+
+
+def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
+    """Return the network that a configuration names, with weights that hang on its seed alone.
+
+    Args:
+        config: Its ``model`` and ``seed``.
+        shape: Of an input.
+        classes: Number of classes.
+
+    Raises:
+        ConfigError: it cannot be made for such inputs, or somebody's own gives no module.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.model.startswith(TORCHVISION):
+            return _of_torchvision(config.model, shape, classes)
+        if config.model not in models.MODELS:
+            return _of_code(config, shape, classes)
+        try:
+            return models.MODELS[config.model](shape, classes)
+        except ValueError as error:
+            way = "use a larger image_size" if len(shape) == 3 else "use linear or mlp"
+            raise ConfigError(f"{error}: {way}") from None
+
+
+def _of_torchvision(address: str, shape: models.InputShape, classes: int) -> nn.Module:
+    """Return one of torchvision's classifiers with a head and a first layer of the right size."""
+    try:
+        from torchvision.models import get_model, list_models
+    except Exception as error:  # a build for another torch fails in more ways than ImportError
+        line = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"model {address} needs a torchvision that matches torch {torch.__version__}: {line}"
+        ) from None
+    import torchvision
+
+    name = address.removeprefix(TORCHVISION)
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigError(f"torchvision has no model {name!r}{did_you_mean(name, known)}")
+    if len(shape) != 3:
+        raise ConfigError(f"model {address} takes images, and the inputs are of shape {shape}")
+    more = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    more |= {"init_weights": True} if more else {}
+    model = get_model(name, weights=None, num_classes=classes, **more)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            return model if layer.in_channels == shape[0] else _with_channels(model, shape[0])
+    return model
+
+
+def _with_channels(model: nn.Module, channels: int) -> nn.Module:
+    """Return a model whose first convolution takes images of other channels, its weights drawn."""
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if layer.groups != 1:
+        raise ConfigError(f"the first layer of the model cannot take {channels} channels")
+    new = nn.Conv2d(
+        channels,
+        layer.out_channels,
+        layer.kernel_size,  # pyright: ignore[reportArgumentType]
+        stride=layer.stride,  # pyright: ignore[reportArgumentType]
+        padding=layer.padding,  # pyright: ignore[reportArgumentType]
+        dilation=layer.dilation,  # pyright: ignore[reportArgumentType]
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+    )
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+def _of_code(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
+    """Return what a factory makes, called with the input's shape and the classes, or without."""
+    address = config.model
+    factory = imported(address, what="model", refused=config.refused_code)
+    if isinstance(factory, nn.Module):
+        raise ConfigError(f"{address} is a module: name a function that makes it, or its class")
+    if not callable(factory):
+        kind = type(factory).__name__
+        raise ConfigError(f"{address} must be a function that returns an nn.Module, got a {kind}")
+    arguments = (shape, classes) if _takes_two(factory) else ()
+    try:
+        made = factory(*arguments)
+    except FunclossError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}"
+        call = f"{address}({', '.join(map(str, arguments))})"
+        raise ConfigError(f"{call} raised {said}; a factory takes nothing, or the shape of an input"
+                          " and the number of classes") from error  # fmt: skip
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{address}() must return an nn.Module, got a {type(made).__name__}")
+    return made
+
+
+def _takes_two(factory: Any) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    listed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes = [p for p in parameters if p.kind in listed]
+    needs = sum(p.default is p.empty for p in takes)
+    return len(takes) >= 2 and needs in (1, 2)
+
+
+def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None:
+    """Raise ``ConfigError`` unless a model makes logits of inputs, in the mode that it is in.
+
+    Args:
+        model: It is not touched.
+        name: What it is called.
+        inputs: A few, on the model's device.
+        classes: Number of classes.
+    """
+    lazy = nn.parameter.is_lazy
+    if any(lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ConfigError(
+            f"model {name} has lazy modules, whose shapes are not known yet: let the factory take "
+            "the shape of an input, or run the model once before it is returned"
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError(f"model {name} has no parameter that requires a gradient")
+    params = {n: t.detach() for n, t in tensors.items() if n in trained}
+    buffers = {n: t.detach() for n, t in tensors.items() if n not in trained}
+    first = tree_leaves(inputs)[0]
+    keys = example_keys(make_key(0), torch.tensor(0), len(first)).to(first.device)
+    shape = tuple(first.shape)
+    try:
+        with torch.no_grad(), keyed_randomness(keys):
+            logits, _ = make_forward(model)(params, buffers, inputs)
+    except Exception as error:
+        line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+        raise ConfigError(
+            f"model {name} fails on inputs of shape {shape} ({first.dtype}): "
+            f"{type(error).__name__}: {line}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(first), classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ConfigError(
+            f"model {name} must give logits of shape {(len(first), classes)} for inputs of shape "
+            f"{shape}, one a class; got {got}"
+        )
+
+
+def untied(model: nn.Module, tensors: Params) -> Params:
+    """Return tensors by name with those of tied ones under each of their names."""
+    more = {a: tensors[n] for a, n in aliases_of(model).items() if n in tensors}
+    return {**more, **tensors}
+
+
+def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return a model with the weights of a file, and a line on what of it begins anew.
+
+    Args:
+        model: A module.
+        path: A ``.safetensors`` file of tensors by name. One of another shape than the model's, as
+            a head for other classes is, is left as it was drawn.
+
+    Raises:
+        ConfigError: the file is of another model.
+        DataError: it cannot be read.
+    """
+    try:
+        tensors, _ = load_tensors(Path(path).expanduser())
+    except RunError as error:
+        raise DataError(f"init: {error}; first weights are a .safetensors file") from None
+    tensors = untied(model, tensors)
+    own = model.state_dict()
+    missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    if missing or unknown:
+        what = "lacks" if missing else "has an unknown"
+        raise ConfigError(f"init: {path} is of another model: it {what} {min(missing or unknown)}")
+    anew = [name for name, tensor in own.items() if tensors[name].shape != tensor.shape]
+    if len(anew) == len(own):
+        raise ConfigError(f"init: no tensor of {path} has the shape that the model's has")
+    model = copy.deepcopy(model)
+    model.load_state_dict({**tensors, **{name: own[name] for name in anew}})
+    if not anew:
+        return model, ""
+    return model, (
+        f"init: {len(own) - len(anew)} of {len(own)} tensors are those of {Path(path).name}; of "
+        f"another shape, so begun anew: {', '.join(anew[:6])}"
+    )

@@ -1,0 +1,163 @@
+"""What is said of a run: records, scalars, figures and the summary."""
+
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcloss._files import write_text
+from funcloss.app.config import TrainConfig
+from funcloss.app.data import as_pixels, subset
+from funcloss.app.report import run_figures as figures
+from funcloss.app.runs import folder
+from funcloss.app.runs.judging import judge_model, judged_record, rule_caveat
+from funcloss.app.runs.learned import learning_warnings
+from funcloss.app.runs.setup import Setup
+from funcloss.decisions import cost_sentences
+from funcloss.errors import ConfigError
+from funcloss.training.evaluation import Evaluation
+from funcloss.training.step import TrainState
+from funcloss.typing import Hyper
+
+_MATRICES = 100  # classes at most whose confusion matrices are in a summary
+
+
+def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
+    """Return mean loss and seconds of an epoch's steps, those before a stop included."""
+    reports = [r for r in records if r["kind"] == "step" and r["epoch"] == number]
+    losses = [math.nan if r["loss"] is None else r["loss"] * r["steps"] for r in reports]
+    return sum(losses) / sum(r["steps"] for r in reports), sum(r["seconds"] for r in reports)
+
+
+def scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return what JSON can hold of evaluations, None where a score is not defined."""
+
+    def by_class(parts: Tensor) -> dict[str, float | None]:
+        return {c: folder.defined(s) for c, s in zip(classes, parts.tolist(), strict=True)}
+
+    return {
+        name: {
+            "n": int(judged.confusion.sum()),
+            "loss": folder.defined(judged.loss),
+            "accuracy": judged.accuracy,
+            "recall": by_class(judged.recall),
+            "precision": by_class(judged.precision),
+        }
+        for name, judged in evaluations.items()
+    }
+
+
+def sum_up(
+    run_dir: Path,
+    setup: Setup,
+    state: TrainState,
+    hyper: Hyper,
+    evaluations: dict[str, Evaluation],
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Draw the figures and write the summary, which is the sign of a finished run."""
+    config, classes, test = setup.config, setup.dataset.classes, setup.dataset.test
+    records = folder.read_records(run_dir)
+    epochs = [r for r in records if r["kind"] == "epoch" and r["epoch"] > 0]
+    seconds = sum(r["seconds"] for r in epochs)
+    examples = int(state.step) * config.batch_size
+    # Under floors and ceilings the loss itself changes with the class weights.
+    losses = [] if config.floor or config.ceiling else _losses(records)
+    audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
+    drawn = {
+        "curves.png": figures.curves(records),
+        "confusion.png": figures.confusion(evaluations["test"].confusion, classes),
+    }
+    if setup.dataset.has_images:
+        few = subset(test, torch.arange(min(6, len(test.labels)), device=test.labels.device))
+        guesses = evaluations["test"].logits[: len(few.labels)].argmax(-1).tolist()
+        drawn["predictions.png"] = figures.predictions(
+            as_pixels(few),
+            [classes[i] for i in few.labels.tolist()],
+            [classes[i] for i in guesses],
+        )
+    for name, figure in drawn.items():
+        figures.save_figure(figure, run_dir / name)
+    summary = {
+        "dataset": config.dataset,
+        "dataset_note": setup.dataset.note,
+        "model": config.model,
+        "parameters": sum(p.numel() for p in state.params.values()),
+        "loss": config.loss,
+        "reduction": config.reduction,
+        "class_weight": config.class_weight,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "steps": int(state.step),
+        "examples": examples,
+        "train_seconds": seconds,
+        "audits": len(audits),
+        "audit_seconds": sum(audits.values()),
+        "images_per_second": examples / seconds if seconds else None,
+        "device": config.device,
+        "compile": config.compile,
+        "threads": config.threads,
+        "torch": torch.__version__,
+        "warnings": learning_warnings(
+            evaluations["test"].confusion, classes, losses, trained=bool(state.step)
+        ),
+        **more,
+        **scores(evaluations, classes),
+        "costs": cost_sentences(setup.costs),
+        "caveat": rule_caveat(config),
+        "judged": {
+            name: judged_record(found, setup.costs, matrices=len(classes) <= _MATRICES)
+            for name, found in judge_model(setup, evaluations, hyper).items()
+        },
+    }
+    write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _losses(records: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Return mean loss and number of steps of each report."""
+    return [
+        (math.nan if r["loss"] is None else r["loss"], r["steps"])
+        for r in records
+        if r["kind"] == "step"
+    ]
+
+
+@contextlib.contextmanager
+def scalars(run_dir: Path, wanted: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that logs a record for TensorBoard, or does nothing."""
+    if not wanted:
+        yield lambda record: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(run_dir / "tensorboard") as writer:
+
+        def add(record: dict[str, Any]) -> None:
+            if record["kind"] == "step":
+                writer.add_scalar("loss/train", record["loss"], record["step"])
+                writer.add_scalar("images_per_second", record["images_per_second"], record["step"])
+            if record["kind"] == "audit":
+                for score in ("share", "norm", "update_share"):
+                    value = math.nan if record[score] is None else record[score]
+                    writer.add_scalar(f"{score}/{record['class']}", value, record["step"])
+            for part in ("validation", "test"):
+                if part in record:
+                    for score in ("loss", "accuracy"):
+                        value = record[part][score]
+                        value = math.nan if value is None else value
+                        writer.add_scalar(f"{score}/{part}", value, record["step"])
+
+        yield add
+
+
+def check_tensorboard(config: TrainConfig) -> None:
+    """Raise ``ConfigError`` if TensorBoard is asked for and not installed."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard is not installed: pip install 'funcloss[tensorboard]'")

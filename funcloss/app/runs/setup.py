@@ -1,0 +1,447 @@
+"""From a configuration to what trains: device, data, model, objective, optimiser."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcloss import optim
+from funcloss.app.config import TrainConfig, check_code, did_you_mean, with_final_names
+from funcloss.app.data import (
+    Dataset,
+    Known,
+    Stream,
+    class_counts,
+    data_folder,
+    feed,
+    load_dataset,
+    moved,
+    resized,
+    take,
+)
+from funcloss.app.registry import loss_named, make_criterion, number_options
+from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
+from funcloss.combinators import correction_of, options_of
+from funcloss.decisions import Costs, class_index, make_costs
+from funcloss.errors import ConfigError
+from funcloss.objectives import supervised
+from funcloss.objectives.supervised import Criterion
+from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
+from funcloss.typing import Batch, Hyper
+
+_ROUNDING = 1e-6  # of parts that add up to 1
+
+
+class Setup(NamedTuple):
+    """All that a training needs, made from a resolved configuration."""
+
+    config: TrainConfig  # nothing left to decide but ``compile``
+    dataset: Dataset  # on the device
+    counts: Tensor  # training examples of each class, on the CPU
+    costs: Costs  # of decisions, which not every loss looks at
+    model: nn.Module  # in training mode, with its first weights
+    criterion: Criterion
+    hyper: Hyper
+    train_step: TrainStep
+    state: TrainState  # before the first step
+    per_epoch: int  # steps of an epoch; the last partial batch is left out
+    notes: tuple[str, ...] = ()  # what the user should read
+
+    def feed(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """Give the training examples at one index after another."""
+        return feed(self.dataset, self.dataset.train, indices)
+
+
+def make_setup(config: TrainConfig) -> Setup:
+    """Decide what a configuration leaves open and make what it names.
+
+    Args:
+        config: What is asked for. A resolved configuration stays as it is.
+
+    Returns:
+        Everything for the training. The number of torch's CPU threads is set on the way.
+
+    Raises:
+        ConfigError: a device, a class or a size that this machine or data set does not have, an
+            option that the loss does not take, or code that is refused.
+        DataError: the data cannot be had.
+    """
+    check_code(config)
+    device = resolve_device(config.device)
+    if config.amp != "off" and device != "cuda":
+        raise ConfigError(f"amp {config.amp} needs device cuda, and here it is {device}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config = with_absolute_paths(config._replace(device=device))
+    config, dataset = _resolve(config, load_data(config))
+    return setup_on(config, moved(dataset, device))
+
+
+def load_data(config: TrainConfig, *, known: Known | None = None) -> Dataset:
+    """Return the data set that a configuration names, as it describes it.
+
+    Args:
+        config: Its data options; of the others only ``model``, for the size that lenet5 takes.
+        known: As for :func:`funcloss.app.data.load_dataset`.
+
+    Raises:
+        ConfigError: the request does not fit the data.
+        DataError: the data cannot be had.
+    """
+    return load_dataset(
+        config.dataset,
+        config.data_dir,
+        val_fraction=config.val_fraction,
+        imbalance=config.imbalance,
+        target=config.target,
+        ignore=config.ignore,
+        test_fraction=config.test_fraction,
+        validation_dataset=config.validation_dataset,
+        test_dataset=config.test_dataset,
+        image_size=_image_size(config),
+        stream=config.stream,
+        workers=config.workers,
+        known=known,
+        refused_code=config.refused_code,
+    )
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return a configuration that means the same from any folder."""
+    data_dir = str(data_folder(config.data_dir).absolute())
+    return with_final_names(config)._replace(data_dir=data_dir)
+
+
+def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
+    """Make what a resolved configuration names, on data that is there.
+
+    Args:
+        config: A resolved configuration, as a setup has it.
+        dataset: The data that it names, on its device.
+
+    Returns:
+        Everything for the training.
+
+    Raises:
+        ConfigError: a size or a cost that does not fit the data, or an option that the loss does
+            not take.
+    """
+    device = config.device
+    costs = make_costs(dataset.classes, config.cost_matrix, config.class_cost)
+    counts = class_counts(dataset.train, len(dataset.classes)).cpu()
+    hyper = make_hyper(config, costs, counts, device)
+    if len(dataset.train.labels) < config.batch_size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is more than the {len(dataset.train.labels):,} "
+            "training examples: use a smaller one"
+        )
+    model, note = first_model(config, dataset)
+    size = min(config.batch_size, len(dataset.train.labels))
+    few = take(dataset, dataset.train, torch.arange(size, device=device))
+    try_model(model, config.model, few.inputs, len(dataset.classes))
+    weighted = "class_weights" in hyper
+    criterion = make_criterion(
+        config.loss, config.reduction, weighted=weighted, refused=config.refused_code
+    )
+    optimizer = make_optimizer(config)
+    per_epoch = len(dataset.train.labels) // config.batch_size
+    train_step = make_train_step(
+        supervised(model, criterion, bfloat16=config.amp == "bf16"),
+        optimizer,
+        schedule=make_schedule(config, per_epoch),
+        clip_norm=config.clip_norm,
+    )
+    return Setup(
+        config=config,
+        dataset=dataset,
+        counts=counts,
+        costs=costs,
+        model=model,
+        criterion=criterion,
+        hyper=hyper,
+        train_step=train_step,
+        state=init_state(model, optimizer, seed=config.seed),
+        per_epoch=per_epoch,
+        notes=tuple(filter(None, (_on_streaming(dataset), note))),
+    )
+
+
+def _on_streaming(dataset: Dataset) -> str:
+    inputs = dataset.train.inputs
+    if not isinstance(inputs, Stream):
+        return ""
+    ahead = f"{inputs.workers} processes ahead" if inputs.workers else "none ahead"
+    return f"{len(inputs):,} training inputs are read as they are needed, {ahead}"
+
+
+def first_model(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
+    """Return the network with its first weights on its device, and a note on where they are from.
+
+    Args:
+        config: A resolved configuration.
+        dataset: The data that it is for.
+
+    Raises:
+        ConfigError: the network cannot be made, or the weights of ``init`` are not of it.
+        DataError: the file of ``init`` cannot be read.
+    """
+    model, note = make_model(config, dataset.input_shape, len(dataset.classes)), ""
+    if config.init:
+        model, note = with_first_weights(model, config.init)
+    try:
+        return model.to(config.device), note
+    except (NotImplementedError, RuntimeError) as error:  # without weights, or too large
+        raise ConfigError(f"model {config.model} cannot go to {config.device}: {error}") from error
+
+
+def seeded_state(setup: Setup, seed: int) -> TrainState:
+    """Return the state before the first step of a training with another seed.
+
+    Args:
+        setup: A training.
+        seed: The seed of the model's first weights and of everything that the training draws.
+
+    Returns:
+        The state, as :func:`setup_on` makes it for a configuration with that seed.
+    """
+    config = setup.config._replace(seed=seed)
+    model, _ = first_model(config, setup.dataset)
+    return init_state(model, make_optimizer(config), seed=seed)
+
+
+def trial_batch(setup: Setup) -> Batch:
+    """Return a batch of training examples from all over the set, which may be sorted by class.
+
+    Args:
+        setup: A training, of as many examples as a batch needs.
+
+    Returns:
+        The batch, on the device.
+    """
+    n, size = len(setup.dataset.train.labels), setup.config.batch_size
+    index = torch.arange(size, device=setup.config.device) * n // size
+    return take(setup.dataset, setup.dataset.train, index)
+
+
+def resolve_device(name: str) -> str:
+    """Return the device to use: the one asked for if it is there, the fastest on ``auto``.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Returns:
+        ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((device for device, is_there in there.items() if is_there), "cpu")
+    if name != "cpu" and not there.get(name, False):
+        raise ConfigError(f"device {name} is not on this machine: use cpu, or auto")
+    return name
+
+
+def make_optimizer(config: TrainConfig) -> optim.Optimizer:
+    """Return the optimiser that a configuration names."""
+    if config.optimizer == "sgd":
+        return optim.sgd(
+            momentum=config.momentum,
+            dampening=config.dampening,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+    make = {"adam": optim.adam, "adamw": optim.adamw}[config.optimizer]
+    b1, b2 = config.betas
+    return make(betas=(b1, b2), eps=config.eps, weight_decay=config.weight_decay)
+
+
+def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
+    """Return the schedule that a configuration names, over steps of which an epoch has some."""
+    steps = max(config.epochs * per_epoch, 2)
+    if config.schedule == "step":
+        return optim.step_decay(every=config.decay_every * per_epoch, factor=config.decay_factor)
+    if config.schedule == "cosine":
+        return optim.cosine(steps=steps)
+    if config.schedule == "one-cycle":
+        return optim.one_cycle(steps=steps, warmup=config.warmup)
+    return optim.constant()
+
+
+def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -> Hyper:
+    """Return what may be swept: learning rate, class weights if any, and what the loss takes.
+
+    Args:
+        config: Its ``class_weight`` by name of the class.
+        costs: What decisions cost, for the losses that look at it.
+        counts: Training examples of each class, ``(classes,)``, for the losses of counts or priors.
+        device: Where the tensors go.
+
+    Returns:
+        float32 tensors by name.
+
+    Raises:
+        ConfigError: the loss has no such option, lacks one, refuses a value, or has no use for
+            these costs or counts.
+    """
+    data = _data_options(config, costs, counts)
+    _check_loss_options(config, data, len(costs.classes))
+    numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
+    if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
+        numbers["class_weights"] = [config.class_weight.get(name, 1.0) for name in costs.classes]
+    hyper = {name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()} | data
+    if large := [name for name, value in hyper.items() if not value.isfinite().all()]:
+        raise ConfigError(f"{', '.join(large)} must fit float32, so be below 3.4e38")
+    return {name: value.to(device) for name, value in hyper.items()}
+
+
+def _data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
+    """Return those options of a loss that the data and the costs decide."""
+    loss = config.loss
+    takes = options_of(loss_named(loss, refused=config.refused_code))
+    if takes & {"class_counts", "class_prior"} and not counts.all():
+        missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
+        raise ConfigError(
+            f"loss {loss} needs training examples of every class; of {', '.join(missing[:5])} "
+            "there are none"
+        )
+    if "cost_matrix" in takes and costs.extra:
+        raise ConfigError(
+            f"loss {loss} needs a square cost_matrix: the model has a logit a class, and none for "
+            f"{', '.join(costs.extra[:5])}; train with another loss, or without that column"
+        )
+    known = {
+        "class_counts": counts,
+        "class_prior": counts.double() / counts.sum(),
+        "cost_matrix": costs.matrix,
+    }
+    return {name: value.float() for name, value in known.items() if name in takes}
+
+
+def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
+    """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs."""
+    loss, given = config.loss, config.loss_option
+    function = loss_named(loss, refused=config.refused_code)
+    known = number_options(function)
+    for name in given:
+        if name not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none that is a number"
+            guess = did_you_mean(name, known)
+            raise ConfigError(f"loss_option: {loss} has no option {name!r}{guess}; {there}")
+    if missing := [name for name, needed in known.items() if needed and name not in given]:
+        raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
+    try:  # a loss checks the range of plain numbers only: in training they are tensors
+        values = function(torch.eye(classes), torch.arange(classes), **data, **given)
+    except ValueError as error:
+        raise ConfigError(f"loss_option: {error}") from None
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss} fails on logits {(classes, classes)} and labels {(classes,)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (classes,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
+            f"{got}: leave out the mean or sum in it"
+        )
+    _check_probabilities(config, {**data, **given}, classes)
+
+
+def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> None:
+    """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
+    loss = config.loss
+    try:
+        function = loss_named(loss, refused=config.refused_code)
+        scale, offset = correction_of(function, options)
+        shape = tuple((scale * torch.zeros(classes) + offset).shape)
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss}: its probabilities cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if shape != (classes,):
+        raise ConfigError(
+            f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
+            f"{(classes,)}; got shape {shape}"
+        )
+
+
+def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
+    """Fill in what only the data can tell, and give the data the size and scale asked for."""
+    classes = dataset.classes
+    resolved = resolved_costs(config, classes)._replace(
+        dataset=dataset.name if config.dataset == "auto" else config.dataset,
+        model=resolve_model(config.model, dataset.input_shape),
+        class_weight=_by_name("class_weight", config.class_weight, classes),
+        threads=torch.get_num_threads(),
+    )
+    weights = resolved.class_weight.values()
+    if len(weights) == len(classes) and not any(weights):
+        raise ConfigError("class_weight: every class weighs 0, so nothing would be learnt")
+    return resolved, _as_asked(config, dataset)
+
+
+def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:
+    """Return a configuration with its costs and priors by name of the class.
+
+    Args:
+        config: A configuration.
+        classes: Names of the classes, in the order of the labels.
+
+    Returns:
+        The same, each class named once.
+
+    Raises:
+        ConfigError: there is no such class, or the priors do not add up.
+    """
+    prior = _by_name("prior", config.prior, classes)
+    _check_prior(prior, len(classes))
+    return config._replace(
+        class_cost=_by_name("class_cost", config.class_cost, classes), prior=prior
+    )
+
+
+def _check_prior(prior: dict[str, float], classes: int) -> None:
+    total = sum(prior.values())
+    if total > 1.0 + _ROUNDING:
+        raise ConfigError(f"prior: the parts must not add up to more than 1, got {total:g}")
+    if len(prior) == classes and total < 1.0 - _ROUNDING:
+        raise ConfigError(f"prior: the parts of all classes must add up to 1, got {total:g}")
+
+
+def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """Return the data at the size and scale that a configuration asks for."""
+    size = _image_size(config)
+    if size and not dataset.has_images:
+        what = f"image_size {size}" if config.image_size else f"model {config.model}"
+        raise ConfigError(
+            f"{what} is for images, and {dataset.name} has none: use the model mlp or linear"
+        )
+    if size and dataset.input_shape[1:] != (size, size):
+        dataset = resized(dataset, size)
+    if not config.pixel_mean:
+        return dataset
+    if not dataset.has_images:
+        raise ConfigError(f"pixel_mean and pixel_std are for images, and {dataset.name} has none")
+    channels = len(dataset.mean)
+    if not len(config.pixel_mean) == len(config.pixel_std) == channels:
+        raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
+    mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
+    return dataset._replace(mean=mean, std=std)
+
+
+def _image_size(config: TrainConfig) -> int:
+    return config.image_size or (32 if config.model == "lenet5" else 0)
+
+
+def _by_name(what: str, values: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:
+    """Return the values by name of the class; a key that is no name may be an index."""
+    named = {}
+    for key, value in values.items():
+        name = classes[class_index(what, key, classes)]
+        if name in named:
+            raise ConfigError(f"{what}: class {name!r} is given twice")
+        named[name] = value
+    return named

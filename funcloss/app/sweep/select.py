@@ -1,0 +1,162 @@
+"""From the members' scores on validation data to the one that is chosen, and why."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from funcloss.app.report.choice import Point, Score
+from funcloss.app.sweep.axes import Axis
+from funcloss.constraints.limits import Limit, held, violations
+from funcloss.decisions import seed_interval
+
+Record = dict[str, Any]  # a member at the end of a seed's training: a line of members.jsonl
+_FADED = 0.001  # training error below which class weights have nothing left to weigh
+
+
+def points_of(
+    records: Sequence[Record],
+    limits: Sequence[Limit],
+    focus: Sequence[str],
+) -> list[Point]:
+    """Return the members of a sweep on validation data, over their seeds, none chosen yet.
+
+    Args:
+        records: The members at the end of each seed's training.
+        limits: What is to hold; it does where it holds of the mean over the seeds.
+        focus: Classes whose recall is told.
+
+    Returns:
+        A point a member, in their order.
+    """
+    numbers = sorted({record["member"] for record in records})
+    return [_point([r for r in records if r["member"] == n], limits, focus) for n in numbers]
+
+
+def chosen_of(
+    points: Sequence[Point],
+    axes: Sequence[Axis],
+    limits: Sequence[Limit],
+    missed: Sequence[float],
+) -> int | None:
+    """Return which member to choose, by validation data alone.
+
+    Under limits the one that keeps them with the class weight nearest to 1, or, where more than one
+    option or another is swept, with the least expected cost; if none keeps them, the one that comes
+    nearest. Without limits the one of least expected cost. Plain training is a member as any other;
+    one that diverged on a seed is out.
+
+    Args:
+        points: The members.
+        axes: What was swept.
+        limits: What is to hold.
+        missed: How far each member is from its limits: :func:`misses`.
+
+    Returns:
+        Its position among the points; None if all diverged.
+    """
+    sound = [i for i, p in enumerate(points) if not p.diverged]
+    if not sound:
+        return None
+    if not limits:
+        return min(sound, key=lambda i: points[i].expected_cost.value)
+    feasible = [i for i in sound if points[i].feasible]
+    if not feasible:
+        return min(sound, key=lambda i: missed[i])
+    if len(axes) == 1 and axes[0].option == "class_weight":
+        return min(feasible, key=lambda i: _tilt(points[i].values.get(axes[0].name, 1.0)))
+    return min(feasible, key=lambda i: points[i].expected_cost.value)
+
+
+def baseline_of(points: Sequence[Point]) -> int | None:
+    """Return which plain training to compare with: that of least expected cost on validation data.
+
+    Args:
+        points: The members; plain training is there once for each learning rate.
+
+    Returns:
+        Its position among the points; None if all plain trainings diverged.
+    """
+    plain = [i for i, p in enumerate(points) if p.plain and not p.diverged]
+    return min(plain, key=lambda i: points[i].expected_cost.value, default=None)
+
+
+def misses(records: Sequence[Record], limits: Sequence[Limit]) -> list[float]:
+    """Return how far each member is from keeping the limits, the worst of them, over its seeds.
+
+    Args:
+        records: The members at the end of each seed's training.
+        limits: What is to hold.
+
+    Returns:
+        A number a member, in the units of :func:`funcloss.constraints.limits.violations`.
+    """
+    worst = []
+    for number in sorted({record["member"] for record in records}):
+        own = [r for r in records if r["member"] == number]
+        values = _means([r["reached"] for r in own])
+        support = torch.tensor(own[0]["support"])
+        far = violations(limits, values, support) if limits else torch.zeros(1)
+        undefined = any(math.isnan(v) for v in values)
+        worst.append(math.inf if undefined else float(far.max()))
+    return worst
+
+
+def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
+    """Return the training error where class weights are swept and nothing is left to weigh.
+
+    Once no training example is wrong, class weights hardly move the boundary any more.
+
+    Args:
+        records: The members at the end of each seed's training.
+        axes: What was swept.
+
+    Returns:
+        Mean, least and largest training error, if the mean is below 0.1 %; else None.
+
+    References:
+        Byrd and Lipton, "What is the effect of importance weighting in deep learning?", 2019;
+        Kini, Paraskevas, Oymak and Thrampoulidis, "Label-imbalanced and group-sensitive
+        classification under overparameterization", 2021.
+    """
+    errors = [1.0 - r["train_accuracy"] for r in records if not r["diverged"]]
+    if not errors or not any(axis.option == "class_weight" for axis in axes):
+        return None
+    mean = sum(errors) / len(errors)
+    return Score(mean, min(errors), max(errors)) if mean < _FADED else None
+
+
+def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> Point:
+    sound = [r for r in own if not r["diverged"]]
+    values = _means([r["reached"] for r in sound])
+    return Point(
+        name=own[0]["name"],
+        values=own[0]["values"],
+        accuracy=_score([r["accuracy"] for r in sound]),
+        expected_cost=_score([r["expected_cost"] for r in sound]),
+        rule_cost=_score([_number(r["rule_cost"]) for r in sound]),
+        recall=tuple(_score([_number(r["recall"][name]) for r in sound]) for name in focus),
+        plain=own[0]["plain"],
+        chosen=False,
+        feasible=(bool(sound) and held(limits, values)) if limits else None,
+        seeds=len(own),
+        diverged=len(own) - len(sound),
+    )
+
+
+def _tilt(weight: float) -> float:
+    return abs(math.log(weight)) if weight > 0 else math.inf
+
+
+def _score(values: list[float]) -> Score:
+    return Score(*seed_interval(values))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _means(rows: list[list[float | None]]) -> list[float]:
+    columns = zip(*rows, strict=True)
+    return [sum(_number(v) for v in column) / len(rows) for column in columns]

@@ -1,5 +1,0 @@
-"""The commands: ``funcloss`` and its short form ``funcloss-train``."""
-
-from funcloss.cli.app import main, main_train
-
-__all__ = ["main", "main_train"]

@@ -1,0 +1,149 @@
+"""What a step minimises: a model, a loss and a reduction, as one pure function."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from funcloss.combinators import (
+    class_weights_of,
+    masking,
+)
+from funcloss.keys import keyed_randomness
+from funcloss.reduction import mean, weighted_mean
+from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
+
+# (predictions, batch, hyper) -> scalar; an evaluation gives no inputs in its batch
+Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
+Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
+
+
+def mean_of(loss: LossFn) -> Criterion:
+    """Return the mean over the examples that count, ``sum(loss) / sum(where)``.
+
+    Args:
+        loss: A loss; it is given everything in ``hyper`` but the learning rate, by name.
+
+    Returns:
+        A criterion ``(predictions, batch, hyper) -> scalar``.
+    """
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        return mean(_values(loss, predictions, batch, hyper), where=batch.where)
+
+    return criterion
+
+
+def sum_of(loss: LossFn) -> Criterion:
+    """Return the sum over the examples that count, ``sum(loss)``; as :func:`mean_of` otherwise."""
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        return _values(loss, predictions, batch, hyper).sum()
+
+    return criterion
+
+
+def weighted_mean_of(loss: LossFn) -> Criterion:
+    """Return torch's mean over class weights, ``sum(w[label] * loss) / sum(w[label])``.
+
+    Args:
+        loss: An unweighted loss; ``hyper["class_weights"]`` is kept for the mean.
+
+    Returns:
+        A criterion ``(predictions, batch, hyper) -> scalar``.
+    """
+
+    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        options = dict(hyper)
+        class_weights = options.pop("class_weights")
+        values = _values(loss, predictions, batch, options)
+        weights = class_weights_of(class_weights, batch.targets, batch.where)
+        return weighted_mean(values, weights, where=batch.where)
+
+    return criterion
+
+
+def _values(loss: LossFn, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+    options = {name: value for name, value in hyper.items() if name != "learning_rate"}
+    return loss(predictions, batch.targets, **masking(batch.where), **options)
+
+
+def make_forward(model: nn.Module) -> Forward:
+    """Return ``model`` as a pure function of its tensors, in the mode it is in now.
+
+    Args:
+        model: Any module. It is copied without its tensors and never touched again.
+
+    Returns:
+        ``(params, buffers, inputs) -> (predictions, buffers)``. Inputs in a tuple are the model's
+        positional arguments, in a dict its keywords. The buffers that come back are new: what a
+        module writes to its own, in place or by assignment, is in them.
+    """
+    skeleton = copy.deepcopy(model).to("meta")
+    aliases = aliases_of(model)
+    written = {name for name, _ in model.named_buffers()}
+
+    def forward(params: Params, buffers: Buffers, inputs: Inputs) -> tuple[Tensor, Buffers]:
+        # What the module may write to is cloned; frozen parameters are not.
+        fresh = {name: b.clone() if name in written else b for name, b in buffers.items()}
+        tensors = {**params, **fresh}
+        for alias, name in aliases.items():
+            tensors[alias] = tensors[name]
+        # tie_weights=False: the aliases are above, and torch would write to a copy of the dict.
+        named = inputs if isinstance(inputs, dict) else {}
+        listed = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
+        predictions = functional_call(skeleton, tensors, listed, named, tie_weights=False)
+        return predictions, {name: tensors[name] for name in buffers}
+
+    return forward
+
+
+def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False) -> Objective:
+    """Return the objective of predicting a batch's targets from its inputs.
+
+    Args:
+        model: Any module, in the mode to train it in.
+        criterion: From predictions, batch and hyper to the scalar to minimise.
+        bfloat16: Run the model, not the loss, in bfloat16 where that is safe (autocast).
+
+    Returns:
+        ``(params, buffers, batch, keys, hyper) -> (loss, (buffers, metrics))``, pure; dropout draws
+        from ``keys``.
+
+    Example:
+        >>> from funcloss.models import linear
+        >>> objective = supervised(linear((1, 2, 2), 3), mean_of(losses.cross_entropy))
+        >>> params = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
+        >>> batch = Batch(torch.ones(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))
+        >>> loss, _ = objective(params, {}, batch, torch.arange(5), {})
+        >>> loss
+        tensor(1.0986)
+    """
+    forward = make_forward(model)
+
+    def objective(
+        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+    ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
+        with keyed_randomness(keys):
+            if bfloat16:
+                with torch.autocast(batch.inputs.device.type, torch.bfloat16):
+                    predictions, buffers = forward(params, buffers, batch.inputs)
+                predictions = predictions.float()
+            else:
+                predictions, buffers = forward(params, buffers, batch.inputs)
+        return criterion(predictions, batch, hyper), (buffers, {})
+
+    return objective
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tied tensors, each with the name that the state has."""
+    first: dict[Tensor, str] = {}
+    aliases = {}
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if first.setdefault(tensor, name) != name:
+                aliases[name] = first[tensor]
+    return aliases
