@@ -34,7 +34,7 @@ def main(
         summaries = [
             _run(name, seed, runs / f"{name}-{seed}", compile) for seed in range(int(seeds))
         ]
-        scores = [s["test"]["accuracy"] for s in summaries]
+        scores = [s["test"]["rules"]["argmax"]["accuracy"][0] for s in summaries]
         seconds = [s["train_seconds"] for s in summaries]
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
         results[name] = {"accuracy": scores, "seconds": seconds}
@@ -55,7 +55,8 @@ def _run(recipe: str, seed: int, folder: Path, compile: str) -> dict:
         return json.loads((folder / "summary.json").read_text())
     options = read_recipe(recipe) | {"seed": seed, "compile": compile}
     outcome = runs.train(make_config(options), folder)
-    print(f"{folder}: test accuracy {outcome.summary['test']['accuracy']:.4f}", flush=True)
+    accuracy = outcome.summary["test"]["rules"]["argmax"]["accuracy"][0]
+    print(f"{folder}: test accuracy {accuracy:.4f}", flush=True)
     return outcome.summary
 
 

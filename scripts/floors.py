@@ -43,7 +43,9 @@ def main() -> None:
             twice = runs.train(meant, Path(scratch) / "meant", test_once=True).summary["test"]
         assert found is not None
         here = {row.name: (row.recall[0].value, row.accuracy.value) for row in found.rows}
-        here["class weight 2, the loss that was meant"] = (twice["recall"][name], twice["accuracy"])
+        argmax = twice["rules"]["argmax"]
+        meant_scores = (argmax["recall"][name][0], argmax["accuracy"][0])
+        here["class weight 2, the loss that was meant"] = meant_scores
         reached.append(found.limits[0])
         weights = next(a.weights for a in reversed(found.ascent))
         print(f"seed {seed}: {found.lines[0]} last weights {weights}", flush=True)

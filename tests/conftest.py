@@ -9,6 +9,7 @@ import torch
 
 from funcloss.app import data
 from funcloss.app.cli import app as shell
+from funcloss.decisions import DecisionRule, score
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -72,6 +73,12 @@ def but_learning(err: str) -> str:
     return "".join(
         line for line in err.splitlines(keepends=True) if not re.match(f"warning: ({signs})", line)
     )
+
+
+def score_decisions(decisions, labels, costs, *, prior=None):
+    """Score decisions that were made elsewhere."""
+    logits = torch.zeros(len(labels), len(costs.classes))
+    return score(logits, labels, DecisionRule(costs), prior=prior).scored(decisions)
 
 
 def idx_bytes(tensor: torch.Tensor) -> bytes:

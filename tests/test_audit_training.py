@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from funcloss import losses, optim
+from funcloss._trees import flatten
 from funcloss.app import runs
 from funcloss.app.audits import observer
 from funcloss.app.cli import app as shell
@@ -171,7 +172,7 @@ def test_the_memory_is_of_the_step_that_was_audited_and_nothing_given_is_touched
     hyper = {"learning_rate": torch.tensor(RATE).double(), "class_weights": WEIGHTS}
     state = init_state(model, optimizer)
     _, memory = audit_step(state, batch_of(0), hyper, None)
-    given = {**runs.flatten(state), **{f"memory {n}": m for n, m in memory.items()}}
+    given = {**flatten(state), **{f"memory {n}": m for n, m in memory.items()}}
     before = {name: t.clone() for name, t in given.items()}
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     outside = torch.get_rng_state()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import score_decisions
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -25,7 +26,7 @@ from funcloss.app.sweep.axes import (
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, points_of
 from funcloss.app.sweep.tested import part_interval, row_of
 from funcloss.constraints.limits import make_limits
-from funcloss.decisions import judge, make_costs, score_decisions
+from funcloss.decisions import DecisionRule, make_costs, score
 from funcloss.errors import ConfigError
 
 NINE = Axis("class_weight", "9", (1.0, 2.0, 5.0, 10.0))
@@ -521,9 +522,9 @@ def interval(values, labels, prior):
 def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
     labels, plain, chosen = made_up(seeds)
     known = None if prior is None else torch.tensor(prior)
-    judged = judge(torch.tensor(chosen[0]), torch.tensor(labels), COSTS, prior=known)
+    found = score(torch.tensor(chosen[0]), torch.tensor(labels), DecisionRule(COSTS), prior=known)
     row = row_of(
-        "chosen", scored(chosen, labels, prior), judged=judged, labels=torch.tensor(labels),
+        "chosen", scored(chosen, labels, prior), evaluation=found, labels=torch.tensor(labels),
         focus=[2, 0], plain=scored(plain, labels, prior), known_prior=prior is not None,
     )  # fmt: skip
     table = COSTS.matrix.numpy()
@@ -549,8 +550,8 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
 
 def test_the_row_of_plain_training_has_no_difference():
     labels, plain, _ = made_up()
-    judged = judge(torch.tensor(plain[0]), torch.tensor(labels), COSTS)
-    by = {"judged": judged, "labels": torch.tensor(labels), "focus": [0]}
+    found = score(torch.tensor(plain[0]), torch.tensor(labels), DecisionRule(COSTS))
+    by = {"evaluation": found, "labels": torch.tensor(labels), "focus": [0]}
     found = scored(plain, labels, None)
     assert row_of("plain", found, **by).difference is None
     assert row_of("again", found, **by, plain=found).difference == (0.0, 0.0, 0.0)

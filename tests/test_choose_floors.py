@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt
+from conftest import StopAt, score_decisions
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
@@ -24,7 +24,7 @@ from funcloss.app.config import make_config
 from funcloss.app.data import normalised, take
 from funcloss.app.report.choice import Ascent
 from funcloss.app.report.choice import Limit as Told
-from funcloss.app.runs import folder
+from funcloss.app.runs import evaluation, folder
 from funcloss.app.runs.constrained import steer_by_limits
 from funcloss.app.runs.setup import make_setup
 from funcloss.app.sweep.words import limit_sentences
@@ -47,7 +47,7 @@ from funcloss.constraints.limits import (
     reached,
     violations,
 )
-from funcloss.decisions import make_costs, score_decisions
+from funcloss.decisions import make_costs
 from funcloss.errors import ConfigError, RunError
 
 DIGITS = tuple("0123456789")
@@ -556,7 +556,7 @@ def trained(run, **options):
 
 
 def argmax_of(outcome, part="validation"):
-    return outcome.summary["judged"][part]["rules"]["argmax"]
+    return outcome.summary[part]["rules"]["argmax"]
 
 
 def steered(run):
@@ -662,7 +662,9 @@ def test_every_measurement_is_that_of_the_pure_steps_and_the_best_is_kept(floore
     checkpoint = tensors(run, "checkpoint.safetensors")
     assert all(torch.equal(checkpoint[f"state/params/{n}"], p) for n, p in last.params.items())
     assert int(checkpoint["state/step"]) == 160
-    assert summary["validation"]["recall"]["8"] == best[2]  # the summary is of what is kept
+    assert (
+        summary["validation"]["rules"]["argmax"]["recall"]["8"][0] == best[2]
+    )  # the summary is of what is kept
 
 
 def test_the_weight_found_is_the_mean_of_the_second_half(floored):
@@ -680,8 +682,8 @@ def test_what_was_found_used_plainly_is_near_the_floor(floored, plain, tmp_path)
     found = floored.summary["weights_found"]
     assert 1.5 < found["8"] < 50
     again = trained(tmp_path / "run", epochs=8, class_weight=found)
-    recall = again.summary["validation"]["recall"]["8"]
-    assert plain.summary["validation"]["recall"]["8"] < 0.89
+    recall = again.summary["validation"]["rules"]["argmax"]["recall"]["8"][0]
+    assert plain.summary["validation"]["rules"]["argmax"]["recall"]["8"][0] < 0.89
     assert recall == pytest.approx(0.93, abs=0.04)
 
 
@@ -698,8 +700,8 @@ def test_an_audit_sees_the_weights_of_the_last_steps(floored):
 def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
     """They tell what prior the probabilities are of, and what the loss was."""
     found = runs.evaluate_run(floored.folder, part="validation")
-    record = runs.judging.judged_record(found.judged, found.costs)
-    assert record == floored.summary["judged"]["validation"]
+    record = runs.evaluation.record_of(found.evaluation)
+    assert record == floored.summary["validation"]
     assert found.evaluation.loss == pytest.approx(floored.summary["validation"]["loss"])
 
 
@@ -775,7 +777,7 @@ def test_a_limit_moves_a_real_training_its_way(plain, tmp_path, options, signs, 
     assert max(moved, key=lambda name: abs(moved[name])) in signs
     costs = {"class_cost": options["class_cost"]} if "class_cost" in options else {}
     before = runs.evaluate_run(plain.folder, part="validation", judge_by=costs)
-    before = runs.judging.judged_record(before.judged, before.costs)["rules"]["argmax"]
+    before = runs.evaluation.record_of(before.evaluation)["rules"]["argmax"]
     assert score(argmax_of(run)) > score(before)
 
 
@@ -784,9 +786,9 @@ def test_a_long_tail_is_held_up(tmp_path):
     tail = {"imbalance": 20, "batch_size": 100, "epochs": 8}
     bare = trained(tmp_path / "plain", **tail)
     run = trained(tmp_path / "run", floor={"9": 0.7}, **tail)
-    assert bare.summary["validation"]["recall"]["9"] < 0.7
+    assert bare.summary["validation"]["rules"]["argmax"]["recall"]["9"][0] < 0.7
     assert run.summary["feasible"]
-    assert run.summary["validation"]["recall"]["9"] >= 0.7
+    assert run.summary["validation"]["rules"]["argmax"]["recall"]["9"][0] >= 0.7
     assert run.summary["weights_found"]["9"] > 2
 
 
@@ -868,7 +870,8 @@ def test_its_run_folder_serves_every_command(missed, run_cli):
     run, _, _ = missed
     code, out, _ = run_cli("evaluate", run, "--split", "validation")
     assert code == 0
-    accuracy = json.loads((run / "summary.json").read_text())["validation"]["accuracy"]
+    accuracy = json.loads((run / "summary.json").read_text())["validation"]["rules"]["argmax"]
+    accuracy = accuracy["accuracy"][0]
     assert f"accuracy {accuracy:.2%}" in out
     code, out, _ = run_cli("audit", run, "--examples", 200, "--quiet", "--out", run / "audit")
     assert code == 0
@@ -1056,13 +1059,13 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
 
 
 def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypatch, no_report):
-    events, real = [], training.evaluate
+    events, real = [], evaluation.evaluate_examples
 
-    def spy(forward, params, buffers, feed, n, *rest, **options):
-        events.append("test" if feed.args[1] is feed.args[0].test else "validation")
-        return real(forward, params, buffers, feed, n, *rest, **options)
+    def spy(model, dataset, examples):
+        events.append("test" if examples is dataset.test else "validation")
+        return real(model, dataset, examples)
 
-    monkeypatch.setattr("funcloss.app.runs.judging.evaluate", spy)
+    monkeypatch.setattr(evaluation, "evaluate_examples", spy)
     show = lambda event: events.append(type(event).__name__)  # noqa: E731
     sweep.train_under_limits(config(**BRIEF), tmp_path / "run", show=show)
     first = events.index("test")
@@ -1098,7 +1101,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
     summaries = [json.loads((p / "summary.json").read_text()) for p in (run, whole)]
     for name in ("limits", "best_step", "weights_found", "validation"):
         assert summaries[0][name] == summaries[1][name]
-    assert summaries[0]["judged"]["validation"] == summaries[1]["judged"]["validation"]
+    assert summaries[0]["validation"] == summaries[1]["validation"]
     assert summaries[0]["test"] != summaries[1]["test"]
     choices = [json.loads((p / "floor.json").read_text()) for p in (run, whole)]
     of_test = ("rows", "lines")

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from funcloss import class_weighted, losses, models, optim
+from funcloss._trees import flatten
 from funcloss.app.data import take
-from funcloss.app.runs import flatten
 from funcloss.objectives import make_forward, mean_of, supervised
 from funcloss.sensitivity import (
     CostGradient,

@@ -154,7 +154,7 @@ def test_predictions_are_written_as_csv(made, run_cli, tmp_path):
     assert list(rows[0]) == ["index", "label", "prediction", "probability"]
     hits = sum(row["label"] == row["prediction"] for row in rows)
     summary = json.loads((run / "summary.json").read_text())
-    assert hits / 500 == pytest.approx(summary["validation"]["accuracy"])
+    assert hits / 500 == pytest.approx(summary["validation"]["rules"]["argmax"]["accuracy"][0])
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
     code, _, err = run_cli("evaluate", run, "--csv", tmp_path / "no" / "p.csv")
     assert code == 1

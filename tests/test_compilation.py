@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
 from funcloss import class_weighted, losses, optim
-from funcloss.app import runs
+from funcloss._trees import flatten
 from funcloss.app.config import make_config
 from funcloss.errors import RunError
 from funcloss.models import linear
@@ -156,11 +156,11 @@ def test_without_a_compiler_auto_says_so_and_on_fails(state, monkeypatch, there)
 def test_trying_a_step_changes_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled_to(in_double))
     step, state, inputs = trial(Convolved, optim.adam())
-    before = {name: t.clone() for name, t in runs.flatten(state).items()}
+    before = {name: t.clone() for name, t in flatten(state).items()}
     generator = torch.get_rng_state()
     prepare(step, "on", state, inputs)
     assert torch.equal(generator, torch.get_rng_state())
-    assert all(torch.equal(before[name], t) for name, t in runs.flatten(state).items())
+    assert all(torch.equal(before[name], t) for name, t in flatten(state).items())
 
 
 # A compiled step is checked against the eager one.

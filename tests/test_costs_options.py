@@ -385,10 +385,12 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     loaded = runs.load(run)
     assert loaded.class_counts.dtype == torch.float32
     assert loaded.class_counts.tolist() == counts
-    assert runs.evaluate_run(run, part="train").labels.bincount().tolist() == counts
+    assert runs.evaluate_run(run, part="train").evaluation.labels.bincount().tolist() == counts
     whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
     assert whole.labels.bincount().tolist() == counts
-    assert runs.evaluate_run(run, part="validation").labels.bincount().tolist() == [50] * 10
+    assert (
+        runs.evaluate_run(run, part="validation").evaluation.labels.bincount().tolist() == [50] * 10
+    )
     elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
     assert len(elsewhere.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()

@@ -1,6 +1,7 @@
 """What a run's decisions cost: from its loss, counts and priors to what ``evaluate`` prints."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -14,24 +15,23 @@ import torch
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
 
-from funcloss import training
-from funcloss.app import runs
+from funcloss.app import registry, runs
 from funcloss.app.config import make_config
 from funcloss.app.data import normalised
 from funcloss.app.registry import make_criterion
-from funcloss.app.runs.judging import (
+from funcloss.app.runs.evaluation import (
     deployment_prior,
     implied_prior,
-    judge_parts,
-    judged_record,
-    probability_scores,
+    logit_scale,
+    record_of,
     rule_caveat,
     rule_fits,
+    with_fitted_rule,
 )
-from funcloss.app.runs.setup import make_hyper
-from funcloss.decisions import fit_temperature, make_costs
+from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.options import check_loss_options, make_hyper
+from funcloss.decisions import DecisionRule, fit_temperature, make_costs, score
 from funcloss.errors import ConfigError
-from funcloss.objectives import supervised as objective
 from funcloss.typing import Batch
 
 ABC = ("a", "b", "c")
@@ -92,7 +92,7 @@ def test_the_implied_prior_is_what_the_loss_is_least_at(options, weights, by_han
         return loss
 
     optimizer.step(closure)
-    scores = probability_scores(logits.detach()[None], config, COUNTS)[0]
+    scores = logits.detach() * logit_scale(config, COUNTS)
     assert_close(scores.softmax(-1), found, atol=1e-5, rtol=1e-5)
 
 
@@ -130,17 +130,18 @@ def test_a_prior_leaves_the_rest_to_the_others_as_they_occur(given, parts):
 # Judged, against numpy.
 
 
-def evaluation(logits, labels):
-    """The evaluation of a model that says these logits."""
-    return training.evaluate(
-        lambda params, buffers, inputs: (inputs, buffers),
-        {"w": torch.zeros(1)},
-        {},
-        lambda indices: (Batch(logits[i], labels[i]) for i in indices),
-        len(labels),
-        lambda scores, batch, hyper: scores.sum() * 0,
-        {},
-    )
+def judged(parts, config, costs, weights=None):
+    """Evaluations of a model that gives these logits, by the rule that is fitted to them."""
+    model = TrainedModel(
+        model=None, forward=None, params={}, buffers={}, class_weights=weights, config=config,
+        classes=costs.classes, class_counts=COUNTS, mean=None, std=None, input_shape=(3,),
+        columns=(), images=False,
+    )  # fmt: skip
+    table = dict(zip(costs.classes, costs.matrix.tolist(), strict=True))
+    table = {t: dict(zip(costs.decisions, row, strict=True)) for t, row in table.items()}
+    model = dataclasses.replace(model, config=config._replace(cost_matrix=table))
+    rule = DecisionRule(costs)
+    return with_fitted_rule(model, {name: score(*part, rule) for name, part in parts.items()})
 
 
 def drawn(seed, counts):
@@ -193,13 +194,11 @@ def expected_by_hand(given, support):
 @pytest.mark.parametrize(("options", "weights", "by_hand"), LOSSES, ids=NAMED)
 def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
     held_out, tested = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
-    judged = judge_parts(
-        {"validation": evaluation(*held_out), "test": evaluation(*tested)},
-        {"validation": held_out[1], "test": tested[1]},
-        config=make_config(options, {"prior": given}),
-        costs=COSTS,
-        counts=COUNTS,
-        class_weights=weights,
+    by_split = judged(
+        {"validation": held_out, "test": tested},
+        make_config(options, {"prior": given}),
+        COSTS,
+        weights,
     )
     n, w = COUNTS.double().numpy(), (torch.ones(3) if weights is None else weights).double().numpy()
     implied = by_hand(n, w) / by_hand(n, w).sum()
@@ -211,10 +210,10 @@ def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
     # Decisions know the validation data alone; the scores weigh each class as the prior has it.
     expected = expected_by_hand(given, support) if given else support
     for name, (logits, labels) in (("validation", held_out), ("test", tested)):
-        found, y = judged[name], labels.numpy()
-        assert found.temperature == pytest.approx(temperature, rel=1e-4)
-        assert found.temperature > 1.05
-        scores = logits.double().numpy() * factors / found.temperature
+        found, y = by_split[name], labels.numpy()
+        assert found.rule.temperature == pytest.approx(temperature, rel=1e-4)
+        assert found.rule.temperature > 1.05
+        scores = logits.double().numpy() * factors / found.rule.temperature
         scores = scores + np.log(expected / implied)
         decisions = (softmax(scores) @ TABLE).argmin(1)
         assert found.min_cost.decisions.tolist() == decisions.tolist()
@@ -236,13 +235,7 @@ def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
 
 def parts(tested, held_out, **options):
     found = {"validation": held_out, "test": tested} if held_out else {"test": tested}
-    return judge_parts(
-        {name: evaluation(*part) for name, part in found.items()},
-        {name: part[1] for name, part in found.items()},
-        config=make_config(options),
-        costs=COSTS,
-        counts=COUNTS,
-    )
+    return judged(found, make_config(options), COSTS)
 
 
 @pytest.mark.parametrize("options", [{}, {"prior": {"c": 0.05}}], ids=["no prior", "a part"])
@@ -251,14 +244,14 @@ def test_the_labels_that_are_judged_have_no_say_in_the_decisions(options):
     honest = parts((logits, labels), held_out, **options)
     for garbage in (torch.zeros_like(labels), labels.flip(0)):
         other = parts((logits, garbage), held_out, **options)
-        assert other["test"].temperature == honest["test"].temperature
+        assert other["test"].rule.temperature == honest["test"].rule.temperature
         assert torch.equal(other["test"].min_cost.decisions, honest["test"].min_cost.decisions)
         assert (
             other["validation"].min_cost.expected_cost
             == honest["validation"].min_cost.expected_cost
         )
     louder = parts((logits * 4, labels), held_out, **options)
-    assert louder["test"].temperature == honest["test"].temperature
+    assert louder["test"].rule.temperature == honest["test"].rule.temperature
 
 
 def test_a_temperature_is_fitted_where_the_labels_come_from():
@@ -268,14 +261,14 @@ def test_a_temperature_is_fitted_where_the_labels_come_from():
     expected = fit_temperature(*held_out, log_shift=shift)
     for options in ({}, {"prior": {"c": 0.9}}):
         found = parts(held_out, held_out, **options)
-        assert found["validation"].temperature == pytest.approx(expected, rel=1e-6)
+        assert found["validation"].rule.temperature == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_validation_the_temperature_is_1_and_the_prior_that_of_the_training():
     logits, labels = drawn(1, [150, 90, 60])
     found = parts((logits, labels), None)
     assert list(found) == ["test"]
-    assert found["test"].temperature == 1.0
+    assert found["test"].rule.temperature == 1.0
     decisions = (softmax(logits.double().numpy()) @ TABLE).argmin(1)  # no shift: as in training
     assert found["test"].min_cost.decisions.tolist() == decisions.tolist()
     garbage = parts((logits, torch.zeros_like(labels)), None)["test"]
@@ -293,7 +286,7 @@ def test_a_class_that_validation_lacks_is_rare_not_impossible():
 
 def test_a_record_is_json_with_none_for_what_is_not_defined():
     found = parts(drawn(1, [150, 90, 0]), None)["test"]
-    record = json.loads(json.dumps(judged_record(found, COSTS), allow_nan=False))
+    record = json.loads(json.dumps(record_of(found), allow_nan=False))
     argmax = record["rules"]["argmax"]
     assert argmax["recall"]["c"] == [None, None, None]
     assert argmax["decisions"] == ["a", "b", "c", "ask"]
@@ -332,7 +325,7 @@ IMPROBABLE = {
     "squared_error", "multiclass_hinge", "multi_margin", "mean_absolute_error", "earth_mover",
 }  # fmt: skip
 PINNED = [
-    *((name, {}) for name in objective.LOSSES),
+    *((name, {}) for name in registry.LOSSES),
     ("class_balanced", {"beta": 0.99}),
     ("logit_adjusted", {"tau": 0.5}),
     ("logit_adjusted", {"tau": 2.0}),
@@ -365,7 +358,7 @@ def test_what_is_known_of_the_scores_of_every_loss(name, options, counts, weight
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     gamma = options.get("gamma", 0.2) if name == "vector_scaling" else 0.0
     factors = (np.maximum(n, 0.5) / n.max()) ** gamma
-    scores = probability_scores(logits, config, torch.tensor(counts))
+    scores = logits * logit_scale(config, torch.tensor(counts))
     assert_close(scores.double(), logits.double() * torch.from_numpy(factors), rtol=1e-12, atol=0)
     caveat = rule_caveat(config)
     assert ("the costs in them already" in caveat) == (name in COSTLY)
@@ -434,17 +427,10 @@ def all_that_is_said(loss, options, weights):
     """The judgement, what is swept and the caveat, the name of the loss left out."""
     config = make_config({"loss": loss, "loss_option": options})
     held_out, tested = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
-    judged = judge_parts(
-        {"validation": evaluation(*held_out), "test": evaluation(*tested)},
-        {"validation": held_out[1], "test": tested[1]},
-        config=config,
-        costs=SQUARE,
-        counts=COUNTS,
-        class_weights=weights,
-    )
+    found = judged({"validation": held_out, "test": tested}, config, SQUARE, weights)
     hyper = make_hyper(config, SQUARE, COUNTS, "cpu")
     return (
-        {part: judged_record(found, SQUARE) for part, found in judged.items()},
+        {split: record_of(evaluation) for split, evaluation in found.items()},
         {name: value.tolist() for name, value in hyper.items()},
         rule_caveat(config).replace(loss, "LOSS"),
         rule_fits(config),
@@ -452,7 +438,7 @@ def all_that_is_said(loss, options, weights):
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
-@pytest.mark.parametrize("name", objective.LOSSES)
+@pytest.mark.parametrize("name", registry.LOSSES)
 def test_a_loss_is_judged_alike_by_name_by_address_and_as_a_partial(name, weights, mine):
     short = all_that_is_said(name, GIVEN.get(name, {}), weights)
     written = OWN.get(name, f"losses.{name}")
@@ -514,7 +500,7 @@ def test_a_loss_that_states_nothing_is_taken_like_the_cross_entropy_and_said_so(
 def test_a_statement_that_cannot_be_used_is_refused_before_the_training(statement, match, mine):
     address = mine(f"unstated\nloss.probabilities = {statement}")
     with pytest.raises(ConfigError, match=match):
-        make_hyper(make_config({"loss": address}), SQUARE, COUNTS, "cpu")
+        check_loss_options(make_config({"loss": address}), SQUARE, COUNTS)
 
 
 # The command, on real digits.
@@ -581,7 +567,7 @@ def test_evaluate_writes_what_loops_count(run, tmp_path, sample, run_cli, args, 
     code, out, err = run_cli("evaluate", run, "--json", path, "--csv", lines, *args)
     assert (code, err) == (0, "")
     record = json.loads(path.read_text())
-    judged = record["judged"]
+    judged = record
 
     loaded = runs.load(run)
     with torch.no_grad():
@@ -652,7 +638,7 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
                      r"\(fitted on validation\)$", out, re.M)  # fmt: skip
     assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, "
                      r"test$", out, re.M)  # fmt: skip
-    summary = json.loads((run / "summary.json").read_text())["judged"]["test"]
+    summary = json.loads((run / "summary.json").read_text())["test"]
     cost, low, high = summary["rules"]["minimum expected cost"]["expected_cost"]
     assert f"expected cost {cost:.4f} [{low:.4f}, {high:.4f}]" in out
 
@@ -660,18 +646,18 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
 def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
     file = table_file(tmp_path / "costs.csv", ABSTAIN, ["ask"])
     own = runs.evaluate_run(run)
-    assert own.costs.matrix.tolist() == NINES.tolist()
+    assert own.evaluation.rule.costs.matrix.tolist() == NINES.tolist()
     from funcloss.decisions import read_cost_matrix
 
     by_table = runs.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
-    assert by_table.costs.extra == ("ask",)
+    assert by_table.evaluation.rule.costs.extra == ("ask",)
     by_class = runs.evaluate_run(run, judge_by={"class_cost": {"0": 2.0}})
-    assert by_class.costs.matrix[9].tolist() == [1.0] * 9 + [0.0]
+    assert by_class.evaluation.rule.costs.matrix[9].tolist() == [1.0] * 9 + [0.0]
     weighed = runs.evaluate_run(run, judge_by={"prior": {"9": 0.5}})
-    assert weighed.costs.matrix.tolist() == NINES.tolist()
+    assert weighed.evaluation.rule.costs.matrix.tolist() == NINES.tolist()
     for other in (by_table, by_class, weighed):  # what it learnt by is what it was
         assert other.evaluation.loss == own.evaluation.loss
-        assert other.judged.temperature == own.judged.temperature
+        assert other.evaluation.rule.temperature == own.evaluation.rule.temperature
         assert torch.equal(other.evaluation.logits, own.evaluation.logits)
 
 
@@ -682,7 +668,7 @@ def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
     assert "at temperature 1.000 (no validation part)" in out
-    assert json.loads((tmp_path / "scores.json").read_text())["judged"]["temperature"] == 1.0
+    assert json.loads((tmp_path / "scores.json").read_text())["temperature"] == 1.0
     code, _, err = run_cli("evaluate", tmp_path / "run", "--split", "validation")
     assert code == 2
     assert "has no validation part: the run held out none" in err

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
 from funcloss import losses, models, optim
-from funcloss.app.runs import flatten
+from funcloss._trees import flatten
 from funcloss.combinators import class_weighted
 from funcloss.keys import example_keys, make_key
 from funcloss.objectives import (

@@ -6,6 +6,7 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
 from funcloss import models, optim
+from funcloss._trees import flatten
 
 RATE = 0.05
 TWINS = {
@@ -456,7 +457,6 @@ COMPILED_NETS = {
 def compiled_is_eager(net, optimizer, clip_norm, schedule):
     """Compare five steps of a training, each from the same state."""
     from funcloss import losses, objectives, training
-    from funcloss.app import runs
     from funcloss.typing import Batch
 
     torch.manual_seed(0)
@@ -471,9 +471,9 @@ def compiled_is_eager(net, optimizer, clip_norm, schedule):
     batch = Batch(torch.randn(8, 1, 5, 5, dtype=torch.float64), torch.arange(8) % 3)
     hyper = {"learning_rate": torch.tensor(0.1, dtype=torch.float64)}
     for _ in range(5):
-        got = runs.flatten(compiled(state, batch, hyper)[0])
+        got = flatten(compiled(state, batch, hyper)[0])
         state, _ = step(state, batch, hyper)
-        for name, expected in runs.flatten(state).items():
+        for name, expected in flatten(state).items():
             assert_close(got[name], expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: n + m)
 
 

@@ -1176,7 +1176,7 @@ def test_names_of_classes_are_kept_in_a_run(odd_run, tmp_path):
     assert (code, but_learning(err)) == (0, "")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["class_weight"] == dict.fromkeys(ODD[:5], 2.0)
-    assert sorted(summary["test"]["recall"]) == sorted(ODD)
+    assert sorted(summary["test"]["rules"]["argmax"]["recall"]) == sorted(ODD)
     assert list(runs.load(run).classes) == sorted(ODD)
     assert (run / "confusion.png").exists()
 

@@ -38,6 +38,12 @@ QUICK = ("--epochs", 1, "--batch-size", 4, "--compile", "off", "--audit-every", 
 _numbers = itertools.count()
 
 
+def accuracy_of(run):
+    """The accuracy on the test set, as the summary of a run has it."""
+    test = json.loads((run / "summary.json").read_text())["test"]
+    return test["rules"]["argmax"]["accuracy"][0]
+
+
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """Most of the time of runs as small as these would go into drawing."""
@@ -406,7 +412,7 @@ def test_batch_norm_keeps_its_running_mean(own, fit):
     loaded = runs.load(run, allow_import=True)
     assert torch.equal(loaded.model.norm.running_var, kept["norm.running_var"])
     judged = runs.evaluate_run(run, allow_import=True).evaluation
-    assert judged.accuracy == json.loads((run / "summary.json").read_text())["test"]["accuracy"]
+    assert judged.argmax.accuracy.value == accuracy_of(run)
 
 
 def test_tied_weights_stay_tied(own, fit, run_cli):
@@ -421,7 +427,7 @@ def test_tied_weights_stay_tied(own, fit, run_cli):
     for command in ("evaluate", "audit"):
         assert run_cli(command, run, "--allow-import")[0] == 0
     judged = runs.evaluate_run(run, allow_import=True).evaluation
-    assert judged.accuracy == summary["test"]["accuracy"]
+    assert judged.argmax.accuracy.value == accuracy_of(run)
     args = ("--model", address, "--init", run / "model.safetensors", "--epochs", 0)
     again, (code, _, err) = fit(*args)
     assert (code, but_learning(err)) == (0, "")
@@ -509,7 +515,7 @@ def test_a_model_may_take_several_inputs(form, workers, own, fit, run_cli):
     assert_same(together, run)
     code, out, _ = run_cli("evaluate", run, "--allow-import")
     assert code == 0
-    accuracy = json.loads((together / "summary.json").read_text())["test"]["accuracy"]
+    accuracy = accuracy_of(together)
     assert f"accuracy {accuracy:.2%}" in out
 
 
@@ -546,7 +552,7 @@ def test_a_model_of_torchvision_trains(channels, fit, tmp_path, run_cli):
     assert (code, but_learning(err)) == (0, "")
     code, out, err = run_cli("evaluate", run)  # torchvision's code is not the run's own
     assert (code, but_learning(err)) == (0, "")
-    accuracy = json.loads((run / "summary.json").read_text())["test"]["accuracy"]
+    accuracy = accuracy_of(run)
     assert f"accuracy {accuracy:.2%}" in out
 
 

@@ -78,8 +78,9 @@ def test_the_summary_says_what_was_reached(finished):
     run, outcome, _ = finished
     summary = json.loads((run / "summary.json").read_text())
     assert summary == outcome.summary
-    assert summary["test"]["accuracy"] > 0.75
-    assert list(summary["test"]["recall"]) == list("0123456789")
+    argmax = summary["test"]["rules"]["argmax"]
+    assert argmax["accuracy"][0] > 0.75
+    assert list(argmax["recall"]) == list("0123456789")
     assert summary["test"]["n"] == summary["validation"]["n"] == 500
     assert summary["class_weight"] == {"9": 2.0}
     assert (summary["steps"], summary["examples"]) == (80, 8000)
@@ -124,7 +125,7 @@ def test_a_run_loads_as_a_plain_model(finished, sample):
             funcloss.app.data.normalised(sample.test.inputs, loaded.mean, loaded.std)
         )
     accuracy = (logits.argmax(-1) == sample.test.labels).double().mean()
-    assert_close(accuracy.item(), outcome.summary["test"]["accuracy"])
+    assert_close(accuracy.item(), outcome.summary["test"]["rules"]["argmax"]["accuracy"][0])
     again = torch.func.functional_call(
         loaded.model,
         {**loaded.params, **loaded.buffers},
@@ -560,7 +561,7 @@ def test_an_absent_device_is_refused(tmp_path):
 )
 def test_every_option_trains(tmp_path, options):
     outcome = runs.train(config(**{"epochs": 1, **options}), tmp_path / "run")
-    assert outcome.summary["test"]["accuracy"] > 0.5
+    assert outcome.summary["test"]["rules"]["argmax"]["accuracy"][0] > 0.5
     assert ("validation" in outcome.summary) == (options.get("val_fraction") != 0.0)
 
 
@@ -569,7 +570,7 @@ def test_a_cost_on_a_class_raises_its_recall(tmp_path):
     for weight in (1, 20):
         made = config(model="linear", class_weight={"9": weight})
         summary = runs.train(made, tmp_path / f"{weight}").summary
-        recall.append(summary["test"]["recall"]["9"])
+        recall.append(summary["test"]["rules"]["argmax"]["recall"]["9"][0])
     assert recall[1] > recall[0]
 
 
@@ -593,19 +594,21 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
 def test_evaluating_a_run_gives_what_its_summary_says(finished):
     run, outcome, _ = finished
     judged = runs.evaluate_run(run)
-    assert judged.evaluation.accuracy == outcome.summary["test"]["accuracy"]
+    scores = outcome.summary["test"]["rules"]["argmax"]
+    assert judged.evaluation.argmax.accuracy.value == scores["accuracy"][0]
     assert judged.evaluation.loss == pytest.approx(outcome.summary["test"]["loss"], rel=1e-5)
     validation = runs.evaluate_run(run, part="validation").evaluation
-    assert validation.accuracy == outcome.summary["validation"]["accuracy"]
+    scores = outcome.summary["validation"]["rules"]["argmax"]
+    assert validation.argmax.accuracy.value == scores["accuracy"][0]
 
 
 def test_a_run_can_be_judged_on_another_data_set(finished, data_dir):
     run, _, _ = finished
     judged = runs.evaluate_run(run, dataset="mnist", data_dir=str(data_dir))
-    assert len(judged.labels) == 10_000
-    assert judged.evaluation.accuracy > 0.75
+    assert len(judged.evaluation.labels) == 10_000
+    assert judged.evaluation.argmax.accuracy.value > 0.75
     clothes = runs.evaluate_run(run, dataset="fashion-mnist", data_dir=str(data_dir))
-    assert clothes.evaluation.accuracy < 0.4
+    assert clothes.evaluation.argmax.accuracy.value < 0.4
     assert clothes.classes[0] == "T-shirt/top"
 
 

@@ -6,8 +6,8 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from funcloss import class_weighted, losses, models, optim
+from funcloss._trees import flatten
 from funcloss.app.data import take
-from funcloss.app.runs import flatten
 from funcloss.keys import example_keys
 from funcloss.objectives import make_forward, mean_of, sum_of, supervised, weighted_mean_of
 from funcloss.training import init_state, make_train_step

@@ -18,14 +18,14 @@ from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import About, render_page
 from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
-from funcloss.app.runs.network import untied
+from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.app.runs.use import part_of
 from funcloss.audit.measure import audit
 from funcloss.audit.result import Audit
 from funcloss.audit.training import loss_options, make_audit_step
 from funcloss.combinators import class_weighted
-from funcloss.errors import RunError
+from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
@@ -174,12 +174,14 @@ def audit_checkpoint(
     """
     setup = make_setup(config)
     tensors, _ = load_tensors(Path(path).expanduser())
-    expected = setup.state.params | setup.state.buffers
-    wrong = [n for n, t in expected.items() if n not in tensors or tensors[n].shape != t.shape]
-    if wrong or tensors.keys() - expected.keys():
-        name = (wrong or sorted(tensors.keys() - expected.keys()))[0]
-        raise RunError(f"{path} is not of {config.model} on {config.dataset}: see its {name}")
-    setup.model.load_state_dict(untied(setup.model, tensors))
+    try:
+        misshapen = set_tensors(setup.model, tensors)
+    except ConfigError as error:
+        raise RunError(f"{path} is not of {config.model} on {config.dataset}: {error}") from None
+    if misshapen:
+        raise RunError(
+            f"{path} is not of {config.model} on {config.dataset}: see its {misshapen[0]}"
+        )
     found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
     title = f"Audit of {Path(path).name}"
     about = about_of(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcloss.constraints.limits import Limit, directions, held, reached, violations
-from funcloss.decisions import Costs, RuleScores
+from funcloss.decisions import Costs, DecisionScores
 
 RATE = 0.2  # of a multiplier's logarithm, for a floor missed by all the room that it leaves
 CAP = math.log(1000.0)  # of a multiplier's logarithm
@@ -40,7 +40,7 @@ def init_dual(limits: Sequence[Limit], classes: int) -> Dual:
 
 
 def ascend(
-    dual: Dual, limits: Sequence[Limit], scores: RuleScores, costs: Costs, *, rate: float = RATE
+    dual: Dual, limits: Sequence[Limit], scores: DecisionScores, costs: Costs, *, rate: float = RATE
 ) -> Dual:
     """Take a step of the dual ascent.
 
@@ -93,7 +93,7 @@ class Snapshot(NamedTuple):
     worth: float  # less the expected cost
 
 
-def snapshot_of(limits: Sequence[Limit], scores: RuleScores) -> Snapshot:
+def snapshot_of(limits: Sequence[Limit], scores: DecisionScores) -> Snapshot:
     """Return how good a moment is: limits first, then expected cost.
 
     Args:
@@ -116,7 +116,7 @@ def decision_weights(
     log_probs: Float[Tensor, "n classes"],
     limits: Sequence[Limit],
     costs: Costs,
-    scored: Callable[[Tensor], RuleScores],
+    scored: Callable[[Tensor], DecisionScores],
     *,
     rounds: int = 200,
 ) -> tuple[Tensor, bool]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from funcloss.decisions import Costs, RuleScores, class_index
+from funcloss.decisions import Costs, DecisionScores, class_index
 from funcloss.errors import ConfigError
 
 _PAIRS = "TRUE:DECIDED as in 9:4, or cost"
@@ -78,7 +78,7 @@ def limit_text(limit: Limit, classes: Sequence[str]) -> str:
     return f"{what} {'at least' if limit.is_floor else 'at most'} {limit.bound:g}"
 
 
-def reached(limits: Sequence[Limit], scores: RuleScores) -> tuple[float, ...]:
+def reached(limits: Sequence[Limit], scores: DecisionScores) -> tuple[float, ...]:
     """Return what a model reaches of each limit.
 
     Args:
@@ -137,7 +137,7 @@ def violations(
 
 
 def directions(
-    limits: Sequence[Limit], scores: RuleScores, costs: Costs
+    limits: Sequence[Limit], scores: DecisionScores, costs: Costs
 ) -> Float[Tensor, "limits classes"]:
     """Return which classes' log-weights each limit's multiplier moves.
 
@@ -164,13 +164,14 @@ def directions(
     return rows
 
 
-def _reached(limit: Limit, scores: RuleScores) -> float:
+def _reached(limit: Limit, scores: DecisionScores) -> float:
     if limit.kind == "cost":
         return scores.expected_cost.value
     if limit.kind == "pair":
         row = scores.confusion[limit.truth].double()
         return float(row[limit.decided] / row.sum())
-    return float((scores.recall if limit.kind == "recall" else scores.precision)[limit.truth])
+    found = scores.recall if limit.kind == "recall" else scores.precision
+    return float(found.value[limit.truth])
 
 
 def _floor(key: str, bound: float, classes: Sequence[str]) -> Limit:

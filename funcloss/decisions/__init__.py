@@ -2,9 +2,10 @@
 
 from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
+from funcloss.decisions.evaluation import DecisionScores, Evaluation, calibration_error, score
 from funcloss.decisions.intervals import Interval, mean_interval, seed_interval, student, wilson
-from funcloss.decisions.judge import Judged, RuleScores, calibration_error, judge, score_decisions
 from funcloss.decisions.rules import (
+    DecisionRule,
     expected_costs,
     fit_temperature,
     log_posterior,
@@ -14,22 +15,22 @@ from funcloss.decisions.rules import (
 
 __all__ = [
     "Costs",
+    "DecisionRule",
+    "DecisionScores",
+    "Evaluation",
     "Interval",
-    "Judged",
-    "RuleScores",
     "calibration_error",
     "class_index",
     "cost_sentences",
     "expected_costs",
     "fit_temperature",
-    "judge",
     "log_posterior",
     "make_costs",
     "mean_interval",
     "min_cost_decisions",
     "posterior_shift",
     "read_cost_matrix",
-    "score_decisions",
+    "score",
     "seed_interval",
     "student",
     "wilson",

@@ -3,8 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,8 @@ CostTable = Mapping[str, Mapping[str, float]]  # by name of the true class, then
 _SPOKEN = 20  # costs that are read out one by one
 
 
-class Costs(NamedTuple):
+@dataclass(frozen=True)
+class Costs:
     """What decisions cost: rows the truth, columns the decision."""
 
     matrix: Float[Tensor, "classes decisions"]  # float64

@@ -2,7 +2,7 @@
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +14,11 @@ _MANY = 30.0  # degrees of freedom from which Student's quantile is told by its 
 
 
 class Interval(NamedTuple):
-    """A number and the interval of 95 % around it; NaN where it is not defined."""
+    """A number, or one per class in tensors, and the interval of 95 % around it; NaN: unknown."""
 
-    value: float
-    low: float
-    high: float
+    value: Any
+    low: Any = math.nan
+    high: Any = math.nan
 
 
 def wilson(

@@ -1,6 +1,7 @@
 """From logits to decisions: posteriors for another prior, temperature, minimum expected cost."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from funcloss._checks import (
     check_per_class,
     check_shape,
 )
+from funcloss.decisions.costs import Costs
 
 _LEAST, _MOST = 0.05, 20.0  # temperatures; on data without an error the likeliest is 0
 
@@ -221,3 +223,33 @@ def min_cost_decisions(
     size = log_probs.double().exp() @ cost_matrix.abs().double()
     slack = _ROUNDING * size.gather(-1, expected.argmin(-1, keepdim=True))
     return (expected <= cheapest + slack).byte().argmax(-1)
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """How decisions of minimum expected cost are made of a model's scores.
+
+    The probabilities are ``softmax(scale * logits / temperature + log_shift)``.
+
+    Example:
+        >>> from funcloss.decisions import make_costs
+        >>> rule = DecisionRule(make_costs(("well", "ill"), class_cost={"ill": 9.0}))
+        >>> rule.decide(torch.tensor([[2.0, 0.0], [3.0, 0.0]]))
+        tensor([1, 0])
+    """
+
+    costs: Costs
+    temperature: float = 1.0
+    scale: Float[Tensor, " classes"] | float = 1.0  # of the logits, as the loss has it
+    log_shift: Float[Tensor, " classes"] | None = None  # see :func:`posterior_shift`
+
+    def log_probs(self, logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
+        """Return the log-probabilities that the rule decides by, float64 on the CPU."""
+        scores = logits.detach().cpu()
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            scores = scores * self.scale
+        return log_posterior(scores, temperature=self.temperature, log_shift=self.log_shift)
+
+    def decide(self, logits: Float[Tensor, "*batch classes"]) -> Int[Tensor, "*batch"]:
+        """Return the index of each decision among ``costs.decisions``."""
+        return min_cost_decisions(self.log_probs(logits), self.costs.matrix)

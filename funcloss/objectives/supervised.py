@@ -147,3 +147,15 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
             if first.setdefault(tensor, name) != name:
                 aliases[name] = first[tensor]
     return aliases
+
+
+def split_tensors(model: nn.Module) -> tuple[Params, Buffers]:
+    """Return the tensors of a model by name: those that are trained, and all others.
+
+    Every buffer is among them, persistent or not, and every parameter that is not trained; of tied
+    tensors the first name.
+    """
+    named = dict(model.named_parameters())
+    params: Params = {name: p for name, p in named.items() if p.requires_grad}
+    fixed: Buffers = {name: p for name, p in named.items() if not p.requires_grad}
+    return params, fixed | dict(model.named_buffers())

@@ -1,17 +1,15 @@
 """The stateless step, and the loop around it."""
 
 from funcloss.training.compilation import Compiled, prepare
-from funcloss.training.evaluation import Evaluation, confusion_matrix, evaluate
+from funcloss.training.evaluation import evaluate
 from funcloss.training.loop import Epoch, Progress, epoch_order, fit
 from funcloss.training.step import TrainState, init_state, make_train_step
 
 __all__ = [
     "Compiled",
     "Epoch",
-    "Evaluation",
     "Progress",
     "TrainState",
-    "confusion_matrix",
     "epoch_order",
     "evaluate",
     "fit",

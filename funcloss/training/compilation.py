@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from funcloss.app.runs.checkpoint import flatten
+from funcloss._trees import flatten
 from funcloss.errors import RunError
 from funcloss.typing import Metrics
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from funcloss.keys import example_keys, make_key
+from funcloss.objectives.supervised import split_tensors
 from funcloss.optim import Optimizer, OptState, Schedule, clip_by_global_norm
 from funcloss.typing import Batch, Buffers, Hyper, Metrics, Objective, Params
 
@@ -41,11 +42,12 @@ def init_state(model: nn.Module, optimizer: Optimizer, *, seed: int = 0) -> Trai
     Raises:
         ValueError: the model has no parameter to train.
     """
-    named = {name: preferred_layout(t.detach().clone()) for name, t in _named_tensors(model)}
-    params = {name: named[name] for name, p in model.named_parameters() if p.requires_grad}
+    params, buffers = (
+        {name: preferred_layout(t.detach().clone()) for name, t in named.items()}
+        for named in split_tensors(model)
+    )
     if not params:
         raise ValueError("init_state: the model has no parameter that requires a gradient")
-    buffers = {name: tensor for name, tensor in named.items() if name not in params}
     device = next(iter(params.values())).device
     step = torch.zeros((), dtype=torch.int64, device=device)
     return TrainState(params, buffers, optimizer.init(params), step, make_key(seed, device=device))
@@ -123,8 +125,3 @@ def _check_hyper(hyper: Hyper) -> None:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise TypeError(f"train_step: hyper[{name!r}] must be a tensor, got a {kind}")
-
-
-def _named_tensors(model: nn.Module):
-    yield from model.named_parameters()
-    yield from model.named_buffers()

@@ -83,7 +83,7 @@ class TrainingConsole:
                 self._audit_seconds += seconds
             case runs.EpochReport(number, epochs, loss, seconds, evaluations):
                 parts = "  ".join(
-                    f"{name} loss {scores.loss:.4f} accuracy {scores.accuracy:.2%}"
+                    f"{name} loss {scores.loss:.4f} accuracy {scores.argmax.accuracy.value:.2%}"
                     for name, scores in evaluations.items()
                 )
                 self._print(
@@ -137,8 +137,9 @@ class TrainingConsole:
     def summary(self, outcome: "runs.Outcome") -> None:
         """Show the result of a finished run, and what to try next."""
         test = outcome.summary["test"]
+        argmax = test["rules"]["argmax"]
         print(
-            f"test accuracy {test['accuracy']:.2%} on {test['n']:,} examples of "
+            f"test accuracy {argmax['accuracy'][0]:.2%} on {test['n']:,} examples of "
             f"{short_name(outcome.summary['dataset'])}; run folder {outcome.folder}"
         )
         if self._quiet:
@@ -148,7 +149,9 @@ class TrainingConsole:
         allowed = " --allow-import" if code_in(option_values(outcome.config)) else ""
         hints = []
         if not outcome.summary.get("warnings"):  # else no class is harder than the others
-            recall, hardest = min((r, c) for c, r in test["recall"].items() if r is not None)
+            recall, hardest = min(
+                (r, c) for c, (r, *_) in argmax["recall"].items() if r is not None
+            )
             print(f"hardest class: {hardest}, recall {recall:.2%}")
             weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
             costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
@@ -173,7 +176,7 @@ class TrainingConsole:
                 "cost: every mistake costs 1, whatever its class weighs in training; --class-cost "
                 "sets others"
             )
-        for name, rule in summary["judged"]["test"]["rules"].items():
+        for name, rule in summary["test"]["rules"].items():
             cost, low, high = rule["expected_cost"]
             normal = rule["normalised_cost"]
             part = "" if normal is None else f", {normal:.3f} of the best constant decision"
@@ -351,15 +354,15 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def print_judgement(found: "runs.Judgement") -> None:
+def print_evaluation(found: "runs.EvaluationReport") -> None:
     """Print what a model's decisions cost, by rule, class by class and pair by pair."""
-    out, judged, costs = _console(), found.judged, found.costs
+    out, judged, costs = _console(), found.evaluation, found.evaluation.rule.costs
     for line in decisions.cost_sentences(costs):
         out.print(f"cost: {line}")
     fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation part"
     out.print(
         f"calibration error {judged.calibration_error:.4f}, {judged.calibrated_error:.4f} at "
-        f"temperature {judged.temperature:.3f} ({fitted})",
+        f"temperature {judged.rule.temperature:.3f} ({fitted})",
         markup=False,
     )
     for name, scores in judged.rules.items():
@@ -371,7 +374,7 @@ def print_judgement(found: "runs.Judgement") -> None:
                 out.print(_confusion_table(f"{title}, rows the truth", matrix, costs))
 
 
-def _rule_line(name: str, scores: "decisions.RuleScores") -> str:
+def _rule_line(name: str, scores: "decisions.DecisionScores") -> str:
     cost, accuracy = scores.expected_cost, scores.accuracy
     part = scores.normalised_cost
     normal = "" if math.isnan(part) else f", {part:.3f} of the best constant decision"
@@ -392,15 +395,15 @@ def _confusion_table(title: str, matrix: Any, costs: "decisions.Costs") -> Table
     return table
 
 
-def _class_table(scores: "decisions.RuleScores", classes: tuple[str, ...]) -> Table:
+def _class_table(scores: "decisions.DecisionScores", classes: tuple[str, ...]) -> Table:
     """Return a table of count, recall and precision with their intervals, a row a class."""
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
     for name in ("count", "recall", "95 %", "precision", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     columns = (
-        (scores.recall, scores.recall_low, scores.recall_high),
-        (scores.precision, scores.precision_low, scores.precision_high),
+        scores.recall,
+        scores.precision,
     )
     for c, (name, count) in enumerate(zip(classes, scores.confusion.sum(1).tolist(), strict=True)):
         cells = []

@@ -71,7 +71,7 @@ def evaluate(
     make_config(judge_by)
 
     from funcloss.app import runs
-    from funcloss.app.cli.console import print_judgement
+    from funcloss.app.cli.console import print_evaluation
 
     found = runs.evaluate_run(
         run,
@@ -83,14 +83,14 @@ def evaluate(
         judge_by=judge_by,
     )
     if csv is not None:
-        runs.write_predictions(csv, found)
+        runs.write_predictions(csv, found.evaluation)
     if json is not None:
-        runs.write_judgement(json, found)
-    print_judgement(found)
+        runs.write_evaluation(json, found)
+    print_evaluation(found)
     scores = found.evaluation
     print(
-        f"accuracy {scores.accuracy:.2%}  loss {scores.loss:.4f}  "
-        f"on {int(scores.confusion.sum()):,} examples of {found.dataset}, {split}"
+        f"accuracy {scores.argmax.accuracy.value:.2%}  loss {scores.loss:.4f}  "
+        f"on {len(scores.labels):,} examples of {found.dataset}, {split}"
     )
     if found.note:
         print(f"note: {found.note}")

@@ -1,7 +1,8 @@
 """A run: a training with a folder that holds all of it, made, resumed and used."""
 
 from funcloss.app.runs import folder
-from funcloss.app.runs.checkpoint import beneath, flatten, load_tensors, restore, save_tensors
+from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
+from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.run import (
     Audited,
     EpochReport,
@@ -10,21 +11,20 @@ from funcloss.app.runs.run import (
     Outcome,
     Started,
     Steered,
+    kept_model,
     load_checkpoint,
-    load_model,
     resume,
     train,
     write_run,
 )
-from funcloss.app.runs.steering import Model, Steering
+from funcloss.app.runs.steering import Steering
 from funcloss.app.runs.use import (
-    Guess,
-    Judgement,
-    LoadedRun,
+    EvaluationReport,
+    Prediction,
     evaluate_run,
     load,
     predict_files,
-    write_judgement,
+    write_evaluation,
     write_predictions,
 )
 
@@ -32,29 +32,27 @@ __all__ = [
     "Audited",
     "EpochReport",
     "Event",
-    "Guess",
-    "Judgement",
-    "LoadedRun",
-    "Model",
+    "EvaluationReport",
     "Note",
     "Outcome",
+    "Prediction",
     "Started",
     "Steered",
     "Steering",
+    "TrainedModel",
     "beneath",
     "evaluate_run",
-    "flatten",
     "folder",
     "load",
+    "kept_model",
     "load_checkpoint",
-    "load_model",
     "load_tensors",
     "predict_files",
     "restore",
     "resume",
     "save_tensors",
     "train",
-    "write_judgement",
+    "write_evaluation",
     "write_predictions",
     "write_run",
 ]

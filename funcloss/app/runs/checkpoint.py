@@ -3,17 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from funcloss._files import replacing
+from funcloss._trees import Tree, flatten, unflatten
 from funcloss.errors import RunError
 from funcloss.training.step import preferred_layout
-
-Tree = TypeVar("Tree")  # tensors in NamedTuples and dicts
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -67,28 +66,6 @@ def _from_text(value: str) -> Any:
         return value
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested NamedTuples and dicts by path.
-
-    Args:
-        tree: A tensor, or a NamedTuple or dict of trees.
-        prefix: What the paths begin with.
-
-    Returns:
-        Tensors by path, the names on the way joined by slashes.
-
-    Example:
-        >>> import torch
-        >>> list(flatten({"params": {"w": torch.zeros(1)}, "step": torch.tensor(0)}))
-        ['params/w', 'step']
-    """
-    if isinstance(tree, Tensor):
-        return {prefix: tree}
-    branches = tree if isinstance(tree, dict) else tree._asdict()
-    paths = ((f"{prefix}/{name}" if prefix else name, branch) for name, branch in branches.items())
-    return {path: leaf for place, branch in paths for path, leaf in flatten(branch, place).items()}
-
-
 def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
     """Return a state of the form of ``template`` from the tensors that :func:`flatten` gave.
 
@@ -113,7 +90,8 @@ def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
                 f"the checkpoint's {path} is {got.dtype} {tuple(got.shape)}, the model's "
                 f"{want.dtype} {tuple(want.shape)}: it is of another model"
             )
-    return _fill(template, tensors)
+    placed = {p: preferred_layout(tensors[p].to(t.device)) for p, t in expected.items()}
+    return unflatten(template, placed)
 
 
 def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -133,14 +111,3 @@ def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """
     start = f"{prefix}/"
     return {p.removeprefix(start): t for p, t in tensors.items() if p.startswith(start)}
-
-
-def _fill(template: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
-    if isinstance(template, Tensor):
-        return preferred_layout(tensors[prefix].to(template.device))
-    branches = template if isinstance(template, dict) else template._asdict()
-    filled = {
-        name: _fill(branch, tensors, f"{prefix}/{name}" if prefix else name)
-        for name, branch in branches.items()
-    }
-    return filled if isinstance(template, dict) else type(template)(**filled)

@@ -1,6 +1,5 @@
 """Training under floors and ceilings: what steers it, and what it came to."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss.app.data import Dataset
-from funcloss.app.runs import Model, Steering
-from funcloss.app.runs.judging import deployment_prior, evaluate_model
+from funcloss.app.runs import Steering
+from funcloss.app.runs.evaluation import deployment_prior, evaluate
+from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup
 from funcloss.constraints.ascent import Dual, Snapshot, ascend, init_dual, snapshot_of, weights_of
 from funcloss.constraints.limits import Limit, held, limit_text, make_limits, reached
-from funcloss.decisions import RuleScores, judge
+from funcloss.decisions import DecisionScores, score
 from funcloss.errors import ConfigError
-from funcloss.objectives import make_forward
 from funcloss.training import TrainState
 from funcloss.typing import Buffers, Hyper, Params
 
@@ -92,16 +91,14 @@ def steer_by_limits(setup: Setup) -> Steering:
     """
     limits, dataset, costs = limits_of(setup), setup.dataset, setup.costs
     classes, config = dataset.classes, setup.config
-    forward = make_forward(copy.deepcopy(setup.model).eval())
     base = setup.hyper["class_weights"]
     half = config.epochs * setup.per_epoch // 2
     labels = dataset.validation.labels.cpu()
     prior = deployment_prior(config, classes, labels.bincount(minlength=len(classes)))
 
-    def measure(state: TrainState) -> RuleScores:
-        model = Model(state.params, state.buffers, setup.hyper)
-        found = evaluate_model(setup, forward, model, ("validation",))["validation"]
-        return judge(found.logits, labels, costs, prior=prior).argmax
+    def measure(state: TrainState) -> DecisionScores:
+        found = evaluate(setup.trained(state), dataset, ("validation",))["validation"]
+        return score(found.logits, labels, found.rule, prior=prior).argmax
 
     def told(log_weights: Tensor) -> dict[str, float]:
         weights = weights_of(log_weights + base.cpu().double().log())
@@ -149,8 +146,8 @@ def steer_by_limits(setup: Setup) -> Steering:
     def hyper(memory: Held) -> Hyper:
         return given(memory.dual.log_weights)
 
-    def model(memory: Held) -> Model:
-        return Model(memory.params, memory.buffers, given(memory.log_weights))
+    def model(memory: Held) -> TrainedModel:
+        return setup.trained(memory, given(memory.log_weights))
 
     def summary(memory: Held) -> dict[str, Any]:
         values = memory.reached.tolist()

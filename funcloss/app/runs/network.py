@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from funcloss.app.runs.checkpoint import load_tensors
 from funcloss.errors import ConfigError, DataError, FunclossError, RunError
 from funcloss.keys import example_keys, keyed_randomness, make_key
 from funcloss.objectives import make_forward
-from funcloss.objectives.supervised import aliases_of
-from funcloss.typing import Inputs, Params
+from funcloss.objectives.supervised import aliases_of, split_tensors
+from funcloss.typing import Inputs
 
 _SMALLEST = 12  # pixels that fast-cnn needs
 
@@ -158,12 +159,9 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             f"model {name} has lazy modules, whose shapes are not known yet: let the factory take "
             "the shape of an input, or run the model once before it is returned"
         )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    if not trained:
+    params, buffers = ({n: t.detach() for n, t in named.items()} for named in split_tensors(model))
+    if not params:
         raise ConfigError(f"model {name} has no parameter that requires a gradient")
-    params = {n: t.detach() for n, t in tensors.items() if n in trained}
-    buffers = {n: t.detach() for n, t in tensors.items() if n not in trained}
     first = tree_leaves(inputs)[0]
     keys = example_keys(make_key(0), torch.tensor(0), len(first)).to(first.device)
     shape = tuple(first.shape)
@@ -184,10 +182,34 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
         )
 
 
-def untied(model: nn.Module, tensors: Params) -> Params:
-    """Return tensors by name with those of tied ones under each of their names."""
-    more = {a: tensors[n] for a, n in aliases_of(model).items() if n in tensors}
-    return {**more, **tensors}
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Give a model tensors by name; of tied ones any name will do.
+
+    Args:
+        model: It is changed in place.
+        tensors: A tensor for each parameter and buffer, but for buffers that a ``state_dict``
+            leaves out. One of another shape is passed over.
+
+    Returns:
+        The names of those that were passed over.
+
+    Raises:
+        ConfigError: one is missing, or is not of the model.
+    """
+    params, buffers = split_tensors(model)
+    own, aliases = params | buffers, aliases_of(model)
+    given = {aliases.get(name, name): tensor for name, tensor in tensors.items()}
+    needed = own.keys() & {aliases.get(name, name) for name in model.state_dict()}
+    if missing := needed - given.keys():
+        raise ConfigError(f"it lacks {min(missing)}")
+    if unknown := given.keys() - own.keys():
+        raise ConfigError(f"it has an unknown {min(unknown)}")
+    passed = [name for name, tensor in given.items() if tensor.shape != own[name].shape]
+    with torch.no_grad():
+        for name, tensor in given.items():
+            if name not in passed:
+                own[name].copy_(tensor)
+    return passed
 
 
 def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -206,20 +228,17 @@ def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         tensors, _ = load_tensors(Path(path).expanduser())
     except RunError as error:
         raise DataError(f"init: {error}; first weights are a .safetensors file") from None
-    tensors = untied(model, tensors)
-    own = model.state_dict()
-    missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    if missing or unknown:
-        what = "lacks" if missing else "has an unknown"
-        raise ConfigError(f"init: {path} is of another model: it {what} {min(missing or unknown)}")
-    anew = [name for name, tensor in own.items() if tensors[name].shape != tensor.shape]
-    if len(anew) == len(own):
-        raise ConfigError(f"init: no tensor of {path} has the shape that the model's has")
     model = copy.deepcopy(model)
-    model.load_state_dict({**tensors, **{name: own[name] for name in anew}})
+    try:
+        anew = set_tensors(model, tensors)
+    except ConfigError as error:
+        raise ConfigError(f"init: {path} is of another model: {error}") from None
+    n = len(tensors)
+    if len(anew) == n:
+        raise ConfigError(f"init: no tensor of {path} has the shape that the model's has")
     if not anew:
         return model, ""
     return model, (
-        f"init: {len(own) - len(anew)} of {len(own)} tensors are those of {Path(path).name}; of "
+        f"init: {n - len(anew)} of {n} tensors are those of {Path(path).name}; of "
         f"another shape, so begun anew: {', '.join(anew[:6])}"
     )

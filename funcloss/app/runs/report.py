@@ -16,14 +16,14 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.data import as_pixels, subset
 from funcloss.app.report import run_figures as figures
 from funcloss.app.runs import folder
-from funcloss.app.runs.judging import judge_model, judged_record, rule_caveat
+from funcloss.app.runs.evaluation import record_of, rule_caveat, with_fitted_rule
 from funcloss.app.runs.learned import learning_warnings
+from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup
 from funcloss.decisions import cost_sentences
 from funcloss.errors import ConfigError
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.step import TrainState
-from funcloss.typing import Hyper
 
 _MATRICES = 100  # classes at most whose confusion matrices are in a summary
 
@@ -36,20 +36,22 @@ def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
 
 
 def scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return what JSON can hold of evaluations, None where a score is not defined."""
+    """Return the scores of an epoch by count, as JSON has them, None where one is not defined."""
 
-    def by_class(parts: Tensor) -> dict[str, float | None]:
-        return {c: folder.defined(s) for c, s in zip(classes, parts.tolist(), strict=True)}
+    def by_class(values: Tensor) -> dict[str, float | None]:
+        return {c: folder.defined(s) for c, s in zip(classes, values.tolist(), strict=True)}
 
     return {
         name: {
-            "n": int(judged.confusion.sum()),
-            "loss": folder.defined(judged.loss),
-            "accuracy": judged.accuracy,
-            "recall": by_class(judged.recall),
-            "precision": by_class(judged.precision),
+            "n": len(found.labels),
+            "loss": folder.defined(found.loss),
+            "accuracy": float(hits.sum() / len(found.labels)),
+            "recall": by_class(hits / confusion.sum(1)),
+            "precision": by_class(hits / confusion.sum(0)[: len(classes)]),
         }
-        for name, judged in evaluations.items()
+        for name, found in evaluations.items()
+        for confusion in [found.argmax.confusion.double()]
+        for hits in [confusion.diagonal()]
     }
 
 
@@ -57,7 +59,7 @@ def sum_up(
     run_dir: Path,
     setup: Setup,
     state: TrainState,
-    hyper: Hyper,
+    model: TrainedModel,
     evaluations: dict[str, Evaluation],
     more: dict[str, Any],
 ) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def sum_up(
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     drawn = {
         "curves.png": figures.curves(records),
-        "confusion.png": figures.confusion(evaluations["test"].confusion, classes),
+        "confusion.png": figures.confusion(evaluations["test"].argmax.confusion, classes),
     }
     if setup.dataset.has_images:
         few = subset(test, torch.arange(min(6, len(test.labels)), device=test.labels.device))
@@ -105,15 +107,14 @@ def sum_up(
         "threads": config.threads,
         "torch": torch.__version__,
         "warnings": learning_warnings(
-            evaluations["test"].confusion, classes, losses, trained=bool(state.step)
+            evaluations["test"].argmax.confusion, classes, losses, trained=bool(state.step)
         ),
         **more,
-        **scores(evaluations, classes),
         "costs": cost_sentences(setup.costs),
         "caveat": rule_caveat(config),
-        "judged": {
-            name: judged_record(found, setup.costs, matrices=len(classes) <= _MATRICES)
-            for name, found in judge_model(setup, evaluations, hyper).items()
+        **{
+            name: record_of(found, matrices=len(classes) <= _MATRICES)
+            for name, found in with_fitted_rule(model, evaluations).items()
         },
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """A run: a training with a folder that holds all of it, made, taken up again, read."""
 
-import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import torch
 
 from funcloss._files import folder_replacing
+from funcloss._trees import flatten
 from funcloss.app.config import TrainConfig, option_values
 from funcloss.app.data import short_name
 from funcloss.app.runs import folder, report
-from funcloss.app.runs.checkpoint import beneath, flatten, load_tensors, restore, save_tensors
-from funcloss.app.runs.judging import evaluate_model
+from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
+from funcloss.app.runs.evaluation import evaluate
 from funcloss.app.runs.lawful import check_loss
+from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
-from funcloss.app.runs.steering import Memory, Model, Steering
+from funcloss.app.runs.steering import Memory, Steering
 from funcloss.errors import AuditError, ConfigError
-from funcloss.objectives import make_forward
 from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.loop import Progress, fit
@@ -244,7 +245,7 @@ def write_run(
         folder.write_config(beside / folder.CONFIG, setup.config, run=run)
         _save(beside, setup, state)
         folder.write_records(beside, [*records, *epochs])
-        return report.sum_up(beside, setup, state, setup.hyper, evaluations, {})
+        return report.sum_up(beside, setup, state, setup.trained(state), evaluations, {})
 
 
 def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
@@ -266,28 +267,28 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     return restore(setup.state, beneath(tensors, "state")), hyper
 
 
-def load_model(run_dir: Path, setup: Setup) -> Model:
-    """Return the model that a run kept, and what its last steps were given.
+def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
+    """Return the model that a run kept, whatever its ``config.toml`` names.
 
     Args:
-        run_dir: A run folder. What its ``config.toml`` names is not looked at.
+        run_dir: A run folder.
         setup: Its training, or one of the same network.
 
     Returns:
-        Both on the device of ``setup``.
+        The model, on the device of ``setup``.
 
     Raises:
         RunError: the model cannot be read, or is another one.
     """
     tensors, header = load_tensors(run_dir / folder.MODEL, needs=("class_weights",))
-    kept = restore({**setup.state.params, **setup.state.buffers}, tensors)
-    hyper = dict(setup.hyper)
-    if (weights := header["class_weights"]) is not None:
-        hyper["class_weights"] = torch.tensor(
-            weights, dtype=torch.float32, device=setup.config.device
-        )
-    params = {name: kept[name] for name in setup.state.params}
-    return Model(params, {name: kept[name] for name in setup.state.buffers}, hyper)
+    kept = restore(setup.state.params | setup.state.buffers, tensors)
+    weights = header["class_weights"]
+    return dataclasses.replace(
+        setup.trained(setup.state),
+        params={name: kept[name] for name in setup.state.params},
+        buffers={name: kept[name] for name in setup.state.buffers},
+        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+    )
 
 
 def _check_steered(config: TrainConfig, steer: object) -> None:
@@ -337,7 +338,6 @@ def _run_from(
     config, n, steering = setup.config, len(setup.dataset.train.labels), hooks.steering
     steps = config.epochs * setup.per_epoch
     show(Started(run_dir, config, int(state.step), steps))
-    forward = make_forward(copy.deepcopy(setup.model).eval())
     done, diverged = int(state.step), False  # a state's own counter may be on a busy device
     with report.scalars(run_dir, config.tensorboard) as add_scalars:
 
@@ -376,7 +376,7 @@ def _run_from(
         observe = _observed(hooks.observer, setup, record, show) if done < steps else None
         evaluations: dict[str, Evaluation] = {}
         if not folder.read_records(run_dir):
-            evaluations = evaluate_model(setup, forward, _model_of(setup, state), hooks.parts)
+            evaluations = evaluate(setup.trained(state), setup.dataset, hooks.parts)
             line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
             record(line | report.scores(evaluations, setup.dataset.classes))
         for epoch in fit(
@@ -392,7 +392,7 @@ def _run_from(
         ):
             state = epoch.state
             if epoch.finished:
-                evaluations = evaluate_model(setup, forward, _model_of(setup, state), hooks.parts)
+                evaluations = evaluate(setup.trained(state), setup.dataset, hooks.parts)
                 loss, seconds = report.of_epoch(folder.read_records(run_dir), epoch.number)
                 line = {"kind": "epoch", "epoch": epoch.number, "step": epoch.step}
                 line |= {"examples": epoch.examples, "loss": loss, "seconds": seconds}
@@ -404,13 +404,13 @@ def _run_from(
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
         last = memory if steering is None else steer(memory, state)
-    model = _model_of(setup, state) if steering is None else steering.model(last)
+    model = setup.trained(state) if steering is None else steering.model(last)
     more = {} if steering is None else steering.summary(last)
     # A kill may have parted the model from its checkpoint.
     _save(run_dir, setup, state, memory, steering, model)
     if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
-        evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
-    summary = report.sum_up(run_dir, setup, state, model.hyper, evaluations, more)
+        evaluations = evaluate(model, setup.dataset, ("validation", "test"))
+    summary = report.sum_up(run_dir, setup, state, model, evaluations, more)
     return _finished(run_dir, summary, config, show)
 
 
@@ -460,47 +460,26 @@ def _observed(
     return look
 
 
-def _model_of(setup: Setup, state: TrainState) -> Model:
-    return Model(state.params, state.buffers, setup.hyper)
-
-
 def _save(
     run_dir: Path,
     setup: Setup,
     state: TrainState,
     memory: Memory = None,
     steering: Steering | None = None,
-    model: Model | None = None,
+    model: TrainedModel | None = None,
 ) -> None:
     """Write the checkpoint to go on from, and the model to use."""
-    config, dataset = setup.config, setup.dataset
-    step = int(state.step)
+    config, step = setup.config, int(state.step)
     kept = {"state": state}
     if steering is not None:
         # What the next step is given: an audit of the checkpoint needs it.
         kept |= {"steering": memory, "hyper": steering.hyper(memory)}
         model = model or steering.model(memory)
-    model = model or _model_of(setup, state)
-    weights = model.hyper.get("class_weights")
+    model = model or setup.trained(state)
     header = {"step": step, "epoch": step // setup.per_epoch, "config": option_values(config)}
     save_tensors(
         run_dir / folder.CHECKPOINT,
         flatten(kept),
         header | {"environment": folder.environment()},
     )
-    save_tensors(
-        run_dir / folder.MODEL,
-        model.params | model.buffers,
-        {
-            "step": step,
-            "model": config.model,
-            "classes": dataset.classes,
-            "class_weights": None if weights is None else weights.tolist(),
-            "class_counts": setup.counts.tolist(),
-            "mean": dataset.mean.tolist(),
-            "std": dataset.std.tolist(),
-            "input_shape": dataset.input_shape,
-            "columns": dataset.columns,
-            "images": dataset.has_images,
-        },
-    )
+    save_model(run_dir / folder.MODEL, model, step=step)

@@ -1,5 +1,7 @@
 """From a configuration to what trains: device, data, model, objective, optimiser."""
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcloss import optim
-from funcloss.app.config import TrainConfig, check_code, did_you_mean, with_final_names
+from funcloss.app.config import TrainConfig, check_code, with_final_names
 from funcloss.app.data import (
     Dataset,
     Known,
@@ -20,17 +22,17 @@ from funcloss.app.data import (
     resized,
     take,
 )
-from funcloss.app.registry import loss_named, make_criterion, number_options
+from funcloss.app.registry import make_criterion
+from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
-from funcloss.combinators import correction_of, options_of
-from funcloss.decisions import Costs, class_index, make_costs
+from funcloss.app.runs.options import by_name, check_loss_options, make_hyper, resolved_costs
+from funcloss.decisions import Costs, make_costs
 from funcloss.errors import ConfigError
-from funcloss.objectives import supervised
+from funcloss.objectives import make_forward, supervised
 from funcloss.objectives.supervised import Criterion
+from funcloss.training.evaluation import HasTensors
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
-
-_ROUNDING = 1e-6  # of parts that add up to 1
 
 
 class Setup(NamedTuple):
@@ -46,11 +48,23 @@ class Setup(NamedTuple):
     train_step: TrainStep
     state: TrainState  # before the first step
     per_epoch: int  # steps of an epoch; the last partial batch is left out
+    untrained: TrainedModel  # with its first weights
     notes: tuple[str, ...] = ()  # what the user should read
 
     def feed(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """Give the training examples at one index after another."""
         return feed(self.dataset, self.dataset.train, indices)
+
+    def trained(self, state: HasTensors, hyper: Hyper | None = None) -> TrainedModel:
+        """Return the model with the tensors of a state, and the class weights of ``hyper``."""
+        hyper = self.hyper if hyper is None else hyper
+        return dataclasses.replace(
+            self.untrained,
+            config=self.config,
+            params=state.params,
+            buffers=state.buffers,
+            class_weights=hyper.get("class_weights"),
+        )
 
 
 def make_setup(config: TrainConfig) -> Setup:
@@ -130,6 +144,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     device = config.device
     costs = make_costs(dataset.classes, config.cost_matrix, config.class_cost)
     counts = class_counts(dataset.train, len(dataset.classes)).cpu()
+    check_loss_options(config, costs, counts)
     hyper = make_hyper(config, costs, counts, device)
     if len(dataset.train.labels) < config.batch_size:
         raise ConfigError(
@@ -152,6 +167,23 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         schedule=make_schedule(config, per_epoch),
         clip_norm=config.clip_norm,
     )
+    state = init_state(model, optimizer, seed=config.seed)
+    network = copy.deepcopy(model).eval()
+    untrained = TrainedModel(
+        model=network,
+        forward=make_forward(network),
+        params=state.params,
+        buffers=state.buffers,
+        class_weights=hyper.get("class_weights"),
+        config=config,
+        classes=dataset.classes,
+        class_counts=counts,
+        mean=dataset.mean,
+        std=dataset.std,
+        input_shape=dataset.input_shape,
+        columns=dataset.columns,
+        images=dataset.has_images,
+    )
     return Setup(
         config=config,
         dataset=dataset,
@@ -161,8 +193,9 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         criterion=criterion,
         hyper=hyper,
         train_step=train_step,
-        state=init_state(model, optimizer, seed=config.seed),
+        state=state,
         per_epoch=per_epoch,
+        untrained=untrained,
         notes=tuple(filter(None, (_on_streaming(dataset), note))),
     )
 
@@ -270,145 +303,19 @@ def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     return optim.constant()
 
 
-def make_hyper(config: TrainConfig, costs: Costs, counts: Tensor, device: str) -> Hyper:
-    """Return what may be swept: learning rate, class weights if any, and what the loss takes.
-
-    Args:
-        config: Its ``class_weight`` by name of the class.
-        costs: What decisions cost, for the losses that look at it.
-        counts: Training examples of each class, ``(classes,)``, for the losses of counts or priors.
-        device: Where the tensors go.
-
-    Returns:
-        float32 tensors by name.
-
-    Raises:
-        ConfigError: the loss has no such option, lacks one, refuses a value, or has no use for
-            these costs or counts.
-    """
-    data = _data_options(config, costs, counts)
-    _check_loss_options(config, data, len(costs.classes))
-    numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
-    if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
-        numbers["class_weights"] = [config.class_weight.get(name, 1.0) for name in costs.classes]
-    hyper = {name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()} | data
-    if large := [name for name, value in hyper.items() if not value.isfinite().all()]:
-        raise ConfigError(f"{', '.join(large)} must fit float32, so be below 3.4e38")
-    return {name: value.to(device) for name, value in hyper.items()}
-
-
-def _data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
-    """Return those options of a loss that the data and the costs decide."""
-    loss = config.loss
-    takes = options_of(loss_named(loss, refused=config.refused_code))
-    if takes & {"class_counts", "class_prior"} and not counts.all():
-        missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
-        raise ConfigError(
-            f"loss {loss} needs training examples of every class; of {', '.join(missing[:5])} "
-            "there are none"
-        )
-    if "cost_matrix" in takes and costs.extra:
-        raise ConfigError(
-            f"loss {loss} needs a square cost_matrix: the model has a logit a class, and none for "
-            f"{', '.join(costs.extra[:5])}; train with another loss, or without that column"
-        )
-    known = {
-        "class_counts": counts,
-        "class_prior": counts.double() / counts.sum(),
-        "cost_matrix": costs.matrix,
-    }
-    return {name: value.float() for name, value in known.items() if name in takes}
-
-
-def _check_loss_options(config: TrainConfig, data: Hyper, classes: int) -> None:
-    """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs."""
-    loss, given = config.loss, config.loss_option
-    function = loss_named(loss, refused=config.refused_code)
-    known = number_options(function)
-    for name in given:
-        if name not in known:
-            there = f"it has {', '.join(known)}" if known else "it has none that is a number"
-            guess = did_you_mean(name, known)
-            raise ConfigError(f"loss_option: {loss} has no option {name!r}{guess}; {there}")
-    if missing := [name for name, needed in known.items() if needed and name not in given]:
-        raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
-    try:  # a loss checks the range of plain numbers only: in training they are tensors
-        values = function(torch.eye(classes), torch.arange(classes), **data, **given)
-    except ValueError as error:
-        raise ConfigError(f"loss_option: {error}") from None
-    except Exception as error:  # somebody's own
-        raise ConfigError(
-            f"loss {loss} fails on logits {(classes, classes)} and labels {(classes,)}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(values, Tensor) or values.shape != (classes,):
-        got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise ConfigError(
-            f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
-            f"{got}: leave out the mean or sum in it"
-        )
-    _check_probabilities(config, {**data, **given}, classes)
-
-
-def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> None:
-    """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
-    loss = config.loss
-    try:
-        function = loss_named(loss, refused=config.refused_code)
-        scale, offset = correction_of(function, options)
-        shape = tuple((scale * torch.zeros(classes) + offset).shape)
-    except Exception as error:  # somebody's own
-        raise ConfigError(
-            f"loss {loss}: its probabilities cannot be used: {type(error).__name__}: {error}"
-        ) from error
-    if shape != (classes,):
-        raise ConfigError(
-            f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
-            f"{(classes,)}; got shape {shape}"
-        )
-
-
 def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
     resolved = resolved_costs(config, classes)._replace(
         dataset=dataset.name if config.dataset == "auto" else config.dataset,
         model=resolve_model(config.model, dataset.input_shape),
-        class_weight=_by_name("class_weight", config.class_weight, classes),
+        class_weight=by_name("class_weight", config.class_weight, classes),
         threads=torch.get_num_threads(),
     )
     weights = resolved.class_weight.values()
     if len(weights) == len(classes) and not any(weights):
         raise ConfigError("class_weight: every class weighs 0, so nothing would be learnt")
     return resolved, _as_asked(config, dataset)
-
-
-def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:
-    """Return a configuration with its costs and priors by name of the class.
-
-    Args:
-        config: A configuration.
-        classes: Names of the classes, in the order of the labels.
-
-    Returns:
-        The same, each class named once.
-
-    Raises:
-        ConfigError: there is no such class, or the priors do not add up.
-    """
-    prior = _by_name("prior", config.prior, classes)
-    _check_prior(prior, len(classes))
-    return config._replace(
-        class_cost=_by_name("class_cost", config.class_cost, classes), prior=prior
-    )
-
-
-def _check_prior(prior: dict[str, float], classes: int) -> None:
-    total = sum(prior.values())
-    if total > 1.0 + _ROUNDING:
-        raise ConfigError(f"prior: the parts must not add up to more than 1, got {total:g}")
-    if len(prior) == classes and total < 1.0 - _ROUNDING:
-        raise ConfigError(f"prior: the parts of all classes must add up to 1, got {total:g}")
 
 
 def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
@@ -434,14 +341,3 @@ def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
 
 def _image_size(config: TrainConfig) -> int:
     return config.image_size or (32 if config.model == "lenet5" else 0)
-
-
-def _by_name(what: str, values: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:
-    """Return the values by name of the class; a key that is no name may be an index."""
-    named = {}
-    for key, value in values.items():
-        name = classes[class_index(what, key, classes)]
-        if name in named:
-            raise ConfigError(f"{what}: class {name!r} is given twice")
-        named[name] = value
-    return named

@@ -3,18 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from funcloss.app.runs.model import TrainedModel
 from funcloss.training.step import TrainState
-from funcloss.typing import Buffers, Hyper, Params
+from funcloss.typing import Hyper
 
 Memory = Any  # NamedTuples and dicts of tensors, as checkpoints hold them
-
-
-class Model(NamedTuple):
-    """The tensors of a model, and what its last steps were given."""
-
-    params: Params
-    buffers: Buffers
-    hyper: Hyper
 
 
 class Steering(NamedTuple):
@@ -28,5 +21,5 @@ class Steering(NamedTuple):
     init: Callable[[TrainState], Memory]
     update: Callable[[Memory, TrainState], tuple[Memory, dict[str, Any]]]  # and a record of it
     hyper: Callable[[Memory], Hyper]
-    model: Callable[[Memory], Model]  # the one to keep
+    model: Callable[[Memory], TrainedModel]  # the one to keep
     summary: Callable[[Memory], dict[str, Any]]  # for ``summary.json``

@@ -1,14 +1,14 @@
 """A trained model in use: on a data set, on image files."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from funcloss._files import replacing, write_text
 from funcloss.app.config import TrainConfig, check_code, make_config
@@ -16,7 +16,6 @@ from funcloss.app.data import (
     Dataset,
     Examples,
     Known,
-    feed,
     moved,
     normalised,
     read_features,
@@ -24,48 +23,21 @@ from funcloss.app.data import (
     resized,
 )
 from funcloss.app.data.own import TABLES
-from funcloss.app.registry import make_criterion
 from funcloss.app.runs import folder
-from funcloss.app.runs.checkpoint import load_tensors
-from funcloss.app.runs.judging import evaluation_batch, judge_parts, judged_record, rule_caveat
-from funcloss.app.runs.network import make_model, untied
-from funcloss.app.runs.setup import (
-    load_data,
-    make_hyper,
-    resolve_device,
-    resolved_costs,
-    with_absolute_paths,
-)
-from funcloss.decisions import Costs, Judged, make_costs
-from funcloss.errors import ConfigError, RunError
-from funcloss.objectives import make_forward
-from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.training.step import preferred_layout
-from funcloss.typing import Buffers, Params
+from funcloss.app.runs.evaluation import evaluate, record_of, rule_caveat, with_fitted_rule
+from funcloss.app.runs.model import TrainedModel, load_model
+from funcloss.app.runs.options import resolved_costs
+from funcloss.app.runs.setup import load_data, resolve_device, with_absolute_paths
+from funcloss.decisions import Evaluation
+from funcloss.errors import ConfigError
 
 
-class LoadedRun(NamedTuple):
-    """A trained model, and what is needed to use it."""
-
-    model: nn.Module  # in evaluation mode, with the weights of the run, on the CPU
-    params: Params  # the same weights, for functional_call
-    buffers: Buffers
-    classes: tuple[str, ...]
-    class_counts: Tensor  # float32, training examples of each class
-    class_weights: Tensor | None  # that its last steps were given; None: none
-    mean: Tensor  # of each channel, pixels in 0..1; empty: inputs go to the model as they are
-    std: Tensor
-    input_shape: tuple[int, ...]  # channels, height, width of an image
-    columns: tuple[str, ...]  # names of the features of a table
-    images: bool  # whether the inputs are images
-    config: TrainConfig
-
-
-def load(run_dir: str | Path, *, allow_import: bool = False) -> LoadedRun:
+def load(run_dir: str | Path, *, device: str = "cpu", allow_import: bool = False) -> TrainedModel:
     """Return the model of a run, its class names and the scale of its inputs.
 
     Args:
         run_dir: A run folder, finished or not.
+        device: Where its tensors go.
         allow_import: Whether code that the run names, a model of yours say, may be imported.
 
     Returns:
@@ -78,45 +50,21 @@ def load(run_dir: str | Path, *, allow_import: bool = False) -> LoadedRun:
     """
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=allow_import, used=("model",))
-    needs = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns")
-    tensors, header = load_tensors(run_dir / folder.MODEL, needs=(*needs, "images"))
-    weights, shape = header["class_weights"], tuple(header["input_shape"])
-    model = make_model(config, shape, len(header["classes"]))
-    try:
-        model.load_state_dict(untied(model, tensors))
-    except RuntimeError as error:
-        raise RunError(f"{run_dir / folder.MODEL} is of another model: {error}") from None
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return LoadedRun(
-        model=model.eval(),
-        params={name: t for name, t in tensors.items() if name in trained},
-        buffers={name: t for name, t in tensors.items() if name not in trained},
-        classes=tuple(header["classes"]),
-        class_counts=torch.tensor(header["class_counts"], dtype=torch.float32),
-        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
-        mean=torch.tensor(header["mean"]),
-        std=torch.tensor(header["std"]),
-        input_shape=shape,
-        columns=tuple(header["columns"]),
-        images=header["images"],
-        config=config,
-    )
+    return load_model(run_dir / folder.MODEL, config, device=device)
 
 
-class Judgement(NamedTuple):
-    """How a run's model does on a part of a data set."""
+@dataclass(frozen=True)
+class EvaluationReport:
+    """An evaluation of a run's model, and where it comes from."""
 
     evaluation: Evaluation
-    judged: Judged  # what its decisions cost
-    costs: Costs
-    temperature_on: str  # the part that the temperature was fitted on; empty: it is 1
-    labels: Tensor  # of the examples, in the order of ``evaluation.logits``
-    classes: tuple[str, ...]
+    temperature_on: str  # the split that the temperature was fitted on; empty: it is 1
     dataset: str
     note: str
 
 
-class Guess(NamedTuple):
+@dataclass(frozen=True)
+class Prediction:
     """What a model says of one image."""
 
     example: str  # the image's file, or the row of a table
@@ -133,7 +81,7 @@ def evaluate_run(
     device: str = "auto",
     allow_import: bool = False,
     judge_by: Mapping[str, Any] | None = None,
-) -> Judgement:
+) -> EvaluationReport:
     """Evaluate a run's model on a part of a data set, and judge what its decisions cost.
 
     Args:
@@ -157,9 +105,9 @@ def evaluate_run(
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
-    run = load(run_dir, allow_import=allow_import)
-    config = run.config
     device = resolve_device(device)
+    run = load(run_dir, device=device, allow_import=allow_import)
+    config = run.config
     asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
     asked = with_absolute_paths(asked)
     own = asked.dataset == config.dataset
@@ -174,55 +122,16 @@ def evaluate_run(
         asked = _as_other_data(asked)
         shape = run.input_shape if run.images else ()
         loaded = load_data(asked, known=Known(run.classes, run.columns, shape))
-    data = moved(_fitted(loaded, run), device)
-    examples = part_of(data, part)
-    costs = make_costs(run.classes, config.cost_matrix, config.class_cost)
-    hyper = make_hyper(config, costs, run.class_counts, device)
-    if run.class_weights is not None:
-        hyper["class_weights"] = run.class_weights.to(device)
-    tensors = {
-        name: preferred_layout(t.to(device)) for name, t in {**run.params, **run.buffers}.items()
-    }
-    config, costs = _judged_by(config, data.classes, judge_by or {})
-    criterion = make_criterion(
-        config.loss,
-        config.reduction,
-        weighted="class_weights" in hyper,
-        refused=config.refused_code,
-    )
-    forward = make_forward(run.model)
-    parts = {"validation": data.validation} if len(data.validation.labels) else {}
-    parts |= {part: examples}
-    evaluations = {
-        name: evaluate(
-            forward,
-            tensors,
-            {},
-            partial(feed, data, chosen),
-            len(chosen.labels),
-            criterion,
-            hyper,
-            batch_size=evaluation_batch(data),
-        )
-        for name, chosen in parts.items()
-    }
-    judged = judge_parts(
-        evaluations,
-        {name: chosen.labels.cpu() for name, chosen in parts.items()},
-        config=config,
-        costs=costs,
-        counts=run.class_counts,
-        class_weights=hyper.get("class_weights"),
-    )
-    return Judgement(
-        evaluation=evaluations[part],
-        judged=judged[part],
-        costs=costs,
-        temperature_on="validation" if "validation" in parts else "",
-        labels=examples.labels.cpu(),
-        classes=data.classes,
-        dataset=data.name,
-        note="; ".join(filter(None, (data.note, rule_caveat(config)))),
+    fitted = moved(_fitted(loaded, run), device)
+    part_of(fitted, part)
+    evaluations = evaluate(run, fitted, ("validation", part))
+    config = _judged_by(config, fitted.classes, judge_by or {})
+    judged = dataclasses.replace(run, config=config, classes=fitted.classes)
+    return EvaluationReport(
+        evaluation=with_fitted_rule(judged, evaluations)[part],
+        temperature_on="validation" if "validation" in evaluations else "",
+        dataset=fitted.name,
+        note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
     )
 
 
@@ -235,14 +144,13 @@ def _as_other_data(config: TrainConfig) -> TrainConfig:
 
 def _judged_by(
     config: TrainConfig, classes: tuple[str, ...], judge_by: Mapping[str, Any]
-) -> tuple[TrainConfig, Costs]:
-    """Return the configuration with other costs and priors, and the costs."""
+) -> TrainConfig:
+    """Return the configuration with other costs and priors."""
     if "cost_matrix" in judge_by or "class_cost" in judge_by:
         config = config._replace(cost_matrix={}, class_cost={})
     asked = make_config(judge_by)
     config = config._replace(**{name: getattr(asked, name) for name in judge_by})
-    config = resolved_costs(config, classes)
-    return config, make_costs(classes, config.cost_matrix, config.class_cost)
+    return resolved_costs(config, classes)
 
 
 def part_of(dataset: Dataset, part: str) -> Examples:
@@ -259,7 +167,7 @@ def part_of(dataset: Dataset, part: str) -> Examples:
     return parts[part]
 
 
-def _fitted(data: Dataset, run: LoadedRun) -> Dataset:
+def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
     """Return the data at the size and scale that the model was trained for."""
     if len(data.classes) != len(run.classes) or data.has_images != run.images:
         raise ConfigError(
@@ -287,37 +195,29 @@ def _described(shape: tuple[int, ...]) -> str:
     return f"inputs of shape {' x '.join(map(str, shape))}"
 
 
-def write_predictions(path: Path, judgement: Judgement) -> None:
-    """Write a CSV file with a line an example: index, truth, prediction, its probability.
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """Write a CSV file with a line per example: index, truth, prediction, its probability.
 
     Raises:
         RunError: the file cannot be written; what was there is as it was.
     """
-    probabilities, guesses = judgement.evaluation.logits.softmax(-1).max(-1)
-    columns = (judgement.labels.tolist(), guesses.tolist(), probabilities.tolist())
+    probabilities, predictions = evaluation.logits.softmax(-1).max(-1)
+    columns = (evaluation.labels.tolist(), predictions.tolist(), probabilities.tolist())
+    classes = evaluation.rule.costs.classes
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("index", "label", "prediction", "probability"))
-        for i, (label, guess, probability) in enumerate(zip(*columns, strict=True)):
-            names = judgement.classes[label], judgement.classes[guess]
-            writer.writerow((i, *names, f"{probability:.6f}"))
+        for i, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+            writer.writerow((i, classes[label], classes[prediction], f"{probability:.6f}"))
 
 
-def write_judgement(path: Path, judgement: Judgement) -> None:
+def write_evaluation(path: Path, report: EvaluationReport) -> None:
     """Write a JSON file with all scores of an evaluation, by rule.
 
     Raises:
         RunError: the file cannot be written; what was there is as it was.
     """
-    scores = judgement.evaluation
-    record = {
-        "dataset": judgement.dataset,
-        "note": judgement.note,
-        "n": len(judgement.labels),
-        "loss": folder.defined(scores.loss),
-        "accuracy": scores.accuracy,
-        "judged": judged_record(judgement.judged, judgement.costs),
-    }
+    record = {"dataset": report.dataset, "note": report.note, **record_of(report.evaluation)}
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -327,7 +227,7 @@ def predict_files(
     *,
     invert: bool = False,
     allow_import: bool = False,
-) -> list[Guess]:
+) -> list[Prediction]:
     """Say which class each image file shows, or each row of CSV tables without a target.
 
     Args:
@@ -338,7 +238,7 @@ def predict_files(
         allow_import: Whether code that the run names may be imported.
 
     Returns:
-        A guess an image or row.
+        A prediction per image or row.
 
     Raises:
         ConfigError: the model takes neither images nor the columns of a table.
@@ -366,4 +266,4 @@ def predict_files(
             logits.append(run.model(normalised(piece, run.mean, run.std)))
     probabilities, guesses = torch.cat(logits).softmax(-1).max(-1)
     rows = zip(names, guesses.tolist(), probabilities.tolist(), strict=True)
-    return [Guess(name, run.classes[guess], probability) for name, guess, probability in rows]
+    return [Prediction(name, run.classes[guess], probability) for name, guess, probability in rows]

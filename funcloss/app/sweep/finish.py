@@ -4,7 +4,7 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,44 +18,41 @@ from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
 from funcloss.app.report.run_figures import save_figure
-from funcloss.app.runs import Model, folder
-from funcloss.app.runs.judging import deployment_prior, evaluate_model, judge_model, rule_fits
+from funcloss.app.runs import folder
+from funcloss.app.runs.evaluation import (
+    deployment_prior,
+    evaluate,
+    rule_fits,
+    with_fitted_rule,
+)
+from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup, make_optimizer
 from funcloss.app.sweep.tested import row_of
 from funcloss.app.sweep.words import tested_sentences
 from funcloss.constraints.ascent import decision_weights
 from funcloss.constraints.limits import Limit, limit_text, reached
-from funcloss.decisions import Costs, Judged, RuleScores, log_posterior, score_decisions
+from funcloss.decisions import Costs, DecisionScores, Evaluation, log_posterior
 from funcloss.errors import AuditError
 from funcloss.objectives import make_forward, supervised
 from funcloss.sensitivity import cost_gradient, mean_expected_cost
-from funcloss.training import Evaluation, TrainState, epoch_order, make_train_step
+from funcloss.training import TrainState, epoch_order, make_train_step
 from funcloss.typing import Hyper
 
 _HORIZON = 5  # steps of the cost gradient
 _BATCH, _VALIDATION = 128, 1000  # examples of each step, and of what it is judged by
 
 
-class Judgement(NamedTuple):
-    """A model on validation and test set."""
-
-    evaluations: dict[str, Evaluation]
-    judged: dict[str, Judged]
-
-
-def judgement_of(setup: Setup, model: Model) -> Judgement:
-    """Evaluate and judge a model on validation and test set: here the test set is read.
+def judged(setup: Setup, model: TrainedModel) -> dict[str, Evaluation]:
+    """Evaluate a model on validation and test set: here the test set is read.
 
     Args:
         setup: The training that made the model.
-        model: Its tensors, and what its last steps were given.
+        model: The model.
 
     Returns:
-        The judgement, the temperature fitted on validation data.
+        The evaluations, the temperature fitted on validation data.
     """
-    forward = make_forward(copy.deepcopy(setup.model).eval())
-    evaluations = evaluate_model(setup, forward, model, ("validation", "test"))
-    return Judgement(evaluations, judge_model(setup, evaluations, model.hyper))
+    return with_fitted_rule(model, evaluate(model, setup.dataset, ("validation", "test")))
 
 
 class Tested(NamedTuple):
@@ -67,8 +64,8 @@ class Tested(NamedTuple):
 
 def on_test(
     setup: Setup,
-    plain: Sequence[Judgement],
-    chosen: Sequence[Judgement] | None,
+    plain: Sequence[Mapping[str, Evaluation]],
+    chosen: Sequence[Mapping[str, Evaluation]] | None,
     name: str,
     limits: Sequence[Limit],
     focus: Sequence[int],
@@ -93,19 +90,19 @@ def on_test(
     """
     labels, costs = setup.dataset.test.labels.cpu(), setup.costs
     rule = "minimum expected cost"
-    base = [j.judged["test"].argmax for j in plain]
-    scores = {plain_name: base, f"{plain_name}, {rule}": [j.judged["test"].min_cost for j in plain]}
+    base = [j["test"].argmax for j in plain]
+    scores = {plain_name: base, f"{plain_name}, {rule}": [j["test"].min_cost for j in plain]}
     if limits:
         scores[f"{plain_name}, thresholds moved"] = [_moved(setup, j, limits) for j in plain]
     cheap = list(scores)[-1]
     best = base
     if chosen is not None:
-        best = scores[name] = [j.judged["test"].argmax for j in chosen]
+        best = scores[name] = [j["test"].argmax for j in chosen]
         if rule_fits(setup.config):
-            scores[f"{name}, {rule}"] = [j.judged["test"].min_cost for j in chosen]
+            scores[f"{name}, {rule}"] = [j["test"].min_cost for j in chosen]
     compare = partial(
         row_of,
-        judged=plain[0].judged["test"],
+        evaluation=plain[0]["test"],
         labels=labels,
         focus=focus,
         known_prior=bool(setup.config.prior),
@@ -124,20 +121,15 @@ def on_test(
     return Tested(tuple(rows.values()), tuple(lines))
 
 
-def _moved(setup: Setup, plain: Judgement, limits: Sequence[Limit]) -> RuleScores:
+def _moved(
+    setup: Setup, plain: Mapping[str, Evaluation], limits: Sequence[Limit]
+) -> DecisionScores:
     """Move the thresholds of plain training to the limits on validation, and judge the test."""
-    dataset, costs = setup.dataset, setup.costs
-    held_out, test = plain.evaluations["validation"], plain.evaluations["test"]
-
-    def scored(part: str):
-        labels = getattr(dataset, part).labels.cpu()
-        support = labels.bincount(minlength=len(costs.classes))
-        prior = deployment_prior(setup.config, costs.classes, support)
-        return partial(score_decisions, labels=labels, costs=costs, prior=prior)
+    held_out, test = plain["validation"], plain["test"]
 
     log_probs = log_posterior(held_out.logits)
-    log_weights, _ = decision_weights(log_probs, limits, costs, scored("validation"))
-    return scored("test")((log_posterior(test.logits) + log_weights).argmax(-1))
+    log_weights, _ = decision_weights(log_probs, limits, setup.costs, held_out.scored)
+    return test.scored((log_posterior(test.logits) + log_weights).argmax(-1))
 
 
 def focus_of(

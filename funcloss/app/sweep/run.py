@@ -10,12 +10,11 @@ from funcloss.app.data import short_name
 from funcloss.app.report.choice import Ascent, Choice
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.runs import (
-    Model,
     Note,
     Outcome,
     folder,
+    kept_model,
     load_checkpoint,
-    load_model,
     resume,
     train,
     write_run,
@@ -24,10 +23,9 @@ from funcloss.app.runs.constrained import limits_of, steer_by_limits
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
 from funcloss.app.sweep.axes import Axis, describe, plain_config
 from funcloss.app.sweep.finish import (
-    Judgement,
     focus_of,
     gradient_of,
-    judgement_of,
+    judged,
     on_test,
     write_choice,
 )
@@ -42,7 +40,7 @@ from funcloss.app.sweep.words import (
     sweep_sentences,
 )
 from funcloss.constraints.limits import Limit, held, limit_text, reached
-from funcloss.decisions import cost_sentences
+from funcloss.decisions import Evaluation, cost_sentences
 from funcloss.errors import RunError
 
 Show = Callable[[Any], None]
@@ -227,12 +225,12 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     # Where every plain training diverged, the chosen member stands alone, under its own name.
     plain = baseline_of(points)
     base = number if plain is None else plain
-    judged = [_judged(made, s, {base, number}) for s in range(made.seeds)]
+    found = [_judged(made, s, {base, number}) for s in range(made.seeds)]
     entry = made.entries[number]
     test = on_test(
         made.setup._replace(config=entry.config),
-        [of_seed[base] for of_seed in judged],
-        None if number == base else [of_seed[number] for of_seed in judged],
+        [of_seed[base] for of_seed in found],
+        None if number == base else [of_seed[number] for of_seed in found],
         entry.name,
         made.limits,
         focus,
@@ -241,9 +239,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     seed = min(
         own, key=lambda r: (not held(made.limits, _defined(r["reached"])), r["expected_cost"])
     )["seed"]
-    setup, state, summary = _write_chosen(
-        made, seed, number, judged[seed][number].evaluations, run_dir
-    )
+    setup, state, summary = _write_chosen(made, seed, number, found[seed][number], run_dir)
     for text in summary["warnings"]:
         show(Note(text, warning=True))
     limit_rows = _limits(made.limits, _mean([r["reached"] for r in own]), classes)
@@ -273,7 +269,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
     return Chosen(made.folder, run_dir, choice, files)
 
 
-def _judged(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, Judgement]:
+def _judged(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, dict[str, Evaluation]]:
     """Judge members of a seed, whose file is read once."""
     members, found = restored(made, seed), {}
     for number in numbers:
@@ -282,7 +278,7 @@ def _judged(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, Judgeme
         own = made.setup._replace(config=entry.config)
         setup = own if entry.values else setup_on(entry.config, made.setup.dataset)
         hyper = member_hyper(made.groups, number)
-        found[number] = judgement_of(setup, Model(state.params, state.buffers, hyper))
+        found[number] = judged(setup, setup.trained(state, hyper))
     return found
 
 
@@ -338,13 +334,13 @@ def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, A
     classes, limits = dataset.classes, limits_of(setup)
     focus = focus_of(costs, limits, list(summary["weights_found"]))
     plain = setup_on(plain_config(setup.config), dataset)
-    as_plain = judgement_of(plain, load_model(plain_dir, plain))
-    found = judgement_of(setup, load_model(run_dir, setup))
+    as_plain = judged(plain, kept_model(plain_dir, plain))
+    found = judged(setup, kept_model(run_dir, setup))
     test = on_test(setup, [as_plain], [found], "the model under limits", limits, focus)
     ascent = _ascent(run_dir)
     best = next((a for a in ascent if a.step == summary["best_step"]), None)
     limit_rows = _limits(limits, _defined([row["reached"] for row in summary["limits"]]), classes)
-    plain_keeps = held(limits, reached(limits, as_plain.judged["validation"].argmax))
+    plain_keeps = held(limits, reached(limits, as_plain["validation"].argmax))
     weights = summary["weights_found"]
     lines = limit_sentences(limit_rows, ascent, best, weights, plain_keeps=plain_keeps)
     gradient, horizon = gradient_of(setup, *load_checkpoint(run_dir, setup))

@@ -1,18 +1,23 @@
 """A sweep at work: its members side by side, each seed in turn, kept so that it can be resumed."""
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcloss.app.data import feed
-from funcloss.app.runs import Note, beneath, flatten, folder, load_tensors, restore, save_tensors
-from funcloss.app.runs.judging import evaluation_batch, judge_model, rule_fits
+from funcloss._trees import flatten
+from funcloss.app.data import Examples, subset
+from funcloss.app.runs import Note, beneath, folder, load_tensors, restore, save_tensors
+from funcloss.app.runs.evaluation import (
+    evaluate,
+    evaluate_examples,
+    rule_fits,
+    with_fitted_rule,
+)
 from funcloss.app.runs.setup import seeded_state, trial_batch
 from funcloss.app.sweep.members import (
     Members,
@@ -23,9 +28,7 @@ from funcloss.app.sweep.members import (
 )
 from funcloss.app.sweep.plan import Show, Sweep
 from funcloss.constraints.limits import reached
-from funcloss.objectives import make_forward
-from funcloss.objectives.supervised import Forward
-from funcloss.training import Compiled, Progress, TrainState, evaluate, fit, prepare
+from funcloss.training import Compiled, Progress, TrainState, fit, prepare
 from funcloss.typing import Batch
 
 MEMBERS, STEPS = "members.jsonl", "steps.jsonl"
@@ -125,12 +128,11 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
         A record, None for what is not defined.
     """
     entry, setup = sweep.entries[number], sweep.setup
-    forward = make_forward(copy.deepcopy(setup.model).eval())
     dataset, hyper = setup.dataset, member_hyper(sweep.groups, number)
-    found = evaluate_part(sweep, forward, state, "validation")
-    own = setup._replace(config=entry.config)
-    judged = judge_model(own, {"validation": found}, hyper)["validation"]
-    scores = judged.argmax
+    model = setup._replace(config=entry.config).trained(state, hyper)
+    found = evaluate(model, dataset, ("validation",))
+    judged = with_fitted_rule(model, found)["validation"]
+    scores, train = judged.argmax, evaluate_examples(model, dataset, few_of(dataset.train))
     # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
     finite = all(t.isfinite().all() for t in flatten(state).values())
     return folder.plain(
@@ -139,44 +141,28 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
             "name": entry.name,
             "values": entry.values,
             "plain": entry.plain,
-            "diverged": not (finite and bool(found.logits.isfinite().all())),
+            "diverged": not (finite and bool(judged.logits.isfinite().all())),
             "accuracy": scores.accuracy.value,
             "expected_cost": scores.expected_cost.value,
             "rule_cost": judged.min_cost.expected_cost.value
             if rule_fits(entry.config)
             else math.nan,
-            "temperature": judged.temperature,
+            "temperature": judged.rule.temperature,
             "calibration_error": judged.calibration_error,
-            "recall": dict(zip(dataset.classes, scores.recall.tolist(), strict=True)),
-            "precision": dict(zip(dataset.classes, scores.precision.tolist(), strict=True)),
+            "recall": dict(zip(dataset.classes, scores.recall.value.tolist(), strict=True)),
+            "precision": dict(zip(dataset.classes, scores.precision.value.tolist(), strict=True)),
             "reached": list(reached(sweep.limits, scores)),
             "support": scores.confusion.sum(1).tolist(),
-            "train_accuracy": evaluate_part(sweep, forward, state, "train").accuracy,
+            "train_accuracy": train.argmax.accuracy.value,
         }
     )
 
 
-def evaluate_part(sweep: Sweep, forward: Forward, state: TrainState, part: str):
-    """Evaluate a member on a part of the data, of the training set on 10,000 examples at most."""
-    dataset = sweep.setup.dataset
-    examples = getattr(dataset, part)
+def few_of(examples: Examples) -> Examples:
+    """Return 10,000 of the examples at most, evenly spread: they may be sorted by class."""
     n = len(examples.labels)
-    # Every so many: the training set may be sorted by class.
-    stride = math.ceil(n / _TRAINING_EXAMPLES) if part == "train" else 1
-
-    def every_so_many(indices: Iterable[Tensor]) -> Iterator[Batch]:
-        return feed(dataset, examples, [index * stride for index in indices])
-
-    return evaluate(
-        forward,
-        state.params,
-        state.buffers,
-        every_so_many,
-        n // stride,
-        lambda logits, batch, hyper: logits.new_zeros(()),  # members have losses of their own
-        {},
-        batch_size=evaluation_batch(dataset),
-    )
+    stride = math.ceil(n / _TRAINING_EXAMPLES)
+    return subset(examples, torch.arange(0, n, stride, device=examples.labels.device))
 
 
 def _trained(

@@ -8,17 +8,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from funcloss.app.report.choice import Row, Score
-from funcloss.decisions import Interval, Judged, RuleScores, mean_interval, student, wilson
+from funcloss.decisions import DecisionScores, Evaluation, Interval, mean_interval, student, wilson
 
 
 def row_of(
     name: str,
-    scores: Sequence[RuleScores],
+    scores: Sequence[DecisionScores],
     *,
-    judged: Judged,
+    evaluation: Evaluation,
     labels: Int[Tensor, " n"],
     focus: Sequence[int],
-    plain: Sequence[RuleScores] | None = None,
+    plain: Sequence[DecisionScores] | None = None,
     known_prior: bool = False,
 ) -> Row:
     """Return what a model does on the test set, over its seeds, beside plain training.
@@ -26,7 +26,7 @@ def row_of(
     Args:
         name: What the model and its rule are called.
         scores: Its decisions, judged, one a seed.
-        judged: A judgement of the same examples, for the prior and the best constant decision.
+        evaluation: Of the same examples, for the prior and the best constant decision.
         labels: The truth, shape ``(n,)``.
         focus: Classes whose recall is told.
         plain: What is compared with, one a seed, on the same examples; None: nothing.
@@ -35,7 +35,7 @@ def row_of(
     Returns:
         The row, intervals at 95 % over examples and seeds.
     """
-    weights = (judged.prior / scores[0].confusion.sum(1))[labels]
+    weights = evaluation.weights
     paid = torch.stack([s.example_cost for s in scores])
     right = torch.stack([(s.decisions == labels).double() for s in scores])
     strata = labels if known_prior else None
@@ -49,14 +49,16 @@ def row_of(
         if known_prior
         else part_interval(right.mean(1).tolist(), len(labels))
     )
-    constant = judged.constant_cost if judged.constant_cost > 0 else math.nan
+    constant = evaluation.constant_cost if evaluation.constant_cost > 0 else math.nan
     return Row(
         name=name,
         accuracy=Score(*accuracy),
         expected_cost=Score(*cost),
         normalised_cost=Score(*(v / constant for v in cost)),
         recall=tuple(
-            Score(*part_interval([float(s.recall[c]) for s in scores], int((labels == c).sum())))
+            Score(
+                *part_interval([float(s.recall.value[c]) for s in scores], int((labels == c).sum()))
+            )
             for c in focus
         ),
         difference=Score(*difference) if difference is not None else None,

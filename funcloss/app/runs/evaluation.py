@@ -1,7 +1,7 @@
-"""What a run's decisions cost: from its loss and data to the judgement of its logits."""
+"""A trained model on the splits of its data, and what its decisions cost."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, feed
+from funcloss.app.data import Dataset, Examples, feed
 from funcloss.app.registry import loss_named
 from funcloss.app.runs import folder
-from funcloss.app.runs.setup import Setup
-from funcloss.app.runs.steering import Model
-from funcloss.combinators import Combined, correction_of, name_of, options_of, probabilities_of
-from funcloss.decisions import Costs, Judged, RuleScores, fit_temperature, judge, posterior_shift
-from funcloss.objectives.supervised import Forward
-from funcloss.training.evaluation import Evaluation, evaluate
-from funcloss.typing import Correction, Hyper, Probabilities
+from funcloss.app.runs.model import TrainedModel
+from funcloss.combinators import (
+    Combined,
+    correction_of,
+    name_of,
+    options_of,
+    probabilities_of,
+)
+from funcloss.decisions import (
+    Costs,
+    DecisionRule,
+    DecisionScores,
+    Evaluation,
+    Interval,
+    fit_temperature,
+    posterior_shift,
+    score,
+)
+from funcloss.training import evaluate as run_model
+from funcloss.typing import Correction, Probabilities
 
 _EVALUATED_AT_ONCE = 1024 * 3 * 32 * 32  # values of the inputs
 
@@ -78,28 +91,20 @@ def _statement(config: TrainConfig) -> Probabilities | None:
     return "costs" if stated is None and "cost_matrix" in options_of(loss) else stated
 
 
-def probability_scores(
-    logits: Float[Tensor, "n classes"],
-    config: TrainConfig,
-    counts: Float[Tensor, " classes"],
-    *,
-    costs: Costs | None = None,
-) -> Float[Tensor, "n classes"]:
-    """Return the logits as the loss takes them before its softmax, but for what is added to them.
+def logit_scale(
+    config: TrainConfig, counts: Float[Tensor, " classes"], *, costs: Costs | None = None
+) -> Float[Tensor, " classes"] | float:
+    """Return what the loss multiplies the logits of each class by before its softmax.
 
     Args:
-        logits: What the model says.
         config: The training.
         counts: Training examples of each class.
         costs: What decisions cost, for a loss whose correction depends on them.
 
     Returns:
-        The logits times the scale that the loss states, see :class:`funcloss.typing.Correction`.
+        The scale that the loss states, see :class:`funcloss.typing.Correction`.
     """
-    scale = _correction(config, counts, costs).scale
-    if isinstance(scale, Tensor):
-        return logits * scale.to(logits.device)
-    return logits if scale == 1.0 else logits * scale
+    return _correction(config, counts, costs).scale
 
 
 def implied_prior(
@@ -169,118 +174,80 @@ def deployment_prior(
     return prior / prior.sum()
 
 
-def evaluation_batch(dataset: Dataset) -> int:
-    """Return how many examples are evaluated at a time: fewer where they are large."""
-    return max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
-
-
-def evaluate_model(
-    setup: Setup, forward: Forward, model: Model, parts: tuple[str, ...]
+def evaluate(
+    model: TrainedModel, dataset: Dataset, splits: Collection[str]
 ) -> dict[str, Evaluation]:
-    """Evaluate a model on the parts of the data that are named and not empty.
+    """Evaluate a trained model on splits of a data set, at the scores as they are.
 
     Args:
-        setup: The data and the loss.
-        forward: The network as a function, in evaluation mode.
-        model: Its tensors, and what its last steps were given.
-        parts: Of ``validation`` and ``test``.
+        model: The model.
+        dataset: The data, on the device of the model.
+        splits: Of ``train``, ``validation`` and ``test``; one that is empty is left out.
 
     Returns:
-        The evaluations by part, validation first.
+        The evaluations by split, validation first.
     """
-    examples_of = {"validation": setup.dataset.validation, "test": setup.dataset.test}
-    return {
-        name: evaluate(
-            forward,
-            model.params,
-            model.buffers,
-            partial(feed, setup.dataset, examples),
-            len(examples.labels),
-            setup.criterion,
-            model.hyper,
-            batch_size=evaluation_batch(setup.dataset),
-        )
-        for name, examples in examples_of.items()
-        if name in parts and len(examples.labels)
-    }
+    found = {}
+    for name in ("validation", "test", "train"):
+        examples: Examples = getattr(dataset, name)
+        if name in splits and len(examples.labels):
+            found[name] = evaluate_examples(model, dataset, examples)
+    return found
 
 
-def judge_model(
-    setup: Setup, evaluations: Mapping[str, Evaluation], hyper: Hyper
-) -> dict[str, Judged]:
-    """Judge a model on the parts of the data that it was evaluated on.
+def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples) -> Evaluation:
+    """Evaluate a trained model on examples, at the scores as they are.
 
     Args:
-        setup: Its training.
-        evaluations: The model on validation, test or both.
-        hyper: What its last steps were given, for the class weights.
+        model: The model.
+        dataset: The data set of the examples, for the scale of its inputs.
+        examples: The examples, on the device of the model.
 
     Returns:
-        The judgement of each part.
+        The evaluation, by a rule that takes the softmax of the scores for probabilities.
     """
-    dataset = setup.dataset
-    labels = {"validation": dataset.validation.labels, "test": dataset.test.labels}
-    return judge_parts(
-        evaluations,
-        {name: labels[name].cpu() for name in evaluations},
-        config=setup.config,
-        costs=setup.costs,
-        counts=setup.counts,
-        class_weights=hyper.get("class_weights"),
-    )
+    index = torch.arange(len(examples.labels), device=examples.labels.device)
+    size = max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
+    batches = feed(dataset, examples, index.split(size))
+    return run_model(model.forward, model, batches, model.criterion, model.hyper, costs=model.costs)
 
 
-def judge_parts(
-    evaluations: Mapping[str, Evaluation],
-    labels: Mapping[str, Tensor],
-    *,
-    config: TrainConfig,
-    costs: Costs,
-    counts: Float[Tensor, " classes"],
-    class_weights: Float[Tensor, " classes"] | None = None,
-) -> dict[str, Judged]:
-    """Judge a model on parts of its data, the temperature fitted on validation alone.
+def with_fitted_rule(
+    model: TrainedModel, evaluations: Mapping[str, Evaluation]
+) -> dict[str, Evaluation]:
+    """Return evaluations by the rule of minimum expected cost, fitted on validation data alone.
 
     Args:
-        evaluations: The model on each part; without ``validation`` the temperature is 1.
-        labels: The truth of each part.
-        config: The training.
-        costs: What decisions cost.
-        counts: Training examples of each class.
-        class_weights: What the training was given; None: 1.
+        model: The model that was evaluated.
+        evaluations: By split; without ``validation`` the temperature is 1.
 
     Returns:
-        The judgement of each part, under both rules.
+        The same, under the prior of the deployment if one is given.
     """
-    implied = implied_prior(config, counts, class_weights, costs=costs)
-    fitted = "validation" if "validation" in evaluations else None
+    config, costs, counts = model.config, model.costs, model.class_counts
+    implied = implied_prior(config, counts, model.class_weights, costs=costs)
+    scale = logit_scale(config, counts, costs=costs)
+    temperature, support = 1.0, counts.cpu()
+    if (held_out := evaluations.get("validation")) is not None:
+        support = held_out.counts
+        here = _shift(_counted(support), implied)
+        scores = held_out.logits * scale
+        temperature = fit_temperature(scores, held_out.labels, log_shift=here)
     # What was held out, else the training set, stands for where the model will be used, unless a
     # prior says otherwise; the examples that are judged have no say in the decisions.
-    support = {name: e.support for name, e in evaluations.items()}
-    scores = {
-        name: probability_scores(e.logits, config, counts, costs=costs)
-        for name, e in evaluations.items()
-    }
-    temperature = 1.0
-    if fitted:
-        here = _shift(_counted(support[fitted]), implied)
-        temperature = fit_temperature(scores[fitted], labels[fitted].cpu(), log_shift=here)
-    judged = {}
-    for name, evaluation in evaluations.items():
-        prior = deployment_prior(config, costs.classes, support[name])
-        there = _counted(support[fitted] if fitted else counts.cpu())
-        expected = there if prior is None else deployment_prior(config, costs.classes, there)
-        assert expected is not None
-        judged[name] = judge(
-            evaluation.logits,
-            labels[name],
-            costs,
-            scores=scores[name],
-            temperature=temperature,
-            log_shift=_shift(expected, implied),
-            prior=prior,
+    expected = deployment_prior(config, costs.classes, _counted(support))
+    expected = _counted(support) if expected is None else expected
+    rule = DecisionRule(costs, temperature, scale, _shift(expected, implied))
+    return {
+        name: score(
+            found.logits,
+            found.labels,
+            rule,
+            prior=deployment_prior(config, costs.classes, found.counts),
+            loss=found.loss,
         )
-    return judged
+        for name, found in evaluations.items()
+    }
 
 
 def _counted(support: Tensor) -> Tensor:
@@ -294,48 +261,50 @@ def _shift(prior: Tensor, implied: Tensor) -> Tensor:
     return shift
 
 
-def judged_record(judged: Judged, costs: Costs, *, matrices: bool = True) -> dict[str, Any]:
-    """Return a judgement as JSON has it, None for what is not defined.
+def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any]:
+    """Return an evaluation as JSON has it, None for what is not defined.
 
     Args:
-        judged: The judgement.
-        costs: What decisions cost.
+        evaluation: The evaluation.
         matrices: Whether the confusion matrices are among it, which grow with the square of the
             classes.
 
     Returns:
         Scores by rule, confusion matrices in counts and in cost units.
     """
+    rule = evaluation.rule
     return folder.plain(
         {
+            "n": len(evaluation.labels),
+            "loss": evaluation.loss,
+            "temperature": rule.temperature,
+            "calibration_error": evaluation.calibration_error,
+            "calibrated_error": evaluation.calibrated_error,
+            "prior": dict(zip(rule.costs.classes, evaluation.prior.tolist(), strict=True)),
+            "constant_decision": evaluation.constant_decision,
+            "constant_cost": evaluation.constant_cost,
             "rules": {
-                name: _record(scores, costs) | (_matrices(scores) if matrices else {})
-                for name, scores in judged.rules.items()
+                name: _record(scores, rule.costs) | (_matrices(scores) if matrices else {})
+                for name, scores in evaluation.rules.items()
             },
-            "temperature": judged.temperature,
-            "calibration_error": judged.calibration_error,
-            "calibrated_error": judged.calibrated_error,
-            "prior": dict(zip(costs.classes, judged.prior.tolist(), strict=True)),
-            "constant_decision": judged.constant_decision,
-            "constant_cost": judged.constant_cost,
         }
     )
 
 
-def _record(scores: RuleScores, costs: Costs) -> dict[str, Any]:
-    def by_class(*columns: Tensor) -> dict[str, list[float]]:
-        rows = zip(*(column.tolist() for column in columns), strict=True)
+def _record(scores: DecisionScores, costs: Costs) -> dict[str, Any]:
+    def by_class(interval: Interval) -> dict[str, list[float]]:
+        rows = zip(*(bound.tolist() for bound in interval), strict=True)
         return {c: list(row) for c, row in zip(costs.classes, rows, strict=True)}
 
     return {
         "expected_cost": list(scores.expected_cost),
         "normalised_cost": scores.normalised_cost,
         "accuracy": list(scores.accuracy),
-        "recall": by_class(scores.recall, scores.recall_low, scores.recall_high),
-        "precision": by_class(scores.precision, scores.precision_low, scores.precision_high),
+        "recall": by_class(scores.recall),
+        "precision": by_class(scores.precision),
         "decisions": list(costs.decisions),
     }
 
 
-def _matrices(scores: RuleScores) -> dict[str, Any]:
+def _matrices(scores: DecisionScores) -> dict[str, Any]:
     return {"confusion": scores.confusion.tolist(), "confusion_cost": scores.cost.tolist()}

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from funcloss.decisions import (
     Costs,
+    DecisionRule,
     calibration_error,
-    judge,
     log_posterior,
     make_costs,
     min_cost_decisions,
-    score_decisions,
+    score,
     wilson,
 )
 
@@ -29,6 +29,11 @@ def ec(_font_cache):
 
         patch.setattr(package, "_check_targets", lambda *both: ("multiclass", *both))
         yield package
+
+
+def judge(logits, labels, costs, *, prior=None, **rule):
+    """Score a model by a rule of these costs."""
+    return score(logits, labels, DecisionRule(costs, **rule), prior=prior)
 
 
 def named(matrix):
@@ -112,7 +117,7 @@ def test_zero_one_costs_are_scikit_learns_metrics(classes):
         assert scores.confusion.tolist() == metrics.confusion_matrix(y, made).tolist()
         for name in ("recall", "precision"):
             theirs = getattr(metrics, f"{name}_score")(y, made, average=None, zero_division=0)
-            assert_close(getattr(scores, name).numpy(), theirs, atol=1e-12, rtol=0)
+            assert_close(getattr(scores, name).value.numpy(), theirs, atol=1e-12, rtol=0)
     assert judged.argmax.decisions.tolist() == judged.min_cost.decisions.tolist()
     balanced = judge(logits, labels, make_costs([str(c) for c in every]), prior=torch.ones(classes))
     expected = metrics.balanced_accuracy_score(labels, logits.argmax(-1))
@@ -132,7 +137,7 @@ def test_under_a_prior_all_is_that_of_weighted_examples():
     precision = metrics.precision_score(
         y, made, sample_weight=weights, average=None, labels=range(4), zero_division=np.nan
     )
-    assert_close(scores.precision.numpy(), precision, atol=1e-6, rtol=0, equal_nan=True)
+    assert_close(scores.precision.value.numpy(), precision, atol=1e-6, rtol=0, equal_nan=True)
     paid = costs.matrix[labels, scores.decisions].numpy()
     assert scores.expected_cost.value == pytest.approx(float(weights @ paid), abs=1e-6)
     assert scores.example_cost.tolist() == paid.tolist()
@@ -144,8 +149,8 @@ def test_parts_of_the_examples_have_wilsons_interval_of_their_counts():
     scores = judge(logits, labels, costs).min_cost
     hits, support = scores.confusion.diagonal(), scores.confusion.sum(1)
     decided = scores.confusion.sum(0)[:3]
-    assert_close((scores.recall_low, scores.recall_high), wilson(hits, support))
-    assert_close((scores.precision_low, scores.precision_high), wilson(hits, decided))
+    assert_close(scores.recall[1:], wilson(hits, support))
+    assert_close(scores.precision[1:], wilson(hits, decided))
     low, high = wilson(hits.sum(), support.sum())
     assert_close(scores.accuracy[1:], (float(low), float(high)))
 
@@ -172,8 +177,8 @@ def test_intervals_hold_under_a_prior(sizes, prior, recalls):
     for _ in range(400):
         decided = torch.multinomial(rates[labels], 1, generator=generator).squeeze(-1)
         scores = judge(torch.eye(classes)[decided], labels, costs, prior=part).argmax
-        low = torch.tensor([scores.accuracy.low, *scores.precision_low])
-        high = torch.tensor([scores.accuracy.high, *scores.precision_high])
+        low = torch.tensor([scores.accuracy.low, *scores.precision.low])
+        high = torch.tensor([scores.accuracy.high, *scores.precision.high])
         held.append((low <= torch.tensor(truth)) & (torch.tensor(truth) <= high))
     assert (torch.stack(held).double().mean(0) > 0.92).all()
 
@@ -214,7 +219,7 @@ def test_temperature_and_shift_reach_the_decisions_of_minimum_cost_alone():
     errors = [calibration_error(z, labels) for z in (log_posterior(logits), log_probs)]
     assert [judged.calibration_error, judged.calibrated_error] == pytest.approx(errors)
     assert errors[0] != pytest.approx(errors[1], abs=0.01)
-    assert judged.temperature == 3.0
+    assert judged.rule.temperature == 3.0
     assert list(judged.rules.values()) == [judged.argmax, judged.min_cost]
 
 
@@ -240,7 +245,7 @@ def test_other_dtypes_are_judged_as_their_values(dtype, integers):
     expected = judge(logits.double(), labels, costs)
     got = judge(logits.requires_grad_(), labels.to(integers), costs)
     for ours, theirs in zip(got.rules.values(), expected.rules.values(), strict=True):
-        assert_close(ours._asdict(), theirs._asdict(), rtol=0, atol=0, equal_nan=True)
+        assert_close(vars(ours), vars(theirs), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("prior", [None, torch.tensor([0.5, 0.25, 0.25])])
@@ -251,9 +256,9 @@ def test_one_example_has_a_cost_and_no_interval(prior):
     assert scores.expected_cost.value == 4.0
     assert math.isnan(scores.expected_cost.low)
     assert judged.prior.tolist() == [0.0, 1.0, 0.0]
-    assert scores.recall.isnan().tolist() == [True, False, True]
-    assert scores.precision.isnan().tolist() == [False, True, True]
-    assert scores.precision_low.isnan().tolist() == [False, True, True]
+    assert scores.recall.value.isnan().tolist() == [True, False, True]
+    assert scores.precision.value.isnan().tolist() == [False, True, True]
+    assert scores.precision.low.isnan().tolist() == [False, True, True]
     assert (scores.accuracy.value, scores.accuracy.low) == (0.0, 0.0)
 
 
@@ -270,18 +275,18 @@ def test_decisions_that_are_no_class_are_never_right():
     scores = judge(logits, labels, costs).min_cost
     assert scores.decisions.tolist() == [2] * 20
     assert (scores.accuracy.value, scores.expected_cost.value) == (0.0, pytest.approx(1.0))
-    assert scores.recall.tolist() == [0.0, 0.0]
-    assert scores.precision.isnan().all()
+    assert scores.recall.value.tolist() == [0.0, 0.0]
+    assert scores.precision.value.isnan().all()
 
 
 GOOD = (torch.zeros(2, 3), torch.tensor([0, 1]))
 WRONG = [
     ((torch.zeros(2, 3).long(), GOOD[1]), {}, TypeError, "logits must be floating point"),
     ((GOOD[0], torch.zeros(2)), {}, TypeError, "labels must hold integer classes"),
-    ((torch.zeros(2, 4), GOOD[1]), {}, ValueError, r"shape \(n, 3\), one a class, got \(2, 4\)"),
-    ((torch.zeros(3), GOOD[1]), {}, ValueError, r"shape \(n, 3\), one a class, got \(3,\)"),
+    ((torch.zeros(2, 4), GOOD[1]), {}, ValueError, r"shape \(n, 3\), one per class, got \(2, 4\)"),
+    ((torch.zeros(3), GOOD[1]), {}, ValueError, r"shape \(n, 3\), one per class, got \(3,\)"),
     ((GOOD[0], torch.tensor([0])), {}, ValueError, r"labels must have shape \(2,\)"),
-    ((GOOD[0][:0], GOOD[1][:0]), {}, ValueError, "judge: there are no examples"),
+    ((GOOD[0][:0], GOOD[1][:0]), {}, ValueError, "score: there are no examples"),
     ((GOOD[0], torch.tensor([0, 3])), {}, ValueError, r"labels must be in \[0, 3\), got 0 to 3"),
     ((GOOD[0], torch.tensor([-1, 2])), {}, ValueError, r"in \[0, 3\), got -1 to 2"),
     (GOOD, {"prior": torch.ones(2)}, ValueError, r"prior must have shape \(3,\)"),
@@ -296,26 +301,27 @@ WRONG = [
 @pytest.mark.parametrize(("data", "options", "error", "message"), WRONG)
 def test_a_wrong_request_is_refused(data, options, error, message):
     with pytest.raises(error, match=message):
-        judge(*data, make_costs(tuple("abc")), **options)
+        list(judge(*data, make_costs(tuple("abc")), **options).rules)
 
 
 @pytest.mark.parametrize("prior", [None, torch.tensor([0.2, 0.3, 0.5])])
 def test_decisions_are_scored_as_a_models_are(prior):
     logits, labels, costs = problem(100, 3, 1)
     expected = judge(logits, labels, costs, prior=prior).min_cost
-    got = score_decisions(expected.decisions.to(torch.uint8), labels.int(), costs, prior=prior)
-    assert_close(got._asdict(), expected._asdict(), rtol=0, atol=0, equal_nan=True)
+    found = judge(logits, labels.int(), costs, prior=prior)
+    got = found.scored(expected.decisions.to(torch.uint8))
+    assert_close(vars(got), vars(expected), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     ("decisions", "error", "message"),
     [
         (torch.zeros(2), TypeError, "decisions must hold integer classes"),
-        (torch.tensor([0]), ValueError, r"labels must have shape \(1,\) to match decisions \(1,\)"),
+        (torch.tensor([0]), ValueError, r"decisions must have shape \(2,\) to match the labels"),
         (torch.tensor([0, 4]), ValueError, r"decisions must be in \[0, 4\), got 0 to 4"),
     ],
 )
 def test_decisions_that_are_none_are_refused(decisions, error, message):
     costs = make_costs(("a", "b", "c"), {t: dict.fromkeys("abcd", 1) for t in "abc"})
-    with pytest.raises(error, match=f"score_decisions: {message}"):
-        score_decisions(decisions, torch.tensor([0, 1]), costs)
+    with pytest.raises(error, match=f"scored: {message}"):
+        judge(torch.zeros(2, 3), torch.tensor([0, 1]), costs).scored(decisions)

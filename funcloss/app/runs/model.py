@@ -1,0 +1,139 @@
+"""A trained model, and the file that keeps it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from funcloss.app.config import TrainConfig
+from funcloss.app.registry import make_criterion
+from funcloss.app.runs.checkpoint import load_tensors, save_tensors
+from funcloss.app.runs.network import make_model, set_tensors
+from funcloss.app.runs.options import make_hyper
+from funcloss.decisions import Costs, make_costs
+from funcloss.errors import ConfigError, RunError
+from funcloss.objectives import make_forward
+from funcloss.objectives.supervised import Criterion, Forward, split_tensors
+from funcloss.training.step import preferred_layout
+from funcloss.typing import Buffers, Hyper, Params
+
+_HEADER = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, and what is needed to use it and to judge it."""
+
+    model: nn.Module  # in evaluation mode; ``forward`` is what runs it on the tensors below
+    forward: Forward
+    params: Params
+    buffers: Buffers
+    class_weights: Float[Tensor, " classes"] | None  # of the last step; None: none
+    config: TrainConfig
+    classes: tuple[str, ...]
+    class_counts: Float[Tensor, " classes"]  # training examples of each class, on the CPU
+    mean: Float[Tensor, " channels"]  # pixels in 0..1; empty: inputs go to the model as they are
+    std: Float[Tensor, " channels"]
+    input_shape: tuple[int, ...]  # channels, height, width of an image
+    columns: tuple[str, ...]  # names of the features of a table
+    images: bool  # whether the inputs are images
+
+    @property
+    def costs(self) -> Costs:
+        """What decisions cost."""
+        return make_costs(self.classes, self.config.cost_matrix, self.config.class_cost)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.params.values())).device
+
+    @property
+    def hyper(self) -> Hyper:
+        """What the loss was given at the last step."""
+        hyper = make_hyper(self.config, self.costs, self.class_counts, self.device)
+        hyper.pop("class_weights", None)
+        if self.class_weights is not None:
+            hyper["class_weights"] = self.class_weights.to(self.device)
+        return hyper
+
+    @property
+    def criterion(self) -> Criterion:
+        """The loss that it was trained with, reduced."""
+        weighted = self.class_weights is not None
+        return make_criterion(self.config.loss, self.config.reduction, weighted=weighted)
+
+
+def save_model(path: Path, model: TrainedModel, *, step: int) -> None:
+    """Write a model's tensors and what they are of, whole or not at all.
+
+    Args:
+        path: The safetensors file to make or replace.
+        model: The model.
+        step: Steps that it was trained for.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    weights = model.class_weights
+    header = {
+        "step": step,
+        "model": model.config.model,
+        "classes": model.classes,
+        "class_weights": None if weights is None else weights.tolist(),
+        "class_counts": model.class_counts.tolist(),
+        "mean": model.mean.tolist(),
+        "std": model.std.tolist(),
+        "input_shape": model.input_shape,
+        "columns": model.columns,
+        "images": model.images,
+    }
+    save_tensors(path, model.params | model.buffers, header)
+
+
+def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> TrainedModel:
+    """Read what :func:`save_model` wrote.
+
+    Args:
+        path: The safetensors file.
+        config: The training's, for the network, the loss and the costs.
+        device: Where the tensors go.
+
+    Returns:
+        The model.
+
+    Raises:
+        RunError: the file cannot be read, or is of another model.
+    """
+    tensors, header = load_tensors(path, needs=(*_HEADER, "images"))
+    classes, shape = tuple(header["classes"]), tuple(header["input_shape"])
+    model = make_model(config, shape, len(classes))
+    try:
+        misshapen = set_tensors(model, tensors)
+    except ConfigError as error:
+        raise RunError(f"{path} is of another model: {error}") from None
+    if misshapen:
+        raise RunError(f"{path} is of another model: the shape of its {misshapen[0]} differs")
+    model = model.eval().to(device)
+    params, buffers = (
+        {name: preferred_layout(t.detach()) for name, t in named.items()}
+        for named in split_tensors(model)
+    )
+    weights = header["class_weights"]
+    return TrainedModel(
+        model=model,
+        forward=make_forward(model),
+        params=params,
+        buffers=buffers,
+        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+        config=config,
+        classes=classes,
+        class_counts=torch.tensor(header["class_counts"], dtype=torch.float32),
+        mean=torch.tensor(header["mean"]),
+        std=torch.tensor(header["std"]),
+        input_shape=shape,
+        columns=tuple(header["columns"]),
+        images=header["images"],
+    )

@@ -1,0 +1,157 @@
+"""What the options of a training mean for its classes and its loss."""
+
+import torch
+from torch import Tensor
+
+from funcloss.app.config import TrainConfig, did_you_mean
+from funcloss.app.registry import loss_named, number_options
+from funcloss.combinators import correction_of, options_of
+from funcloss.decisions import Costs, class_index
+from funcloss.errors import ConfigError
+from funcloss.typing import Hyper
+
+_ROUNDING = 1e-6  # of fractions that add up to 1
+
+
+def make_hyper(
+    config: TrainConfig, costs: Costs, counts: Tensor, device: str | torch.device
+) -> Hyper:
+    """Return what may be swept: learning rate, class weights if any, and what the loss takes.
+
+    Args:
+        config: Its ``class_weight`` by name of the class.
+        costs: What decisions cost, for the losses that look at it.
+        counts: Training examples of each class, ``(classes,)``, for the losses of counts or priors.
+        device: Where the tensors go.
+
+    Returns:
+        float32 tensors by name.
+
+    Raises:
+        ConfigError: the loss has no use for these costs or counts, or a number is too large.
+    """
+    data = data_options(config, costs, counts)
+    numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
+    if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
+        numbers["class_weights"] = [config.class_weight.get(name, 1.0) for name in costs.classes]
+    hyper = {name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()} | data
+    if large := [name for name, value in hyper.items() if not value.isfinite().all()]:
+        raise ConfigError(f"{', '.join(large)} must fit float32, so be below 3.4e38")
+    return {name: value.to(device) for name, value in hyper.items()}
+
+
+def data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
+    """Return those options of a loss that the data and the costs decide."""
+    loss = config.loss
+    takes = options_of(loss_named(loss, refused=config.refused_code))
+    if takes & {"class_counts", "class_prior"} and not counts.all():
+        missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
+        raise ConfigError(
+            f"loss {loss} needs training examples of every class; of {', '.join(missing[:5])} "
+            "there are none"
+        )
+    if "cost_matrix" in takes and costs.extra:
+        raise ConfigError(
+            f"loss {loss} needs a square cost_matrix: the model has a logit a class, and none for "
+            f"{', '.join(costs.extra[:5])}; train with another loss, or without that column"
+        )
+    known = {
+        "class_counts": counts,
+        "class_prior": counts.double() / counts.sum(),
+        "cost_matrix": costs.matrix,
+    }
+    return {name: value.float() for name, value in known.items() if name in takes}
+
+
+def check_loss_options(config: TrainConfig, costs: Costs, counts: Tensor) -> None:
+    """Raise ``ConfigError`` unless the loss takes its options, and they are all that it needs.
+
+    Args:
+        config: Its ``loss`` and ``loss_option``.
+        costs: What decisions cost.
+        counts: Training examples of each class, ``(classes,)``.
+    """
+    loss, given, classes = config.loss, config.loss_option, len(costs.classes)
+    data = data_options(config, costs, counts)
+    function = loss_named(loss, refused=config.refused_code)
+    known = number_options(function)
+    for name in given:
+        if name not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none that is a number"
+            guess = did_you_mean(name, known)
+            raise ConfigError(f"loss_option: {loss} has no option {name!r}{guess}; {there}")
+    if missing := [name for name, needed in known.items() if needed and name not in given]:
+        raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
+    try:  # a loss checks the range of plain numbers only: in training they are tensors
+        values = function(torch.eye(classes), torch.arange(classes), **data, **given)
+    except ValueError as error:
+        raise ConfigError(f"loss_option: {error}") from None
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss} fails on logits {(classes, classes)} and labels {(classes,)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (classes,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"loss {loss} must give one value an example, {(classes,)} for {classes} of them; got "
+            f"{got}: leave out the mean or sum in it"
+        )
+    _check_probabilities(config, {**data, **given}, classes)
+
+
+def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> None:
+    """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
+    loss = config.loss
+    try:
+        function = loss_named(loss, refused=config.refused_code)
+        scale, offset = correction_of(function, options)
+        shape = tuple((scale * torch.zeros(classes) + offset).shape)
+    except Exception as error:  # somebody's own
+        raise ConfigError(
+            f"loss {loss}: its probabilities cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if shape != (classes,):
+        raise ConfigError(
+            f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
+            f"{(classes,)}; got shape {shape}"
+        )
+
+
+def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:
+    """Return a configuration with its costs and priors by name of the class.
+
+    Args:
+        config: A configuration.
+        classes: Names of the classes, in the order of the labels.
+
+    Returns:
+        The same, each class named once.
+
+    Raises:
+        ConfigError: there is no such class, or the priors do not add up.
+    """
+    prior = by_name("prior", config.prior, classes)
+    _check_prior(prior, len(classes))
+    return config._replace(
+        class_cost=by_name("class_cost", config.class_cost, classes), prior=prior
+    )
+
+
+def _check_prior(prior: dict[str, float], classes: int) -> None:
+    total = sum(prior.values())
+    if total > 1.0 + _ROUNDING:
+        raise ConfigError(f"prior: the parts must not add up to more than 1, got {total:g}")
+    if len(prior) == classes and total < 1.0 - _ROUNDING:
+        raise ConfigError(f"prior: the parts of all classes must add up to 1, got {total:g}")
+
+
+def by_name(what: str, values: dict[str, float], classes: tuple[str, ...]) -> dict[str, float]:
+    """Return the values by name of the class; a key that is no name may be an index."""
+    named = {}
+    for key, value in values.items():
+        name = classes[class_index(what, key, classes)]
+        if name in named:
+            raise ConfigError(f"{what}: class {name!r} is given twice")
+        named[name] = value
+    return named
