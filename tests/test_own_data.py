@@ -36,7 +36,7 @@ PREAMBLE = """
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
-from funcloss import data
+from funcloss.app import data
 
 n = 40
 labels = torch.arange(n) % 2
@@ -1296,7 +1296,7 @@ MEASURE = """
 import sys, time
 import torch
 from pathlib import Path
-from funcloss import data
+from funcloss.app import data
 
 def resident(name):
     status = Path("/proc/self/status").read_text()
