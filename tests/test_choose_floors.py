@@ -1,6 +1,7 @@
 """Floors and ceilings: what they name, how weights follow them, and trainings that keep them."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -257,7 +258,7 @@ def test_a_cost_is_missed_by_as_much_in_any_unit():
     decisions, labels = decided(2)
     found = []
     for unit in (1.0, 1e6, 1e-6):
-        costs = ABC._replace(matrix=ABC.matrix * unit)
+        costs = dataclasses.replace(ABC, matrix=ABC.matrix * unit)
         scores = score_decisions(decisions, labels, costs)
         limits = tuple(Limit(COST, bound * unit) for bound in (0.3, 0.0, -1.0))
         found.append(violations(limits, reached(limits, scores), scores.confusion.sum(1)))
