@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from funcloss.app import data
+from funcloss.app import data, sweep
 from funcloss.app.cli import app as shell
+from funcloss.app.runs import Outcome, folder
+from funcloss.app.train import train
 from funcloss.decisions import DecisionRule, score
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it starts
@@ -54,6 +56,23 @@ def _no_surprises(monkeypatch, tmp_path_factory, _font_cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     torch.manual_seed(0)
+
+
+def resume(run_dir, *, allow_import: bool = False, **watch) -> Outcome:
+    """Take up a run, as the command does."""
+    config = folder.read_config(Path(run_dir), allow_import=allow_import)
+    return train(config, run_dir, resume=True, **watch)
+
+
+def swept(config, axes, out, *, seeds: int = 1, method: str = "auto", **watch) -> Outcome:
+    """Sweep axes."""
+    return sweep.sweep(sweep.SweepSpec(config, axes, seeds, method), out, **watch)
+
+
+def resume_sweep(out, *, allow_import: bool = False, **watch) -> Outcome:
+    """Take up a sweep, as the command does."""
+    spec = sweep.read_spec(Path(out), allow_import=allow_import)
+    return sweep.sweep(spec, out, resume=True, **watch)
 
 
 class StopAt:

@@ -21,11 +21,12 @@ from torch.testing import assert_close
 
 from funcloss import class_weighted, losses, models, optim
 from funcloss.app import runs
-from funcloss.app.audits import audit_checkpoint, audit_run, observer, write_report
+from funcloss.app.audits import audit_checkpoint, audit_run, write_report
 from funcloss.app.config import make_config
 from funcloss.app.data import take
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs.setup import make_setup
+from funcloss.app.train import train
 from funcloss.audit import audit, compare, sentences
 from funcloss.errors import ConfigError, RunError
 from funcloss.laws import adapt, cost_effect
@@ -56,7 +57,7 @@ FILES = [
 
 def trained(run, *, stop=0, **options):
     should_stop = StopAt(stop) if stop else lambda: False
-    runs.train(make_config(SMALL, options), run, observer=observer, should_stop=should_stop)
+    train(make_config(SMALL, options), run, should_stop=should_stop)
     return run
 
 

@@ -7,7 +7,7 @@ import re
 import audit_reference as ref
 import pytest
 import torch
-from conftest import StopAt
+from conftest import StopAt, resume
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,6 +21,7 @@ from funcloss.app.data import take
 from funcloss.app.registry import LOSSES, make_criterion
 from funcloss.app.runs import folder
 from funcloss.app.runs.setup import make_setup
+from funcloss.app.train import train
 from funcloss.audit import audit, make_audit_step
 from funcloss.combinators import class_weighted
 from funcloss.errors import AuditError
@@ -300,7 +301,7 @@ def audited(tmp_path_factory):
     """A run that was audited on the way, and the events."""
     events = []
     run = tmp_path_factory.mktemp("audited") / "run"
-    runs.train(config(), run, show=events.append, observer=observer)
+    train(config(), run, show=events.append)
     return run, events
 
 
@@ -358,8 +359,8 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
 
 def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
     run, _ = audited
-    runs.train(config(audit_every=0), tmp_path / "none", observer=observer)
-    runs.train(config(), tmp_path / "nobody looks")
+    train(config(audit_every=0), tmp_path / "none")
+    train(config(), tmp_path / "nobody looks")
     assert audits(tmp_path / "none") == audits(tmp_path / "nobody looks") == []
     assert same(run, tmp_path / "none")
     assert same(run, tmp_path / "nobody looks")
@@ -370,10 +371,10 @@ def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
 def test_a_run_that_is_stopped_goes_on_to_the_same_audits(tmp_path, audited, at):
     whole, _ = audited
     run = tmp_path / "run"
-    stopped = runs.train(config(), run, should_stop=StopAt(at), observer=observer)
+    stopped = train(config(), run, should_stop=StopAt(at))
     assert not stopped.finished
     assert [r["step"] for r in audits(run)[::10]] == [s for s in AUDITED if s <= at]
-    assert runs.resume(run, observer=observer).finished
+    assert resume(run).finished
     assert timeless(audits(run)) == timeless(audits(whole))
     assert same(run, whole)
 
@@ -382,13 +383,13 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
     """A kill loses the steps since the checkpoint, and not their lines."""
     whole, _ = audited
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(10), observer=observer)
+    train(config(), run, should_stop=StopAt(10))
     for line in audits(whole):
         if line["step"] == 15:
             folder.append_record(run, line)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "audit", "step": 15, "cl')
-    runs.resume(run, observer=observer)
+    resume(run)
     assert timeless(audits(run)) == timeless(audits(whole))
 
 
@@ -415,7 +416,7 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
 def test_every_option_is_audited(tmp_path, options):
     options = {"model": "linear", "class_weight": {"9": 5}, **options}
     run = tmp_path / "run"
-    runs.train(config(**options), run, observer=observer)
+    train(config(**options), run)
     records = audits(run)
     assert records
     for step in {r["step"] for r in records}:
@@ -455,7 +456,7 @@ def test_a_batch_of_which_every_class_weighs_nothing_stops_no_training(tmp_path)
     free = dict.fromkeys("012345678", 0.0)
     options = {"model": "linear", "class_weight": free, "batch_size": 4, "audit_every": 10}
     options |= {"log_every": 1000, "learning_rate": 1e-4}
-    outcome = runs.train(config(**options), tmp_path / "run", observer=observer)
+    outcome = train(config(**options), tmp_path / "run")
     assert outcome.finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in lines
@@ -466,7 +467,7 @@ def test_a_training_that_diverges_goes_on_as_it_does_without_audits(tmp_path):
     """An audit tells of a training and never ends it: the loss may be finite again, or not."""
     notes = []
     made = config(model="linear", learning_rate=1e38, audit_every=1, batch_size=1000)
-    outcome = runs.train(made, tmp_path / "run", show=notes.append, observer=observer)
+    outcome = train(made, tmp_path / "run", show=notes.append)
     assert outcome.finished
     said = [n for n in notes if isinstance(n, runs.Note) and "the loss is nan" in n.text]
     assert len(said) == 1
@@ -474,13 +475,13 @@ def test_a_training_that_diverges_goes_on_as_it_does_without_audits(tmp_path):
     assert "NaN" not in text
     assert "Infinity" not in text
     assert [r["share"] for r in audits(tmp_path / "run") if r["step"] == 4] in ([], [None] * 10)
-    runs.train(made._replace(audit_every=0), tmp_path / "plain", observer=observer)
+    train(made._replace(audit_every=0), tmp_path / "plain")
     finals = [folder.read_records(tmp_path / name)[-1]["test"] for name in ("run", "plain")]
     assert finals[0] == finals[1]
 
 
 def test_no_step_is_no_audit(tmp_path):
-    runs.train(config(model="linear", epochs=0), tmp_path / "run", observer=observer)
+    train(config(model="linear", epochs=0), tmp_path / "run")
     assert audits(tmp_path / "run") == []
 
 
@@ -489,7 +490,7 @@ def test_tensorboard_gets_the_shares(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    runs.train(config(model="linear", tensorboard=True), run, observer=observer)
+    train(config(model="linear", tensorboard=True), run)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     for score in ("share", "norm", "update_share"):
         for name in "0123456789":

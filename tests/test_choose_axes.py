@@ -1,6 +1,7 @@
 """What a sweep goes over, which member it chooses, and its rows on the test set."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from funcloss.app.choice.tested import part_interval, row_of
 from funcloss.app.config import make_config
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice import Row, Score
@@ -24,7 +26,6 @@ from funcloss.app.sweep.axes import (
     plain_members,
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, points_of
-from funcloss.app.sweep.tested import part_interval, row_of
 from funcloss.constraints.limits import make_limits
 from funcloss.decisions import DecisionRule, make_costs, score
 from funcloss.errors import ConfigError
@@ -407,7 +408,7 @@ def test_the_answer_names_the_member_and_the_reason():
         "class_weight 9=2 is the smallest weight that keeps every limit on validation data. "
         "recall of 9 at least 0.9: 0.9100."
     ]
-    both_ways = NINE._replace(values=(0.5, 2.0))
+    both_ways = replace(NINE, values=(0.5, 2.0))
     assert (
         "9=2 is the weight nearest to 1 that keeps every"
         in (sentences(records, [both_ways], FLOOR)[0])

@@ -13,22 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, score_decisions
+from conftest import StopAt, resume, score_decisions
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from funcloss import training
-from funcloss.app import runs, sweep
-from funcloss.app.audits import audit_run, observer
+from funcloss._json import jsonable
+from funcloss.app import runs
+from funcloss.app.audits import audit_run
+from funcloss.app.choice.words import limit_sentences
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
 from funcloss.app.data import normalised, take
 from funcloss.app.report.choice import Ascent
 from funcloss.app.report.choice import Limit as Told
 from funcloss.app.runs import evaluation, folder
-from funcloss.app.runs.constrained import steer_by_limits
+from funcloss.app.runs.constrained import make_controller
 from funcloss.app.runs.setup import make_setup
-from funcloss.app.sweep.words import limit_sentences
+from funcloss.app.train import train
 from funcloss.constraints.ascent import (
     CAP,
     RATE,
@@ -551,9 +553,7 @@ def test_where_no_threshold_keeps_a_limit_the_nearest_is_told_as_missed():
 
 
 def trained(run, **options):
-    made = config(**options)
-    steer = steer_by_limits if made.floor or made.ceiling else None
-    return runs.train(made, run, steer=steer)
+    return runs.run(config(**options), run)
 
 
 def argmax_of(outcome, part="validation"):
@@ -708,7 +708,7 @@ def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
 
 def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
     made = config(floor={"8": 0.99}, epochs=1, batch_size=250, floor_every=3, audit_every=3)
-    runs.train(made, tmp_path / "run", steer=steer_by_limits, observer=observer)
+    train(made, tmp_path / "run")
     records = folder.read_records(tmp_path / "run")
     weight_at = {r["step"]: r["weights"].get("8", 1.0) for r in records if r["kind"] == "steering"}
     counts = make_setup(made).dataset.train.labels
@@ -802,7 +802,7 @@ def test_weights_that_change_compile_nothing_anew(tmp_path, monkeypatch):
             seen.append(counter.frame_count)
 
     made = config(compile="on", floor={"8": 0.99}, epochs=2, batch_size=400, floor_every=2)
-    runs.train(made, tmp_path / "run", steer=steer_by_limits, show=show)
+    train(made, tmp_path / "run", show=show)
     assert len({json.dumps(r["weights"]) for r in steered(tmp_path / "run")}) > 5
     assert seen == [counter.frame_count]
     assert counter.frame_count >= 1
@@ -911,17 +911,17 @@ BRIEF = {"epochs": 2, "batch_size": 500, "floor_every": 3, "floor": {"8": 0.9}} 
 def no_report(monkeypatch):
     """The report of a choice, less the page and what is measured for it alone."""
 
-    def write_choice(choice, out, run_dir, setup, page):
-        (out / "floor.json").write_text(json.dumps(folder.plain(sweep.finish.as_dict(choice))))
-        return [out / page]
+    def written(choice, page, run_dir, setup):
+        page.with_suffix(".json").write_text(json.dumps(jsonable(choice)))
+        return [page]
 
-    monkeypatch.setattr("funcloss.app.sweep.run.write_choice", write_choice)
-    monkeypatch.setattr("funcloss.app.sweep.run.gradient_of", lambda *args: ({}, 0))
+    monkeypatch.setattr("funcloss.app.train.written", written)
+    monkeypatch.setattr("funcloss.app.choice.finish._gradient_of", lambda *args: ({}, 0))
 
 
 @pytest.fixture
 def whole(tmp_path, no_report):
-    sweep.train_under_limits(config(**BRIEF), tmp_path / "run")
+    train(config(**BRIEF), tmp_path / "run")
     return (tmp_path / "run").rename(tmp_path / "whole")
 
 
@@ -930,13 +930,13 @@ def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_
     assert steps == [3, 6, 9, 12, 15, 16]
     for at in (1, 3, 8, 9, 15, 16, 17, 24, 30):  # 16 of each
         run = tmp_path / "run"
-        stopped = sweep.train_under_limits(config(**BRIEF), run, should_stop=StopAt(at))
+        stopped = train(config(**BRIEF), run, should_stop=StopAt(at))
         assert not stopped.finished
         assert (run / "summary.json").exists() == (at >= 16)
         assert (run / "plain").exists() == (at >= 16)
         if at in (1, 9):  # and once more
-            assert not sweep.resume_under_limits(run, should_stop=StopAt(5)).finished
-        ended = sweep.resume_under_limits(run)
+            assert not resume(run, should_stop=StopAt(5)).finished
+        ended = resume(run)
         assert ended.finished
         assert same(run, whole)
         assert same(run / "plain", whole / "plain")
@@ -973,14 +973,14 @@ def killing(monkeypatch, at):
 
 def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     made = config(**BRIEF)
-    runs.train(made, tmp_path / "whole", steer=steer_by_limits)
+    runs.run(made, tmp_path / "whole")
     taken_up = 0
     for at in range(1, 40):
         run = tmp_path / f"run{at}"
         with monkeypatch.context() as patch:
             killing(patch, at)
             try:
-                runs.train(made, run, steer=steer_by_limits)
+                runs.run(made, run)
             except Killed:
                 alive = False
             else:
@@ -989,35 +989,23 @@ def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path
             break
         if run.exists():
             taken_up += 1
-            assert runs.resume(run, steer=steer_by_limits).finished
+            assert runs.run(folder.read_config(run), run, resume=True).finished
             assert same(run, tmp_path / "whole")
             assert told(run) == told(tmp_path / "whole")
     assert taken_up > 10
     assert 12 < at < 39
 
 
-def test_a_run_with_floors_is_not_taken_up_without_what_steers_it(tmp_path):
-    run = tmp_path / "run"
-    runs.train(config(**BRIEF), run, steer=steer_by_limits, should_stop=StopAt(2))
-    with pytest.raises(ConfigError, match="floors and ceilings need what steers by them"):
-        runs.resume(run)
+def test_a_folder_without_a_run_is_not_taken_up(tmp_path):
     with pytest.raises(RunError, match="is not a run folder"):
-        sweep.resume_under_limits(tmp_path)
+        resume(tmp_path)
 
 
 # Honest.
 
 
-@pytest.mark.parametrize("option", [{"floor": {"8": 0.9}}, {"ceiling": {"cost": 0.5}}])
-def test_floors_are_never_silently_ignored(tmp_path, option):
-    with pytest.raises(ConfigError, match=r"steer=funcloss\.choose\.steer_by_limits"):
-        runs.train(config(**option), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
 UNFIT = [
     ({"val_fraction": 0, "floor": {"8": 0.9}}, "none is held out: set val_fraction, to 0.1 say"),
-    ({}, "no floor and no ceiling is given, as in floor 9=0.99"),
     ({"floor": {"ten": 0.9}}, "floor: no class 'ten'"),
     ({"floor": {"8": 2}}, "floor 8 must be a recall above 0 and at most 1, got 2"),
     (
@@ -1032,7 +1020,7 @@ def test_limits_that_cannot_be_measured_are_refused_before_anything_is_written(
     tmp_path, options, message
 ):
     with pytest.raises(ConfigError, match=message):
-        sweep.train_under_limits(config(**options), tmp_path / "run")
+        train(config(**options), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1054,7 +1042,7 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
     setup = make_setup(config(floor={"8": 0.9}))
     few = setup.dataset.validation
     few = type(few)(few.inputs[few.labels != 8], few.labels[few.labels != 8])
-    setup = setup._replace(dataset=setup.dataset._replace(validation=few))
+    setup = dataclasses.replace(setup, dataset=setup.dataset._replace(validation=few))
     with pytest.raises(ConfigError, match="there is no validation example of 8 to measure"):
         runs.constrained.limits_of(setup)
 
@@ -1068,10 +1056,10 @@ def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypa
 
     monkeypatch.setattr(evaluation, "evaluate_examples", spy)
     show = lambda event: events.append(type(event).__name__)  # noqa: E731
-    sweep.train_under_limits(config(**BRIEF), tmp_path / "run", show=show)
+    train(config(**BRIEF), tmp_path / "run", show=show)
     first = events.index("test")
     begun = [i for i, event in enumerate(events) if event == "Started"]
-    measured = [i for i, event in enumerate(events) if event == "Steered"]
+    measured = [i for i, event in enumerate(events) if event == "Constrained"]
     assert len(begun) == 2
     assert len(measured) == 6
     assert max(measured) < first < begun[1]
@@ -1095,7 +1083,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
 
     monkeypatch.setattr(room, "load_dataset", garbled)
     run = tmp_path / "run"
-    sweep.train_under_limits(config(**BRIEF), run)
+    train(config(**BRIEF), run)
     assert same(run, whole)
     assert same(run / "plain", whole / "plain")
     assert told(run) == told(whole)
@@ -1115,7 +1103,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
 
 def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
     setup = make_setup(config(epochs=4, floor={"9": 0.3}))
-    steering, state = steer_by_limits(setup), setup.state
+    controller, state = make_controller(setup), setup.state
     order = training.epoch_order(state.key, 0, len(setup.dataset.train.labels))
     for batch in setup.feed(order.split(setup.config.batch_size)[:10]):
         state, _ = setup.train_step(state, batch, setup.hyper)
@@ -1125,10 +1113,10 @@ def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
         raised = state.params["fc.bias"] + bias * (torch.arange(10) == 9)
         return state._replace(step=torch.tensor(step), params={**state.params, "fc.bias": raised})
 
-    memory = steering.init(setup.state)
+    memory = controller.init(setup.state)
     worth = []
     for step, bias in ((1, 1.0), (half, 3.0), (half + 1, 2.0), (half + 2, -9.0)):
-        memory, line = steering.update(memory, at(step, bias))
+        memory, line = controller.update(memory, at(step, bias))
         assert line["feasible"] == (bias > 0)
         worth.append(line["accuracy"])
     assert worth[2] < worth[0]
@@ -1138,4 +1126,4 @@ def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
 @pytest.mark.parametrize("floor", [{"9": 0.9}, {"precision:9": 0.9}])
 def test_a_limit_on_a_class_of_no_weight_is_refused(floor):
     with pytest.raises(ConfigError, match="class 9 has class_weight 0, which no multiplier"):
-        steer_by_limits(make_setup(config(class_weight={"9": 0.0}, floor=floor)))
+        make_controller(make_setup(config(class_weight={"9": 0.0}, floor=floor)))

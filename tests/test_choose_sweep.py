@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt
+from conftest import StopAt, resume_sweep, swept
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
@@ -24,11 +25,13 @@ from funcloss import losses, models, objectives, optim, training
 from funcloss._files import write_text
 from funcloss._trees import flatten
 from funcloss.app import data, report, runs, sweep
+from funcloss.app.choice import finish
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.runs import folder, setup
-from funcloss.app.sweep import Axis, finish, members, plan, run, seeds
+from funcloss.app.sweep import Axis, SweepSpec, members, plan, run, seeds
 from funcloss.app.sweep.axes import member_config, members_of
 from funcloss.app.sweep.members import mapped, member_state
+from funcloss.app.train import train
 from funcloss.combinators import class_weighted
 from funcloss.errors import ConfigError, RunError
 from funcloss.typing import Batch
@@ -75,6 +78,22 @@ def given(monkeypatch, dataset):
     monkeypatch.setattr(setup, "load_dataset", load_dataset)
 
 
+def started(config, axes, out, *, seeds=1, method="auto", show=lambda event: None, **how):
+    return plan.start(SweepSpec(config, axes, seeds, method), Path(out), show, **how)
+
+
+def taken_up(out, show=lambda event: None):
+    return plan.taken_up(plan.read_spec(out), out, show)
+
+
+def run_seeds(sweep, **watch):
+    return seeds.run_seeds(sweep, runs.Watcher(**watch))
+
+
+def width_of(sweep):
+    return max(group.size for group in sweep.groups)
+
+
 def plainly(monkeypatch, dataset):
     """Train on these digits, draw nothing and audit nothing."""
     given(monkeypatch, dataset)
@@ -100,7 +119,7 @@ def whole(tmp_path_factory, tiny):
     out = tmp_path_factory.mktemp("sweeps") / "whole"
     with pytest.MonkeyPatch.context() as patched:
         plainly(patched, tiny)
-        ended = sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", show=events.append)
+        ended = swept(config(), [NINE], out, seeds=2, method="vmap", show=events.append)
     return out, ended, events
 
 
@@ -110,7 +129,7 @@ def full(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweeps") / "full"
     made = config(class_cost={"9": 5}, floor={"9": 0.93}, batch_size=400, compile="auto")
     axis = Axis("class_weight", "9", (1.0, 3.0, 30.0))
-    return out, sweep.sweep(made, [axis], out, seeds=2, method="vmap")
+    return out, swept(made, [axis], out, seeds=2, method="vmap")
 
 
 def tensors(path):
@@ -285,17 +304,17 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
     asked = []
     with monkeypatch.context() as patched:
         indices(patched, asked)
-        made = plan.start(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
-        made = made._replace(entries=made.entries[1:], groups=made.groups[1:])  # plain apart
+        made = started(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
+        made = replace(made, entries=made.entries[1:], groups=made.groups[1:])  # plain apart
         # Scoring asks for training examples too, in order.
         patched.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
-        seeds.run_seeds(made)
+        run_seeds(made)
     orders = []
     for seed, (number, weight) in itertools.product(range(2), enumerate(NINE.values)):
         alone, order = tmp_path / f"{seed}{number}", []
         with monkeypatch.context() as patched:
             indices(patched, order)
-            runs.train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
+            train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
         state = state_of(made, seed, number)
         expected = runs.beneath(tensors(alone / "checkpoint.safetensors"), "state")
         found = flatten(state)
@@ -310,7 +329,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
 
 def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_path, plain_files):
     out, ended, _ = whole
-    again = sweep.sweep(config(), [NINE], tmp_path / "loop", seeds=2, method="loop")
+    again = swept(config(), [NINE], tmp_path / "loop", seeds=2, method="loop")
     for a, b in zip(again.choice.points, ended.choice.points, strict=True):
         assert (a.name, a.chosen) == (b.name, b.chosen)
         assert a.accuracy.value == pytest.approx(b.accuracy.value, abs=0.004)
@@ -339,8 +358,8 @@ def test_convolutions_off_cuda_go_in_a_loop_and_all_else_in_one_program():
 def test_auto_goes_by_the_model_and_times_nothing(tmp_path, monkeypatch, model, width):
     notes, taken = [], []
     monkeypatch.setattr(members, "make_members_step", taken.append)
-    made = plan.start(config(model=model), [NINE], tmp_path / "s", method="auto", show=notes.append)
-    assert made.width == width
+    made = started(config(model=model), [NINE], tmp_path / "s", method="auto", show=notes.append)
+    assert width_of(made) == width
     assert notes[-1].text.startswith("3 members in ")
     assert not taken
 
@@ -362,7 +381,7 @@ def test_a_sweep_compiled_wrongly_warns_and_is_the_eager_sweep(
     for compile in ("on", "off"):
         notes = []
         made = config(optimizer="sgd", momentum=0.9, compile=compile, epochs=1)
-        sweep.sweep(made, [NINE], tmp_path / compile, method=method, show=notes.append)
+        swept(made, [NINE], tmp_path / compile, method=method, show=notes.append)
         told = [n for n in notes if isinstance(n, runs.Note) and n.text.startswith("step: ")]
         warned[compile] = [note.text for note in told if note.warning]
         assert read_toml(tmp_path / compile / "chosen" / "config.toml")["compile"] == "off"
@@ -408,9 +427,9 @@ def test_a_member_that_diverges_leaves_the_others_alone(
 ):
     records, states = {}, {}
     for name, values in (("with", (*lost, *axis.values)), ("without", axis.values)):
-        wide = axis._replace(values=values)
-        made = plan.start(config(epochs=1, **options), [wide], tmp_path / name, method=method)
-        records[name] = {r["name"]: r for r in seeds.run_seeds(made)}
+        wide = replace(axis, values=values)
+        made = started(config(epochs=1, **options), [wide], tmp_path / name, method=method)
+        records[name] = {r["name"]: r for r in run_seeds(made)}
         states[name] = {e.name: state_of(made, 0, n) for n, e in enumerate(made.entries)}
     diverged = {name for name, record in records["with"].items() if record["diverged"]}
     assert diverged == records["with"].keys() - records["without"].keys()
@@ -434,7 +453,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(
 
 def test_what_diverged_is_told_and_is_not_what_is_compared_with(tmp_path, plain_files):
     made = config(model="mlp", epochs=1, optimizer="sgd")
-    ended = sweep.sweep(made, [RATES._replace(values=(0.02, 1e9))], tmp_path / "s")
+    ended = swept(made, [replace(RATES, values=(0.02, 1e9))], tmp_path / "s")
     said = ended.choice.lines
     assert said[1] == "Diverged, and out of the choice: learning_rate=1e+09 on 1 of 1 seeds."
     assert said[0].startswith("learning_rate=0.02 has the least expected cost")
@@ -453,7 +472,7 @@ def test_what_stands_in_for_a_plain_training_that_diverged_goes_by_its_own_name(
         return real(sweep, number, state) | {"diverged": sweep.entries[number].plain}
 
     monkeypatch.setattr(seeds, "score", score)
-    ended = sweep.sweep(config(epochs=1, batch_size=100), [NINE], tmp_path / "s")
+    ended = swept(config(epochs=1, batch_size=100), [NINE], tmp_path / "s")
     name = next(p.name for p in ended.choice.points if p.chosen)
     assert [row.name for row in ended.choice.rows] == [name, f"{name}, minimum expected cost"]
     assert ended.choice.lines[0].endswith("; plain diverged.")
@@ -484,15 +503,15 @@ def test_where_all_diverge_it_says_so_and_the_folder_can_be_used_again(
 @pytest.mark.parametrize("at", [(1,), (10,), (13,), (20,), (21,), (39,), (7, 9, 15)])
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain_files, at):
     out, started = tmp_path / "s", []
-    ended = sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(at[0]))
+    ended = swept(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(at[0]))
     assert not ended.finished
     assert ended.choice is None
     assert sorted(f.name for f in out.iterdir() if f.name[:4] != "seed") == (
         ["members.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
     )
     for more in at[1:]:
-        assert not sweep.resume_sweep(out, should_stop=StopAt(more)).finished
-    ended = sweep.resume_sweep(out, show=started.append)
+        assert not resume_sweep(out, should_stop=StopAt(more)).finished
+    ended = resume_sweep(out, show=started.append)
     assert ended.finished
     done = next(e.done for e in started if isinstance(e, sweep.SweepStarted))
     assert done == (20 if sum(at) >= 20 else 0)
@@ -504,7 +523,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain
 def test_stopped_at_the_last_step_it_is_finished(tmp_path, whole, plain_files):
     out = tmp_path / "s"
     stop = StopAt(40)
-    assert sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=stop).finished
+    assert swept(config(), [NINE], out, seeds=2, method="vmap", should_stop=stop).finished
     assert same(out, whole[0])
 
 
@@ -514,11 +533,11 @@ def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     states = []
     for name, stop in (("a", lambda: False), ("b", StopAt(3))):
         out = tmp_path / name
-        found = seeds.run_seeds(plan.start(made, [NINE], out, method="vmap"), should_stop=stop)
-        sweep = plan.taken_up(out)
+        found = run_seeds(started(made, [NINE], out, method="vmap"), should_stop=stop)
+        sweep = taken_up(out)
         if name == "b":
             assert found is None
-            assert seeds.run_seeds(sweep)
+            assert run_seeds(sweep)
         states.append([flatten(state_of(sweep, 0, n)) for n in range(3)])
     for a, b in zip(*states, strict=True):
         assert int(a["step"]) > 3
@@ -549,19 +568,19 @@ def test_killed_at_any_write_the_sweep_goes_on_to_the_same_bits(tmp_path, monkey
     monkeypatch.setattr(run, "gradient_of", lambda *args: ({}, 0))
     made = config(epochs=1, batch_size=100, log_every=10)
     how = {"seeds": 2, "method": "vmap"}
-    sweep.sweep(made, [NINE], tmp_path / "whole", **how)
+    swept(made, [NINE], tmp_path / "whole", **how)
     for at in range(1, 60):
         out = tmp_path / str(at)
         with monkeypatch.context() as patched:
             killing(patched, at)
             try:
-                sweep.sweep(made, [NINE], out, **how)
+                swept(made, [NINE], out, **how)
                 break
             except Killed:
                 pass
         if out.exists():
             assert not (out / "sweep.json").exists()  # the sign that all is there comes last
-            assert sweep.resume_sweep(out).finished
+            assert resume_sweep(out).finished
             assert same(out, tmp_path / "whole")
         names = {f.name for f in (out if out.exists() else tmp_path / "whole").iterdir()}
         assert names == {f.name for f in (tmp_path / "whole").iterdir()}
@@ -579,8 +598,8 @@ def test_killed_within_an_epoch_no_step_is_logged_twice(tmp_path, whole, plain_f
             raise Killed
 
     with pytest.raises(Killed):
-        sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", show=show)
-    sweep.resume_sweep(out)
+        swept(config(), [NINE], out, seeds=2, method="vmap", show=show)
+    resume_sweep(out)
     assert same(out, whole[0])
     logged = [[(r["seed"], r["step"], r["losses"]) for r in folder.read_lines(x / "steps.jsonl")]
               for x in (out, whole[0])]  # fmt: skip
@@ -590,14 +609,14 @@ def test_killed_within_an_epoch_no_step_is_logged_twice(tmp_path, whole, plain_f
 def test_killed_while_finishing_twice_it_still_ends_well(tmp_path, monkeypatch, whole, tiny):
     plainly(monkeypatch, tiny)
     out = tmp_path / "s"
-    assert not sweep.sweep(config(), [NINE], out, seeds=2, method="vmap",
+    assert not swept(config(), [NINE], out, seeds=2, method="vmap",
                             should_stop=StopAt(39)).finished  # fmt: skip
     for at in (14, 12):  # after the chosen run is written, then where it is written over
         with monkeypatch.context() as patched:
             killing(patched, at)
             with pytest.raises(Killed):
-                sweep.resume_sweep(out)
-    assert sweep.resume_sweep(out).finished
+                resume_sweep(out)
+    assert resume_sweep(out).finished
     assert same(out, whole[0])
 
 
@@ -608,12 +627,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, whole, tiny, w
     with monkeypatch.context() as patched:
         filling(patched, writes)
         with pytest.raises(RunError, match="cannot (write|make) .*: No space left on device"):
-            sweep.sweep(config(), [NINE], out, seeds=2, method="vmap")
+            swept(config(), [NINE], out, seeds=2, method="vmap")
     assert not [f for f in out.rglob(".*")]
     assert not (out / "sweep.json").exists()
     for path in out.glob("seed-*.safetensors"):
         tensors(path)  # whole
-    sweep.resume_sweep(out)
+    resume_sweep(out)
     assert same(out, whole[0])
 
 
@@ -641,28 +660,28 @@ def test_a_disk_that_is_full_from_the_start_leaves_the_sweep_that_was_there(
     with monkeypatch.context() as patched:
         filling(patched, 0)
         with pytest.raises(RunError, match="No space left on device"):
-            sweep.sweep(config(), [NINE], out, overwrite=True)
+            swept(config(), [NINE], out, overwrite=True)
         with pytest.raises(RunError, match="No space left on device"):
-            sweep.sweep(config(), [NINE], tmp_path / "new")
+            swept(config(), [NINE], tmp_path / "new")
     assert same(out, whole[0])
     assert [f.name for f in tmp_path.iterdir()] == ["s"]
 
 
 def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path, whole, plain_files):
     out = tmp_path / "s"
-    sweep.sweep(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
+    swept(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
     for name in ("members.jsonl", "steps.jsonl"):
         text = (out / name).read_text()
         (out / name).write_text(text + '{"seed": 1, "step": 7, "lo')
-    sweep.resume_sweep(out)
+    resume_sweep(out)
     assert same(out, whole[0])
 
 
 def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch, plain_files):
     out, notes = tmp_path / "s", []
-    sweep.sweep(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
+    swept(config(), [NINE], out, method="vmap", should_stop=StopAt(3))
     monkeypatch.setattr(folder, "environment", lambda: {"torch": "1.0"})
-    plan.taken_up(out, show=notes.append)
+    taken_up(out, show=notes.append)
     assert [n.text for n in notes] == [
         f"not the same to the bit as without a stop: torch was {torch.__version__}, is 1.0"
     ]
@@ -681,27 +700,27 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
-    made = plan.start(config(), [NINE], tmp_path / "s", method="loop")
+    made = started(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
     path.write_text(damage(path.read_text()))
     with pytest.raises(RunError, match="cannot read .*sweep.toml: "):
-        sweep.resume_sweep(made.folder)
+        resume_sweep(made.folder)
 
 
 def test_a_sweep_of_a_newer_format_is_refused(tmp_path):
-    made = plan.start(config(), [NINE], tmp_path / "s", method="loop")
+    made = started(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
     assert "\n[run]\nversion = 1\n" in path.read_text()
     path.write_text(path.read_text().replace("\nversion = 1\n", "\nversion = 2\n"))
     said = "newer funcloss: format 2, this one reads 1"
     with pytest.raises(RunError, match=said):
-        sweep.resume_sweep(made.folder)
+        resume_sweep(made.folder)
     with pytest.raises(ConfigError, match=said):
-        sweep.sweep(config(), [NINE], made.folder, overwrite=True)
+        swept(config(), [NINE], made.folder, overwrite=True)
 
 
 def test_nothing_but_a_sweep_is_replaced_and_nothing_else_lost(tmp_path):
-    made = plan.start(config(), [NINE], tmp_path / "s", method="loop")
+    made = started(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
     for name in ("notes.txt", "chosen/notes.txt", "chosen/plain/notes.txt"):
         note = made.folder / name
@@ -709,17 +728,17 @@ def test_nothing_but_a_sweep_is_replaced_and_nothing_else_lost(tmp_path):
         note.write_text("ten years")
         for overwrite in (False, True):
             with pytest.raises(ConfigError, match=f"did not write: {name}; move") as error:
-                plan.start(config(), [NINE], made.folder, method="loop", overwrite=overwrite)
+                started(config(), [NINE], made.folder, method="loop", overwrite=overwrite)
             assert "overwrite" not in str(error.value)
         assert note.read_text() == "ten years"
         note.unlink()
-    plan.start(config(), [NINE], made.folder, method="loop", overwrite=True)
+    started(config(), [NINE], made.folder, method="loop", overwrite=True)
     text = path.read_text()
     unversioned = text.replace("\nversion = 1\n", "\n")
     for spec in (unversioned, DAMAGE["no table"](text), "a = 1"):
         path.write_text(spec)
         with pytest.raises(ConfigError, match="is not a sweep folder to replace"):
-            plan.start(config(), [NINE], made.folder, method="loop", overwrite=True)
+            started(config(), [NINE], made.folder, method="loop", overwrite=True)
         assert path.read_text() == spec
 
 
@@ -727,18 +746,19 @@ def test_resuming_what_is_no_sweep_removes_nothing(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     (tmp_path / "seed-0.safetensors").write_text("ten years")
     with pytest.raises(RunError, match="is not the folder of a sweep"):
-        sweep.resume_sweep(tmp_path)
+        resume_sweep(tmp_path)
     assert (tmp_path / "seed-0.safetensors").exists()
 
 
 def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
     options = {"reduction": "weighted_mean", "class_weight": {"9": 1}, "class_cost": {"4": 2},
                "floor": {"9": 0.9}, "betas": (0.5, 0.6)}  # fmt: skip
-    axes = [NINE, RATES._replace(values=(0.1, 0.2))]
-    made = plan.start(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
-    again = plan.taken_up(tmp_path / "s")
-    for name in ("config", "axes", "seeds", "width", "entries", "limits"):
+    axes = [NINE, replace(RATES, values=(0.1, 0.2))]
+    made = started(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
+    again = taken_up(tmp_path / "s")
+    for name in ("config", "axes", "seeds", "entries", "limits"):
         assert getattr(again, name) == getattr(made, name), name
+    assert width_of(again) == width_of(made)
     assert [e.plain for e in made.entries] == [True, True, False, False, False, False]
     for a, b in zip(made.groups, again.groups, strict=True):
         assert a.hyper.keys() == b.hyper.keys()
@@ -747,9 +767,9 @@ def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
 
 def test_seeds_that_cannot_be_counted_are_refused(tmp_path):
     last = 2**63 - 1
-    assert plan.start(config(seed=last), [NINE], tmp_path / "s", method="loop").seeds == 1
+    assert started(config(seed=last), [NINE], tmp_path / "s", method="loop").seeds == 1
     with pytest.raises(ConfigError, match="which leaves no room for 2"):
-        plan.start(config(seed=last), [NINE], tmp_path / "t", seeds=2, method="loop")
+        started(config(seed=last), [NINE], tmp_path / "t", seeds=2, method="loop")
 
 
 # Honest: chosen by validation data, the test set read once.
@@ -783,7 +803,7 @@ def test_the_test_set_is_read_once_and_at_the_end(tmp_path, tiny, plain_files):
             marks.append((event, len(reads.log)))
 
         made = config(**FLOORED, batch_size=100, log_every=2)
-        ended = sweep.sweep(made, [NINE], tmp_path / "s", seeds=2, method="vmap", show=show)
+        ended = swept(made, [NINE], tmp_path / "s", seeds=2, method="vmap", show=show)
     early = [type(e) for e, n in marks if not n]
     assert early.count(training.Progress) == 4
     assert early.count(sweep.SeedReport) == 2
@@ -812,13 +832,13 @@ def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, ti
     for name, dataset in (("real", tiny), ("noise", garbage(tiny))):
         with monkeypatch.context() as patched:
             given(patched, dataset)
-            ended[name] = sweep.sweep(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
+            ended[name] = swept(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
                                        method="vmap")  # fmt: skip
     real, noise = (tmp_path / name for name in ended)
     assert (real / "members.jsonl").read_bytes() == (noise / "members.jsonl").read_bytes()
     assert (real / "sweep.csv").read_bytes() == (noise / "sweep.csv").read_bytes()
     a, b = (e.choice for e in ended.values())
-    kept = [f for f in a._fields if f not in ("rows", "lines")]
+    kept = [f for f in vars(a) if f not in ("rows", "lines")]
     assert all(getattr(a, f) == getattr(b, f) for f in kept)
     assert a.lines[0] == b.lines[0]
     assert a.lines[1] != b.lines[1]
@@ -895,7 +915,7 @@ def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(ful
 
 def test_the_report_says_what_the_summary_of_the_chosen_run_says(tmp_path, plain_files):
     made = config(epochs=1, class_cost={"9": 5}, prior={"9": 0.3})
-    ended = sweep.sweep(made, [NINE], tmp_path / "s", method="vmap")
+    ended = swept(made, [NINE], tmp_path / "s", method="vmap")
     summary = folder.read_summary(tmp_path / "s" / "chosen")
     name = next(p.name for p in ended.choice.points if p.chosen and not p.plain)
     rows = {row.name: row for row in ended.choice.rows}
@@ -953,13 +973,13 @@ def test_its_configuration_trains_that_member_alone(full, run_cli, tmp_path):
 def test_plain_training_beside_the_grid_is_compared_with(tmp_path, plain_files):
     tau = Axis("loss_option", "tau", (0.5, 1.0))
     made = config(loss="logit_adjusted", imbalance=10, epochs=1)
-    ended = sweep.sweep(made, [tau], tmp_path / "s", method="vmap")
+    ended = swept(made, [tau], tmp_path / "s", method="vmap")
     names = [(p.name, p.plain) for p in ended.choice.points]
     assert names == [("tau=0.5", False), ("tau=1", False), ("plain", True)]
     assert [row.name for row in ended.choice.rows[:2]] == ["plain", "plain, minimum expected cost"]
     assert ended.choice.rows[2].name in ("tau=0.5", "tau=1")
     assert ended.choice.gradient == {}
-    alone = runs.train(config(imbalance=10, epochs=1), tmp_path / "plain").summary
+    alone = train(config(imbalance=10, epochs=1), tmp_path / "plain").summary
     rules = alone["test"]["rules"]
     for row, rule in zip(ended.choice.rows, rules.values(), strict=False):
         assert row.expected_cost.value == pytest.approx(rule["expected_cost"][0], abs=1e-9)
@@ -968,7 +988,7 @@ def test_plain_training_beside_the_grid_is_compared_with(tmp_path, plain_files):
 def test_plain_training_beside_the_grid_may_be_the_choice(tmp_path, monkeypatch, tiny):
     plainly(monkeypatch, tiny)
     made = config(epochs=1, batch_size=100, class_weight={"4": 100})
-    ended = sweep.sweep(made, [NINE, RATES], tmp_path / "s", method="vmap")
+    ended = swept(made, [NINE, RATES], tmp_path / "s", method="vmap")
     plain = [p.name for p in ended.choice.points if p.plain]
     assert plain == ["plain at learning_rate=0.02", "plain at learning_rate=0.1"]
     chosen = next(p for p in ended.choice.points if p.chosen)
@@ -991,7 +1011,7 @@ def test_weights_that_have_faded_are_told_and_what_does_not_fade_is_named(
 ):
     plainly(monkeypatch, tiny)
     few = config(model="mlp", imbalance=imbalance, batch_size=50, epochs=12, learning_rate=0.005)
-    ended = sweep.sweep(few, [NINE], tmp_path / "few", method="vmap")
+    ended = swept(few, [NINE], tmp_path / "few", method="vmap")
     told = [line for line in ended.choice.lines if "class weights fade" in line]
     assert len(told) == 1
     assert told[0].startswith("The training error is 0.0")
@@ -1164,7 +1184,7 @@ def test_a_file_gives_what_is_fixed_and_the_command_line_what_is_swept(
     spec = read_toml(tmp_path / "s" / "sweep.toml")
     assert spec["seed"] == 5
     assert spec["class_weight"]["4"] == 2.0
-    entries = plan.taken_up(tmp_path / "s").entries
+    entries = taken_up(tmp_path / "s").entries
     assert [(e.name, e.config.class_weight) for e in entries] == [
         ("class_weight 9=1", {"4": 2.0, "9": 1.0}),
         ("class_weight 9=5", {"4": 2.0, "9": 5.0}),

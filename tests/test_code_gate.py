@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from conftest import StopAt, but_learning
+from conftest import StopAt, but_learning, resume, swept
 
 import funcloss
 from funcloss.app import runs, sweep
@@ -24,6 +24,7 @@ from funcloss.app.config import (
     read_toml,
     with_final_names,
 )
+from funcloss.app.train import train
 from funcloss.errors import ConfigError
 
 OPTIONS = {
@@ -94,12 +95,12 @@ def made(tmp_path_factory):
         writer.writerow(("a", "b", "c", "y"))
         writer.writerows((i % 2, i % 5, 0.1 * i, i % 2) for i in range(40))
     config = make_config(ROWS, {"dataset": str(place / "rows.csv")})
-    runs.train(config, place / "run", should_stop=StopAt(3))
-    sweep.sweep(config, AXES, place / "sweep", should_stop=StopAt(3))
+    train(config, place / "run", should_stop=StopAt(3))
+    swept(config, AXES, place / "sweep", should_stop=StopAt(3))
     floor = make_config(ROWS, {"dataset": config.dataset, "floor": {"1": 0.5}, "epochs": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("funcloss.app.report.run_figures.save_figure", lambda figure, path: None)
-        sweep.train_under_limits(floor, place / "floor", should_stop=StopAt(8))
+        train(floor, place / "floor", should_stop=StopAt(8))
     assert (place / "floor" / "summary.json").exists()
     assert not (place / "floor" / "plain" / "summary.json").exists()
     return place
@@ -158,15 +159,15 @@ EVERY, DATA = set(OPTIONS), {"dataset", "validation_dataset", "test_dataset"}
 
 
 def trained_again(run):
-    runs.train(make_config(read_toml(run / "config.toml"), {"epochs": 1}), "again")
+    train(make_config(read_toml(run / "config.toml"), {"epochs": 1}), "again")
 
 
 def trained_as_loaded(run):
-    runs.train(runs.load(run).config, "again")
+    train(runs.load(run).config, "again")
 
 
 def swept_again(run):
-    sweep.sweep(make_config(read_toml(run / "config.toml")), AXES, "swept")
+    swept(make_config(read_toml(run / "config.toml")), AXES, "swept")
 
 
 # What uses a run, and the options of which it imports the code. A tuple is a command.
@@ -189,7 +190,7 @@ USES = {
     ),
     "load": (runs.load, {"model"}),
     "evaluate_run": (runs.evaluate_run, EVERY),
-    "resume": (runs.resume, EVERY),
+    "resume": (resume, EVERY),
     "audit_run": (audit_run, EVERY),
     "train by a file": (trained_again, EVERY),
     "train as loaded": (trained_as_loaded, EVERY),
@@ -417,8 +418,8 @@ def test_code_of_ones_own_trains_under_floors_and_goes_on(option, place, run_cli
     text = place.spelt("relative", option)
     floor = {"dataset": "rows.csv", "floor": {"1": 0.5}, "epochs": 1, option: text}
     config = make_config(ROWS, floor)
-    assert sweep.train_under_limits(config, "whole").finished
-    assert not sweep.train_under_limits(config, "part", should_stop=StopAt(8)).finished
+    assert train(config, "whole").finished
+    assert not train(config, "part", should_stop=StopAt(8)).finished
     assert run_cli("train", "--resume", "part")[0] == 2
     assert run_cli("train", "--resume", "part", "--allow-import", "--quiet")[0] == 0
 
@@ -472,7 +473,7 @@ def test_what_is_passed_in_python_needs_no_leave(place):
         check_code(config)
     check_code(config._replace(loss="nll", model="e.py:Net"))
     check_code(TrainConfig(dataset="e.py:load"))
-    runs.train(config._replace(loss="nll", model="e.py:Net"), "again")
+    train(config._replace(loss="nll", model="e.py:Net"), "again")
     assert place.mark.read_text() == "x"
 
 

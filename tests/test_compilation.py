@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 from funcloss import class_weighted, losses, optim
 from funcloss._trees import flatten
 from funcloss.app.config import make_config
+from funcloss.app.train import train
 from funcloss.errors import RunError
 from funcloss.models import linear
 from funcloss.objectives import mean_of, supervised
@@ -251,7 +252,7 @@ def test_a_run_whose_compiled_step_is_wrong_warns_and_is_the_eager_run(tmp_path,
     runs = {}
     for compile in ("on", "off"):
         events = []
-        out = runs.train(make_config(small, {"compile": compile}), tmp_path / compile,
+        out = train(make_config(small, {"compile": compile}), tmp_path / compile,
                              show=events.append)  # fmt: skip
         warned = [e.text for e in events if isinstance(e, runs.Note) and e.warning
                   and e.text.startswith("step: ")]  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer.testing
-from conftest import StopAt
+from conftest import StopAt, resume
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
@@ -19,6 +19,7 @@ from funcloss.app.config import make_config, read_toml
 from funcloss.app.registry import LOSSES, make_criterion, number_options
 from funcloss.app.runs import folder
 from funcloss.app.runs.setup import make_hyper, make_setup
+from funcloss.app.train import train
 from funcloss.decisions import make_costs
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
@@ -146,10 +147,10 @@ RESUMED = {
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_with_costs_goes_on_to_the_same_bits(tmp_path, options):
     made = make_config(TINY, {"audit_every": 3, "batch_size": 50}, options)
-    whole = runs.train(made, tmp_path / "whole", observer=audits.observer).folder
-    part = runs.train(made, tmp_path / "part", observer=audits.observer, should_stop=StopAt(9))
+    whole = train(made, tmp_path / "whole").folder
+    part = train(made, tmp_path / "part", should_stop=StopAt(9))
     assert not part.finished
-    assert runs.resume(tmp_path / "part", observer=audits.observer).finished
+    assert resume(tmp_path / "part").finished
     for file in (folder.CHECKPOINT, folder.MODEL):
         a, b = (runs.load_tensors(run / file) for run in (whole, tmp_path / "part"))
         assert a[0].keys() == b[0].keys()
@@ -380,7 +381,7 @@ def test_every_number_is_the_same_as_a_tensor(loss):
 
 def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_path, data_dir):
     options = {"imbalance": 10, "loss": "balanced_softmax", "data_dir": str(data_dir)}
-    run = runs.train(make_config(TINY, options), tmp_path / "run").folder
+    run = train(make_config(TINY, options), tmp_path / "run").folder
     counts = long_tail(400, 10)
     loaded = runs.load(run)
     assert loaded.class_counts.dtype == torch.float32
@@ -416,7 +417,7 @@ def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
     options = {"logit_adjusted": {"tau": 1.5}} | NEEDED
     made = {"loss": loss, "loss_option": options.get(loss, {}), "class_cost": {"9": 5}}
     config = make_config(TINY, made, {"imbalance": 3, "class_weight": {"8": 2}, "audit_every": 10})
-    run = runs.train(config, tmp_path / "run", observer=audits.observer).folder
+    run = train(config, tmp_path / "run").folder
     records = [r for r in folder.read_records(run) if r["kind"] == "audit"]
     assert records
     for step in {r["step"] for r in records}:

@@ -30,6 +30,7 @@ from funcloss.app.runs.evaluation import (
 )
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.options import check_loss_options, make_hyper
+from funcloss.app.train import train
 from funcloss.decisions import DecisionRule, fit_temperature, make_costs, score
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
@@ -525,7 +526,7 @@ def run(room):
             "class_cost": {"9": 8},
         }
     )  # fmt: skip
-    runs.train(config, room / "run")
+    train(config, room / "run")
     return room / "run"
 
 
@@ -664,7 +665,7 @@ def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
 def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     made = {"dataset": "mnist-sample", "model": "linear", "epochs": 0, "val_fraction": 0,
             "compile": "off"}  # fmt: skip
-    runs.train(make_config(made), tmp_path / "run")
+    train(make_config(made), tmp_path / "run")
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
     assert "at temperature 1.000 (no validation part)" in out

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, but_learning
+from conftest import StopAt, but_learning, resume, swept
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,6 +30,7 @@ from funcloss.app import data, runs, sweep
 from funcloss.app.audits import audit_run
 from funcloss.app.config import make_config
 from funcloss.app.data.table import read_table
+from funcloss.app.train import train
 from funcloss.errors import ConfigError, DataError
 
 PREAMBLE = """
@@ -1030,12 +1031,12 @@ def test_a_streamed_data_set_trains_to_the_bits_of_one_that_is_held(
     held, streamed = in_two_forms(form, tmp_path, module)
     streamed |= {"workers": workers}
     for name, options in (("held", held), ("streamed", streamed)):
-        runs.train(make_config(OPTIONS, options), tmp_path / name)
+        train(make_config(OPTIONS, options), tmp_path / name)
     assert_same(tmp_path / "held", tmp_path / "streamed")
     part, stop = tmp_path / "stopped", StopAt(3)
-    assert not runs.train(make_config(OPTIONS, streamed), part, should_stop=stop).finished
+    assert not train(make_config(OPTIONS, streamed), part, should_stop=stop).finished
     assert none_left()
-    assert runs.resume(part, allow_import=True).finished
+    assert resume(part, allow_import=True).finished
     assert_same(tmp_path / "held", part)
     summaries = [
         json.loads((tmp_path / name / "summary.json").read_text())
@@ -1051,7 +1052,7 @@ def test_a_streamed_run_is_judged_and_audited_as_a_held_one(form, tmp_path, modu
     for name, options in zip(
         ("held", "streamed"), in_two_forms(form, tmp_path, module), strict=True
     ):
-        runs.train(make_config(OPTIONS, options), tmp_path / name)
+        train(make_config(OPTIONS, options), tmp_path / name)
     both = tmp_path / "held", tmp_path / "streamed"
     for part in ("train", "validation", "test"):
         held, streamed = (runs.evaluate_run(run, part=part, allow_import=True) for run in both)
@@ -1075,7 +1076,7 @@ def test_a_streamed_data_set_is_swept_as_a_held_one(form, tmp_path, module):
     for name, options in zip(
         ("held", "streamed"), in_two_forms(form, tmp_path, module), strict=True
     ):
-        ended = sweep.sweep(make_config(OPTIONS, options), axes, tmp_path / name)
+        ended = swept(make_config(OPTIONS, options), axes, tmp_path / name)
         found.append([p._replace(chosen=False) for p in ended.choice.points])
     assert found[0] == found[1]
     assert_same(tmp_path / "held" / "chosen", tmp_path / "streamed" / "chosen")

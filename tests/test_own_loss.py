@@ -9,10 +9,11 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, but_learning
+from conftest import StopAt, but_learning, resume, swept
 
 from funcloss.app import runs, sweep
 from funcloss.app.config import code_in, make_config, read_toml
+from funcloss.app.train import train
 
 PREAMBLE = """
 import torch
@@ -405,7 +406,7 @@ def marking(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(place)
         patch.chdir(place)
-        runs.train(make_config(options), place / "run")
+        train(make_config(options), place / "run")
     assert (place / "imported").read_text() == "x"
     return place / "run", name
 
@@ -461,20 +462,20 @@ def test_code_that_is_allowed_runs(command, marked, tmp_path, run_cli):
 
 
 def stopped_run(config, folder):
-    return runs.train(config, folder, should_stop=StopAt(3))
+    return train(config, folder, should_stop=StopAt(3))
 
 
 def stopped_sweep(config, folder):
     axes = [sweep.Axis("learning_rate", "", (0.01, 0.1))]
-    return sweep.sweep(config, axes, folder, should_stop=StopAt(3))
+    return swept(config, axes, folder, should_stop=StopAt(3))
 
 
 RESUMED = [
-    pytest.param(stopped_run, "train", runs.train, id="run"),
+    pytest.param(stopped_run, "train", train, id="run"),
     pytest.param(
         stopped_sweep,
         "sweep",
-        lambda config, folder: sweep.sweep(
+        lambda config, folder: swept(
             config, [sweep.Axis("learning_rate", "", (0.01, 0.1))], folder
         ),
         id="sweep",
@@ -564,7 +565,7 @@ def test_the_library_asks_as_well(marked, tmp_path):
     from funcloss.app.audits import audit_run
     from funcloss.errors import ConfigError
 
-    for use in (runs.evaluate_run, runs.resume, audit_run):
+    for use in (runs.evaluate_run, resume, audit_run):
         with pytest.raises(ConfigError, match="names code"):
             use(run)
     assert not mark.exists()

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, but_learning
+from conftest import StopAt, but_learning, resume
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -18,6 +18,7 @@ from funcloss import models
 from funcloss.app import data, runs
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.runs.network import make_model, try_model
+from funcloss.app.train import train
 from funcloss.errors import ConfigError
 
 PREAMBLE = """
@@ -469,10 +470,10 @@ def test_a_model_resumes_to_the_same_bits(kind, own, table, tmp_path):
     options = {"model": f"{own(KINDS)}:{kind}", "dataset": str(table), "epochs": 2}
     options |= {"batch_size": 8, "compile": "off", "device": "cpu"}
     config = make_config(options)
-    runs.train(config, tmp_path / "whole")
-    stopped = runs.train(config, tmp_path / "part", should_stop=StopAt(3))
+    train(config, tmp_path / "whole")
+    stopped = train(config, tmp_path / "part", should_stop=StopAt(3))
     assert not stopped.finished
-    assert runs.resume(tmp_path / "part", allow_import=True).finished
+    assert resume(tmp_path / "part", allow_import=True).finished
     assert_same(tmp_path / "whole", tmp_path / "part")
 
 
@@ -654,8 +655,8 @@ def test_a_file_of_pytorch_is_no_file_of_first_weights(fit, tmp_path):
 def test_a_run_needs_its_first_weights_only_to_begin(weights, table, tmp_path, run_cli):
     options = {"model": "mlp", "dataset": str(table), "init": str(weights), "epochs": 2}
     config = make_config(options, {"batch_size": 8, "compile": "off", "device": "cpu"})
-    runs.train(config, tmp_path / "whole")
-    assert not runs.train(config, tmp_path / "part", should_stop=StopAt(3)).finished
+    train(config, tmp_path / "whole")
+    assert not train(config, tmp_path / "part", should_stop=StopAt(3)).finished
     weights.unlink()
     assert run_cli("evaluate", tmp_path / "whole")[0] == 0
     code, _, err = run_cli("train", "--resume", tmp_path / "part")

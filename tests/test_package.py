@@ -21,7 +21,17 @@ PACKAGE = ROOT / "funcloss"
 
 # Each room may import from those before it, and from its own; the application from all.
 LIBRARY = [
-    {"errors", "typing", "_checks", "_names", "_precision", "_trees", "_files", "__init__"},
+    {
+        "errors",
+        "typing",
+        "_checks",
+        "_names",
+        "_precision",
+        "_trees",
+        "_files",
+        "_json",
+        "__init__",
+    },
     {"losses", "reduction"},
     {"combinators", "keys"},
     {"modules", "objectives", "_custom_vjp", "transforms"},
@@ -36,7 +46,8 @@ APPLICATION = [
     {"app.config", "app.registry", "app.data", "app.report"},
     {"app.runs"},
     {"app.audits"},
-    {"app.sweep"},
+    {"app.choice"},
+    {"app.sweep", "app.train"},
     {"app.cli"},
     {"__main__"},
 ]

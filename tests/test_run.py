@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt
+from conftest import StopAt, resume
 from torch.testing import assert_close
 
 import funcloss
 from funcloss import training
-from funcloss.app import audits, runs, sweep
+from funcloss.app import audits, runs
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.runs import folder
+from funcloss.app.train import train
 from funcloss.errors import ConfigError, DataError, RunError
 
 SMALL = {
@@ -52,7 +53,7 @@ def finished(tmp_path_factory):
     """A finished run, its summary and the events on the way."""
     events = []
     run = tmp_path_factory.mktemp("runs") / "finished"
-    outcome = runs.train(config(class_weight={"9": 2}), run, show=events.append)
+    outcome = train(config(class_weight={"9": 2}), run, show=events.append)
     return run, outcome, events
 
 
@@ -110,7 +111,7 @@ def test_the_resolved_configuration_makes_the_same_run_again(finished, tmp_path)
     resolved = read_toml(run / "config.toml")
     assert resolved["device"] in ("cpu", "cuda", "mps")
     assert resolved["threads"] == torch.get_num_threads()
-    runs.train(make_config(resolved), tmp_path / "again")
+    train(make_config(resolved), tmp_path / "again")
     assert same(run, tmp_path / "again")
 
 
@@ -139,10 +140,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     whole, _, _ = finished
     run = tmp_path / "run"
     made = config(class_weight={"9": 2})
-    outcome = runs.train(made, run, should_stop=StopAt(at))
+    outcome = train(made, run, should_stop=StopAt(at))
     assert not outcome.finished
     assert not (run / "summary.json").exists()
-    assert runs.resume(run).finished
+    assert resume(run).finished
     assert same(run, whole)
     steps = [r["step"] for r in folder.read_records(run) if r["kind"] == "epoch"]
     assert steps == [0, 40, 80]
@@ -153,7 +154,7 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
         pass
 
     made = config(model="linear", epochs=2)
-    runs.train(made, tmp_path / "whole")
+    train(made, tmp_path / "whole")
     real = Path.replace
     for at in range(1, 20):
         left = [at]
@@ -167,11 +168,11 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
         run = tmp_path / f"run{at}"
         monkeypatch.setattr(Path, "replace", replace)
         try:
-            runs.train(made, run)
+            train(made, run)
         except Killed:
             monkeypatch.undo()
             if run.exists():
-                assert runs.resume(run).finished
+                assert resume(run).finished
         else:
             monkeypatch.undo()
             break
@@ -182,9 +183,9 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
 
 
 def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
-    runs.train(config(), tmp_path / "whole")
-    runs.train(config(), tmp_path / "run", should_stop=StopAt(39))
-    runs.resume(tmp_path / "run")
+    train(config(), tmp_path / "whole")
+    train(config(), tmp_path / "run", should_stop=StopAt(39))
+    resume(tmp_path / "run")
     whole, run = (folder.read_records(tmp_path / name) for name in ("whole", "run"))
     for a, b in zip(*([r for r in rs if r["kind"] == "epoch"] for rs in (whole, run)), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-6)
@@ -196,7 +197,7 @@ def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
 def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
     notes = []
     made = config(model="linear", learning_rate=1e38)
-    runs.train(made, tmp_path / "run", show=notes.append)
+    train(made, tmp_path / "run", show=notes.append)
     said = [n for n in notes if isinstance(n, runs.Note) and "the loss is nan" in n.text]
     assert len(said) == 1
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -236,34 +237,34 @@ def test_an_empty_folder_is_filled_and_a_link_followed(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    runs.train(config(epochs=0), Path("."))
-    runs.train(config(epochs=0, seed=3), str(tmp_path / "link"), overwrite=True)
+    train(config(epochs=0), Path("."))
+    train(config(epochs=0, seed=3), str(tmp_path / "link"), overwrite=True)
     assert folder.read_summary(tmp_path / "here")["seed"] == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link"]
     assert (tmp_path / "link").is_symlink()
     with pytest.raises(ConfigError, match="cannot use .* as run folder: File name too long"):
-        runs.train(config(), tmp_path / ("x" * 300))
+        train(config(), tmp_path / ("x" * 300))
 
 
 def test_the_configuration_of_a_run_serves_another_model(tmp_path):
-    runs.train(config(epochs=0, model="lenet5"), tmp_path / "a")
+    train(config(epochs=0, model="lenet5"), tmp_path / "a")
     options = read_toml(tmp_path / "a" / "config.toml")
-    summary = runs.train(make_config(options, {"model": "fast-cnn"}), tmp_path / "b").summary
+    summary = train(make_config(options, {"model": "fast-cnn"}), tmp_path / "b").summary
     assert summary["parameters"] == 215_194
 
 
 def test_stopped_at_the_last_step_it_is_finished(tmp_path):
-    assert runs.train(config(epochs=1), tmp_path / "run", should_stop=StopAt(40)).finished
+    assert train(config(epochs=1), tmp_path / "run", should_stop=StopAt(40)).finished
 
 
 def test_resuming_twice_and_resuming_what_is_finished(tmp_path):
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(5))
-    runs.resume(run, should_stop=StopAt(30))
-    runs.resume(run)
+    train(config(), run, should_stop=StopAt(5))
+    resume(run, should_stop=StopAt(30))
+    resume(run)
     before = {f.name: f.stat().st_mtime_ns for f in run.iterdir()}
     notes = []
-    outcome = runs.resume(run, show=notes.append)
+    outcome = resume(run, show=notes.append)
     assert outcome.finished
     assert outcome.summary["steps"] == 80
     assert "nothing to resume" in notes[0].text
@@ -272,11 +273,11 @@ def test_resuming_twice_and_resuming_what_is_finished(tmp_path):
 
 def test_a_changed_environment_is_named_on_resuming(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(5))
+    train(config(), run, should_stop=StopAt(5))
     real = folder.environment()
     monkeypatch.setattr(folder, "environment", lambda: {**real, "torch": "1.0"})
     notes = []
-    runs.resume(run, show=notes.append)
+    resume(run, show=notes.append)
     warnings = [n.text for n in notes if isinstance(n, runs.Note) and n.warning]
     assert any(f"torch was {torch.__version__}, is 1.0" in text for text in warnings)
 
@@ -285,11 +286,11 @@ def test_a_used_folder_is_not_overwritten_unless_asked_to(tmp_path, finished):
     run, _, _ = finished
     before = (run / "summary.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already: resume it, overwrite it or name"):
-        runs.train(config(), run)
+        train(config(), run)
     assert (run / "summary.json").read_bytes() == before
     copy = tmp_path / "copy"
-    runs.train(config(epochs=0), copy)
-    runs.train(config(epochs=0, seed=7), copy, overwrite=True)
+    train(config(epochs=0), copy)
+    train(config(epochs=0, seed=7), copy, overwrite=True)
     assert json.loads((copy / "summary.json").read_text())["seed"] == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 
@@ -299,7 +300,7 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     precious.write_text("ten years")
     for path in (tmp_path, precious):
         with pytest.raises(ConfigError, match="is not a run folder"):
-            runs.train(config(), path, overwrite=True)
+            train(config(), path, overwrite=True)
     assert precious.read_text() == "ten years"
 
 
@@ -322,7 +323,7 @@ def test_a_config_of_something_else_is_no_run_to_replace(tmp_path, case):
     (here / "config.toml").write_text(content)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="is not a run folder to replace") as error:
-            runs.train(config(epochs=0), here, overwrite=overwrite)
+            train(config(epochs=0), here, overwrite=overwrite)
         assert reason in str(error.value)
         assert "overwrite" not in str(error.value)
     assert (here / "config.toml").read_text() == content
@@ -344,12 +345,12 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_what_else_lies_in_a_run_folder_is_named_and_kept(tmp_path, name):
     run = tmp_path / "run"
-    runs.train(config(epochs=0), run)
+    train(config(epochs=0), run)
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("ten years")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds a run and what funcloss did not write") as e:
-            runs.train(config(epochs=0), run, overwrite=overwrite)
+            train(config(epochs=0), run, overwrite=overwrite)
         assert f"write: {LEFT[name]}; move that away or name another folder" in str(e.value)
         assert "overwrite" not in str(e.value)
     assert (run / name).read_text() == "ten years"
@@ -357,16 +358,16 @@ def test_what_else_lies_in_a_run_folder_is_named_and_kept(tmp_path, name):
 
 
 def test_of_many_files_a_few_are_named(tmp_path):
-    runs.train(config(epochs=0), tmp_path)
+    train(config(epochs=0), tmp_path)
     for i in range(9):
         (tmp_path / f"{i}.txt").touch()
     with pytest.raises(ConfigError, match=r"0.txt, 1.txt, .*, 4.txt and 4 more; move"):
-        runs.train(config(epochs=0), tmp_path, overwrite=True)
+        train(config(epochs=0), tmp_path, overwrite=True)
 
 
 def test_a_file_that_comes_while_the_data_is_read_is_kept(tmp_path, monkeypatch):
     run, real = tmp_path / "run", runs.run.make_setup
-    runs.train(config(epochs=0), run)
+    train(config(epochs=0), run)
 
     def slow(made):
         (run / "notes.txt").write_text("ten years")
@@ -374,7 +375,7 @@ def test_a_file_that_comes_while_the_data_is_read_is_kept(tmp_path, monkeypatch)
 
     monkeypatch.setattr(runs.run, "make_setup", slow)
     with pytest.raises(ConfigError, match=r"did not write: notes\.txt"):
-        runs.train(config(epochs=0), run, overwrite=True)
+        train(config(epochs=0), run, overwrite=True)
     assert (run / "notes.txt").read_text() == "ten years"
 
 
@@ -382,7 +383,7 @@ def test_all_that_a_run_leaves_is_its_own(tmp_path):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
     made = config(epochs=1, audit_every=20, tensorboard=True)
-    runs.train(made, run, observer=audits.observer)
+    train(made, run)
     audits.write_report(audits.audit_run(run, examples=100), run)
     for left in (".model-12.safetensors", ".curves-3.png", ".plain-a1_b/config.toml"):
         (run / left).parent.mkdir(exist_ok=True)
@@ -390,23 +391,23 @@ def test_all_that_a_run_leaves_is_its_own(tmp_path):
     assert (run / "tensorboard").is_dir()
     assert (run / "audit_history.png").exists()
     assert folder.foreign(run) == []
-    runs.train(config(epochs=0), run, overwrite=True)
+    train(config(epochs=0), run, overwrite=True)
     assert not (run / "audit.html").exists()
 
 
 def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(5))
+    train(config(), run, should_stop=StopAt(5))
     path = run / "config.toml"
     text = path.read_text()
     assert "\n[run]\nversion = 1\n" in text
     path.write_text(text.replace("\nversion = 1\n", "\nversion = 2\n"))
     reads = (
-        runs.resume,
+        resume,
         runs.evaluate_run,
         funcloss.load,
         audits.audit_run,
-        sweep.resume_under_limits,
+        resume,
         lambda run: runs.predict_files(run, []),
     )
     said = r"config\.toml was made by a newer funcloss: format 2, this one reads 1; update funcloss"
@@ -416,14 +417,14 @@ def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
     with pytest.raises(ConfigError, match=said):
         read_toml(path)
     path.write_text(text.replace("\nversion = 1\n", "\n"))  # of before there were versions
-    assert runs.resume(run).finished
+    assert resume(run).finished
 
 
 def test_a_failing_overwrite_loses_nothing(tmp_path):
     run = tmp_path / "run"
-    runs.train(config(epochs=0), run)
+    train(config(epochs=0), run)
     with pytest.raises(ConfigError, match="no class 'ten'"):
-        runs.train(config(class_weight={"ten": 2}), run, overwrite=True)
+        train(config(class_weight={"ten": 2}), run, overwrite=True)
     assert (run / "summary.json").exists()
 
 
@@ -441,12 +442,12 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(RunError, match="cannot write .*safetensors: No space left on device"):
-        runs.train(config(), run)
+        train(config(), run)
     assert not [f for f in run.iterdir() if f.name.startswith(".")]
     assert int(weights(run)["state/step"]) == 40
     monkeypatch.undo()
-    runs.resume(run)
-    runs.train(config(), tmp_path / "whole")
+    resume(run)
+    train(config(), tmp_path / "whole")
     assert same(run, tmp_path / "whole")
 
 
@@ -456,47 +457,47 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match="No space left on device"):
-        runs.train(config(), tmp_path / "run")
+        train(config(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot make .*: (Not a directory|File exists)"):
-        runs.train(config(epochs=0), tmp_path / "file" / "run")
+        train(config(epochs=0), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.toml", "summary.json"])
 def test_a_damaged_run_is_one_line(tmp_path, name):
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(5))
+    train(config(), run, should_stop=StopAt(5))
     (run / name).write_bytes((run / name).read_bytes()[:50] if name != "summary.json" else b"{")
     with pytest.raises(RunError, match=name):
-        runs.resume(run)
+        resume(run)
 
 
 def test_tensors_of_another_program_are_refused(tmp_path):
     run = tmp_path / "run"
-    runs.train(config(), run, should_stop=StopAt(5))
+    train(config(), run, should_stop=StopAt(5))
     for name in ("checkpoint.safetensors", "model.safetensors"):
         runs.save_tensors(run / name, {"w": torch.zeros(1)}, {})
     with pytest.raises(RunError, match="checkpoint.safetensors is not of a run: its header has no"):
-        runs.resume(run)
+        resume(run)
     with pytest.raises(RunError, match="model.safetensors is not of a run"):
         funcloss.load(run)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
-    runs.train(config(), run, should_stop=StopAt(5))
-    runs.train(config(model="mlp"), other, should_stop=StopAt(5))
+    train(config(), run, should_stop=StopAt(5))
+    train(config(model="mlp"), other, should_stop=StopAt(5))
     (run / "checkpoint.safetensors").write_bytes((other / "checkpoint.safetensors").read_bytes())
     with pytest.raises(RunError, match="it is of another model"):
-        runs.resume(run)
+        resume(run)
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
-    for use in (runs.resume, funcloss.load):
+    for use in (resume, funcloss.load):
         with pytest.raises(RunError, match="is not a run folder: it has no config.toml"):
             use(tmp_path)
 
@@ -516,16 +517,16 @@ def test_what_the_data_does_not_have_is_refused_before_anything_is_written(
     tmp_path, options, message
 ):
     with pytest.raises(ConfigError, match=message):
-        runs.train(config(**options), tmp_path / "run")
+        train(config(**options), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_an_absent_device_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="device cuda is not on this machine"):
-        runs.train(config(device="cuda"), tmp_path / "run")
+        train(config(device="cuda"), tmp_path / "run")
     with pytest.raises(ConfigError, match="amp bf16 needs device cuda, and here it is"):
-        runs.train(config(amp="bf16"), tmp_path / "run")
+        train(config(amp="bf16"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -560,7 +561,7 @@ def test_an_absent_device_is_refused(tmp_path):
     ids=str,
 )
 def test_every_option_trains(tmp_path, options):
-    outcome = runs.train(config(**{"epochs": 1, **options}), tmp_path / "run")
+    outcome = train(config(**{"epochs": 1, **options}), tmp_path / "run")
     assert outcome.summary["test"]["rules"]["argmax"]["accuracy"][0] > 0.5
     assert ("validation" in outcome.summary) == (options.get("val_fraction") != 0.0)
 
@@ -569,7 +570,7 @@ def test_a_cost_on_a_class_raises_its_recall(tmp_path):
     recall = []
     for weight in (1, 20):
         made = config(model="linear", class_weight={"9": weight})
-        summary = runs.train(made, tmp_path / f"{weight}").summary
+        summary = train(made, tmp_path / f"{weight}").summary
         recall.append(summary["test"]["rules"]["argmax"]["recall"]["9"][0])
     assert recall[1] > recall[0]
 
@@ -579,7 +580,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    runs.train(config(model="linear", tensorboard=True), run)
+    train(config(model="linear", tensorboard=True), run)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss/train")] == [10, 20, 30, 40, 50, 60, 70, 80]
     assert [e.step for e in events.Scalars("accuracy/test")] == [0, 40, 80]
@@ -588,7 +589,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'funcloss\[tensorboard\]'"):
-        runs.train(config(tensorboard=True), tmp_path / "run")
+        train(config(tensorboard=True), tmp_path / "run")
 
 
 def test_evaluating_a_run_gives_what_its_summary_says(finished):
@@ -666,8 +667,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert f"go on with: funcloss-train --resume {run}" in rest
     assert "Traceback" not in rest
     assert 20 <= int(weights(run)["state/step"]) < 600
-    runs.resume(run)
-    runs.train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
+    resume(run)
+    train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
     assert same(run, tmp_path / "whole")
 
 
@@ -679,19 +680,19 @@ def kill_and_resume(run, after, *options):
     while not (run / "summary.json").exists():
         if (run / "config.toml").exists():
             runs.load_tensors(run / "checkpoint.safetensors")  # whole at any moment
-            assert runs.resume(run).finished
+            assert resume(run).finished
         else:  # killed before there was a run: nothing but a hidden folder beside it
             start(run, *options).communicate()
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
-    runs.train(config(batch_size=20, log_every=5), tmp_path / "whole")
+    train(config(batch_size=20, log_every=5), tmp_path / "whole")
     run = tmp_path / "run"
     process = start(run, "--epochs", "2")
     wait_for(process, "epoch 1/2")
     process.kill()
     process.communicate()
-    assert runs.resume(run).finished
+    assert resume(run).finished
     assert same(run, tmp_path / "whole")
 
 

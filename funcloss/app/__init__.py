@@ -7,11 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from funcloss.app import addresses, audits, cli, config, data, registry, report, runs, sweep
+    from funcloss.app import (
+        addresses,
+        audits,
+        choice,
+        cli,
+        config,
+        data,
+        registry,
+        report,
+        runs,
+        sweep,
+        train,
+    )
 
 __all__ = [
     "addresses",
     "audits",
+    "choice",
     "cli",
     "config",
     "data",
@@ -19,6 +32,7 @@ __all__ = [
     "report",
     "runs",
     "sweep",
+    "train",
 ]
 
 

@@ -1,7 +1,8 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
+import dataclasses
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +14,20 @@ from torch import Tensor
 from funcloss._files import write_text
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
-from funcloss.app.registry import loss_named
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import About, render_page
 from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
+from funcloss.app.runs.auditing import loss_of
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.app.runs.use import part_of
 from funcloss.audit.measure import audit
 from funcloss.audit.result import Audit
-from funcloss.audit.training import loss_options, make_audit_step
-from funcloss.combinators import class_weighted
+from funcloss.audit.training import loss_options
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
-from funcloss.typing import Batch, Hyper, LossFn, Params
+from funcloss.typing import Batch, Params
 
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
@@ -118,7 +118,7 @@ def audit_training(
     """
     config = setup.config
     state, hyper = load_checkpoint(run_dir, setup)
-    setup = setup._replace(hyper=hyper)
+    setup = dataclasses.replace(setup, hyper=hyper)
     steps = config.epochs * setup.per_epoch
     going_on = int(state.step) < steps
     found = _audited(
@@ -336,36 +336,3 @@ def about_of(
         versions={name: str(environment[name]) for name in names},
         made=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-
-
-def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]:
-    """Return what a run calls every ``audit_every`` steps: a record a class, for its log.
-
-    Args:
-        setup: The training.
-
-    Returns:
-        ``(state, batch, hyper) -> records`` of the step on a batch.
-    """
-    config, dataset = setup.config, setup.dataset
-    audit_step = make_audit_step(
-        setup.model,
-        loss_of(setup),
-        make_optimizer(config),
-        classes=dataset.classes,
-        reduction=config.reduction,
-        schedule=make_schedule(config, setup.per_epoch),
-        clip_norm=config.clip_norm,
-    )
-
-    def observe(state: TrainState, batch: Batch, hyper: Hyper) -> list[dict[str, Any]]:
-        found, _ = audit_step(state, batch, hyper, None)
-        return found.records()
-
-    return observe
-
-
-def loss_of(setup: Setup) -> LossFn:
-    """Return the loss of a training as it puts its class weights, if it has any."""
-    loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
-    return class_weighted(loss) if "class_weights" in setup.hyper else loss

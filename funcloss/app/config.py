@@ -354,6 +354,18 @@ def with_final_names(config: TrainConfig) -> TrainConfig:
     return config._replace(init=config.init and final_path(config.init), **named)
 
 
+def plain_config(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
+    return config._replace(
+        loss="cross_entropy",
+        loss_option={},
+        class_weight={},
+        reduction="mean",
+        floor={},
+        ceiling={},
+    )
+
+
 def check_code(config: TrainConfig, used: Collection[str] = CODE) -> None:
     """Raise ``ConfigError`` if options name code that is refused, all of it in one message.
 

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -30,7 +31,8 @@ State = TypeVar("State", bound=Counted)
 Drawn = TypeVar("Drawn")
 
 
-class Progress(NamedTuple):
+@dataclass(frozen=True)
+class Progress:
     """What is known every ``log_every`` steps."""
 
     step: int  # steps done since the beginning of the training
@@ -41,7 +43,8 @@ class Progress(NamedTuple):
     images_per_second: float  # over these
 
 
-class Epoch(NamedTuple, Generic[State]):
+@dataclass(frozen=True)
+class Epoch(Generic[State]):
     """What a pass over the training set, or the part of it before a stop, came to."""
 
     number: int  # from 1

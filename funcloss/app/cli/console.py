@@ -96,8 +96,8 @@ class TrainingConsole:
                     audits = "1 audit" if n == 1 else f"{n} audits"
                     self._print(f"{audits} took {took:.1%} of the epoch")
                 self._audits, self._audit_seconds = [], 0.0
-            case runs.Steered(step, record):
-                self._print(f"step {step:,}  {_steered(record)}")
+            case runs.Constrained(step, record):
+                self._print(f"step {step:,}  {_constrained(record)}")
             case sweep.SweepStarted(folder, members, seeds, steps, done):
                 self._print(
                     f"training {members} members with {_count(seeds, 'seed')} each, "
@@ -117,25 +117,28 @@ class TrainingConsole:
             self._bar.remove_task(task)
         self._bar.add_task(name, total=total, completed=done, loss="-", rate="-")
 
-    def choice(self, ended: "sweep.Chosen") -> None:
-        """Show what a sweep or a training under limits came to, and where it is."""
-        choice = ended.choice
-        assert choice is not None
-        for line in choice.lines:
+    def result(self, outcome: "runs.Outcome") -> None:
+        """Show what a run, or a choice between models, came to, and where it is."""
+        if outcome.choice is None:
+            self._summary(outcome)
+        else:
+            self._choice(outcome, outcome.choice)
+
+    def _choice(self, outcome: "runs.Outcome", found: "choice.Choice") -> None:
+        for line in found.lines:
             self._out.print(line)
         if not self._quiet:
             self._out.print()
-            if choice.points:
-                self._out.print(_points_table(choice))
+            if found.points:
+                self._out.print(_points_table(found))
                 self._out.print()
-            self._out.print(_rows_table(choice))
-            for line in choice.costs:
+            self._out.print(_rows_table(found))
+            for line in found.costs:
                 self._out.print(f"cost: {line}")
-        self._out.print(f"run folder: {ended.run_dir}")
-        self._out.print(f"report: {ended.files[0]}")
+        self._out.print(f"run folder: {outcome.run_dir or outcome.folder}")
+        self._out.print(f"report: {outcome.files[0]}")
 
-    def summary(self, outcome: "runs.Outcome") -> None:
-        """Show the result of a finished run, and what to try next."""
+    def _summary(self, outcome: "runs.Outcome") -> None:
         test = outcome.summary["test"]
         argmax = test["rules"]["argmax"]
         print(
@@ -297,7 +300,7 @@ def _number(value: Any, form: str) -> str:
     return "-" if math.isnan(float(value)) else format(float(value), form)
 
 
-def _steered(record: dict[str, Any]) -> str:
+def _constrained(record: dict[str, Any]) -> str:
     weights = ", ".join(f"{name}={w:g}" for name, w in record["weights"].items()) or "all 1"
     reached = ", ".join(
         f"{text}: {'-' if v is None else f'{v:.4f}'}" for text, v in record["reached"].items()
@@ -305,14 +308,14 @@ def _steered(record: dict[str, Any]) -> str:
     return f"{reached}  accuracy {record['accuracy']:.2%}  class weights {weights}"
 
 
-def _points_table(choice: "choice.Choice") -> Table:
+def _points_table(found: "choice.Choice") -> Table:
     """Return a row a member of a sweep, on validation data."""
     table = Table(box=None, pad_edge=False)
     table.add_column("on validation data", no_wrap=True)
-    recalls = [f"recall {name}" for name in choice.focus]
+    recalls = [f"recall {name}" for name in found.focus]
     for name in ("accuracy", *recalls, "expected cost", "by the rule", "note"):
         table.add_column(name, justify="left" if name == "note" else "right", no_wrap=True)
-    for p in choice.points:
+    for p in found.points:
         notes = ["chosen"] * p.chosen + ["plain"] * p.plain + ["misses"] * (p.feasible is False)
         notes += [f"diverged on {p.diverged} of {p.seeds}"] * bool(p.diverged)
         cells = [_ranged(p.accuracy, ".2%"), *(_ranged(r, ".2%") for r in p.recall)]
@@ -321,14 +324,14 @@ def _points_table(choice: "choice.Choice") -> Table:
     return table
 
 
-def _rows_table(choice: "choice.Choice") -> Table:
+def _rows_table(found: "choice.Choice") -> Table:
     """Return a row a model and rule, on the test set."""
     table = Table(box=None, pad_edge=False)
     table.add_column("on the test set, 95 %", no_wrap=True)
-    recalls = [f"recall {name}" for name in choice.focus]
+    recalls = [f"recall {name}" for name in found.focus]
     for name in ("accuracy", *recalls, "expected cost", "against plain, paired"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in choice.rows:
+    for row in found.rows:
         cells = [_between(row.accuracy, ".2%"), *(_between(r, ".2%") for r in row.recall)]
         cells.append(_between(row.expected_cost, ".4f"))
         cells.append("-" if row.difference is None else _between(row.difference, "+.4f"))

@@ -2,6 +2,7 @@
 
 import shlex
 from collections import ChainMap
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,24 +68,31 @@ def sweep(
     from funcloss.app import sweep  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole
 
-    axes = [
-        sweep.Axis(option, key, sweep.parse_values(f"{option} {key}".strip(), text))
-        for option, key, text in swept
-    ]
+    if resume is None:
+        axes = [
+            sweep.Axis(option, key, sweep.parse_values(f"{option} {key}".strip(), text))
+            for option, key, text in swept
+        ]
+        spec = sweep.SweepSpec(chosen, axes, seeds, method)
+    else:
+        spec = sweep.read_spec(resume.expanduser(), allow_import=allow_import)
+        moved = spec.config._replace(data_dir=chosen.data_dir or spec.config.data_dir)
+        spec = replace(spec, config=moved)
     stop = StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:
-        watch: dict[str, Any] = {"show": console.show, "should_stop": stop.asked}
-        if resume is None:
-            how: dict[str, Any] = {"seeds": seeds, "method": method, "overwrite": overwrite}
-            ended = sweep.sweep(chosen, axes, out, **how, **watch)
-        else:
-            where = {"data_dir": chosen.data_dir, "allow_import": allow_import}
-            ended = sweep.resume_sweep(resume, **where, **watch)
+        ended = sweep.sweep(
+            spec,
+            out if resume is None else resume,
+            resume=resume is not None,
+            overwrite=overwrite,
+            show=console.show,
+            should_stop=stop.asked,
+        )
     if not ended.finished:
         folder = shlex.quote(str(ended.folder))
         print(f"stopped and saved; go on with: funcloss sweep --resume {folder}")
         raise typer.Exit(INTERRUPTED)
-    console.choice(ended)
+    console.result(ended)
 
 
 def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:

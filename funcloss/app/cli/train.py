@@ -48,36 +48,28 @@ def train(
         others = {"recipe": recipe, "config": config, "run_dir": run_dir, "overwrite": overwrite}
         check_resume("run", given, **others)
 
-    from funcloss.app import audits, runs, sweep  # torch, from here on
+    from funcloss.app import runs, train  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole
 
+    place = run_dir
+    if resume is not None:
+        kept = runs.folder.read_config(resume, allow_import=allow_import)
+        place, chosen = resume, kept._replace(data_dir=chosen.data_dir or kept.data_dir)
     stop = StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:
-        watch: dict[str, Any] = {"show": console.show, "should_stop": stop.asked}
-        watch["observer"] = audits.observer
-        where = {"data_dir": chosen.data_dir, "allow_import": allow_import}
-        asked = chosen
-        if resume is not None:
-            asked = runs.folder.read_config(resume, allow_import=allow_import)
-        ended: Any
-        if asked.floor or asked.ceiling:
-            ended = (
-                sweep.train_under_limits(asked, run_dir, overwrite=overwrite, **watch)
-                if resume is None
-                else sweep.resume_under_limits(resume, **where, **watch)
-            )
-        elif resume is None:
-            ended = runs.train(asked, run_dir, overwrite=overwrite, **watch)
-        else:
-            ended = runs.resume(resume, **where, **watch)
-    if not ended.finished:
-        folder = shlex.quote(str(ended.folder))
+        outcome = train.train(
+            chosen,
+            place,
+            resume=resume is not None,
+            overwrite=overwrite,
+            show=console.show,
+            should_stop=stop.asked,
+        )
+    if not outcome.finished:
+        folder = shlex.quote(str(outcome.folder))
         print(f"stopped and saved; go on with: funcloss-train --resume {folder}")
         raise typer.Exit(INTERRUPTED)
-    if asked.floor or asked.ceiling:
-        console.choice(ended)
-    else:
-        console.summary(ended)
+    console.result(outcome)
 
 
 with_table(train)

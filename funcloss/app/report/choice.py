@@ -1,6 +1,7 @@
 """What a sweep or a training under floors came to: the numbers behind its report."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -12,7 +13,8 @@ class Score(NamedTuple):
     high: float = math.nan
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """A member of a sweep on validation data, intervals from seed to seed."""
 
     name: str  # "class_weight 9=5"
@@ -28,7 +30,8 @@ class Point(NamedTuple):
     diverged: int  # of the seeds
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A model under a decision rule on the test set, which is read once, at the end."""
 
     name: str  # "plain, minimum expected cost"
@@ -39,7 +42,8 @@ class Row(NamedTuple):
     difference: Score | None  # expected cost less that of plain, paired by example; None: plain
 
 
-class Limit(NamedTuple):
+@dataclass(frozen=True)
+class Limit:
     """A floor or ceiling, and what was reached on validation data by the chosen model."""
 
     text: str  # "recall of 9 at least 0.99"
@@ -48,7 +52,8 @@ class Limit(NamedTuple):
     held: bool
 
 
-class Ascent(NamedTuple):
+@dataclass(frozen=True)
+class Ascent:
     """A measurement of the dual ascent."""
 
     step: int  # steps done
@@ -58,7 +63,8 @@ class Ascent(NamedTuple):
     feasible: bool
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """All that the report of a choice shows."""
 
     title: str

@@ -2,22 +2,17 @@
 
 from funcloss.app.runs import folder
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
-from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.run import (
+from funcloss.app.runs.events import (
     Audited,
+    Constrained,
     EpochReport,
     Event,
     Note,
-    Outcome,
     Started,
-    Steered,
-    kept_model,
-    load_checkpoint,
-    resume,
-    train,
-    write_run,
+    Watcher,
 )
-from funcloss.app.runs.steering import Steering
+from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.run import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.use import (
     EvaluationReport,
     Prediction,
@@ -30,28 +25,27 @@ from funcloss.app.runs.use import (
 
 __all__ = [
     "Audited",
+    "Constrained",
     "EpochReport",
-    "Event",
     "EvaluationReport",
+    "Event",
     "Note",
     "Outcome",
     "Prediction",
     "Started",
-    "Steered",
-    "Steering",
     "TrainedModel",
+    "Watcher",
     "beneath",
     "evaluate_run",
     "folder",
-    "load",
     "kept_model",
+    "load",
     "load_checkpoint",
     "load_tensors",
     "predict_files",
     "restore",
-    "resume",
+    "run",
     "save_tensors",
-    "train",
     "write_evaluation",
     "write_predictions",
     "write_run",

@@ -1,7 +1,8 @@
-"""Training under floors and ceilings: what steers it, and what it came to."""
+"""Training under floors and ceilings."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss.app.data import Dataset
-from funcloss.app.runs import Steering
 from funcloss.app.runs.evaluation import deployment_prior, evaluate
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup
@@ -20,7 +20,7 @@ from funcloss.errors import ConfigError
 from funcloss.training import TrainState
 from funcloss.typing import Buffers, Hyper, Params
 
-_AN_EPOCH = 5  # measurements
+_PER_EPOCH = 5  # measurements
 
 
 class Held(NamedTuple):
@@ -47,12 +47,10 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
         Its floors and ceilings.
 
     Raises:
-        ConfigError: there is none, one makes no sense, or nothing is held out to measure it on.
+        ConfigError: one makes no sense, or nothing is held out to measure it on.
     """
     config, dataset = setup.config, setup.dataset
     limits = make_limits(config.floor, config.ceiling, dataset.classes)
-    if not limits:
-        raise ConfigError("no floor and no ceiling is given, as in floor 9=0.99")
     check_measurable(limits, dataset)
     weightless = [
         dataset.classes[limit.truth]
@@ -71,50 +69,43 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
     return limits
 
 
-def steer_by_limits(setup: Setup) -> Steering:
-    """Return what keeps a training within its floors and ceilings: dual ascent on class weights.
+@dataclass(frozen=True)
+class Controller:
+    """Keeps a training run within its floors and ceilings: dual ascent on class weights.
 
-    Every so many steps the model decides on the validation data, a multiplier a limit moves by how
-    far it is missed (:func:`funcloss.app.sweep.ascend`), and the multipliers make the class weights
-    that the next steps are given in ``hyper``, times those that the configuration has. The best
-    moment is kept: one at which every limit holds before one at which some does not, then one of
-    the second half of the training, then by expected cost.
+    Every so many steps the model decides on the validation data, a multiplier per limit moves by
+    how far it is missed (:func:`funcloss.constraints.ascent.ascend`), and the multipliers make the
+    class weights that the next steps are given in ``hyper``, times those of the configuration. The
+    best moment is kept: one at which every limit holds before one at which some does not, then one
+    of the second half of the training, then by expected cost.
 
-    Args:
-        setup: The training.
-
-    Returns:
-        The init/update pair, for :func:`funcloss.app.runs.train`.
-
-    Raises:
-        ConfigError: the limits make no sense, or nothing is held out to measure them on.
+    All methods are pure: what is remembered travels in ``memory``, which checkpoints keep, so that
+    a resumed training goes on to the same bits.
     """
-    limits, dataset, costs = limits_of(setup), setup.dataset, setup.costs
-    classes, config = dataset.classes, setup.config
-    base = setup.hyper["class_weights"]
-    half = config.epochs * setup.per_epoch // 2
-    labels = dataset.validation.labels.cpu()
-    prior = deployment_prior(config, classes, labels.bincount(minlength=len(classes)))
 
-    def measure(state: TrainState) -> DecisionScores:
-        found = evaluate(setup.trained(state), dataset, ("validation",))["validation"]
-        return score(found.logits, labels, found.rule, prior=prior).argmax
+    setup: Setup
+    limits: tuple[Limit, ...]
 
-    def told(log_weights: Tensor) -> dict[str, float]:
-        weights = weights_of(log_weights + base.cpu().double().log())
-        return {classes[c]: w for c, w in weights.items()}
+    @property
+    def every(self) -> int:
+        """Steps between two measurements; one more follows the last step."""
+        return self.setup.config.floor_every or max(1, self.setup.per_epoch // _PER_EPOCH)
 
-    def init(state: TrainState) -> Held:
-        dual = init_dual(limits, len(classes))
+    def init(self, state: TrainState) -> Held:
+        """Return the memory before the first step."""
+        dual = init_dual(self.limits, len(self.setup.dataset.classes))
         worst = torch.tensor(-math.inf, dtype=torch.float64)
-        none = torch.full((len(limits),), math.nan, dtype=torch.float64)
+        none = torch.full((len(self.limits),), math.nan, dtype=torch.float64)
         return Held(
             dual, state.params, state.buffers, dual.log_weights, none,
             feasible=torch.zeros_like(worst), margin=worst, worth=worst, step=state.step.cpu(),
         )  # fmt: skip
 
-    def update(memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
-        scores = measure(state)
+    def update(self, memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
+        """Measure the limits at a state; return the memory after it, and a record of it."""
+        setup, limits = self.setup, self.limits
+        classes, half = setup.dataset.classes, setup.config.epochs * setup.per_epoch // 2
+        scores = self._measured(state)
         now, values = snapshot_of(limits, scores), reached(limits, scores)
         best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.worth))
         # Early on a limit may hold by chance, of a model that has hardly learnt.
@@ -127,7 +118,7 @@ def steer_by_limits(setup: Setup) -> Steering:
                 state.step.cpu(),
             )  # fmt: skip
         record = {
-            "weights": told(memory.dual.log_weights),
+            "weights": self._weights(memory.dual.log_weights),
             "reached": {
                 limit_text(limit, classes): None if math.isnan(v) else v
                 for limit, v in zip(limits, values, strict=True)
@@ -135,37 +126,60 @@ def steer_by_limits(setup: Setup) -> Steering:
             "accuracy": scores.accuracy.value,
             "feasible": now.feasible,
         }
-        dual = ascend(memory.dual, limits, scores, costs)
+        dual = ascend(memory.dual, limits, scores, setup.costs)
         if int(state.step) <= half:  # the weights found are a mean over the second half
             dual = dual._replace(total=0 * dual.total, measured=0 * dual.measured)
         return memory._replace(dual=dual), record
 
-    def given(log_weights: Tensor) -> Hyper:
-        return setup.hyper | {"class_weights": base * log_weights.exp().to(base)}
+    def hyper(self, memory: Held) -> Hyper:
+        """Return what the next steps are given."""
+        return self._given(memory.dual.log_weights)
 
-    def hyper(memory: Held) -> Hyper:
-        return given(memory.dual.log_weights)
+    def model(self, memory: Held) -> TrainedModel:
+        """Return the model of the best moment."""
+        return self.setup.trained(memory, self._given(memory.log_weights))
 
-    def model(memory: Held) -> TrainedModel:
-        return setup.trained(memory, given(memory.log_weights))
-
-    def summary(memory: Held) -> dict[str, Any]:
-        values = memory.reached.tolist()
+    def summary(self, memory: Held) -> dict[str, Any]:
+        """Return what ``summary.json`` says of the limits."""
+        values, classes = memory.reached.tolist(), self.setup.dataset.classes
         mean = memory.dual.total / memory.dual.measured.clamp(min=1)
         return {
             "limits": [
                 {"limit": limit_text(limit, classes), "bound": limit.bound,
                  "reached": None if math.isnan(v) else v, "held": held([limit], [v])}
-                for limit, v in zip(limits, values, strict=True)
+                for limit, v in zip(self.limits, values, strict=True)
             ],
             "feasible": bool(memory.feasible),
             "best_step": int(memory.step),
-            "weights_found": told(mean),
-            "weights_at_best": told(memory.log_weights),
+            "weights_found": self._weights(mean),
+            "weights_at_best": self._weights(memory.log_weights),
         }  # fmt: skip
 
-    every = config.floor_every or max(1, setup.per_epoch // _AN_EPOCH)
-    return Steering(every, init, update, hyper, model, summary)
+    def _measured(self, state: TrainState) -> DecisionScores:
+        setup = self.setup
+        found = evaluate(setup.trained(state), setup.dataset, ("validation",))["validation"]
+        prior = deployment_prior(setup.config, setup.dataset.classes, found.counts)
+        return score(found.logits, found.labels, found.rule, prior=prior).argmax
+
+    def _given(self, log_weights: Tensor) -> Hyper:
+        base = self.setup.hyper["class_weights"]
+        return self.setup.hyper | {"class_weights": base * log_weights.exp().to(base)}
+
+    def _weights(self, log_weights: Tensor) -> dict[str, float]:
+        base = self.setup.hyper["class_weights"].cpu().double()
+        weights = weights_of(log_weights + base.log())
+        return {self.setup.dataset.classes[c]: w for c, w in weights.items()}
+
+
+def make_controller(setup: Setup) -> Controller | None:
+    """Return what keeps a training run within its limits; None if it has none.
+
+    Raises:
+        ConfigError: the limits make no sense, or nothing is held out to measure them on.
+    """
+    if not (setup.config.floor or setup.config.ceiling):
+        return None
+    return Controller(setup, limits_of(setup))
 
 
 def check_measurable(limits: Sequence[Limit], dataset: Dataset) -> None:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, feed
 from funcloss.app.registry import loss_named
-from funcloss.app.runs import folder
 from funcloss.app.runs.model import TrainedModel
 from funcloss.combinators import (
     Combined,
@@ -212,6 +212,11 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
     return run_model(model.forward, model, batches, model.criterion, model.hyper, costs=model.costs)
 
 
+def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
+    """Evaluate a model on validation and test set, by the rule fitted on validation data."""
+    return with_fitted_rule(model, evaluate(model, dataset, ("validation", "test")))
+
+
 def with_fitted_rule(
     model: TrainedModel, evaluations: Mapping[str, Evaluation]
 ) -> dict[str, Evaluation]:
@@ -273,7 +278,7 @@ def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any
         Scores by rule, confusion matrices in counts and in cost units.
     """
     rule = evaluation.rule
-    return folder.plain(
+    return jsonable(
         {
             "n": len(evaluation.labels),
             "loss": evaluation.loss,

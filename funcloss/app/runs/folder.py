@@ -1,7 +1,6 @@
 """The files of a run folder, and what must hold of them."""
 
 import json
-import math
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import torch
 
 from funcloss import __version__
 from funcloss._files import write_text
+from funcloss._json import jsonable
 from funcloss.app.config import (
     CODE,
     FORMAT,
@@ -257,26 +257,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(plain(record), allow_nan=False) + "\n"
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON has it, numbers that are not finite as None.
-
-    Example:
-        >>> plain({"loss": math.nan, "recall": [1.0, math.inf]})
-        {'loss': None, 'recall': [1.0, None]}
-    """
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return defined(value) if isinstance(value, float) else value
-
-
-def defined(score: float) -> float | None:
-    """Return a number that JSON has, None for the others."""
-    return score if math.isfinite(score) else None
+    return json.dumps(jsonable(record), allow_nan=False) + "\n"
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcloss._files import write_text
+from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import as_pixels, subset
 from funcloss.app.report import run_figures as figures
@@ -39,12 +40,12 @@ def scores(evaluations: dict[str, Evaluation], classes: tuple[str, ...]) -> dict
     """Return the scores of an epoch by count, as JSON has them, None where one is not defined."""
 
     def by_class(values: Tensor) -> dict[str, float | None]:
-        return {c: folder.defined(s) for c, s in zip(classes, values.tolist(), strict=True)}
+        return {c: jsonable(s) for c, s in zip(classes, values.tolist(), strict=True)}
 
     return {
         name: {
             "n": len(found.labels),
-            "loss": folder.defined(found.loss),
+            "loss": jsonable(found.loss),
             "accuracy": float(hits.sum() / len(found.labels)),
             "recall": by_class(hits / confusion.sum(1)),
             "precision": by_class(hits / confusion.sum(0)[: len(classes)]),

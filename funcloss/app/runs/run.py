@@ -1,12 +1,12 @@
-"""A run: a training with a folder that holds all of it, made, taken up again, read."""
+"""A run: a training with a folder that holds all of it, made, resumed and read."""
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,103 +14,56 @@ from funcloss._files import folder_replacing
 from funcloss._trees import flatten
 from funcloss.app.config import TrainConfig, option_values
 from funcloss.app.data import short_name
+from funcloss.app.report.choice import Choice
 from funcloss.app.runs import folder, report
+from funcloss.app.runs.auditing import step_auditor
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
+from funcloss.app.runs.constrained import Controller, Held, make_controller
 from funcloss.app.runs.evaluation import evaluate
+from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
-from funcloss.app.runs.steering import Memory, Steering
-from funcloss.errors import AuditError, ConfigError
+from funcloss.decisions import Evaluation
+from funcloss.errors import ConfigError
 from funcloss.training.compilation import AnyStep, prepare
-from funcloss.training.evaluation import Evaluation
 from funcloss.training.loop import Progress, fit
 from funcloss.training.step import TrainState
 from funcloss.typing import Batch, Hyper, Metrics
 
 
-class Note(NamedTuple):
-    """One line that the user should read."""
-
-    text: str
-    warning: bool = False
-
-
-class Started(NamedTuple):
-    """Training begins, or goes on, at ``step`` of ``steps``."""
-
-    folder: Path
-    config: TrainConfig
-    step: int
-    steps: int
-
-
-class EpochReport(NamedTuple):
-    """A finished epoch, stops within it included, and the evaluations after it."""
-
-    number: int  # from 1
-    epochs: int  # how many there will be
-    loss: float  # mean over its steps
-    seconds: float  # of its steps
-    evaluations: dict[str, Evaluation]  # by part of the data set
-
-
-class Audited(NamedTuple):
-    """Who owned the gradient of a step, looked at before it was taken."""
-
-    step: int  # its number, from 1
-    seconds: float  # that looking took
-    rows: list[dict[str, Any]]  # one a class
-
-
-class Steered(NamedTuple):
-    """A measurement by what steers the training, after ``step`` steps."""
-
-    step: int
-    record: dict[str, Any]
-
-
-Event = Note | Started | Progress | EpochReport | Audited | Steered
-Show = Callable[[Event], None]
-# what looks at the step on a batch: a record a class
-Observe = Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]
-
-
-class Outcome(NamedTuple):
-    """How a run ended."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a run, or a sweep, ended."""
 
     folder: Path
     finished: bool  # False when it was told to stop
-    summary: dict[str, Any]  # what ``summary.json`` holds; empty unless finished
     config: TrainConfig  # what ``config.toml`` holds, and whether its code may be imported
+    summary: dict[str, Any] = field(default_factory=dict)  # ``summary.json``; empty unless finished
+    choice: Choice | None = None  # between models, of constraints or a sweep
+    files: tuple[Path, ...] = ()  # of the choice's report, the page first
+    run_dir: Path | None = None  # of the model that was chosen, if it is not the folder
 
 
-def train(
+def run(
     config: TrainConfig,
     run_dir: str | Path | None = None,
     *,
+    resume: bool = False,
     overwrite: bool = False,
-    show: Show = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    observer: Callable[[Setup], Observe] | None = None,
-    steer: Callable[[Setup], Steering] | None = None,
     test_once: bool = False,
+    watcher: Watcher | None = None,
 ) -> Outcome:
-    """Train as a configuration says, into a new run folder.
+    """Train as a configuration says, into a run folder.
 
     Args:
-        config: What to train.
-        run_dir: The run folder to make; None: a new one under ``runs``.
+        config: What to train; to resume, what :func:`funcloss.app.runs.folder.read_config` reads.
+        run_dir: The run folder; None: a new one under ``runs``.
+        resume: Go on from the last checkpoint of the folder, as if the run had never stopped.
         overwrite: A run that is at ``run_dir`` may be replaced.
-        show: Called with everything that happens.
-        should_stop: Asked after every step; True saves and ends.
-        observer: What audits a step every ``audit_every`` steps, ``funcloss.app.audits.observer``;
-            None: nothing does.
-        steer: What sets ``hyper`` as the training goes, such as
-            ``funcloss.app.runs.constrained.steer_by_limits``, which floors and ceilings need;
-            None: nothing does.
-        test_once: Read the test set at the end only, not after each epoch too. So it is where
-            something steers.
+        test_once: Evaluate on the test set at the end only, not after each epoch too. So it is
+            under floors and ceilings.
+        watcher: Its callbacks.
 
     Returns:
         The run folder and the summary.
@@ -118,15 +71,47 @@ def train(
     Raises:
         ConfigError: the request makes no sense on this machine or data, or the folder is in use.
         DataError: the data cannot be had.
-        RunError: the run folder cannot be written.
+        RunError: the run folder cannot be written, or its files are not of one run.
     """
+    watcher = watcher or Watcher()
+    place = None if run_dir is None else Path(run_dir).expanduser()
+    if resume:
+        if place is None:
+            raise ConfigError("resume needs a run folder")
+        if (summary := folder.read_summary(place)) is not None:
+            watcher.show(Note(f"{place} is finished: there is nothing to resume"))
+            return _finished(Outcome(place, True, config, summary), watcher.show)
+        job, state, memory = _taken_up(config, place, watcher.show)
+    else:
+        job, state, memory = _begun(config, place, watcher.show, overwrite=overwrite)
+    once = test_once or job.controller is not None
+    splits = ("validation",) if once else ("validation", "test")
+    return _run_from(dataclasses.replace(job, splits=splits), state, memory, watcher)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that is ready to train."""
+
+    setup: Setup
+    run_dir: Path
+    train_step: AnyStep  # compiled or not
+    controller: Controller | None
+    splits: tuple[str, ...] = ()  # that are evaluated during training
+
+    def place(self, step: int) -> dict[str, int]:
+        """Return a step and the epoch that it is of, as records have them."""
+        return {"step": step, "epoch": max(step - 1, 0) // self.setup.per_epoch + 1}
+
+
+def _begun(
+    config: TrainConfig, run_dir: Path | None, show: Show, *, overwrite: bool
+) -> tuple[_Job, TrainState, Held | None]:
+    """Make a new run folder."""
     if run_dir is not None:
-        run_dir = Path(run_dir).expanduser()
         folder.check_free(run_dir, overwrite=overwrite)
     report.check_tensorboard(config)
-    _check_steered(config, steer)
     setup = make_setup(config)
-    hooks = Hooks(observer, steer and steer(setup), test_once)
     for note in filter(None, (setup.dataset.note, *check_loss(setup))):
         show(Note(note, warning=True))
     for note in setup.notes:
@@ -136,73 +121,38 @@ def train(
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{setup.dataset.name}-{short_name(setup.config.model)}-{stamp}"
         run_dir = folder.fresh_name(Path("runs"), folder.as_name(name))
-    run = {
+    about = {
         "command": folder.command_line(),
         "dataset_note": setup.dataset.note,
         "requested": {name: getattr(config, name) for name in ("dataset", "device", "compile")},
         "environment": folder.environment(),
     }
-    memory = hooks.steering.init(setup.state) if hooks.steering else None
+    job = _Job(setup, run_dir, step, make_controller(setup))
+    memory = job.controller and job.controller.init(setup.state)
     folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-        folder.write_config(beside / folder.CONFIG, setup.config, run=run)
-        _save(beside, setup, setup.state, memory, hooks.steering)
+        folder.write_config(beside / folder.CONFIG, setup.config, run=about)
+        _save(dataclasses.replace(job, run_dir=beside), setup.state, memory)
         folder.write_records(beside, [])
-    return _run_from(setup, setup.state, memory, step, run_dir, show, should_stop, hooks)
+    return job, setup.state, memory
 
 
-def resume(
-    run_dir: str | Path,
-    *,
-    data_dir: str = "",
-    allow_import: bool = False,
-    show: Show = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    observer: Callable[[Setup], Observe] | None = None,
-    steer: Callable[[Setup], Steering] | None = None,
-    test_once: bool = False,
-) -> Outcome:
-    """Take up a run where its last checkpoint is, as if it had never stopped.
-
-    Args:
-        run_dir: A run folder.
-        data_dir: Where the data is now, if it has moved.
-        allow_import: Whether code that the run names, a model of yours say, may be imported.
-        show: Called with everything that happens.
-        should_stop: Asked after every step; True saves and ends.
-        observer: As for :func:`train`.
-        steer: As for :func:`train`.
-        test_once: As for :func:`train`.
-
-    Returns:
-        The run folder and the summary.
-
-    Raises:
-        ConfigError: a device of the run is not on this machine.
-        DataError: the data cannot be had.
-        RunError: the folder is not a run folder, or its files are not of one run.
-    """
-    run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir, allow_import=allow_import)
-    if (summary := folder.read_summary(run_dir)) is not None:
-        show(Note(f"{run_dir} is finished: there is nothing to resume"))
-        return _finished(run_dir, summary, config, show)
+def _taken_up(
+    config: TrainConfig, run_dir: Path, show: Show
+) -> tuple[_Job, TrainState, Held | None]:
+    """Read a run folder at its last checkpoint."""
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
-        show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
-    _check_steered(config, steer)
-    # Its weights come from the checkpoint.
-    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, init=""))
-    hooks = Hooks(observer, steer and steer(setup), test_once)
+        show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
+    setup = make_setup(config._replace(init=""))  # its weights come from the checkpoint
+    controller, memory = make_controller(setup), None
     state = restore(setup.state, beneath(tensors, "state"))
-    memory = None
-    if hooks.steering is not None:
-        memory = restore(hooks.steering.init(setup.state), beneath(tensors, "steering"))
+    if controller is not None:
+        memory = restore(controller.init(setup.state), beneath(tensors, "steering"))
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
-    outcome = _run_from(setup, state, memory, step, run_dir, show, should_stop, hooks)
-    return outcome._replace(config=config)
+    return _Job(setup, run_dir, step, controller), state, memory
 
 
 def write_run(
@@ -211,7 +161,7 @@ def write_run(
     state: TrainState,
     records: Sequence[dict[str, Any]],
     evaluations: dict[str, Evaluation],
-    run: dict[str, Any],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the folder of a run that was trained elsewhere, whole or not at all.
 
@@ -221,7 +171,7 @@ def write_run(
         state: The state after its last step.
         records: What was logged of its steps, for ``metrics.jsonl``.
         evaluations: The model on validation and test set.
-        run: What else ``config.toml`` says of it.
+        about: What else ``config.toml`` says of it.
 
     Returns:
         The summary.
@@ -242,8 +192,8 @@ def write_run(
     epochs = epochs or [first]  # of an empty training
     epochs[-1] |= report.scores(evaluations, setup.dataset.classes)
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-        folder.write_config(beside / folder.CONFIG, setup.config, run=run)
-        _save(beside, setup, state)
+        folder.write_config(beside / folder.CONFIG, setup.config, run=about)
+        _save(_Job(setup, beside, setup.train_step, None), state, None)
         folder.write_records(beside, [*records, *epochs])
         return report.sum_up(beside, setup, state, setup.trained(state), evaluations, {})
 
@@ -291,14 +241,6 @@ def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
     )
 
 
-def _check_steered(config: TrainConfig, steer: object) -> None:
-    if (config.floor or config.ceiling) and steer is None:
-        raise ConfigError(
-            "floors and ceilings need what steers by them: funcloss.app.sweep.train_under_limits, "
-            "or steer=funcloss.app.runs.constrained.steer_by_limits"
-        )
-
-
 def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[AnyStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
@@ -307,179 +249,134 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[A
     made = prepare(setup.train_step, mode, state, (trial_batch(setup), setup.hyper))
     show(Note(f"step: {made.note}", made.warning))
     config = config._replace(compile="on" if made.on else "off")
-    return made.step_on, setup._replace(config=config)
+    return made.step_on, dataclasses.replace(setup, config=config)
 
 
-class Hooks(NamedTuple):
-    """What goes along with a training."""
+class _Log:
+    """Writes the records of a run, and shows what happens."""
 
-    observer: Callable[[Setup], Observe] | None
-    steering: Steering | None
-    test_once: bool
+    def __init__(self, job: _Job, show: Show, add_scalars: Any) -> None:
+        self.job, self.show, self.add_scalars = job, show, add_scalars
+        self.diverged = False
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Return the parts of the data that are evaluated on the way."""
-        once = self.test_once or self.steering is not None
-        return ("validation",) if once else ("validation", "test")
+    def record(self, line: dict[str, Any]) -> None:
+        folder.append_record(self.job.run_dir, line)
+        self.add_scalars(line)
+
+    def progress(self, progress: Progress) -> None:
+        epoch = self.job.place(progress.step)["epoch"]
+        self.record({"kind": "step", "epoch": epoch} | dataclasses.asdict(progress))
+        self.show(progress)
+        if not self.diverged and not math.isfinite(progress.loss):
+            self.diverged = True
+            text = f"the loss is {progress.loss} at step {progress.step:,}"
+            self.show(Note(f"{text}: a smaller learning_rate may help", warning=True))
+
+    def epoch(self, line: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:
+        classes = self.job.setup.dataset.classes
+        self.record({"kind": "epoch"} | line | report.scores(evaluations, classes))
 
 
-def _run_from(
-    setup: Setup,
-    state: TrainState,
-    memory: Memory,
-    train_step: AnyStep,
-    run_dir: Path,
-    show: Show,
-    should_stop: Callable[[], bool],
-    hooks: Hooks,
-) -> Outcome:
+def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watcher) -> Outcome:
     """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
-    config, n, steering = setup.config, len(setup.dataset.train.labels), hooks.steering
+    setup, config, controller = job.setup, job.setup.config, job.controller
     steps = config.epochs * setup.per_epoch
-    show(Started(run_dir, config, int(state.step), steps))
-    done, diverged = int(state.step), False  # a state's own counter may be on a busy device
-    with report.scalars(run_dir, config.tensorboard) as add_scalars:
+    watcher.show(Started(job.run_dir, config, int(state.step), steps))
+    done = int(state.step)  # a state's own counter may be on a busy device
+    audit = step_auditor(setup, watcher.show) if done < steps else None
+    with report.scalars(job.run_dir, config.tensorboard) as add_scalars:
+        log = _Log(job, watcher.show, add_scalars)
 
-        def record(line: dict[str, Any]) -> None:
-            folder.append_record(run_dir, line)
-            add_scalars(line)
-
-        def on_progress(progress: Progress) -> None:
-            epoch = (progress.step - 1) // setup.per_epoch + 1
-            record({"kind": "step", "epoch": epoch} | progress._asdict())
-            show(progress)
-            nonlocal diverged
-            if not diverged and not math.isfinite(progress.loss):
-                diverged = True
-                text = f"the loss is {progress.loss} at step {progress.step:,}"
-                show(Note(f"{text}: a smaller learning_rate may help", warning=True))
-
-        def steer(memory: Memory, state: TrainState) -> Memory:
-            assert steering is not None
-            memory, line = steering.update(memory, state)
-            epoch = max(done - 1, 0) // setup.per_epoch + 1
-            record({"kind": "steering", "step": done, "epoch": epoch} | line)
-            show(Steered(done, line))
+        def measured(memory: Held | None, state: TrainState) -> Held | None:
+            if controller is None or memory is None:
+                return None
+            memory, line = controller.update(memory, state)
+            log.record({"kind": "steering"} | job.place(done) | line)
+            watcher.show(Constrained(done, line))
             return memory
 
         def take_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             nonlocal memory, done
-            if steering is not None and done and done % steering.every == 0:
-                memory = steer(memory, state)
-            hyper = setup.hyper if steering is None else steering.hyper(memory)
-            if observe is not None and done % config.audit_every == 0:
-                observe(state, batch, hyper)
+            if controller is not None and done and done % controller.every == 0:
+                memory = measured(memory, state)
+            hyper = _hyper(job, memory)
+            if audit is not None and done % config.audit_every == 0:
+                audited = audit(state, batch, hyper)
+                if audited is not None:
+                    for row in audited.rows:
+                        place = {"kind": "audit"} | job.place(audited.step)
+                        log.record(place | row | {"seconds": audited.seconds})
+                    watcher.show(audited)
             done += 1
-            return train_step(state, batch, hyper)
+            return job.train_step(state, batch, hyper)
 
-        observe = _observed(hooks.observer, setup, record, show) if done < steps else None
         evaluations: dict[str, Evaluation] = {}
-        if not folder.read_records(run_dir):
-            evaluations = evaluate(setup.trained(state), setup.dataset, hooks.parts)
-            line = {"kind": "epoch", "epoch": 0, "step": 0, "examples": 0}
-            record(line | report.scores(evaluations, setup.dataset.classes))
+        if not folder.read_records(job.run_dir):
+            evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
+            log.epoch({"epoch": 0, "step": 0, "examples": 0}, evaluations)
         for epoch in fit(
             state,
             take_step,
-            n,
+            len(setup.dataset.train.labels),
             feed=setup.feed,
             epochs=config.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,
-            on_progress=on_progress,
-            should_stop=should_stop,
+            on_progress=log.progress,
+            should_stop=watcher.should_stop,
         ):
             state = epoch.state
             if epoch.finished:
-                evaluations = evaluate(setup.trained(state), setup.dataset, hooks.parts)
-                loss, seconds = report.of_epoch(folder.read_records(run_dir), epoch.number)
-                line = {"kind": "epoch", "epoch": epoch.number, "step": epoch.step}
-                line |= {"examples": epoch.examples, "loss": loss, "seconds": seconds}
-                record(line | report.scores(evaluations, setup.dataset.classes))
-                show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
-            _save(run_dir, setup, state, memory, steering)
+                evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
+                loss, seconds = report.of_epoch(folder.read_records(job.run_dir), epoch.number)
+                line = {"epoch": epoch.number, "step": epoch.step, "examples": epoch.examples}
+                log.epoch(line | {"loss": loss, "seconds": seconds}, evaluations)
+                watcher.show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
+            _save(job, state, memory)
         if int(state.step) < steps:
-            return Outcome(run_dir, False, {}, config)
+            return Outcome(job.run_dir, False, config)
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
-        last = memory if steering is None else steer(memory, state)
-    model = setup.trained(state) if steering is None else steering.model(last)
-    more = {} if steering is None else steering.summary(last)
+        last = measured(memory, state)
+    model, more = setup.trained(state), {}
+    if controller is not None and last is not None:
+        model, more = controller.model(last), controller.summary(last)
     # A kill may have parted the model from its checkpoint.
-    _save(run_dir, setup, state, memory, steering, model)
-    if "test" not in evaluations:  # else the last epoch's are of this model, on all parts
+    _save(job, state, memory, model)
+    if "test" not in evaluations:  # else the last epoch's are of this model, on all splits
         evaluations = evaluate(model, setup.dataset, ("validation", "test"))
-    summary = report.sum_up(run_dir, setup, state, model, evaluations, more)
-    return _finished(run_dir, summary, config, show)
+    summary = report.sum_up(job.run_dir, setup, state, model, evaluations, more)
+    return _finished(Outcome(job.run_dir, True, config, summary), watcher.show)
 
 
-def _finished(run_dir: Path, summary: dict[str, Any], config: TrainConfig, show: Show) -> Outcome:
-    for text in summary.get("warnings", []):  # none in a run from before there were any
+def _finished(outcome: Outcome, show: Show) -> Outcome:
+    for text in outcome.summary.get("warnings", []):  # none in a run from before there were any
         show(Note(text, warning=True))
-    return Outcome(run_dir, True, summary, config)
+    return outcome
 
 
-def _observed(
-    observer: Callable[[Setup], Observe] | None,
-    setup: Setup,
-    record: Callable[[dict[str, Any]], None],
-    show: Show,
-) -> Callable[[TrainState, Batch, Hyper], None] | None:
-    """Return what looks at a step before it is taken, and records what it saw."""
-    if observer is None or not setup.config.audit_every:
-        return None
-    told = False
-
-    def on_failure(error: AuditError) -> None:  # a training goes on without
-        nonlocal told
-        if not told:
-            show(Note(f"steps go unaudited: {error}", warning=True))
-        told = True
-
-    try:
-        observe = observer(setup)
-    except AuditError as error:
-        on_failure(error)
-        return None
-
-    def look(state: TrainState, batch: Batch, hyper: Hyper) -> None:
-        begin = time.perf_counter()
-        try:
-            rows = observe(state, batch, hyper)
-        except AuditError as error:
-            on_failure(error)
-            return
-        number = int(state.step) + 1
-        audited = Audited(number, time.perf_counter() - begin, rows)
-        place = {"step": number, "epoch": (number - 1) // setup.per_epoch + 1}
-        for row in rows:
-            record({"kind": "audit"} | place | row | {"seconds": audited.seconds})
-        show(audited)
-
-    return look
+def _hyper(job: _Job, memory: Held | None) -> Hyper:
+    """Return what the next step is given."""
+    if job.controller is None or memory is None:
+        return job.setup.hyper
+    return job.controller.hyper(memory)
 
 
 def _save(
-    run_dir: Path,
-    setup: Setup,
-    state: TrainState,
-    memory: Memory = None,
-    steering: Steering | None = None,
-    model: TrainedModel | None = None,
+    job: _Job, state: TrainState, memory: Held | None, model: TrainedModel | None = None
 ) -> None:
     """Write the checkpoint to go on from, and the model to use."""
-    config, step = setup.config, int(state.step)
-    kept = {"state": state}
-    if steering is not None:
+    setup, step = job.setup, int(state.step)
+    kept: dict[str, Any] = {"state": state}
+    if job.controller is not None and memory is not None:
         # What the next step is given: an audit of the checkpoint needs it.
-        kept |= {"steering": memory, "hyper": steering.hyper(memory)}
-        model = model or steering.model(memory)
-    model = model or setup.trained(state)
-    header = {"step": step, "epoch": step // setup.per_epoch, "config": option_values(config)}
-    save_tensors(
-        run_dir / folder.CHECKPOINT,
-        flatten(kept),
-        header | {"environment": folder.environment()},
-    )
-    save_model(run_dir / folder.MODEL, model, step=step)
+        kept |= {"steering": memory, "hyper": _hyper(job, memory)}
+        model = model or job.controller.model(memory)
+    header = {
+        "step": step,
+        "epoch": step // setup.per_epoch,
+        "config": option_values(setup.config),
+        "environment": folder.environment(),
+    }
+    save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)
+    save_model(job.run_dir / folder.MODEL, model or setup.trained(state), step=step)

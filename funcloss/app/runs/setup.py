@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,18 @@ from funcloss.app.runs.options import by_name, check_loss_options, make_hyper, r
 from funcloss.decisions import Costs, make_costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
-from funcloss.objectives.supervised import Criterion
 from funcloss.training.evaluation import HasTensors
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
 
 
-class Setup(NamedTuple):
+@dataclass(frozen=True)
+class Setup:
     """All that a training needs, made from a resolved configuration."""
 
     config: TrainConfig  # nothing left to decide but ``compile``
     dataset: Dataset  # on the device
-    counts: Tensor  # training examples of each class, on the CPU
-    costs: Costs  # of decisions, which not every loss looks at
     model: nn.Module  # in training mode, with its first weights
-    criterion: Criterion
     hyper: Hyper
     train_step: TrainStep
     state: TrainState  # before the first step
@@ -54,6 +51,16 @@ class Setup(NamedTuple):
     def feed(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """Give the training examples at one index after another."""
         return feed(self.dataset, self.dataset.train, indices)
+
+    @property
+    def counts(self) -> Tensor:
+        """Training examples of each class, on the CPU."""
+        return self.untrained.class_counts
+
+    @property
+    def costs(self) -> Costs:
+        """What decisions cost, which not every loss looks at."""
+        return self.untrained.costs
 
     def trained(self, state: HasTensors, hyper: Hyper | None = None) -> TrainedModel:
         """Return the model with the tensors of a state, and the class weights of ``hyper``."""
@@ -187,10 +194,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     return Setup(
         config=config,
         dataset=dataset,
-        counts=counts,
-        costs=costs,
         model=model,
-        criterion=criterion,
         hyper=hyper,
         train_step=train_step,
         state=state,

@@ -2,27 +2,20 @@
 
 from funcloss.app.sweep.axes import Axis, parse_values
 from funcloss.app.sweep.members import choose_width, init_members, make_groups, make_members_step
-from funcloss.app.sweep.run import (
-    Chosen,
-    resume_sweep,
-    resume_under_limits,
-    sweep,
-    train_under_limits,
-)
+from funcloss.app.sweep.plan import SweepSpec, read_spec
+from funcloss.app.sweep.run import sweep
 from funcloss.app.sweep.seeds import SeedReport, SweepStarted
 
 __all__ = [
     "Axis",
-    "Chosen",
     "SeedReport",
+    "SweepSpec",
     "SweepStarted",
     "choose_width",
     "init_members",
     "make_groups",
     "make_members_step",
     "parse_values",
-    "resume_sweep",
-    "resume_under_limits",
+    "read_spec",
     "sweep",
-    "train_under_limits",
 ]

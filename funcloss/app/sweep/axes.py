@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,8 @@ _ROUNDING = 0.02  # of a step
 _KEYS = {"class_weight": "CLASS", "loss_option": "NAME", "learning_rate": ""}
 
 
-class Axis(NamedTuple):
+@dataclass(frozen=True)
+class Axis:
     """An option and the values that it takes in a sweep."""
 
     option: str  # "class_weight", "loss_option" or "learning_rate"
@@ -124,7 +125,7 @@ def plain_members(axes: Sequence[Axis], config: TrainConfig) -> list[Member]:
     options = any(axis.option == "loss_option" for axis in axes) or config.loss_option
     if config.loss != "cross_entropy" or weighted or options:
         return []
-    ones = [a._replace(values=(1.0,)) if a.option == "class_weight" else a for a in axes]
+    ones = [replace(a, values=(1.0,)) if a.option == "class_weight" else a for a in axes]
     return members_of(ones)
 
 
@@ -132,18 +133,6 @@ def learning_rates(axes: Sequence[Axis], config: TrainConfig) -> tuple[float, ..
     """Return the learning rates that are swept, or the one that is not."""
     swept = [axis.values for axis in axes if axis.option == "learning_rate"]
     return swept[0] if swept else (config.learning_rate,)
-
-
-def plain_config(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
-    return config._replace(
-        loss="cross_entropy",
-        loss_option={},
-        class_weight={},
-        reduction="mean",
-        floor={},
-        ceiling={},
-    )
 
 
 def member_config(config: TrainConfig, axes: Sequence[Axis], member: Member) -> TrainConfig:
@@ -188,7 +177,7 @@ def by_name(axes: Sequence[Axis], classes: Sequence[str]) -> list[Axis]:
             if min(axis.values) < 0:
                 raise ConfigError(f"{axis.name}: a weight must be at least 0")
             key = classes[class_index("class_weight", axis.key, classes)]
-            axis = axis._replace(key=key)
+            axis = replace(axis, key=key)
         elif axis.option == "learning_rate" and min(axis.values) <= 0:
             raise ConfigError("learning_rate must be above 0")
         named.append(axis)

@@ -1,6 +1,7 @@
 """Many trainings in one program: the stateless step mapped over states and ``hyper``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class Members(NamedTuple):
     key: Int[Tensor, ""]
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Members that are trained by one program."""
 
     train_step: TrainStep
@@ -165,7 +167,8 @@ def make_members_step(
     return step_on
 
 
-class Width(NamedTuple):
+@dataclass(frozen=True)
+class Width:
     """How many members go into one program, and why."""
 
     width: int

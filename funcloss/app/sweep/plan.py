@@ -1,13 +1,16 @@
 """What a sweep is: its members, how they are run, and the file that says so."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from funcloss._files import folder_replacing
-from funcloss.app.config import TrainConfig, check_code, make_config, read_record
-from funcloss.app.runs import Note, folder
+from funcloss.app.config import TrainConfig, check_code, make_config, plain_config, read_record
+from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import check_measurable
+from funcloss.app.runs.events import Note, Show
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.setup import Setup, make_hyper, make_setup, setup_on
 from funcloss.app.sweep.axes import (
@@ -18,7 +21,6 @@ from funcloss.app.sweep.axes import (
     learning_rates,
     member_config,
     members_of,
-    plain_config,
     plain_members,
 )
 from funcloss.app.sweep.members import Group, choose_width, make_groups
@@ -30,10 +32,22 @@ SPEC = folder.SIGNS["sweep"]
 _METHODS = ("auto", "vmap", "loop")
 _SEEDS = 2**63  # from 0 on
 
-Show = Callable[[Any], None]
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """What a sweep is: ``sweep.toml``."""
+
+    config: TrainConfig  # what the members share; the choice must keep its floors and ceilings
+    axes: Sequence[Axis]
+    seeds: int = 1  # how many each member is trained with, from the configuration's on
+    # vmap: all members in one program; loop: one after another; auto: a loop for a model with
+    # convolutions that is not on CUDA, else vmap.
+    method: str = "auto"
+    width: int = 0  # members in one program; 0: by the method
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """A member of a sweep."""
 
     name: str
@@ -42,14 +56,14 @@ class Entry(NamedTuple):
     plain: bool
 
 
-class Sweep(NamedTuple):
+@dataclass(frozen=True)
+class Sweep:
     """All that a sweep needs, made from its specification."""
 
     folder: Path
     config: TrainConfig  # what the members share
     axes: tuple[Axis, ...]
     seeds: int
-    width: int
     setup: Setup  # of the first member; data, model and schedule are those of all
     entries: list[Entry]
     groups: list[Group]
@@ -60,37 +74,20 @@ class Sweep(NamedTuple):
         """Return how many steps each member takes."""
         return self.config.epochs * self.setup.per_epoch
 
-    def seed_file(self, seed: int) -> Path:
-        """Return where the states of a seed are kept."""
-        return seed_file(self.folder, seed)
-
 
 def seed_file(out: Path, seed: int) -> Path:
     """Return where the folder of a sweep keeps the states of a seed."""
     return out / f"seed-{seed}.safetensors"
 
 
-def start(
-    config: TrainConfig,
-    axes: Sequence[Axis],
-    out: Path,
-    *,
-    seeds: int = 1,
-    method: str = "auto",
-    overwrite: bool = False,
-    show: Show = lambda event: None,
-) -> Sweep:
+def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) -> Sweep:
     """Check a sweep, decide how to run it, and make its folder.
 
     Args:
-        config: What the members share; its floors and ceilings are what the choice must keep.
-        axes: What is swept.
+        spec: What is swept.
         out: The folder to make.
-        seeds: How many seeds each member is trained with, from the configuration's on.
-        method: ``vmap``: all members in one program; ``loop``: one after another; ``auto``: a
-            loop for a model with convolutions that is not on CUDA, else ``vmap``.
-        overwrite: A sweep that is at ``out`` may be replaced.
         show: Called with everything that happens.
+        overwrite: A sweep that is at ``out`` may be replaced.
 
     Returns:
         The sweep, nothing of it trained.
@@ -101,27 +98,27 @@ def start(
         RunError: the folder cannot be written.
     """
     folder.check_free(out, overwrite=overwrite, what="sweep")
-    if method not in _METHODS:
-        raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {method!r}")
-    if seeds < 1:
-        raise ConfigError(f"seeds must be at least 1, got {seeds}")
-    if config.seed + seeds > _SEEDS:
+    if spec.method not in _METHODS:
+        raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {spec.method!r}")
+    if spec.seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {spec.seeds}")
+    if spec.config.seed + spec.seeds > _SEEDS:
         raise ConfigError(
-            f"seeds count up from seed {config.seed}, which leaves no room for {seeds}"
+            f"seeds count up from seed {spec.config.seed}, which leaves no room for {spec.seeds}"
         )
-    made = _assembled(config, axes, out, seeds, width=1)
+    made = _assembled(spec, out)
     for note in filter(None, (made.setup.dataset.note, *check_loss(made.setup))):
         show(Note(note, warning=True))
     for note in made.setup.notes:
         show(Note(note))
-    width = _width(made, method, show)
-    made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
+    width = _width(made, spec.method, show)
+    made = dataclasses.replace(made, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
     shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
     own = {
-        "seeds": seeds,
+        "seeds": made.seeds,
         "width": width,
-        "axes": [axis._asdict() | {"values": list(axis.values)} for axis in made.axes],
+        "axes": [dataclasses.asdict(axis) | {"values": list(axis.values)} for axis in made.axes],
     }
     run = {"command": folder.command_line(), "environment": folder.environment()}
     # Another may have come while the loss was checked.
@@ -131,46 +128,34 @@ def start(
     return made
 
 
-class Spec(NamedTuple):
-    """What ``sweep.toml`` says."""
-
-    config: TrainConfig
-    axes: list[Axis]
-    seeds: int
-    width: int
-    environment: dict[str, Any]
-
-
-def read_spec(out: Path, *, allow_import: bool = False) -> Spec:
+def read_spec(out: Path, *, allow_import: bool = False) -> SweepSpec:
     """Read what a sweep is from its folder.
+
+    Args:
+        out: The folder of a sweep.
+        allow_import: Whether code that the sweep names may be imported.
+
+    Returns:
+        The specification, as :func:`sweep` takes it to resume.
 
     Raises:
         RunError: the folder is not that of a sweep, or is of a newer format.
     """
-    if not (out / SPEC).is_file():
-        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
+    options, tables = _read(out, allow_import=allow_import)
     try:
-        options, tables = read_record(out / SPEC, allow_import=allow_import)
-        own, run = tables["sweep"], tables["run"]
+        own, _ = tables["sweep"], tables["run"]["environment"]
         axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
-        return Spec(make_config(options), axes, own["seeds"], own["width"], run["environment"])
+        return SweepSpec(make_config(options), axes, own["seeds"], width=own["width"])
     except (KeyError, TypeError, ConfigError) as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
 
 
-def taken_up(
-    out: Path,
-    *,
-    data_dir: str = "",
-    allow_import: bool = False,
-    show: Show = lambda event: None,
-) -> Sweep:
+def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     """Return a sweep that is in a folder, to go on with.
 
     Args:
-        out: The folder of a sweep.
-        data_dir: Where the data is now, if it has moved.
-        allow_import: Whether code that the sweep names may be imported.
+        spec: As :func:`read_spec` reads it.
+        out: The folder of the sweep.
         show: Called with everything that happens.
 
     Returns:
@@ -181,17 +166,24 @@ def taken_up(
         DataError: the data cannot be had.
         RunError: the folder is not that of a sweep.
     """
-    config, axes, seeds, width, before = read_spec(out, allow_import=allow_import)
-    check_code(config)
-    for line in folder.differences(before, folder.environment()):
+    check_code(spec.config)
+    _, tables = _read(out)
+    for line in folder.differences(tables["run"]["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
-    config = config._replace(data_dir=data_dir or config.data_dir)
-    return _assembled(config, axes, out, seeds, width=width)
+    return _assembled(spec, out)
 
 
-def _assembled(
-    config: TrainConfig, axes: Sequence[Axis], out: Path, seeds: int, *, width: int
-) -> Sweep:
+def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not (out / SPEC).is_file():
+        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
+    try:
+        return read_record(out / SPEC, allow_import=allow_import)
+    except ConfigError as error:
+        raise RunError(f"cannot read {out / SPEC}: {error}") from None
+
+
+def _assembled(spec: SweepSpec, out: Path) -> Sweep:
+    config, axes = spec.config, spec.axes
     grid = members_of(axes)
     first = member_config(config._replace(floor={}, ceiling={}), axes, grid[0])
     setup = make_setup(first)
@@ -213,9 +205,9 @@ def _assembled(
         floor=config.floor,
         ceiling=config.ceiling,
     )
-    made = Sweep(out, base, axes, seeds, width, setup, [], [], limits)
     entries = _entries(base, axes)
-    return made._replace(entries=entries, groups=_groups(setup, entries, width))
+    groups = _groups(setup, entries, spec.width or 1)
+    return Sweep(out, base, axes, spec.seeds, setup, entries, groups, limits)
 
 
 def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
@@ -253,7 +245,7 @@ def _hypers(setup: Setup, entries: Sequence[Entry]) -> list[Hyper]:
 def _width(sweep: Sweep, method: str, show: Show) -> int:
     members = len(_hypers(sweep.setup, sweep.entries))
     if method == "auto":
-        width, note = choose_width(sweep.setup.model, members)
-        show(Note(note))
-        return width
+        chosen = choose_width(sweep.setup.model, members)
+        show(Note(chosen.note))
+        return chosen.width
     return members if method == "vmap" else 1

@@ -1,23 +1,28 @@
 """A sweep at work: its members side by side, each seed in turn, kept so that it can be resumed."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcloss._json import jsonable
 from funcloss._trees import flatten
 from funcloss.app.data import Examples, subset
-from funcloss.app.runs import Note, beneath, folder, load_tensors, restore, save_tensors
+from funcloss.app.runs import folder
+from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
 from funcloss.app.runs.evaluation import (
     evaluate,
     evaluate_examples,
     rule_fits,
     with_fitted_rule,
 )
+from funcloss.app.runs.events import Note, Show, Watcher
 from funcloss.app.runs.setup import seeded_state, trial_batch
 from funcloss.app.sweep.members import (
     Members,
@@ -26,7 +31,7 @@ from funcloss.app.sweep.members import (
     member_hyper,
     member_state,
 )
-from funcloss.app.sweep.plan import Show, Sweep
+from funcloss.app.sweep.plan import Sweep, seed_file
 from funcloss.constraints.limits import reached
 from funcloss.training import Compiled, Progress, TrainState, fit, prepare
 from funcloss.typing import Batch
@@ -35,7 +40,8 @@ MEMBERS, STEPS = "members.jsonl", "steps.jsonl"
 _TRAINING_EXAMPLES = 10_000  # that tell the training error
 
 
-class SeedReport(NamedTuple):
+@dataclass(frozen=True)
+class SeedReport:
     """A seed is trained, and its members are scored on validation data."""
 
     number: int  # from 1
@@ -44,7 +50,8 @@ class SeedReport(NamedTuple):
     records: list[dict[str, Any]]
 
 
-class SweepStarted(NamedTuple):
+@dataclass(frozen=True)
+class SweepStarted:
     """Training begins, or goes on."""
 
     folder: Path
@@ -74,23 +81,20 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
             made[key] = prepare(group.train_step, mode, state, (batch, group.hyper))
     for note, warning in dict.fromkeys((m.note, m.warning) for m in made.values()):
         show(Note(f"step: {note}", warning))
-    groups = [g._replace(train_step=made[id(g.train_step)].step_on) for g in sweep.groups]
+    groups = [
+        dataclasses.replace(g, train_step=made[id(g.train_step)].step_on) for g in sweep.groups
+    ]
     compiled = "on" if all(m.on for m in made.values()) else "off"
-    return sweep._replace(config=sweep.config._replace(compile=compiled), groups=groups)
+    config = sweep.config._replace(compile=compiled)
+    return dataclasses.replace(sweep, config=config, groups=groups)
 
 
-def run_seeds(
-    sweep: Sweep,
-    *,
-    show: Show = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]] | None:
+def run_seeds(sweep: Sweep, watcher: Watcher) -> list[dict[str, Any]] | None:
     """Train every member with every seed, from where the folder's files are.
 
     Args:
         sweep: The sweep.
-        show: Called with everything that happens.
-        should_stop: Asked after every step; True saves and ends.
+        watcher: Its callbacks.
 
     Returns:
         A record a member and seed, scored on validation data; None if it was told to stop.
@@ -98,12 +102,12 @@ def run_seeds(
     records = folder.read_lines(sweep.folder / MEMBERS)
     step_on = make_members_step(sweep.groups)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
-    show(SweepStarted(sweep.folder, len(sweep.entries), sweep.seeds, sweep.steps, done))
+    watcher.show(SweepStarted(sweep.folder, len(sweep.entries), sweep.seeds, sweep.steps, done))
     for seed in range(sweep.seeds):
         if _scored(records, seed):
             continue
         began = time.perf_counter()
-        members = _trained(sweep, seed, step_on, show, should_stop)
+        members = _trained(sweep, seed, step_on, watcher)
         if members is None:
             return None
         new = [
@@ -112,7 +116,7 @@ def run_seeds(
         ]
         records = records + new
         folder.write_lines(sweep.folder / MEMBERS, records)
-        show(SeedReport(seed + 1, sweep.seeds, time.perf_counter() - began, new))
+        watcher.show(SeedReport(seed + 1, sweep.seeds, time.perf_counter() - began, new))
     return records
 
 
@@ -129,13 +133,13 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     """
     entry, setup = sweep.entries[number], sweep.setup
     dataset, hyper = setup.dataset, member_hyper(sweep.groups, number)
-    model = setup._replace(config=entry.config).trained(state, hyper)
+    model = dataclasses.replace(setup, config=entry.config).trained(state, hyper)
     found = evaluate(model, dataset, ("validation",))
     judged = with_fitted_rule(model, found)["validation"]
     scores, train = judged.argmax, evaluate_examples(model, dataset, few_of(dataset.train))
     # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
     finite = all(t.isfinite().all() for t in flatten(state).values())
-    return folder.plain(
+    return jsonable(
         {
             "member": number,
             "name": entry.name,
@@ -165,16 +169,10 @@ def few_of(examples: Examples) -> Examples:
     return subset(examples, torch.arange(0, n, stride, device=examples.labels.device))
 
 
-def _trained(
-    sweep: Sweep,
-    seed: int,
-    step_on: Callable,
-    show: Show,
-    should_stop: Callable[[], bool],
-) -> Members | None:
+def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> Members | None:
     """Train all members with one seed, saving at the end of every epoch and when told to stop."""
     config, setup = sweep.config, sweep.setup
-    path = sweep.seed_file(seed)
+    path = seed_file(sweep.folder, seed)
     if path.exists():
         members = restored(sweep, seed)
     else:
@@ -196,9 +194,9 @@ def _trained(
     def on_progress(progress: Progress) -> None:
         losses = torch.stack(recent).mean(0).tolist()
         recent.clear()
-        line = {"seed": seed} | progress._asdict() | {"losses": losses}
+        line = {"seed": seed} | dataclasses.asdict(progress) | {"losses": losses}
         folder.append_line(sweep.folder / STEPS, line)
-        show(progress)
+        watcher.show(progress)
 
     for epoch in fit(
         members,
@@ -209,7 +207,7 @@ def _trained(
         batch_size=config.batch_size,
         log_every=config.log_every,
         on_progress=on_progress,
-        should_stop=should_stop,
+        should_stop=watcher.should_stop,
     ):
         members = epoch.state
         save_tensors(path, flatten({"members": members}), {"step": epoch.step, "seed": seed})
@@ -229,7 +227,7 @@ def restored(sweep: Sweep, seed: int) -> Members:
         The states; :func:`funcloss.app.sweep.members.member_state` gives that of one.
     """
     template = init_members(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
-    tensors, _ = load_tensors(sweep.seed_file(seed))
+    tensors, _ = load_tensors(seed_file(sweep.folder, seed))
     return restore(template, beneath(tensors, "members"))
 
 

@@ -69,6 +69,13 @@ def chosen_of(
     return min(feasible, key=lambda i: points[i].expected_cost.value)
 
 
+def order_of(axes: Sequence[Axis]) -> str:
+    """Return what :func:`chosen_of` takes among the members that keep the limits, in words."""
+    if len(axes) > 1 or axes[0].option != "class_weight":
+        return "the member of least expected cost"
+    return "the smallest weight" if min(axes[0].values) >= 1 else "the weight nearest to 1"
+
+
 def baseline_of(points: Sequence[Point]) -> int | None:
     """Return which plain training to compare with: that of least expected cost on validation data.
 
@@ -95,12 +102,18 @@ def misses(records: Sequence[Record], limits: Sequence[Limit]) -> list[float]:
     worst = []
     for number in sorted({record["member"] for record in records}):
         own = [r for r in records if r["member"] == number]
-        values = _means([r["reached"] for r in own])
+        values = means([r["reached"] for r in own])
         support = torch.tensor(own[0]["support"])
         far = violations(limits, values, support) if limits else torch.zeros(1)
         undefined = any(math.isnan(v) for v in values)
         worst.append(math.inf if undefined else float(far.max()))
     return worst
+
+
+def means(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    """Return the mean of each column; NaN where a value of it is not defined."""
+    columns = zip(*rows, strict=True)
+    return [sum(_number(v) for v in column) / len(rows) for column in columns]
 
 
 def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
@@ -129,7 +142,7 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
 
 def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> Point:
     sound = [r for r in own if not r["diverged"]]
-    values = _means([r["reached"] for r in sound])
+    values = means([r["reached"] for r in sound])
     return Point(
         name=own[0]["name"],
         values=own[0]["values"],
@@ -155,8 +168,3 @@ def _score(values: list[float]) -> Score:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _means(rows: list[list[float | None]]) -> list[float]:
-    columns = zip(*rows, strict=True)
-    return [sum(_number(v) for v in column) / len(rows) for column in columns]

@@ -1,39 +1,37 @@
 """The end of a choice: the test set, the run folder of the chosen model, the report."""
 
-import copy
 import csv
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from funcloss._files import replacing, write_text
+from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
+from funcloss.app.choice.tested import row_of
+from funcloss.app.choice.words import slope_sentences, tested_sentences
 from funcloss.app.data import take
 from funcloss.app.report.choice import Choice, Row
+from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
 from funcloss.app.report.run_figures import save_figure
-from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import (
     deployment_prior,
-    evaluate,
     rule_fits,
-    with_fitted_rule,
 )
-from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup, make_optimizer
-from funcloss.app.sweep.tested import row_of
-from funcloss.app.sweep.words import tested_sentences
 from funcloss.constraints.ascent import decision_weights
-from funcloss.constraints.limits import Limit, limit_text, reached
-from funcloss.decisions import Costs, DecisionScores, Evaluation, log_posterior
+from funcloss.constraints.limits import Limit, held, limit_text, reached
+from funcloss.decisions import Costs, DecisionScores, Evaluation, cost_sentences, log_posterior
 from funcloss.errors import AuditError
-from funcloss.objectives import make_forward, supervised
+from funcloss.objectives import supervised
 from funcloss.sensitivity import cost_gradient, mean_expected_cost
 from funcloss.training import TrainState, epoch_order, make_train_step
 from funcloss.typing import Hyper
@@ -42,109 +40,123 @@ _HORIZON = 5  # steps of the cost gradient
 _BATCH, _VALIDATION = 128, 1000  # examples of each step, and of what it is judged by
 
 
-def judged(setup: Setup, model: TrainedModel) -> dict[str, Evaluation]:
-    """Evaluate a model on validation and test set: here the test set is read.
+@dataclass(frozen=True)
+class Candidates:
+    """The models that are compared on the test set: evaluations by split, one per seed."""
 
-    Args:
-        setup: The training that made the model.
-        model: The model.
-
-    Returns:
-        The evaluations, the temperature fitted on validation data.
-    """
-    return with_fitted_rule(model, evaluate(model, setup.dataset, ("validation", "test")))
+    plain: Sequence[Mapping[str, Evaluation]]  # the baseline
+    chosen: Sequence[Mapping[str, Evaluation]] | None  # None: it is the baseline
+    name: str  # of the chosen model
+    plain_name: str = "plain"  # of the baseline, or of another model that stands in for it
 
 
-class Tested(NamedTuple):
-    """What the test set says of the chosen model, beside what is cheaper."""
-
-    rows: tuple[Row, ...]
-    lines: tuple[str, ...]  # in plain words
-
-
-def on_test(
+def report_on(
     setup: Setup,
-    plain: Sequence[Mapping[str, Evaluation]],
-    chosen: Sequence[Mapping[str, Evaluation]] | None,
-    name: str,
+    candidates: Candidates,
     limits: Sequence[Limit],
-    focus: Sequence[int],
-    *,
-    plain_name: str = "plain",
-) -> Tested:
-    """Return the chosen model beside plain training and what needs no training at all.
+    swept: Sequence[str],
+    end: tuple[TrainState, Hyper],
+) -> Choice:
+    """Return what the test set, read once, says of a chosen model beside what is cheaper.
 
     Args:
         setup: The training of the chosen model.
-        plain: Plain training, one a seed.
-        chosen: The chosen model, one a seed; None: it is plain training.
-        name: What it is called.
+        candidates: The models.
         limits: What has to hold.
-        focus: Classes whose recall is told.
-        plain_name: What plain training is called; that of another model that stands in for it.
+        swept: Classes whose weight was looked for.
+        end: The state of the chosen model's training, and what its next step would be given.
 
     Returns:
-        Rows of plain training by argmax, by minimum expected cost and, under limits, by moved
-        thresholds; then of the chosen model by argmax and, where its loss makes probabilities of
-        logits, by minimum expected cost.
+        A choice with everything that the test set says. Its rows: the baseline by argmax, by
+        minimum expected cost and, under limits, by moved thresholds; then the chosen model by
+        argmax and, where its loss makes probabilities of logits, by minimum expected cost.
     """
-    labels, costs = setup.dataset.test.labels.cpu(), setup.costs
-    rule = "minimum expected cost"
-    base = [j["test"].argmax for j in plain]
-    scores = {plain_name: base, f"{plain_name}, {rule}": [j["test"].min_cost for j in plain]}
+    costs = setup.costs
+    focus = focus_of(costs, limits, swept)
+    names = [costs.classes[c] for c in focus]
+    rows, lines = _on_test(setup, candidates, limits, focus)
+    gradient, horizon = _gradient_of(setup, *end)
+    return Choice(
+        title="",
+        lines=(*lines, *slope_sentences(gradient, horizon)),
+        costs=tuple(cost_sentences(costs)),
+        focus=tuple(names),
+        axes=(),
+        points=(),
+        limits=(),
+        ascent=(),
+        rows=rows,
+        gradient=gradient,
+        gradient_steps=horizon,
+        seeds=len(candidates.plain),
+    )
+
+
+def limit_rows(
+    limits: Sequence[Limit], values: Sequence[float], classes: Sequence[str]
+) -> tuple[Reached, ...]:
+    """Return the limits, and what was reached of them, as a report shows them."""
+    return tuple(
+        Reached(limit_text(limit, classes), limit.bound, value, held([limit], [value]))
+        for limit, value in zip(limits, values, strict=True)
+    )
+
+
+def _on_test(
+    setup: Setup, candidates: Candidates, limits: Sequence[Limit], focus: Sequence[int]
+) -> tuple[tuple[Row, ...], list[str]]:
+    """Return the rows of the test set, and sentences on them."""
+    plain, chosen = candidates.plain, candidates.chosen
+    name, plain_name, rule = candidates.name, candidates.plain_name, "minimum expected cost"
+    base = [found["test"].argmax for found in plain]
+    scores = {plain_name: base, f"{plain_name}, {rule}": [f["test"].min_cost for f in plain]}
     if limits:
-        scores[f"{plain_name}, thresholds moved"] = [_moved(setup, j, limits) for j in plain]
+        scores[f"{plain_name}, thresholds moved"] = [_moved(found, limits) for found in plain]
     cheap = list(scores)[-1]
     best = base
     if chosen is not None:
-        best = scores[name] = [j["test"].argmax for j in chosen]
+        best = scores[name] = [found["test"].argmax for found in chosen]
         if rule_fits(setup.config):
-            scores[f"{name}, {rule}"] = [j["test"].min_cost for j in chosen]
-    compare = partial(
-        row_of,
-        evaluation=plain[0]["test"],
-        labels=labels,
-        focus=focus,
-        known_prior=bool(setup.config.prior),
-    )
+            scores[f"{name}, {rule}"] = [found["test"].min_cost for found in chosen]
+    compare = functools.partial(row_of, evaluation=plain[0]["test"], focus=focus)
     rows = {
         title: compare(title, found, plain=None if title == plain_name else base)
         for title, found in scores.items()
     }
     gap = compare(name, best, plain=scores[cheap]).difference if chosen is not None else None
-    names = [costs.classes[c] for c in focus]
+    classes = setup.costs.classes
     reaches = zip(*(reached(limits, s) for s in best), strict=True)
-    texts = [limit_text(limit, costs.classes) for limit in limits]
+    texts = [limit_text(limit, classes) for limit in limits]
     held_out = [(text, sum(v) / len(v)) for text, v in zip(texts, reaches, strict=True)]
     trained = None if chosen is None else rows[name]
-    lines = tested_sentences(rows[plain_name], trained, rows[cheap], gap, held_out, names)
-    return Tested(tuple(rows.values()), tuple(lines))
+    lines = tested_sentences(
+        rows[plain_name], trained, rows[cheap], gap, held_out, [classes[c] for c in focus]
+    )
+    return tuple(rows.values()), lines
 
 
-def _moved(
-    setup: Setup, plain: Mapping[str, Evaluation], limits: Sequence[Limit]
-) -> DecisionScores:
+def _moved(plain: Mapping[str, Evaluation], limits: Sequence[Limit]) -> DecisionScores:
     """Move the thresholds of plain training to the limits on validation, and judge the test."""
     held_out, test = plain["validation"], plain["test"]
 
     log_probs = log_posterior(held_out.logits)
-    log_weights, _ = decision_weights(log_probs, limits, setup.costs, held_out.scored)
+    log_weights, _ = decision_weights(log_probs, limits, held_out.rule.costs, held_out.scored)
     return test.scored((log_posterior(test.logits) + log_weights).argmax(-1))
 
 
 def focus_of(
     costs: Costs, limits: Sequence[Limit], swept: Sequence[str], most: int = 3
 ) -> list[int]:
-    """Return the classes that a report speaks of: limited, swept, dearest, else the last.
+    """Return the classes that a report speaks of.
 
     Args:
-        costs: What decisions cost.
+        costs: What each mistake costs.
         limits: What has to hold.
-        swept: Classes whose weight is swept.
-        most: How many at most.
+        swept: Classes whose weight was looked for.
+        most: How many are taken.
 
     Returns:
-        Indices of classes, at least one.
+        Limited ones first, then swept ones; else the costliest, else the last.
     """
     named = [limit.truth for limit in limits if limit.truth >= 0]
     named += [costs.classes.index(name) for name in swept]
@@ -154,25 +166,19 @@ def focus_of(
     return list(dict.fromkeys(named or [len(costs.classes) - 1]))[:most]
 
 
-def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str, float], int]:
+def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str, float], int]:
     """Return what one more unit of each class's weight would do to the validation cost.
 
-    Through five further steps at the peak learning rate, on a part of the validation data.
-
-    Args:
-        setup: The training of the state.
-        state: Where the steps begin.
-        hyper: What they are given.
-
-    Returns:
-        Changes of the expected cost by class, and over how many steps; none where there are no
-        class weights.
+    Through five further steps at the peak learning rate, on a fraction of the validation data; none
+    where there are no class weights.
     """
     if "class_weights" not in hyper or setup.costs.extra:
         return {}, 0
     dataset, config, device = setup.dataset, setup.config, state.key.device
     step = make_train_step(
-        supervised(setup.model, setup.criterion), make_optimizer(config), clip_norm=config.clip_norm
+        supervised(setup.model, setup.trained(state, hyper).criterion),
+        make_optimizer(config),
+        clip_norm=config.clip_norm,
     )
     order = epoch_order(state.key, 0, len(dataset.train.labels)).to(device)
     size = min(_BATCH, config.batch_size)
@@ -185,7 +191,7 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
     if prior is not None:
         weights = (prior / support).float().to(device)[batch.targets] * len(batch.targets)
     cost = mean_expected_cost(
-        make_forward(copy.deepcopy(setup.model).eval()),
+        setup.untrained.forward,
         batch.inputs,
         batch.targets,
         setup.costs.matrix.float().to(device),
@@ -196,15 +202,14 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
     return dict(zip(dataset.classes, found.gradient.tolist(), strict=True)), len(batches)
 
 
-def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: str) -> list[Path]:
+def written(choice: Choice, page: Path, run_dir: Path, setup: Setup) -> list[Path]:
     """Write the page, the frontier, the table and the numbers of a choice.
 
     Args:
         choice: The choice.
-        out: The folder.
+        page: The page to write; the other files go beside it.
         run_dir: The run folder of the chosen model, which is audited.
         setup: Its training.
-        page: Name of the page, ``sweep.html`` say.
 
     Returns:
         The files, the page first.
@@ -212,6 +217,7 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     Raises:
         RunError: one cannot be written; what was there is as it was.
     """
+    out = page.parent
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
@@ -220,28 +226,18 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     else:
         found, about = audited.audit, audited.about._replace(title=choice.title)
         more = {"history": audited.history, "pictures": audited.pictures}
-    stem = Path(page).stem
-    write_text(out / page, render_choice_page(choice, found, about, **more))
-    files = [out / page, out / f"{stem}.json"]
+    write_text(page, render_choice_page(choice, found, about, **more))
+    files = [page, page.with_suffix(".json")]
     if choice.points:
-        files.append(out / f"{stem}.csv")
+        files.append(page.with_suffix(".csv"))
         _write_points(files[-1], choice)
     if len(placed(choice)) > 1:
         files.append(out / "frontier.png")
         save_figure(frontier(choice), files[-1])
     # Last: it is the sign that all of it is there.
-    text = json.dumps(folder.plain(as_dict(choice)), indent=2, allow_nan=False)
+    text = json.dumps(jsonable(choice), indent=2, allow_nan=False)
     write_text(files[1], text + "\n")
     return files
-
-
-def as_dict(value: Any) -> Any:
-    """Return nested NamedTuples as dicts."""
-    if hasattr(value, "_asdict"):
-        return {name: as_dict(part) for name, part in value._asdict().items()}
-    if isinstance(value, dict):
-        return {name: as_dict(part) for name, part in value.items()}
-    return [as_dict(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _write_points(path: Path, choice: Choice) -> None:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from funcloss.app.report.choice import Row, Score
 from funcloss.decisions import DecisionScores, Evaluation, Interval, mean_interval, student, wilson
@@ -16,10 +14,8 @@ def row_of(
     scores: Sequence[DecisionScores],
     *,
     evaluation: Evaluation,
-    labels: Int[Tensor, " n"],
     focus: Sequence[int],
     plain: Sequence[DecisionScores] | None = None,
-    known_prior: bool = False,
 ) -> Row:
     """Return what a model does on the test set, over its seeds, beside plain training.
 
@@ -27,15 +23,13 @@ def row_of(
         name: What the model and its rule are called.
         scores: Its decisions, judged, one a seed.
         evaluation: Of the same examples, for the prior and the best constant decision.
-        labels: The truth, shape ``(n,)``.
         focus: Classes whose recall is told.
         plain: What is compared with, one a seed, on the same examples; None: nothing.
-        known_prior: The prior was given, not counted: how often each class comes is then certain.
 
     Returns:
         The row, intervals at 95 % over examples and seeds.
     """
-    weights = evaluation.weights
+    labels, weights, known_prior = evaluation.labels, evaluation.weights, evaluation.known_prior
     paid = torch.stack([s.example_cost for s in scores])
     right = torch.stack([(s.decisions == labels).double() for s in scores])
     strata = labels if known_prior else None

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 
 from funcloss.app.report.choice import Ascent, Limit, Point, Row, Score
-from funcloss.app.sweep.axes import Axis
 
 
 def sweep_sentences(
@@ -13,7 +12,7 @@ def sweep_sentences(
     chosen: Point,
     plain: Point | None,
     limits: Sequence[Limit],
-    axes: Sequence[Axis],
+    by: str,
 ) -> list[str]:
     """Return what a sweep chose on validation data, and what must be known of it.
 
@@ -22,12 +21,12 @@ def sweep_sentences(
         chosen: The one that was chosen.
         plain: The plain training that it is compared with; None: it diverged.
         limits: What had to hold, and what it reaches.
-        axes: What was swept.
+        by: What the chosen one is among those that keep the limits: "the smallest weight".
 
     Returns:
         Sentences, the answer first.
     """
-    lines = [_answer(chosen, plain, limits, axes)]
+    lines = [_answer(chosen, plain, limits, by)]
     lost = [p for p in points if p.diverged]
     if lost:
         names = ", ".join(f"{p.name} on {p.diverged} of {p.seeds} seeds" for p in lost[:5])
@@ -160,9 +159,7 @@ def slope_sentences(gradient: dict[str, float], steps: int) -> list[str]:
     ]
 
 
-def _answer(
-    chosen: Point, plain: Point | None, limits: Sequence[Limit], axes: Sequence[Axis]
-) -> str:
+def _answer(chosen: Point, plain: Point | None, limits: Sequence[Limit], by: str) -> str:
     if not limits:
         if plain is None or chosen.plain:
             against = "no member that was swept costs less" if chosen.plain else "plain diverged"
@@ -175,12 +172,6 @@ def _answer(
     told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
     if not chosen.feasible:
         return f"No member keeps every limit on validation data; nearest is {chosen.name}. {told}."
-    weighted = len(axes) == 1 and axes[0].option == "class_weight"
-    if weighted:
-        rising = min(axes[0].values) >= 1
-        by = "the smallest weight" if rising else "the weight nearest to 1"
-    else:
-        by = "the member of least expected cost"
     return f"{chosen.name} is {by} that keeps every limit on validation data. {told}."
 
 

@@ -1,0 +1,1 @@
+"""The end of a choice between models: the test set, read once, and the report."""

@@ -1,0 +1,70 @@
+"""The audit of single steps while a run trains."""
+
+import time
+from collections.abc import Callable
+
+from funcloss.app.registry import loss_named
+from funcloss.app.runs.events import Audited, Note, Show
+from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
+from funcloss.audit import make_audit_step
+from funcloss.combinators import class_weighted
+from funcloss.errors import AuditError
+from funcloss.training import TrainState
+from funcloss.typing import Batch, Hyper, LossFn
+
+Audit = Callable[[TrainState, Batch, Hyper], Audited | None]
+
+
+def step_auditor(setup: Setup, show: Show) -> Audit | None:
+    """Return what audits a step before it is taken; None if none is asked for, or possible.
+
+    What cannot be audited is said once, and the training goes on without.
+
+    Args:
+        setup: The training.
+        show: Called with the one warning.
+
+    Returns:
+        ``(state, batch, hyper) -> audited``, or None.
+    """
+    config = setup.config
+    if not config.audit_every:
+        return None
+    told = False
+
+    def on_failure(error: AuditError) -> None:
+        nonlocal told
+        if not told:
+            show(Note(f"audits during training are disabled: {error}", warning=True))
+        told = True
+
+    try:
+        audit_step = make_audit_step(
+            setup.model,
+            loss_of(setup),
+            make_optimizer(config),
+            classes=setup.dataset.classes,
+            reduction=config.reduction,
+            schedule=make_schedule(config, setup.per_epoch),
+            clip_norm=config.clip_norm,
+        )
+    except AuditError as error:
+        on_failure(error)
+        return None
+
+    def audit(state: TrainState, batch: Batch, hyper: Hyper) -> Audited | None:
+        begin = time.perf_counter()
+        try:
+            found, _ = audit_step(state, batch, hyper, None)
+        except AuditError as error:
+            on_failure(error)
+            return None
+        return Audited(int(state.step) + 1, time.perf_counter() - begin, found.records())
+
+    return audit
+
+
+def loss_of(setup: Setup) -> LossFn:
+    """Return the loss of a training, class-weighted if it has class weights."""
+    loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
+    return class_weighted(loss) if "class_weights" in setup.hyper else loss

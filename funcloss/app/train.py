@@ -1,0 +1,134 @@
+"""A training run from start to report: within constraints, with a baseline to compare with."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from funcloss.app.choice.finish import Candidates, limit_rows, report_on, written
+from funcloss.app.choice.words import limit_sentences
+from funcloss.app.config import TrainConfig, plain_config
+from funcloss.app.report.choice import Ascent
+from funcloss.app.runs import folder
+from funcloss.app.runs.constrained import limits_of
+from funcloss.app.runs.evaluation import evaluated
+from funcloss.app.runs.events import Note, Watcher
+from funcloss.app.runs.run import Outcome, kept_model, load_checkpoint, run
+from funcloss.app.runs.setup import Setup, make_setup, setup_on
+from funcloss.constraints.limits import held, reached
+from funcloss.errors import RunError
+
+REPORT = "floor.html"
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Callable[[Any], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train as a configuration says, into a run folder.
+
+    Under floors and ceilings the class weights follow what validation data shows; then the same
+    training runs once more without them, as a baseline, and both are compared on the test set.
+
+    Args:
+        config: What to train; to resume, what :func:`funcloss.app.runs.read_config` reads from the
+            folder, perhaps with another ``data_dir``.
+        run_dir: The run folder; None: a new one under ``runs``.
+        resume: Go on from the last checkpoint of the folder, as if the run had never stopped.
+        overwrite: A run that is at ``run_dir`` may be replaced.
+        show: Called with everything that happens.
+        should_stop: Asked after every step; True saves and ends.
+
+    Returns:
+        The run folder and the summary; under floors and ceilings the choice too.
+
+    Raises:
+        ConfigError: the request makes no sense on this machine or data, or the folder is in use.
+        DataError: the data cannot be had.
+        RunError: the run folder cannot be written, its files are not of one run, or a run under
+            floors that is to be resumed is finished.
+    """
+    watcher = Watcher(show, should_stop)
+    constrained = bool(config.floor or config.ceiling)
+    if constrained and resume and run_dir is not None:
+        place = Path(run_dir).expanduser()
+        if (place / REPORT).with_suffix(".json").exists():
+            raise RunError(f"{place} is finished: its report is {place / REPORT}")
+    outcome = run(config, run_dir, resume=resume, overwrite=overwrite, watcher=watcher)
+    if not (constrained and outcome.finished):
+        return outcome
+    baseline = _baseline(outcome, watcher)
+    if not baseline.finished:
+        return dataclasses.replace(outcome, finished=False, summary={})
+    setup = make_setup(outcome.config._replace(init=""))
+    return _compared(outcome, baseline.folder, setup)
+
+
+def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
+    """Train without constraints, if that is not done."""
+    run_dir, config = outcome.folder / "plain", outcome.config
+    if (summary := folder.read_summary(run_dir)) is not None:
+        return Outcome(run_dir, True, config, summary)
+    watcher.show(Note(f"training once more without limits, to compare with, into {run_dir}"))
+    # What the nested folder names is not looked at: it is the same training, less its constraints.
+    there = (run_dir / folder.CONFIG).is_file()
+    return run(plain_config(config), run_dir, resume=there, test_once=True, watcher=watcher)
+
+
+def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:
+    """Report on a run within constraints beside its baseline."""
+    run_dir, summary = outcome.folder, outcome.summary
+    limits = limits_of(setup)
+    plain = setup_on(plain_config(setup.config), setup.dataset)
+    as_plain = evaluated(kept_model(plain_dir, plain), setup.dataset)
+    found = evaluated(kept_model(run_dir, setup), setup.dataset)
+    ascent = _ascent(run_dir)
+    best = next((a for a in ascent if a.step == summary["best_step"]), None)
+    values = [_number(row["reached"]) for row in summary["limits"]]
+    rows = limit_rows(limits, values, setup.dataset.classes)
+    plain_keeps = held(limits, reached(limits, as_plain["validation"].argmax))
+    weights = summary["weights_found"]
+    candidates = Candidates([as_plain], [found], "the model under limits")
+    choice = report_on(
+        setup,
+        candidates,
+        limits,
+        list(weights),
+        load_checkpoint(run_dir, setup),
+    )
+    choice = dataclasses.replace(
+        choice,
+        title=f"Limits of {run_dir.name}",
+        lines=(
+            *limit_sentences(rows, ascent, best, weights, plain_keeps=plain_keeps),
+            *choice.lines,
+        ),
+        limits=rows,
+        ascent=ascent,
+    )
+    files = written(choice, run_dir / REPORT, run_dir, setup)
+    return dataclasses.replace(outcome, choice=choice, files=tuple(files))
+
+
+def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
+    """Return the measurements of a training under limits."""
+    return tuple(
+        Ascent(
+            step=r["step"],
+            weights=r["weights"],
+            reached=tuple(map(_number, r["reached"].values())),
+            accuracy=r["accuracy"],
+            feasible=r["feasible"],
+        )
+        for r in folder.read_records(run_dir)
+        if r["kind"] == "steering"
+    )
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
