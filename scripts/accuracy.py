@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from funcloss.app import runs
 from funcloss.app.config import make_config, read_recipe
+from funcloss.app.train import train
 
 
 def main(
@@ -54,7 +54,7 @@ def _run(recipe: str, seed: int, folder: Path, compile: str) -> dict:
     if (folder / "summary.json").exists():
         return json.loads((folder / "summary.json").read_text())
     options = read_recipe(recipe) | {"seed": seed, "compile": compile}
-    outcome = runs.train(make_config(options), folder)
+    outcome = train(make_config(options), folder)
     accuracy = outcome.summary["test"]["rules"]["argmax"]["accuracy"][0]
     print(f"{folder}: test accuracy {accuracy:.4f}", flush=True)
     return outcome.summary

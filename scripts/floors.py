@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from funcloss.app import runs, sweep
+from funcloss.app import runs
 from funcloss.app.config import make_config, read_recipe
+from funcloss.app.train import train
 from funcloss.decisions import seed_interval
 
 
@@ -38,9 +39,9 @@ def main() -> None:
         options |= {"epochs": asked.epochs} if asked.epochs else {}
         with tempfile.TemporaryDirectory() as scratch:
             config = make_config(options, {"floor": {name: float(bound)}})
-            found = sweep.train_under_limits(config, Path(scratch) / "floor").choice
+            found = train(config, Path(scratch) / "floor").choice
             meant = make_config(options, {"class_weight": {name: 2.0}})
-            twice = runs.train(meant, Path(scratch) / "meant", test_once=True).summary["test"]
+            twice = runs.run(meant, Path(scratch) / "meant", test_once=True).summary["test"]
         assert found is not None
         here = {row.name: (row.recall[0].value, row.accuracy.value) for row in found.rows}
         argmax = twice["rules"]["argmax"]

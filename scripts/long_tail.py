@@ -80,13 +80,14 @@ def _swept(
     """Sweep a loss, or go on with its sweep, and return the choice."""
     if not (folder / "sweep.json").exists():
         if (folder / "sweep.toml").exists():
-            sweep.resume_sweep(folder)
+            sweep.sweep(sweep.read_spec(folder), folder, resume=True)
         else:
             swept = [Axis("loss_option", key, values) for key, values in axes.items()]
             # Without a parameter of its own, only how fast it learns is left to choose.
             swept = swept or [Axis("learning_rate", "", (0.001, 0.002))]
             options = {"loss": loss, "loss_option": fixed, "epochs": epochs}
-            sweep.sweep(make_config(BASE, options), swept, folder, seeds=seeds)
+            spec = sweep.SweepSpec(make_config(BASE, options), swept, seeds)
+            sweep.sweep(spec, folder)
         print(f"{loss} is swept", flush=True)
     return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
 

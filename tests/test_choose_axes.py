@@ -11,11 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
+from funcloss.app.choice import words
 from funcloss.app.choice.tested import part_interval, row_of
 from funcloss.app.config import make_config
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice import Row, Score
-from funcloss.app.sweep import Axis, parse_values, words
+from funcloss.app.sweep import Axis, parse_values
 from funcloss.app.sweep.axes import (
     by_name,
     describe,
@@ -25,7 +26,7 @@ from funcloss.app.sweep.axes import (
     plain_config,
     plain_members,
 )
-from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, points_of
+from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
 from funcloss.constraints.limits import make_limits
 from funcloss.decisions import DecisionRule, make_costs, score
 from funcloss.errors import ConfigError
@@ -398,7 +399,7 @@ def sentences(records, axes, limits=()):
         for x, v in zip(limits, records[number]["reached"], strict=True)
     )
     plain = None if baseline is None else points[baseline]
-    return words.sweep_sentences(points, points[number], plain, reached, axes)
+    return words.sweep_sentences(points, points[number], plain, reached, order_of(axes))
 
 
 def test_the_answer_names_the_member_and_the_reason():
