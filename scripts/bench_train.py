@@ -32,7 +32,7 @@ from torchvision import transforms
 
 from funcloss import losses, models, optim
 from funcloss.app.data import Dataset, load_dataset, moved, normalised, take
-from funcloss.app.runs.run import folder
+from funcloss.app.runs import folder
 from funcloss.objectives import mean_of, supervised
 from funcloss.training import epoch_order, init_state, make_train_step
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from funcloss.app.choice import words
 from funcloss.app.choice.tested import part_interval, row_of
-from funcloss.app.config import make_config
+from funcloss.app.config import make_config, plain_config
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice import Row, Score
 from funcloss.app.sweep import Axis, parse_values
@@ -23,7 +23,6 @@ from funcloss.app.sweep.axes import (
     learning_rates,
     member_config,
     members_of,
-    plain_config,
     plain_members,
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
@@ -526,8 +525,8 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
     known = None if prior is None else torch.tensor(prior)
     found = score(torch.tensor(chosen[0]), torch.tensor(labels), DecisionRule(COSTS), prior=known)
     row = row_of(
-        "chosen", scored(chosen, labels, prior), evaluation=found, labels=torch.tensor(labels),
-        focus=[2, 0], plain=scored(plain, labels, prior), known_prior=prior is not None,
+        "chosen", scored(chosen, labels, prior), evaluation=found,
+        focus=[2, 0], plain=scored(plain, labels, prior),
     )  # fmt: skip
     table = COSTS.matrix.numpy()
     paid = table[labels, chosen.argmax(-1)]
@@ -553,7 +552,7 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
 def test_the_row_of_plain_training_has_no_difference():
     labels, plain, _ = made_up()
     found = score(torch.tensor(plain[0]), torch.tensor(labels), DecisionRule(COSTS))
-    by = {"evaluation": found, "labels": torch.tensor(labels), "focus": [0]}
+    by = {"evaluation": found, "focus": [0]}
     found = scored(plain, labels, None)
     assert row_of("plain", found, **by).difference is None
     assert row_of("again", found, **by, plain=found).difference == (0.0, 0.0, 0.0)

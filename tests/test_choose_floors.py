@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -386,10 +387,11 @@ def responding(kind, log_weights):
     of_a = torch.tensor([rate, 0.5, 0.5], dtype=torch.float64)
     missed = torch.tensor([[1000 * rate, 1000 * (1 - rate), 0], [0, 1000, 0], [0, 0, 1000]])
     return {
-        RECALL: base._replace(recall=of_a),
-        PRECISION: base._replace(precision=1 - of_a),
-        PAIR: base._replace(confusion=missed),
-        COST: base._replace(
+        RECALL: replace(base, recall=base.recall._replace(value=of_a)),
+        PRECISION: replace(base, precision=base.precision._replace(value=1 - of_a)),
+        PAIR: replace(base, confusion=missed),
+        COST: replace(
+            base,
             expected_cost=base.expected_cost._replace(value=1 - rate),
             class_cost=torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64),
         ),
@@ -802,7 +804,7 @@ def test_weights_that_change_compile_nothing_anew(tmp_path, monkeypatch):
             seen.append(counter.frame_count)
 
     made = config(compile="on", floor={"8": 0.99}, epochs=2, batch_size=400, floor_every=2)
-    train(made, tmp_path / "run", show=show)
+    runs.run(made, tmp_path / "run", watcher=runs.Watcher(show))
     assert len({json.dumps(r["weights"]) for r in steered(tmp_path / "run")}) > 5
     assert seen == [counter.frame_count]
     assert counter.frame_count >= 1

@@ -366,14 +366,14 @@ def test_of_many_files_a_few_are_named(tmp_path):
 
 
 def test_a_file_that_comes_while_the_data_is_read_is_kept(tmp_path, monkeypatch):
-    run, real = tmp_path / "run", runs.run.make_setup
+    run, real = tmp_path / "run", runs.lifecycle.make_setup
     train(config(epochs=0), run)
 
     def slow(made):
         (run / "notes.txt").write_text("ten years")
         return real(made)
 
-    monkeypatch.setattr(runs.run, "make_setup", slow)
+    monkeypatch.setattr(runs.lifecycle, "make_setup", slow)
     with pytest.raises(ConfigError, match=r"did not write: notes\.txt"):
         train(config(epochs=0), run, overwrite=True)
     assert (run / "notes.txt").read_text() == "ten years"

@@ -13,7 +13,7 @@ from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import limits_of
 from funcloss.app.runs.evaluation import evaluated
 from funcloss.app.runs.events import Note, Watcher
-from funcloss.app.runs.run import Outcome, kept_model, load_checkpoint, run
+from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
 from funcloss.constraints.limits import held, reached
 from funcloss.errors import RunError

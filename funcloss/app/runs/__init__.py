@@ -11,8 +11,8 @@ from funcloss.app.runs.events import (
     Started,
     Watcher,
 )
+from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.run import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.use import (
     EvaluationReport,
     Prediction,

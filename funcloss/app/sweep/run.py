@@ -12,7 +12,7 @@ from funcloss.app.data import short_name
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import evaluated
 from funcloss.app.runs.events import Note, Show, Watcher
-from funcloss.app.runs.run import Outcome, write_run
+from funcloss.app.runs.lifecycle import Outcome, write_run
 from funcloss.app.runs.setup import Setup, setup_on
 from funcloss.app.sweep.axes import describe
 from funcloss.app.sweep.members import member_hyper, member_state

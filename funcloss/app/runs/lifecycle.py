@@ -116,6 +116,7 @@ def _begun(
         show(Note(note, warning=True))
     for note in setup.notes:
         show(Note(note))
+    controller = make_controller(setup)
     step, setup = _prepared(setup, config.compile, setup.state, show)
     if run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -127,8 +128,8 @@ def _begun(
         "requested": {name: getattr(config, name) for name in ("dataset", "device", "compile")},
         "environment": folder.environment(),
     }
-    job = _Job(setup, run_dir, step, make_controller(setup))
-    memory = job.controller and job.controller.init(setup.state)
+    job = _Job(setup, run_dir, step, controller)
+    memory = controller and controller.init(setup.state)
     folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
