@@ -1,5 +1,6 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -82,7 +83,7 @@ def audit_run(
     config = folder.read_config(run_dir, allow_import=allow_import)
     here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
     return audit_training(
-        run_dir, make_setup(config._replace(**here)), part=part, examples=examples,
+        run_dir, make_setup(dataclasses.replace(config, **here)), part=part, examples=examples,
         evaluation_mode=evaluation_mode, method=method, memory=memory,
     )  # fmt: skip
 
