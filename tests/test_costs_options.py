@@ -389,14 +389,14 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     assert loaded.class_counts.tolist() == counts
     assert runs.evaluate_run(run, part="train").evaluation.labels.bincount().tolist() == counts
     whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
-    assert whole.labels.bincount().tolist() == counts
+    assert whole.evaluation.labels.bincount().tolist() == counts
     assert (
         runs.evaluate_run(run, part="validation").evaluation.labels.bincount().tolist() == [50] * 10
     )
     elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
-    assert len(elsewhere.labels) == 54_000
+    assert len(elsewhere.evaluation.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()
-    expected = float(F.cross_entropy(told, elsewhere.labels))
+    expected = float(F.cross_entropy(told, elsewhere.evaluation.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
     assert audits.audit_run(run, examples=5000).audit.count.tolist() == counts
 

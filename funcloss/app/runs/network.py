@@ -114,7 +114,7 @@ def _of_code(config: TrainConfig, shape: InputShape, classes: int) -> nn.Module:
     if not callable(factory):
         kind = type(factory).__name__
         raise ConfigError(f"{address} must be a function that returns an nn.Module, got a {kind}")
-    arguments = (shape, classes) if _takes_two(factory) else ()
+    arguments = (shape, classes) if ours or _takes_two(factory) else ()
     try:
         made = factory(*arguments)
     except FunclossError:
