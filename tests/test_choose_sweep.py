@@ -161,7 +161,7 @@ class Trainings:
         made = make_config(SMALL, {"batch_size": 16, "learning_rate": 0.01}, options)
         configs = [member_config(made, [axis], member) for member in members_of([axis])]
         first = setup.make_setup(configs[0])
-        alone = [setup.setup_on(c._replace(device="cpu"), first.dataset) for c in configs]
+        alone = [setup.setup_on(replace(c, device="cpu"), first.dataset) for c in configs]
 
         def batch_at(index):
             batch = data.take(first.dataset, first.dataset.train, index)

@@ -13,16 +13,18 @@ from conftest import StopAt, resume
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
-from funcloss.app import audits, data, runs
+from funcloss.app import audits, data, registry, runs
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
-from funcloss.app.registry import LOSSES, make_criterion, number_options
 from funcloss.app.runs import folder
+from funcloss.app.runs.options import make_criterion, number_options
 from funcloss.app.runs.setup import make_hyper, make_setup
 from funcloss.app.train import train
 from funcloss.decisions import make_costs
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
+
+LOSSES = {name: row.load() for name, row in registry.LOSSES.items()}
 
 TINY = {"dataset": "mnist-sample", "model": "linear", "compile": "off", "epochs": 1}
 QUICK = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1"]
@@ -388,14 +390,14 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     assert loaded.class_counts.tolist() == counts
     assert runs.evaluate_run(run, part="train").evaluation.labels.bincount().tolist() == counts
     whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
-    assert whole.labels.bincount().tolist() == counts
+    assert whole.evaluation.labels.bincount().tolist() == counts
     assert (
         runs.evaluate_run(run, part="validation").evaluation.labels.bincount().tolist() == [50] * 10
     )
     elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
-    assert len(elsewhere.labels) == 54_000
+    assert len(elsewhere.evaluation.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()
-    expected = float(F.cross_entropy(told, elsewhere.labels))
+    expected = float(F.cross_entropy(told, elsewhere.evaluation.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
     assert audits.audit_run(run, examples=5000).audit.count.tolist() == counts
 

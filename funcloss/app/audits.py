@@ -82,7 +82,7 @@ def audit_run(
     config = folder.read_config(run_dir, allow_import=allow_import)
     here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
     return audit_training(
-        run_dir, make_setup(config._replace(**here)), part=part, examples=examples,
+        run_dir, make_setup(dataclasses.replace(config, **here)), part=part, examples=examples,
         evaluation_mode=evaluation_mode, method=method, memory=memory,
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ def train(
     baseline = _baseline(outcome, watcher)
     if not baseline.finished:
         return dataclasses.replace(outcome, finished=False, summary={})
-    setup = make_setup(outcome.config._replace(init=""))
+    setup = make_setup(dataclasses.replace(outcome.config, init=""))
     return _compared(outcome, baseline.folder, setup)
 
 

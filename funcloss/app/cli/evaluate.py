@@ -1,14 +1,12 @@
 """``funcloss evaluate``: a run's model on any data set, and what its decisions cost."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from funcloss.app.cli.parsing import pairs
-from funcloss.app.cli.table import AllowImport
+from funcloss.app.cli.table import AllowImport, given_of, parsed
 from funcloss.app.config import DATASETS, did_you_mean, make_config, names_own
-from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.errors import ConfigError
 
 _PARTS = ("test", "validation", "train")
@@ -62,12 +60,8 @@ def evaluate(
         there = ", ".join(DATASETS)
         guess = did_you_mean(dataset, DATASETS)
         raise ConfigError(f"dataset must be one of {there}, or a path; got {dataset!r}{guess}")
-    judge_by: dict[str, Any] = {}
-    if cost_matrix is not None:
-        judge_by["cost_matrix"] = read_cost_matrix(cost_matrix)
-    for name, texts in (("class_cost", class_cost), ("prior", prior)):
-        if texts:
-            judge_by[name] = pairs(name, texts)
+    given = {"cost_matrix": cost_matrix, "class_cost": class_cost, "prior": prior}
+    judge_by = parsed(given_of(given))
     make_config(judge_by)
 
     from funcloss.app import runs

@@ -1,5 +1,6 @@
 """``funcloss sweep``: many trainings side by side, and the one to choose."""
 
+import dataclasses
 import shlex
 from collections import ChainMap
 from dataclasses import replace
@@ -60,10 +61,10 @@ def sweep(
     given = given_of(options)
     swept, fixed = _parted(given)
     layers = [*layers_of(recipe, config, allow_import=allow_import), parsed(fixed)]
-    chosen = make_config(*layers, _swept_weights(layers, swept))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "out": out, "overwrite": overwrite}
         check_resume("sweep", given, **others, seeds=seeds != 1, method=method != "auto")
+    chosen = make_config(*layers, _swept_weights(layers, swept))
 
     from funcloss.app import sweep  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole
@@ -76,7 +77,7 @@ def sweep(
         spec = sweep.SweepSpec(chosen, axes, seeds, method)
     else:
         spec = sweep.read_spec(resume.expanduser(), allow_import=allow_import)
-        moved = spec.config._replace(data_dir=chosen.data_dir or spec.config.data_dir)
+        moved = dataclasses.replace(spec.config, data_dir=chosen.data_dir or spec.config.data_dir)
         spec = replace(spec, config=moved)
     stop = StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:

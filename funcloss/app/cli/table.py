@@ -8,8 +8,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from funcloss.app.cli.parsing import as_number, pairs
-from funcloss.app.config import Field, fields, read_recipe, read_toml, recipe_names
-from funcloss.decisions.cost_file import read_cost_matrix
+from funcloss.app.config import Field, Typed, fields, read_recipe, read_toml, recipe_names
 from funcloss.errors import ConfigError
 
 AllowImport = Annotated[
@@ -36,6 +35,8 @@ def _texts(name: str, values: list[str]) -> list[str]:
 
 
 def _table(name: str, path: Path) -> dict[str, dict[str, float]]:
+    from funcloss.decisions.cost_file import read_cost_matrix  # beside what loads torch
+
     return read_cost_matrix(path)
 
 
@@ -75,13 +76,13 @@ def check_resume(what: str, given: dict[str, Any], **others: Any) -> None:
         raise ConfigError(f"--resume goes on with the {what} as it was: leave out {flags}")
 
 
-def parsed(given: dict[str, Any]) -> dict[str, Any]:
+def parsed(given: dict[str, Any]) -> Typed:
     """Return the options of the command line as a TOML file would have them."""
     kinds = {field.name: field.type for field in fields()}
-    return {
-        name: _WRITTEN[kinds[name]][2](name, value) if kinds[name] in _WRITTEN else value
+    return Typed(
+        (name, _WRITTEN[kinds[name]][2](name, value) if kinds[name] in _WRITTEN else value)
         for name, value in given.items()
-    }
+    )
 
 
 def _parameter(field: Field, *, as_text: bool) -> inspect.Parameter:

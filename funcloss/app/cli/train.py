@@ -1,5 +1,6 @@
 """``funcloss train``, which is also ``funcloss-train``."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,10 +44,10 @@ def train(
     """
     given = given_of(options)
     layers = layers_of(recipe, config, allow_import=allow_import)
-    chosen = make_config(*layers, parsed(given))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "run_dir": run_dir, "overwrite": overwrite}
         check_resume("run", given, **others)
+    chosen = make_config(*layers, parsed(given))
 
     from funcloss.app import runs, train  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole
@@ -54,7 +55,7 @@ def train(
     place = run_dir
     if resume is not None:
         kept = runs.folder.read_config(resume, allow_import=allow_import)
-        place, chosen = resume, kept._replace(data_dir=chosen.data_dir or kept.data_dir)
+        place, chosen = resume, dataclasses.replace(kept, data_dir=chosen.data_dir or kept.data_dir)
     stop = StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:
         outcome = train.train(

@@ -145,7 +145,7 @@ def _taken_up(
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
-    setup = make_setup(config._replace(init=""))  # its weights come from the checkpoint
+    setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
     controller, memory = make_controller(setup), None
     state = restore(setup.state, beneath(tensors, "state"))
     if controller is not None:
@@ -249,7 +249,7 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[A
         return setup.train_step, setup
     made = prepare(setup.train_step, mode, state, (trial_batch(setup), setup.hyper))
     show(Note(f"step: {made.note}", made.warning))
-    config = config._replace(compile="on" if made.on else "off")
+    config = dataclasses.replace(config, compile="on" if made.on else "off")
     return made.step_on, dataclasses.replace(setup, config=config)
 
 

@@ -108,14 +108,16 @@ def evaluate_run(
     device = resolve_device(device)
     run = load(run_dir, device=device, allow_import=allow_import)
     config = run.config
-    asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
+    asked = dataclasses.replace(
+        config, dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir
+    )
     asked = with_absolute_paths(asked)
     own = asked.dataset == config.dataset
     parts = ("validation_dataset", "test_dataset") if own else ()
     check_code(config, ("loss", *parts, *(() if dataset else ("dataset",))))
     if dataset:  # it is asked for here, whatever the run says
         refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
-        asked = asked._replace(refused_code=refused)
+        asked = dataclasses.replace(asked, refused_code=refused)
     if own:
         loaded = load_data(asked)
     else:
@@ -139,7 +141,8 @@ def _as_other_data(config: TrainConfig) -> TrainConfig:
     """Return a configuration without what it says of reading and parting the run's own data."""
     parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
-    return config._replace(**{n: config._field_defaults[n] for n in (*parting, *reading)})
+    plain = TrainConfig()
+    return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*parting, *reading)})
 
 
 def _judged_by(
@@ -147,9 +150,9 @@ def _judged_by(
 ) -> TrainConfig:
     """Return the configuration with other costs and priors."""
     if "cost_matrix" in judge_by or "class_cost" in judge_by:
-        config = config._replace(cost_matrix={}, class_cost={})
+        config = dataclasses.replace(config, cost_matrix={}, class_cost={})
     asked = make_config(judge_by)
-    config = config._replace(**{name: getattr(asked, name) for name in judge_by})
+    config = dataclasses.replace(config, **{name: getattr(asked, name) for name in judge_by})
     return resolved_costs(config, classes)
 
 

@@ -114,7 +114,7 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
     width = _width(made, spec.method, show)
     made = dataclasses.replace(made, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
-    shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
+    shared = dataclasses.replace(made.config, class_weight=made.entries[0].config.class_weight)
     own = {
         "seeds": made.seeds,
         "width": width,
@@ -185,7 +185,7 @@ def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dic
 def _assembled(spec: SweepSpec, out: Path) -> Sweep:
     config, axes = spec.config, spec.axes
     grid = members_of(axes)
-    first = member_config(config._replace(floor={}, ceiling={}), axes, grid[0])
+    first = member_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
     setup = make_setup(first)
     classes = setup.dataset.classes
     if not len(setup.dataset.validation.labels):
@@ -198,7 +198,8 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
     # What the first member resolved holds for all; what is swept, and the limits, do not.
     swept = {axis.key for axis in axes if axis.option == "class_weight"}
     options = {axis.key for axis in axes if axis.option == "loss_option"}
-    base = setup.config._replace(
+    base = dataclasses.replace(
+        setup.config,
         learning_rate=config.learning_rate,
         class_weight={k: v for k, v in setup.config.class_weight.items() if k not in swept},
         loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
@@ -212,7 +213,7 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
 
 def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
     """Return the members, plain training among them or, if it is none of the grid, at the end."""
-    alone = config._replace(floor={}, ceiling={})
+    alone = dataclasses.replace(config, floor={}, ceiling={})
     grid, plain = members_of(axes), plain_members(axes, config)
     grid = [m for m in plain if m not in grid] + grid
     entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m in plain) for m in grid]
@@ -221,7 +222,7 @@ def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
     rates = learning_rates(axes, config)
     for rate in rates:
         name = "plain" if len(rates) == 1 else f"plain at learning_rate={rate:g}"
-        own = plain_config(config._replace(learning_rate=rate))
+        own = plain_config(dataclasses.replace(config, learning_rate=rate))
         entries.append(Entry(name, {}, own, plain=True))
     return entries
 

@@ -172,7 +172,9 @@ def _write_chosen(
 ) -> tuple[Setup, TrainState, dict[str, Any]]:
     """Write the run folder of a member, as its training alone would have."""
     entry = made.entries[number]
-    config = entry.config._replace(seed=made.config.seed + seed, compile=made.config.compile)
+    config = dataclasses.replace(
+        entry.config, seed=made.config.seed + seed, compile=made.config.compile
+    )
     setup = setup_on(config, made.setup.dataset)
     state = member_state(restored(made, seed), made.groups, number)
     records = []

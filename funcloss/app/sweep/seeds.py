@@ -85,7 +85,7 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
         dataclasses.replace(g, train_step=made[id(g.train_step)].step_on) for g in sweep.groups
     ]
     compiled = "on" if all(m.on for m in made.values()) else "off"
-    config = sweep.config._replace(compile=compiled)
+    config = dataclasses.replace(sweep.config, compile=compiled)
     return dataclasses.replace(sweep, config=config, groups=groups)
 
 
