@@ -3,7 +3,6 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -195,16 +194,6 @@ def cifar_cnn(input_shape: InputShape = (3, 32, 32), classes: int = 10) -> nn.Mo
     return _stack(
         **features, fc1=nn.Linear(size, 512), relu4=nn.ReLU(), fc2=nn.Linear(512, classes)
     )
-
-
-MODELS: dict[str, Callable[[InputShape, int], nn.Module]] = {
-    "linear": linear,
-    "mlp": mlp,
-    "article-cnn": article_cnn,
-    "lenet5": lenet5,
-    "fast-cnn": fast_cnn,
-    "cifar-cnn": cifar_cnn,
-}
 
 
 def _stack(**layers: nn.Module) -> nn.Sequential:

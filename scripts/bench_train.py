@@ -30,8 +30,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
-from funcloss import losses, models, optim
+from funcloss import losses, optim
 from funcloss.app.data import Dataset, load_dataset, moved, normalised, take
+from funcloss.app.registry import MODELS
 from funcloss.app.runs.run import folder
 from funcloss.objectives import mean_of, supervised
 from funcloss.training import epoch_order, init_state, make_train_step
@@ -147,7 +148,7 @@ class Digits(TensorDataset):
 
 def tutorial_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, device: str):
     """DataLoader and transforms, model, loss, backward, step."""
-    model = models.MODELS[name]((1, 28, 28), 10).to(device)
+    model = MODELS[name].load()((1, 28, 28), 10).to(device)
     optim_ = torch_optimizer(optimizer, model)
     loader = DataLoader(Digits(dataset), batch_size=batch_size, shuffle=True)
 
@@ -166,7 +167,7 @@ def tutorial_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, 
 def plain_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, layout):
     """One tensor on the device, indexed and normalised a batch at a time, in a memory layout."""
     device = dataset.train.inputs.device
-    model = models.MODELS[name]((1, 28, 28), 10).to(device).to(memory_format=layout)
+    model = MODELS[name].load()((1, 28, 28), 10).to(device).to(memory_format=layout)
     optim_ = torch_optimizer(optimizer, model)
     images, labels = dataset.train
     order = torch.randperm(len(labels), device=device)
@@ -187,7 +188,7 @@ def plain_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, lay
 def our_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, *, compiled: bool):
     """The stateless step on batches of the same tensor."""
     device = dataset.train.inputs.device
-    model = models.MODELS[name]((1, 28, 28), 10).to(device)
+    model = MODELS[name].load()((1, 28, 28), 10).to(device)
     make = optim.sgd(momentum=0.5) if optimizer == "sgd" else optim.adam(betas=(0.7, 0.9))
     train_step = make_train_step(supervised(model, mean_of(losses.cross_entropy)), make)
     hyper = {"learning_rate": torch.tensor(0.01, device=device)}

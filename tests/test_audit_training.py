@@ -18,8 +18,9 @@ from funcloss.app.audits import observer
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
 from funcloss.app.data import take
-from funcloss.app.registry import LOSSES, make_criterion
+from funcloss.app.registry import LOSSES
 from funcloss.app.runs import folder
+from funcloss.app.runs.options import make_criterion
 from funcloss.app.runs.setup import make_setup
 from funcloss.audit import audit, make_audit_step
 from funcloss.combinators import class_weighted

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ class Trainings:
         made = make_config(SMALL, {"batch_size": 16, "learning_rate": 0.01}, options)
         configs = [member_config(made, [axis], member) for member in members_of([axis])]
         first = setup.make_setup(configs[0])
-        alone = [setup.setup_on(c._replace(device="cpu"), first.dataset) for c in configs]
+        alone = [setup.setup_on(replace(c, device="cpu"), first.dataset) for c in configs]
 
         def batch_at(index):
             batch = data.take(first.dataset, first.dataset.train, index)

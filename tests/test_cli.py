@@ -90,6 +90,11 @@ REFUSED = [
     (["train", "--class-weight", "9=1", "--class-weight", "9=2"], "class '9' is given twice"),
     (["train", "--betas", "0.9"], "betas must be two numbers"),
     (["train", "--betas", "0.9;0.9"], "betas: '0.9;0.9' is not a number"),
+    (
+        ["train", "--momentum", "0.5", "--optimizer", "adam"],
+        "--momentum is an option of --optimizer sgd, and the optimizer is adam: leave --momentum",
+    ),
+    (["train", "--decay-every", "2"], "--decay-every is an option of --schedule step"),
     (["train", "--recipe", "fat"], "no recipe 'fat'"),
     (["train", "--config", "none.toml"], "cannot read none.toml: No such file"),
     (["train", "--epochs", "-1"], "epochs must be at least 0"),

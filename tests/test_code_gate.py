@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -470,17 +471,18 @@ def test_what_is_passed_in_python_needs_no_leave(place):
     config = runs.folder.read_config(Path("run"), used=())
     with pytest.raises(ConfigError, match="names code"):
         check_code(config)
-    check_code(config._replace(loss="nll", model="e.py:Net"))
+    check_code(replace(config, loss="nll", model="e.py:Net"))
     check_code(TrainConfig(dataset="e.py:load"))
-    runs.train(config._replace(loss="nll", model="e.py:Net"), "again")
+    runs.train(replace(config, loss="nll", model="e.py:Net"), "again")
     assert place.mark.read_text() == "x"
 
 
 def test_the_import_itself_is_barred(place):
     """Nothing is left to a look before: each use of a configuration meets the gate."""
     from funcloss.app.data.own import How, load_own
-    from funcloss.app.registry import loss_named, make_criterion
+    from funcloss.app.registry import loss_named
     from funcloss.app.runs.network import make_model
+    from funcloss.app.runs.options import make_criterion
 
     refused = {f"{place.here}/e.py:{name}": "some/file" for name in OPTIONS.values()}
     data, one, model, loss = refused

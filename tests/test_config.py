@@ -1,11 +1,11 @@
+import inspect
 import subprocess
 import sys
 
 import pytest
 
-from funcloss import models
-from funcloss.app import config
-from funcloss.app.registry import LOSSES
+from funcloss import reduction
+from funcloss.app import config, registry
 from funcloss.decisions import read_cost_matrix
 from funcloss.errors import ConfigError
 
@@ -22,11 +22,32 @@ def test_numbers_become_the_type_of_their_field():
     assert made.betas == (0.0, 0.5)
 
 
-def test_the_names_are_those_of_what_they_name():
-    choices = {field.name: field.option.choices for field in config.fields()}
-    assert choices["model"] == ("auto", *models.MODELS)
-    assert choices["loss"] == tuple(LOSSES)
+def test_the_choices_are_the_names_of_the_registry():
+    choices = {row.name: row.option.choices for row in config.fields()}
+    for option, rows in registry.ROWS.items():
+        assert tuple(name for name in choices[option] if name != "auto") == tuple(rows)
     assert choices["dataset"][1:] == config.DATASETS
+    assert set(registry.REDUCTIONS) < set(reduction.REDUCTIONS)
+
+
+ROWS = [row for rows in registry.ROWS.values() for row in rows.values()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_name_is_an_alias_of_an_address_and_takes_what_that_takes(row):
+    thing = row.load()
+    assert callable(thing)
+    option = next(o for o, rows in registry.ROWS.items() if rows.get(row.name) is row)
+    made = config.make_config({option: row.address, **NEEDED.get(row.name, {})})
+    assert getattr(made, option) == row.name
+    if option in ("optimizer", "schedule"):  # whose arguments are options of a run
+        options = {"every": "decay_every", "factor": "decay_factor"}
+        own = {"steps", "final", "start"}  # of a run's length, or left at their defaults
+        taken = {options.get(name, name) for name in inspect.signature(thing).parameters}
+        assert taken - own == set(row.takes)
+
+
+NEEDED = {"weighted_mean": {"class_weight": {"9": 5}}}
 
 
 REFUSED = [
@@ -58,7 +79,7 @@ REFUSED = [
     ({"pixel_mean": [0.5]}, "pixel_mean and pixel_std must be given together"),
     ({"pixel_mean": [0.5], "pixel_std": [0]}, "pixel_std must be above 0, got 0"),
     ({"nesterov": "yes"}, "nesterov must be a bool, got 'yes'"),
-    ({"nesterov": True, "momentum": 0}, "nesterov needs momentum above 0"),
+    ({"optimizer": "sgd", "nesterov": True, "momentum": 0}, "nesterov needs momentum above 0"),
     ({"reduction": "weighted_mean"}, "reduction weighted_mean needs a class_weight"),
     ({"amp": "bf16", "device": "cpu"}, "amp bf16 needs device cuda, got cpu"),
 ]
@@ -76,9 +97,58 @@ def test_recipes_are_valid(name):
     assert made.val_fraction == 0.0
 
 
+OF_ONE_CHOICE = {  # layers, the earliest first, and what is refused; empty: nothing
+    "of another optimiser": (
+        [{"optimizer": "adam", "momentum": 0.5}],
+        "momentum is an option of optimizer sgd, and the optimizer is adam: leave momentum out, or "
+        "use optimizer sgd",
+    ),
+    "at its default": ([{"optimizer": "adamw", "momentum": 0.9}], "momentum is an option of opt"),
+    "of another than the default": ([{"nesterov": True}], "nesterov is an option of optimizer sgd"),
+    "of two": ([{"optimizer": "sgd", "eps": 1e-3}], "eps is an option of optimizer adam or adamw"),
+    "later": ([{"optimizer": "sgd"}, {"betas": [0.1, 0.2]}], "betas is an option of optimizer ad"),
+    "of another schedule": (
+        [{"schedule": "step", "warmup": 0.2}],
+        "warmup is an option of schedule one-cycle, and the schedule is step",
+    ),
+    "of the schedule step": ([{"decay_every": 2}], "decay_every is an option of schedule step"),
+    "typed": (
+        [config.Typed(decay_every=2)],
+        "^--decay-every is an option of --schedule step, and the schedule is one-cycle: leave "
+        "--decay-every out, or use --schedule step$",
+    ),
+    "earlier than the choice": ([{"optimizer": "sgd", "momentum": 0.5}, {"optimizer": "adam"}], ""),
+    "its own": ([{"optimizer": "sgd"}, {"momentum": 0.5, "weight_decay": 0.1}], ""),
+    "of all": ([{"optimizer": "adamw", "weight_decay": 0.1}], ""),
+    "its schedule's": ([{"schedule": "step", "decay_every": 2, "decay_factor": 0.5}], ""),
+}
+
+
+@pytest.mark.parametrize(("layers", "message"), OF_ONE_CHOICE.values(), ids=OF_ONE_CHOICE.keys())
+def test_an_option_that_the_choice_ignores_is_refused(layers, message):
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            config.make_config(*layers)
+        return
+    made = config.make_config(*layers)
+    written = config.option_values(made)
+    assert config.make_config(written) == made
+    dropped = {name for layer in layers for name in layer} - written.keys()
+    assert dropped == ({"momentum"} if made.optimizer == "adam" and len(layers) > 1 else set())
+    assert all(getattr(made, name) == getattr(config.TrainConfig, name) for name in dropped)
+
+
+def test_the_help_says_which_choice_takes_an_option():
+    said = {row.name: row.option.help for row in config.fields()}
+    assert said["momentum"] == "Momentum (sgd)."
+    assert said["eps"] == "Added to the denominator (adam, adamw)."
+    assert said["weight_decay"] == "Weight decay."
+    assert said["decay_factor"] == "Factor of a decay (step)."
+
+
 def test_recipes_are_the_published_trainings():
     article = config.make_config(config.read_recipe("article"))
-    assert article[config.TrainConfig._fields.index("model")] == "article-cnn"
+    assert article.model == "article-cnn"
     assert (article.batch_size, article.learning_rate, article.momentum) == (32, 0.01, 0.5)
     assert (article.epochs, article.optimizer, article.schedule) == (10, "sgd", "constant")
     lenet = config.make_config(config.read_recipe("lenet5-fashion"))
@@ -109,8 +179,8 @@ def test_toml_files_are_read_and_refused_in_words(tmp_path):
         config.read_toml(tmp_path / "none.toml")
 
 
-def test_the_table_loads_without_torch():
-    code = "import sys, funcloss.app.config; assert 'torch' not in sys.modules"
+def test_the_table_and_the_commands_load_without_torch():
+    code = "import sys, funcloss.app.config, funcloss.app.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,16 +13,18 @@ from conftest import StopAt
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
-from funcloss.app import audits, data, runs
+from funcloss.app import audits, data, registry, runs
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.options import AuditOptions, EvaluateOptions
-from funcloss.app.registry import LOSSES, make_criterion, number_options
 from funcloss.app.runs import folder
+from funcloss.app.runs.options import make_criterion, number_options
 from funcloss.app.runs.setup import make_hyper, make_setup
 from funcloss.decisions import make_costs
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
+
+LOSSES = {name: row.load() for name, row in registry.LOSSES.items()}
 
 TINY = {"dataset": "mnist-sample", "model": "linear", "compile": "off", "epochs": 1}
 QUICK = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1"]

@@ -19,7 +19,6 @@ from funcloss.app import registry, runs
 from funcloss.app.config import make_config
 from funcloss.app.data import normalised
 from funcloss.app.options import EvaluateOptions
-from funcloss.app.registry import make_criterion
 from funcloss.app.runs.evaluation import (
     deployment_prior,
     implied_prior,
@@ -30,7 +29,7 @@ from funcloss.app.runs.evaluation import (
     with_fitted_rule,
 )
 from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.options import check_loss_options, make_hyper
+from funcloss.app.runs.options import check_loss_options, make_criterion, make_hyper
 from funcloss.decisions import DecisionRule, fit_temperature, make_costs, score
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch
@@ -140,7 +139,7 @@ def judged(parts, config, costs, weights=None):
     )  # fmt: skip
     table = dict(zip(costs.classes, costs.matrix.tolist(), strict=True))
     table = {t: dict(zip(costs.decisions, row, strict=True)) for t, row in table.items()}
-    model = dataclasses.replace(model, config=config._replace(cost_matrix=table))
+    model = dataclasses.replace(model, config=dataclasses.replace(config, cost_matrix=table))
     rule = DecisionRule(costs)
     return with_fitted_rule(model, {name: score(*part, rule) for name, part in parts.items()})
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from funcloss import models
+from funcloss.app.registry import MODELS
 
 SHAPES = {"lenet5": (1, 32, 32), "cifar-cnn": (3, 32, 32)}
 PARAMETERS = {
@@ -14,10 +15,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_images_become_logits(name):
     shape = SHAPES.get(name, (1, 28, 28))
-    model = models.MODELS[name](shape, 7).eval()
+    model = MODELS[name].load()(shape, 7).eval()
     images = torch.randn(3, *shape)
     logits = model(images)
     assert logits.shape == (3, 7)
@@ -26,16 +27,16 @@ def test_images_become_logits(name):
     torch.testing.assert_close(model.to(memory_format=torch.channels_last)(last), logits)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_number_of_parameters_is_the_published_one(name):
-    model = models.MODELS[name](SHAPES.get(name, (1, 28, 28)), 10)
+    model = MODELS[name].load()(SHAPES.get(name, (1, 28, 28)), 10)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ["article-cnn", "lenet5", "fast-cnn", "cifar-cnn"])
 def test_images_that_are_too_small_are_refused_by_name(name):
     with pytest.raises(ValueError, match=r"1×6×6 are too small for its convolutions"):
-        models.MODELS[name]((1, 6, 6), 10)
+        MODELS[name].load()((1, 6, 6), 10)
 
 
 def test_making_a_model_draws_its_weights_and_nothing_more():

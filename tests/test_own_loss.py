@@ -12,7 +12,7 @@ import torch
 from conftest import StopAt, but_learning
 
 from funcloss.app import runs, sweep
-from funcloss.app.config import code_in, make_config, read_toml
+from funcloss.app.config import code_in, make_config, option_values, read_toml
 
 PREAMBLE = """
 import torch
@@ -506,7 +506,7 @@ def test_it_is_resumed_where_code_is_allowed(
 
 def test_a_file_called_as_the_code_does_not_open_the_door(marked, run_cli, tmp_path):
     run, name, mark = marked
-    named = code_in(make_config(read_toml(run / "config.toml"))._asdict())
+    named = code_in(option_values(make_config(read_toml(run / "config.toml"))))
     (address,) = named.values()
     there = run.parent / address  # what came in one archive with the run, say
     there.write_text("")

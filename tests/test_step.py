@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from funcloss import class_weighted, losses, models, optim
 from funcloss._trees import flatten
 from funcloss.app.data import take
+from funcloss.app.registry import MODELS
 from funcloss.keys import example_keys
 from funcloss.objectives import make_forward, mean_of, sum_of, supervised, weighted_mean_of
 from funcloss.training import init_state, make_train_step
@@ -172,7 +173,7 @@ def test_it_is_one_graph_that_is_traced_once_and_gives_the_same(model, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["article-cnn", "fast-cnn", "mlp"])
 def test_the_compiler_gives_the_same(name, batch):
-    model, optimizer = models.MODELS[name]((1, 28, 28), 10), optim.adam(betas=(0.7, 0.9), eps=1e-3)
+    model, optimizer = MODELS[name].load()((1, 28, 28), 10), optim.adam(betas=(0.7, 0.9), eps=1e-3)
     step = make_step(model, optimizer)
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     state = init_state(model, optimizer)

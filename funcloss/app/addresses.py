@@ -120,7 +120,8 @@ def _module(place: str) -> ModuleType:
     """Import a module by name, from here too, or a file by path."""
     try:
         if not place.endswith(".py"):
-            _look_in(Path.cwd())
+            if place.partition(".")[0] != "funcloss":
+                _look_in(Path.cwd())
             return importlib.import_module(place)
         path = Path(final_path(place))
         if not path.is_file():

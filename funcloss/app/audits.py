@@ -1,8 +1,9 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=options.allow_import)
     here = {"data_dir": options.data_dir or config.data_dir, "device": options.device, "init": ""}
-    return audit_training(run_dir, make_setup(config._replace(**here)), options)
+    return audit_training(run_dir, make_setup(dataclasses.replace(config, **here)), options)
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
@@ -113,7 +114,9 @@ def audit_checkpoint(
         RunError: the file cannot be read, or is of another model.
     """
     device = config.device if options.device == "auto" else options.device
-    config = config._replace(data_dir=options.data_dir or config.data_dir, device=device)
+    config = dataclasses.replace(
+        config, data_dir=options.data_dir or config.data_dir, device=device
+    )
     setup, path = make_setup(config), Path(path).expanduser()
     tensors, _ = load_tensors(path)
     other = f"{path} is not of {config.model} on {config.dataset}"
@@ -146,7 +149,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
-    paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
+    paths = [out / "audit.html", *found.audit.write(out, about=dataclasses.asdict(found.about))]
     for name, figure in draw_all(found.audit, found.history).items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])

@@ -1,143 +1,146 @@
-"""What a name on the command line stands for."""
+"""The short names that options have: a row for each, and what it is an alias of.
 
-import functools
-import inspect
-import re
+A fact about a named thing is on the thing itself or on its row here; the choices of the options,
+their help and the tables of the documentation are made of the rows. Nothing here loads torch, so
+that ``--help`` answers at once.
+"""
+
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import cast, get_args
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
-
-from funcloss import losses
 from funcloss.app.addresses import imported
-from funcloss.combinators import (
-    Combined,
-    class_weighted,
-    factor_names,
-    from_logits,
-    one_hot_targets,
-    summed,
-)
 from funcloss.errors import ConfigError
-from funcloss.objectives import mean_of, weighted_mean_of
-from funcloss.objectives.supervised import Criterion
-from funcloss.typing import LossFn
 
-LOSSES: dict[str, LossFn] = {  # of logits and labels
-    "cross_entropy": losses.cross_entropy,
-    "nll": from_logits(losses.nll),
-    "squared_error": one_hot_targets(losses.squared_error),
-    "softmax_focal": losses.softmax_focal,
-    "poly1": losses.poly1,
-    "asymmetric_single_label": losses.asymmetric_single_label,
-    "multiclass_hinge": losses.multiclass_hinge,
-    "multi_margin": losses.multi_margin,
-    "generalized_cross_entropy": losses.generalized_cross_entropy,
-    "symmetric_cross_entropy": losses.symmetric_cross_entropy,
-    "normalized_cross_entropy": losses.normalized_cross_entropy,
-    "mean_absolute_error": losses.mean_absolute_error,
-    "bi_tempered": losses.bi_tempered,
-    "earth_mover": losses.earth_mover,
-    "sord": losses.sord,
-    "class_balanced": losses.class_balanced,
-    "balanced_softmax": losses.balanced_softmax,
-    "logit_adjusted": losses.logit_adjusted,
-    "ldam": losses.ldam,
-    "vector_scaling": losses.vector_scaling,
-    "equalization": losses.equalization,
-    "expected_cost": losses.expected_cost,
-    "log_bilinear": losses.log_bilinear,
-    "softmax_margin": losses.softmax_margin,
-    "cost_hinge": losses.cost_hinge,
-    "cross_entropy_with_cost": summed(
-        {"fit": (1.0, losses.cross_entropy), "cost": ("price", losses.expected_cost)}
-    ),
+
+@dataclass(frozen=True)
+class Row:
+    """A short name, which behaves as its address does."""
+
+    name: str
+    address: str  # ``module:name``
+    takes: tuple[
+        str, ...
+    ] = ()  # options of a run that are ignored where no row that takes them is chosen
+    image_size: int = 0  # height and width that a model needs; 0: any
+
+    def load(self) -> Any:
+        """Return what the name stands for."""
+        return imported(self.address, what=self.name, refused={})
+
+
+def _by_name(*rows: Row) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+LOSSES = _by_name(  # of logits and labels, one value per example
+    Row("cross_entropy", "funcloss.losses:cross_entropy"),
+    Row("nll", "funcloss.app.losses:nll"),
+    Row("squared_error", "funcloss.app.losses:squared_error"),
+    Row("softmax_focal", "funcloss.losses:softmax_focal"),
+    Row("poly1", "funcloss.losses:poly1"),
+    Row("asymmetric_single_label", "funcloss.losses:asymmetric_single_label"),
+    Row("multiclass_hinge", "funcloss.losses:multiclass_hinge"),
+    Row("multi_margin", "funcloss.losses:multi_margin"),
+    Row("generalized_cross_entropy", "funcloss.losses:generalized_cross_entropy"),
+    Row("symmetric_cross_entropy", "funcloss.losses:symmetric_cross_entropy"),
+    Row("normalized_cross_entropy", "funcloss.losses:normalized_cross_entropy"),
+    Row("mean_absolute_error", "funcloss.losses:mean_absolute_error"),
+    Row("bi_tempered", "funcloss.losses:bi_tempered"),
+    Row("earth_mover", "funcloss.losses:earth_mover"),
+    Row("sord", "funcloss.losses:sord"),
+    Row("class_balanced", "funcloss.losses:class_balanced"),
+    Row("balanced_softmax", "funcloss.losses:balanced_softmax"),
+    Row("logit_adjusted", "funcloss.losses:logit_adjusted"),
+    Row("ldam", "funcloss.losses:ldam"),
+    Row("vector_scaling", "funcloss.losses:vector_scaling"),
+    Row("equalization", "funcloss.losses:equalization"),
+    Row("expected_cost", "funcloss.losses:expected_cost"),
+    Row("log_bilinear", "funcloss.losses:log_bilinear"),
+    Row("softmax_margin", "funcloss.losses:softmax_margin"),
+    Row("cost_hinge", "funcloss.losses:cost_hinge"),
+    Row("cross_entropy_with_cost", "funcloss.app.losses:cross_entropy_with_cost"),
+)
+MODELS = _by_name(  # functions of the shape of an input and the number of classes
+    Row("linear", "funcloss.models:linear"),
+    Row("mlp", "funcloss.models:mlp"),
+    Row("article-cnn", "funcloss.models:article_cnn"),
+    Row("lenet5", "funcloss.models:lenet5", image_size=32),
+    Row("fast-cnn", "funcloss.models:fast_cnn"),
+    Row("cifar-cnn", "funcloss.models:cifar_cnn"),
+)
+OPTIMIZERS = _by_name(  # functions of the options that they take
+    Row("sgd", "funcloss.optim:sgd", ("momentum", "dampening", "nesterov", "weight_decay")),
+    Row("adam", "funcloss.optim:adam", ("betas", "eps", "weight_decay")),
+    Row("adamw", "funcloss.optim:adamw", ("betas", "eps", "weight_decay")),
+)
+SCHEDULES = _by_name(
+    Row("constant", "funcloss.optim:constant"),
+    Row("step", "funcloss.optim:step_decay", ("decay_every", "decay_factor")),
+    Row("cosine", "funcloss.optim:cosine"),
+    Row("one-cycle", "funcloss.optim:one_cycle", ("warmup",)),
+)
+REDUCTIONS = _by_name(
+    Row("mean", "funcloss.objectives:mean_of"),
+    Row("weighted_mean", "funcloss.objectives:weighted_mean_of"),
+)
+ROWS = {  # by the option that chooses among them
+    "loss": LOSSES,
+    "model": MODELS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "reduction": REDUCTIONS,
 }
 
 
-def loss_named(name: str, *, refused: Mapping[str, str]) -> LossFn:
-    """Return a loss of labels by its name in ``LOSSES``, or somebody's own by ``module:function``.
+def takers(option: str) -> tuple[str, tuple[str, ...]]:
+    """Return the option on which another depends, and the names there that take the other.
+
+    Example:
+        >>> takers("momentum"), takers("warmup")
+        (('optimizer', ('sgd',)), ('schedule', ('one-cycle',)))
+    """
+    return next(
+        (choice, names)
+        for choice, rows in ROWS.items()
+        if (names := tuple(row.name for row in rows.values() if option in row.takes))
+    )
+
+
+def short_name(option: str, text: Any) -> Any:
+    """Return the short name of an address that has one, all else as it is.
+
+    Example:
+        >>> short_name("loss", "funcloss.losses:poly1"), short_name("loss", "mine:loss")
+        ('poly1', 'mine:loss')
+    """
+    rows = ROWS.get(option, {}).values()
+    return next((row.name for row in rows if row.address == text), text)
+
+
+def loss_named(name: str, *, refused: Mapping[str, str]) -> Callable[..., Any]:
+    """Return a loss of labels by its short name or by ``module:function``.
 
     Args:
         name: What a configuration's ``loss`` may be.
         refused: Its ``refused_code``.
 
     Returns:
-        The loss, one value an example.
+        The loss, one value per example.
 
     Raises:
         ConfigError: it is refused, or cannot be imported or called.
 
     Example:
-        >>> loss_named("cross_entropy", refused={}) is losses.cross_entropy
-        True
+        >>> loss_named("cross_entropy", refused={}).__name__
+        'cross_entropy'
     """
-    if name in LOSSES:
-        return LOSSES[name]
-    found = imported(name, what="loss", refused=refused)
+    address = LOSSES[name].address if name in LOSSES else name
+    found = imported(address, what="loss", refused=refused)
     if isinstance(found, type) or not callable(found):
         kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
         raise ConfigError(
-            f"loss {name} must be a function of logits and labels that gives one value an example; "
-            f"got {kind}"
+            f"loss {name} must be a function of logits and labels that gives one value per "
+            f"example; got {kind}"
         )
-    return cast(LossFn, found)
-
-
-def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
-    """Return the options of a loss that are numbers, by name whether they must be given.
-
-    Class weights, counts, cost matrices and masks are none, nor is what shapes the computation,
-    such as a number of iterations.
-
-    Example:
-        >>> number_options(losses.equalization), number_options(losses.bi_tempered)
-        ({'threshold': True}, {'t1': False, 't2': False, 'label_smoothing': False})
-    """
-    if isinstance(loss, Combined):
-        numbers = {name: n for part in loss.losses for name, n in number_options(part).items()}
-        return numbers | dict.fromkeys(factor_names(*loss.factors), True)
-    if isinstance(loss, functools.partial):
-        numbers = number_options(loss.func)
-        bound = [k for k, v in loss.keywords.items() if k in numbers or isinstance(v, float)]
-        return numbers | dict.fromkeys(bound, False)
-    parameters = inspect.signature(loss).parameters.values()
-    return {
-        p.name: p.default is p.empty
-        for p in parameters
-        if p.kind is not p.POSITIONAL_ONLY and _is_number(p)
-    }
-
-
-def _is_number(parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
-        return isinstance(parameter.default, float)
-    if isinstance(annotation, str):  # of a module with postponed annotations
-        return "float" in re.findall(r"\w+", annotation)
-    return annotation is float or float in get_args(annotation)
-
-
-def make_criterion(
-    loss: str,
-    reduction: str = "mean",
-    *,
-    weighted: bool = False,
-    refused: Mapping[str, str] = MappingProxyType({}),
-) -> Criterion:
-    """Return the criterion that a configuration names.
-
-    Args:
-        loss: What :func:`loss_named` takes.
-        reduction: ``mean`` or ``weighted_mean``.
-        weighted: Whether ``hyper`` holds ``class_weights``.
-        refused: What :func:`loss_named` takes too.
-
-    Returns:
-        A criterion ``(logits, batch, hyper) -> scalar``.
-    """
-    chosen = loss_named(loss, refused=refused)
-    if reduction == "weighted_mean":
-        return weighted_mean_of(chosen)
-    return mean_of(class_weighted(chosen) if weighted else chosen)
+    return found

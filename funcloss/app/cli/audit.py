@@ -1,5 +1,6 @@
 """``funcloss audit``: each class's share of the updates of a run, and what its weights do."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ _CHECKPOINT = {
     "class_weight": "Training weight of a class, of --checkpoint; repeatable.",
 }
 _OF_CHECKPOINT = tuple(
-    row._replace(option=row.option._replace(help=_CHECKPOINT[row.name]))
+    replace(row, option=replace(row.option, help=_CHECKPOINT[row.name]))
     for row in fields()
     if row.name in _CHECKPOINT
 )

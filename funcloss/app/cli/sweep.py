@@ -59,10 +59,10 @@ def sweep(
     given = given_of(options)
     swept, fixed = _parted(given)
     layers = [*layers_of(recipe, config, allow_import=allow_import), parsed(fixed)]
-    chosen = make_config(*layers, _swept_weights(layers, swept))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "out": out, "overwrite": overwrite}
         check_resume("sweep", given, **others, seeds=seeds != 1, method=method != "auto")
+    chosen = make_config(*layers, _swept_weights(layers, swept))
 
     from funcloss.app import sweep  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from funcloss.app.cli.parsing import as_number, pairs
-from funcloss.app.config import Field, Option, fields, read_recipe, read_toml, recipe_names
+from funcloss.app.config import Field, Option, Typed, fields, read_recipe, read_toml, recipe_names
 from funcloss.app.options import ALLOW_IMPORT
 from funcloss.errors import ConfigError
 
@@ -68,7 +68,7 @@ def check_resume(what: str, given: dict[str, Any], **others: Any) -> None:
         raise ConfigError(f"--resume goes on with the {what} as it was: leave out {flags}")
 
 
-def parsed(given: dict[str, Any], rows: Sequence[Field] | None = None) -> dict[str, Any]:
+def parsed(given: dict[str, Any], rows: Sequence[Field] | None = None) -> Typed:
     """Return options of the command line as a TOML file would have them.
 
     Args:
@@ -77,10 +77,10 @@ def parsed(given: dict[str, Any], rows: Sequence[Field] | None = None) -> dict[s
     """
     known = {row.name: row for row in rows or fields()}
     read = {name: _WRITTEN.get(known[name].type) for name in given}
-    return {
-        name: how[2](name, value, known[name].option) if (how := read[name]) else value
+    return Typed(
+        (name, how[2](name, value, known[name].option) if (how := read[name]) else value)
         for name, value in given.items()
-    }
+    )
 
 
 def _parameter(field: Field, *, as_text: bool) -> inspect.Parameter:

@@ -43,10 +43,10 @@ def train(
     """
     given = given_of(options)
     layers = layers_of(recipe, config, allow_import=allow_import)
-    chosen = make_config(*layers, parsed(given))
     if resume is not None:
         others = {"recipe": recipe, "config": config, "run_dir": run_dir, "overwrite": overwrite}
         check_resume("run", given, **others)
+    chosen = make_config(*layers, parsed(given))
 
     from funcloss.app import audits, runs, sweep  # torch, from here on
     from funcloss.app.cli.console import TrainingConsole

@@ -8,10 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from funcloss.app.config import TrainConfig
-from funcloss.app.registry import make_criterion
 from funcloss.app.runs.checkpoint import load_tensors, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
-from funcloss.app.runs.options import make_hyper
+from funcloss.app.runs.options import make_criterion, make_hyper
 from funcloss.decisions import Costs, make_costs
 from funcloss.errors import ConfigError, RunError
 from funcloss.objectives import make_forward

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from funcloss import models
 from funcloss.app.addresses import imported
 from funcloss.app.config import TORCHVISION, TrainConfig, did_you_mean
+from funcloss.app.registry import MODELS
 from funcloss.app.runs.checkpoint import load_tensors
 from funcloss.errors import ConfigError, DataError, FunclossError, RunError
 from funcloss.keys import example_keys, keyed_randomness, make_key
+from funcloss.models import InputShape
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import aliases_of, split_tensors
 from funcloss.typing import Inputs
@@ -23,7 +24,7 @@ from funcloss.typing import Inputs
 _SMALLEST = 12  # pixels that fast-cnn needs
 
 
-def resolve_model(name: str, shape: models.InputShape) -> str:
+def resolve_model(name: str, shape: InputShape) -> str:
     """Return the network to use: the one asked for, or what suits the inputs on ``auto``.
 
     Args:
@@ -39,7 +40,7 @@ def resolve_model(name: str, shape: models.InputShape) -> str:
     return "fast-cnn" if len(shape) == 3 and min(shape[1:]) >= _SMALLEST else "mlp"
 
 
-def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
+def make_model(config: TrainConfig, shape: InputShape, classes: int) -> nn.Module:
     """Return the network that a configuration names, with weights that hang on its seed alone.
 
     Args:
@@ -54,16 +55,10 @@ def make_model(config: TrainConfig, shape: models.InputShape, classes: int) -> n
         torch.manual_seed(config.seed)
         if config.model.startswith(TORCHVISION):
             return _of_torchvision(config.model, shape, classes)
-        if config.model not in models.MODELS:
-            return _of_code(config, shape, classes)
-        try:
-            return models.MODELS[config.model](shape, classes)
-        except ValueError as error:
-            way = "use a larger image_size" if len(shape) == 3 else "use linear or mlp"
-            raise ConfigError(f"{error}: {way}") from None
+        return _of_code(config, shape, classes)
 
 
-def _of_torchvision(address: str, shape: models.InputShape, classes: int) -> nn.Module:
+def _of_torchvision(address: str, shape: InputShape, classes: int) -> nn.Module:
     """Return one of torchvision's classifiers with a head and a first layer of the right size."""
     try:
         from torchvision.models import get_model, list_models
@@ -109,21 +104,25 @@ def _with_channels(model: nn.Module, channels: int) -> nn.Module:
     return model
 
 
-def _of_code(config: TrainConfig, shape: models.InputShape, classes: int) -> nn.Module:
+def _of_code(config: TrainConfig, shape: InputShape, classes: int) -> nn.Module:
     """Return what a factory makes, called with the input's shape and the classes, or without."""
-    address = config.model
+    ours = config.model in MODELS
+    address = MODELS[config.model].address if ours else config.model
     factory = imported(address, what="model", refused=config.refused_code)
     if isinstance(factory, nn.Module):
         raise ConfigError(f"{address} is a module: name a function that makes it, or its class")
     if not callable(factory):
         kind = type(factory).__name__
         raise ConfigError(f"{address} must be a function that returns an nn.Module, got a {kind}")
-    arguments = (shape, classes) if _takes_two(factory) else ()
+    arguments = (shape, classes) if ours or _takes_two(factory) else ()
     try:
         made = factory(*arguments)
     except FunclossError:
         raise
     except (Exception, SystemExit) as error:
+        if ours:
+            way = "use a larger image_size" if len(shape) == 3 else "use linear or mlp"
+            raise ConfigError(f"{error}: {way}") from None
         said = f"{type(error).__name__}: {error}"
         call = f"{address}({', '.join(map(str, arguments))})"
         raise ConfigError(f"{call} raised {said}; a factory takes nothing, or the shape of an input"

@@ -1,16 +1,55 @@
 """What the options of a training mean for its classes and its loss."""
 
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from funcloss.app.config import TrainConfig, did_you_mean
-from funcloss.app.registry import loss_named, number_options
-from funcloss.combinators import correction_of, options_of
+from funcloss.app.registry import REDUCTIONS, loss_named
+from funcloss.combinators import (
+    Combined,
+    class_weighted,
+    correction_of,
+    factor_names,
+    options_of,
+)
 from funcloss.decisions import Costs, class_index
 from funcloss.errors import ConfigError
+from funcloss.objectives.supervised import Reduced
 from funcloss.typing import Hyper
 
 _ROUNDING = 1e-6  # of fractions that add up to 1
+
+
+def make_criterion(
+    loss: str,
+    reduction: str = "mean",
+    *,
+    weighted: bool = False,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> Reduced:
+    """Return the criterion that a configuration names.
+
+    Args:
+        loss: What :func:`funcloss.app.registry.loss_named` takes.
+        reduction: ``mean`` or ``weighted_mean``.
+        weighted: Whether ``hyper`` holds ``class_weights``.
+        refused: The ``refused_code`` of the configuration.
+
+    Returns:
+        A criterion ``(logits, batch, hyper) -> scalar``.
+    """
+    chosen = loss_named(loss, refused=refused)
+    if weighted and reduction != "weighted_mean":
+        chosen = class_weighted(chosen)
+    return REDUCTIONS[reduction].load()(chosen)
 
 
 def make_hyper(
@@ -61,6 +100,41 @@ def data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
         "cost_matrix": costs.matrix,
     }
     return {name: value.float() for name, value in known.items() if name in takes}
+
+
+def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
+    """Return the options of a loss that are numbers, by name whether they must be given.
+
+    Class weights, counts, cost matrices and masks are none, nor is what shapes the computation,
+    such as a number of iterations.
+
+    Example:
+        >>> from funcloss import losses
+        >>> number_options(losses.equalization), number_options(losses.bi_tempered)
+        ({'threshold': True}, {'t1': False, 't2': False, 'label_smoothing': False})
+    """
+    if isinstance(loss, Combined):
+        numbers = {name: n for part in loss.losses for name, n in number_options(part).items()}
+        return numbers | dict.fromkeys(factor_names(*loss.factors), True)
+    if isinstance(loss, functools.partial):
+        numbers = number_options(loss.func)
+        bound = [k for k, v in loss.keywords.items() if k in numbers or isinstance(v, float)]
+        return numbers | dict.fromkeys(bound, False)
+    parameters = inspect.signature(loss).parameters.values()
+    return {
+        p.name: p.default is p.empty
+        for p in parameters
+        if p.kind is not p.POSITIONAL_ONLY and _is_number(p)
+    }
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return isinstance(parameter.default, float)
+    if isinstance(annotation, str):  # of a module with postponed annotations
+        return "float" in re.findall(r"\w+", annotation)
+    return annotation is float or float in get_args(annotation)
 
 
 def check_loss_options(config: TrainConfig, costs: Costs, counts: Tensor) -> None:
@@ -133,9 +207,8 @@ def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig
     """
     prior = by_name("prior", config.prior, classes)
     _check_prior(prior, len(classes))
-    return config._replace(
-        class_cost=by_name("class_cost", config.class_cost, classes), prior=prior
-    )
+    costs = by_name("class_cost", config.class_cost, classes)
+    return replace(config, class_cost=costs, prior=prior)
 
 
 def _check_prior(prior: dict[str, float], classes: int) -> None:

@@ -192,7 +192,7 @@ def resume(
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     _check_steered(config, steer)
     # Its weights come from the checkpoint.
-    setup = make_setup(config._replace(data_dir=data_dir or config.data_dir, init=""))
+    setup = make_setup(dataclasses.replace(config, data_dir=data_dir or config.data_dir, init=""))
     hooks = Hooks(observer, steer and steer(setup), test_once)
     state = restore(setup.state, beneath(tensors, "state"))
     memory = None
@@ -306,7 +306,7 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[A
         return setup.train_step, setup
     made = prepare(setup.train_step, mode, state, (trial_batch(setup), setup.hyper))
     show(Note(f"step: {made.note}", made.warning))
-    config = config._replace(compile="on" if made.on else "off")
+    config = dataclasses.replace(config, compile="on" if made.on else "off")
     return made.step_on, setup._replace(config=config)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -22,10 +23,16 @@ from funcloss.app.data import (
     resized,
     take,
 )
-from funcloss.app.registry import make_criterion
+from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
-from funcloss.app.runs.options import by_name, check_loss_options, make_hyper, resolved_costs
+from funcloss.app.runs.options import (
+    by_name,
+    check_loss_options,
+    make_criterion,
+    make_hyper,
+    resolved_costs,
+)
 from funcloss.decisions import Costs, make_costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
@@ -87,7 +94,7 @@ def make_setup(config: TrainConfig) -> Setup:
         raise ConfigError(f"amp {config.amp} needs device cuda, and here it is {device}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = with_absolute_paths(config._replace(device=device))
+    config = with_absolute_paths(dataclasses.replace(config, device=device))
     config, dataset = _resolve(config, load_data(config))
     return setup_on(config, moved(dataset, device))
 
@@ -124,7 +131,7 @@ def load_data(config: TrainConfig, *, known: Known | None = None) -> Dataset:
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return a configuration that means the same from any folder."""
     data_dir = str(data_folder(config.data_dir).absolute())
-    return with_final_names(config)._replace(data_dir=data_dir)
+    return dataclasses.replace(with_final_names(config), data_dir=data_dir)
 
 
 def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
@@ -238,7 +245,7 @@ def seeded_state(setup: Setup, seed: int) -> TrainState:
     Returns:
         The state, as :func:`setup_on` makes it for a configuration with that seed.
     """
-    config = setup.config._replace(seed=seed)
+    config = dataclasses.replace(setup.config, seed=seed)
     model, _ = first_model(config, setup.dataset)
     return init_state(model, make_optimizer(config), seed=seed)
 
@@ -279,34 +286,27 @@ def resolve_device(name: str) -> str:
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """Return the optimiser that a configuration names."""
-    if config.optimizer == "sgd":
-        return optim.sgd(
-            momentum=config.momentum,
-            dampening=config.dampening,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )
-    make = {"adam": optim.adam, "adamw": optim.adamw}[config.optimizer]
-    b1, b2 = config.betas
-    return make(betas=(b1, b2), eps=config.eps, weight_decay=config.weight_decay)
+    row = OPTIMIZERS[config.optimizer]
+    return row.load()(**{option: getattr(config, option) for option in row.takes})
 
 
 def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     """Return the schedule that a configuration names, over steps of which an epoch has some."""
-    steps = max(config.epochs * per_epoch, 2)
-    if config.schedule == "step":
-        return optim.step_decay(every=config.decay_every * per_epoch, factor=config.decay_factor)
-    if config.schedule == "cosine":
-        return optim.cosine(steps=steps)
-    if config.schedule == "one-cycle":
-        return optim.one_cycle(steps=steps, warmup=config.warmup)
-    return optim.constant()
+    make = SCHEDULES[config.schedule].load()
+    known = {
+        "steps": max(config.epochs * per_epoch, 2),
+        "warmup": config.warmup,
+        "every": config.decay_every * per_epoch,
+        "factor": config.decay_factor,
+    }
+    return make(**{name: known[name] for name in known.keys() & inspect.signature(make).parameters})
 
 
 def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
-    resolved = resolved_costs(config, classes)._replace(
+    resolved = dataclasses.replace(
+        resolved_costs(config, classes),
         dataset=dataset.name if config.dataset == "auto" else config.dataset,
         model=resolve_model(config.model, dataset.input_shape),
         class_weight=by_name("class_weight", config.class_weight, classes),
@@ -340,4 +340,4 @@ def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
 
 
 def _image_size(config: TrainConfig) -> int:
-    return config.image_size or (32 if config.model == "lenet5" else 0)
+    return config.image_size or (MODELS[config.model].image_size if config.model in MODELS else 0)

@@ -110,14 +110,14 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
     """Return the data set that was asked for, or that of the run."""
     config = run.config
     where = options.data_dir or config.data_dir
-    asked = config._replace(dataset=options.dataset or config.dataset, data_dir=where)
+    asked = dataclasses.replace(config, dataset=options.dataset or config.dataset, data_dir=where)
     asked = with_absolute_paths(asked)
     own = asked.dataset == config.dataset
     splits = ("validation_dataset", "test_dataset") if own else ()
     check_code(config, ("loss", *splits, *(() if options.dataset else ("dataset",))))
     if options.dataset:  # it is asked for here, whatever the run says
         refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
-        asked = asked._replace(refused_code=refused)
+        asked = dataclasses.replace(asked, refused_code=refused)
     if own:
         return load_data(asked)
     shape = run.input_shape if run.images else ()
@@ -128,7 +128,8 @@ def _as_other_data(config: TrainConfig) -> TrainConfig:
     """Return a configuration without what it says of reading and splitting the run's own data."""
     parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
-    return config._replace(**{n: config._field_defaults[n] for n in (*parting, *reading)})
+    plain = TrainConfig()
+    return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*parting, *reading)})
 
 
 def _scored_by(
@@ -138,9 +139,9 @@ def _scored_by(
     names = ("cost_matrix", "class_cost", "prior")
     asked = {name: value for name in names if (value := getattr(options, name))}
     if "cost_matrix" in asked or "class_cost" in asked:
-        config = config._replace(cost_matrix={}, class_cost={})
+        config = dataclasses.replace(config, cost_matrix={}, class_cost={})
     checked = make_config(asked)
-    config = config._replace(**{name: getattr(checked, name) for name in asked})
+    config = dataclasses.replace(config, **{name: getattr(checked, name) for name in asked})
     return resolved_costs(config, classes)
 
 

@@ -1,5 +1,6 @@
 """What a sweep goes over: values of options, their grid, and the tensors that they become."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +137,8 @@ def learning_rates(axes: Sequence[Axis], config: TrainConfig) -> tuple[float, ..
 
 def plain_config(config: TrainConfig) -> TrainConfig:
     """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
-    return config._replace(
+    return dataclasses.replace(
+        config,
         loss="cross_entropy",
         loss_option={},
         class_weight={},
@@ -165,8 +167,8 @@ def member_config(config: TrainConfig, axes: Sequence[Axis], member: Member) -> 
         elif axis.option == "loss_option":
             options[axis.key] = value
         else:
-            config = config._replace(learning_rate=value)
-    return config._replace(class_weight=weights, loss_option=options)
+            config = dataclasses.replace(config, learning_rate=value)
+    return dataclasses.replace(config, class_weight=weights, loss_option=options)
 
 
 def by_name(axes: Sequence[Axis], classes: Sequence[str]) -> list[Axis]:

@@ -1,5 +1,6 @@
 """What a sweep is: its members, how they are run, and the file that says so."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def start(
     width = _width(made, method, show)
     made = made._replace(width=width, groups=_groups(made.setup, made.entries, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
-    shared = made.config._replace(class_weight=made.entries[0].config.class_weight)
+    shared = dataclasses.replace(made.config, class_weight=made.entries[0].config.class_weight)
     own = {
         "seeds": seeds,
         "width": width,
@@ -185,7 +186,7 @@ def taken_up(
     check_code(config)
     for line in folder.differences(before, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
-    config = config._replace(data_dir=data_dir or config.data_dir)
+    config = dataclasses.replace(config, data_dir=data_dir or config.data_dir)
     return _assembled(config, axes, out, seeds, width=width)
 
 
@@ -193,7 +194,7 @@ def _assembled(
     config: TrainConfig, axes: Sequence[Axis], out: Path, seeds: int, *, width: int
 ) -> Sweep:
     grid = members_of(axes)
-    first = member_config(config._replace(floor={}, ceiling={}), axes, grid[0])
+    first = member_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
     setup = make_setup(first)
     classes = setup.dataset.classes
     if not len(setup.dataset.validation.labels):
@@ -206,7 +207,8 @@ def _assembled(
     # What the first member resolved holds for all; what is swept, and the limits, do not.
     swept = {axis.key for axis in axes if axis.option == "class_weight"}
     options = {axis.key for axis in axes if axis.option == "loss_option"}
-    base = setup.config._replace(
+    base = dataclasses.replace(
+        setup.config,
         learning_rate=config.learning_rate,
         class_weight={k: v for k, v in setup.config.class_weight.items() if k not in swept},
         loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
@@ -220,7 +222,7 @@ def _assembled(
 
 def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
     """Return the members, plain training among them or, if it is none of the grid, at the end."""
-    alone = config._replace(floor={}, ceiling={})
+    alone = dataclasses.replace(config, floor={}, ceiling={})
     grid, plain = members_of(axes), plain_members(axes, config)
     grid = [m for m in plain if m not in grid] + grid
     entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m in plain) for m in grid]
@@ -229,7 +231,7 @@ def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
     rates = learning_rates(axes, config)
     for rate in rates:
         name = "plain" if len(rates) == 1 else f"plain at learning_rate={rate:g}"
-        own = plain_config(config._replace(learning_rate=rate))
+        own = plain_config(dataclasses.replace(config, learning_rate=rate))
         entries.append(Entry(name, {}, own, plain=True))
     return entries
 

@@ -1,5 +1,6 @@
 """What a user asks for: a sweep, or a training under limits, from start to report."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -285,7 +286,8 @@ def _judged(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, dict[st
 def _write_chosen(made: Sweep, seed: int, number: int, evaluations, run_dir: Path):
     """Write the run folder of a member, as its training alone would have."""
     entry = made.entries[number]
-    config = entry.config._replace(seed=made.config.seed + seed, compile=made.config.compile)
+    seed, compiled = made.config.seed + seed, made.config.compile
+    config = dataclasses.replace(entry.config, seed=seed, compile=compiled)
     setup, state = (
         setup_on(config, made.setup.dataset),
         member_state(restored(made, seed), made.groups, number),
@@ -314,7 +316,7 @@ def _compared(
     if not outcome.finished:
         return Chosen(run_dir, run_dir, None, [])
     config = outcome.config
-    config = config._replace(data_dir=data_dir or config.data_dir)
+    config = dataclasses.replace(config, data_dir=data_dir or config.data_dir)
     plain_dir = run_dir / "plain"
     if folder.read_summary(plain_dir) is None:
         text = f"training once more without limits, to compare with, into {plain_dir}"
@@ -326,7 +328,8 @@ def _compared(
             plain = train(plain_config(config), plain_dir, test_once=True, **watch)
         if not plain.finished:
             return Chosen(run_dir, run_dir, None, [])
-    return _reported(run_dir, make_setup(config._replace(init="")), plain_dir, outcome.summary)
+    setup = make_setup(dataclasses.replace(config, init=""))
+    return _reported(run_dir, setup, plain_dir, outcome.summary)
 
 
 def _reported(run_dir: Path, setup: Setup, plain_dir: Path, summary: dict[str, Any]) -> Chosen:

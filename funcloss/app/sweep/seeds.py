@@ -1,5 +1,6 @@
 """A sweep at work: its members side by side, each seed in turn, kept so that it can be resumed."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
         show(Note(f"step: {note}", warning))
     groups = [g._replace(train_step=made[id(g.train_step)].step_on) for g in sweep.groups]
     compiled = "on" if all(m.on for m in made.values()) else "off"
-    return sweep._replace(config=sweep.config._replace(compile=compiled), groups=groups)
+    return sweep._replace(config=dataclasses.replace(sweep.config, compile=compiled), groups=groups)
 
 
 def run_seeds(
