@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from funcloss import losses, optim
 from funcloss._trees import flatten
 from funcloss.app import runs
-from funcloss.app.audits import observer
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
 from funcloss.app.data import take
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs import folder
+from funcloss.app.runs.auditing import step_auditor
 from funcloss.app.runs.options import make_criterion
 from funcloss.app.runs.setup import make_setup
 from funcloss.app.train import train
@@ -437,7 +437,7 @@ def test_every_loss_that_trains_is_audited_as_it_trains(loss):
     options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
     setup = make_setup(config(**options, loss_option=needed.get(loss, {})))
     batch = take(setup.dataset, setup.dataset.train, torch.arange(0, 4000, 40))
-    rows = observer(setup)(setup.state, batch, setup.hyper)
+    rows = step_auditor(setup, print)(setup.state, batch, setup.hyper).rows
     grads = []
     for c in range(10):
         mine = batch._replace(where=batch.targets == c)
@@ -523,7 +523,7 @@ def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli
     for title, key in (
         ("share of the gradient", "share"),
         ("share of the step", "update_share"),
-        ("cost x count", "budget"),
+        ("weight x count", "budget"),
     ):
         (line,) = re.findall(rf"^ *{title} +(.*)$", out, re.M)
         means = [sum(r[key] for r in records if r["class"] == name) / 4 for name in "0123456789"]

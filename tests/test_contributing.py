@@ -16,10 +16,10 @@ LOSS, OPTIMIZER, FIGURE = DIFFS = re.findall(
 COPIED = ("funcloss", "tests", "scripts", "docs", "pyproject.toml")
 
 RUN = """
-from funcloss.app import runs
+from funcloss.app.train import train
 from funcloss.app.config import make_config
 
-runs.train(make_config({"dataset": "mnist-sample", "model": "linear", "epochs": 1, "loss": "brier",
+train(make_config({"dataset": "mnist-sample", "model": "linear", "epochs": 1, "loss": "brier",
                         "optimizer": "sign-sgd", "weight_decay": 1e-4, "learning_rate": 1e-3,
                         "audit_every": 0, "compile": "off"}), "run")
 assert runs.folder.foreign(Path("run")) == []

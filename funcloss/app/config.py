@@ -8,7 +8,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -39,6 +39,7 @@ class Option:
     metavar: str = ""  # how the command line writes a value; empty: as its type says
     example: str = ""
     own: str = ""  # what else than its choices it may name; empty: nothing
+    flag: str = ""  # of a switch that the command line has no opposite of
 
 
 FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
@@ -285,7 +286,7 @@ class FileOptions(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Field:
-    """One row of the table: a field of :class:`TrainConfig` and what is said of it."""
+    """One row of a table: a field of a record of options, and its description."""
 
     name: str
     type: Any
@@ -293,20 +294,37 @@ class Field:
     option: Option
 
 
-def fields() -> tuple[Field, ...]:
-    """Return the table of options, in order.
+def fields(record: type = TrainConfig) -> tuple[Field, ...]:
+    """Return the table of options that the annotated fields of a record make, in their order.
 
     Example:
         >>> fields()[0].name, fields()[0].default
         ('dataset', 'auto')
     """
-    defaults = TrainConfig()
+    defaults = _defaults(record)
     return tuple(
-        Field(name, kind, getattr(defaults, name), option)
-        for name, hint in get_type_hints(TrainConfig, include_extras=True).items()
+        Field(name, get_args(hint)[0], defaults[name], get_args(hint)[1])
+        for name, hint in get_type_hints(record, include_extras=True).items()
         if get_origin(hint) is Annotated
-        for kind, option in [get_args(hint)]
     )
+
+
+def _defaults(record: type) -> Mapping[str, Any]:
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in record.__dataclass_fields__.values()
+    }
+
+
+def check_options(options: Any) -> None:
+    """Raise ``ConfigError`` if a field of a record is not of the type or range of its row.
+
+    A default needs no check: it may be empty, and stand for what another place decides.
+    """
+    for row in fields(type(options)):
+        value = getattr(options, row.name)
+        if value != row.default:
+            _checked(row.name, row.type, row.option, value)
 
 
 def make_config(*layers: Mapping[str, Any]) -> TrainConfig:

@@ -1,6 +1,7 @@
 """The end of a choice: the test set, the run folder of the chosen model, the report."""
 
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -221,10 +222,10 @@ def written(choice: Choice, page: Path, run_dir: Path, setup: Setup) -> list[Pat
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
-        about, found = about_of(setup, choice.title, part="train", examples=n, step=None), None
+        about, found = about_of(setup, choice.title, split="train", examples=n, step=None), None
         more: dict[str, Any] = {}
     else:
-        found, about = audited.audit, audited.about._replace(title=choice.title)
+        found, about = audited.audit, dataclasses.replace(audited.about, title=choice.title)
         more = {"history": audited.history, "pictures": audited.pictures}
     write_text(page, render_choice_page(choice, found, about, **more))
     files = [page, page.with_suffix(".json")]
