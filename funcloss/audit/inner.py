@@ -86,7 +86,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[range], Grads]:
-    """Return the function, evaluated once if one block has all: then its value is held."""
+    """Return the function; if one block has all classes, its value, computed once."""
     if len(blocks) > 1:
         return function
     (value,) = map(function, blocks)
@@ -104,7 +104,7 @@ def cross(
     Args:
         left: From a block of classes to their gradients, side by side.
         right: The same.
-        blocks: What is held together; they cover the classes.
+        blocks: Classes whose gradients are held together; they cover all.
         layers: Which parameters make up a layer.
     """
     return torch.cat(
