@@ -1,4 +1,10 @@
-"""From values to a scalar: the only place that divides, and each name says by what."""
+"""From values to a scalar: the only place that divides, and each name says by what.
+
+A reduction is a numerator, the sum of the (weighted) values, and a denominator; of several batches
+or processes, both add up.
+"""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -7,6 +13,79 @@ from torch import Tensor
 from funcloss._checks import check_floating, check_shape, check_where
 from funcloss._precision import wide_dtype
 
+REDUCTIONS = ("mean", "weighted_mean", "sum")
+
+
+class Fraction(NamedTuple):
+    """What a reduction divides, and what by."""
+
+    numerator: Float[Tensor, ""]  # float32 at least: half precision would overflow in the sum
+    denominator: Tensor | float
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """The numerator over the denominator, NaN for 0 over 0."""
+        return self.numerator / self.denominator
+
+
+def divisor(reduction: str, count: Tensor | float, weight_sum: Tensor | float) -> Tensor | float:
+    """What a reduction divides by: the table of reductions.
+
+    Args:
+        reduction: ``mean``, ``weighted_mean`` or ``sum``.
+        count: Number of examples that count.
+        weight_sum: Sum of their weights.
+
+    Returns:
+        ``count``, ``weight_sum`` or 1.
+
+    Raises:
+        ValueError: there is no such reduction.
+
+    Example:
+        >>> [divisor(reduction, 4.0, 12.0) for reduction in REDUCTIONS]
+        [4.0, 12.0, 1.0]
+    """
+    if reduction not in REDUCTIONS:
+        known = ", ".join(REDUCTIONS)
+        raise ValueError(f"reduction must be one of {known}; got {reduction!r}")
+    return {"mean": count, "weighted_mean": weight_sum, "sum": 1.0}[reduction]
+
+
+def fraction(
+    reduction: str,
+    values: Float[Tensor, "*batch"],
+    *,
+    weights: Float[Tensor, "*batch"] | None = None,
+    where: Bool[Tensor, "*batch"] | None = None,
+) -> Fraction:
+    """Numerator and denominator of a reduction of values that are weighted already.
+
+    Args:
+        reduction: ``mean``, ``weighted_mean`` or ``sum``.
+        values: One value per example, times its weight if it has one, shape ``(*batch)``.
+        weights: The weights, for the denominator of ``weighted_mean``; None: 1 each.
+        where: Examples that count; None counts all.
+
+    Returns:
+        The sum of the values that count, and what it is divided by.
+
+    Raises:
+        ValueError: there is no such reduction.
+
+    Example:
+        >>> values, weights = torch.tensor([2.0, 4.0]), torch.tensor([2.0, 1.0])
+        >>> fraction("weighted_mean", values, weights=weights).value
+        tensor(2.)
+    """
+    if where is not None:
+        values = torch.where(where, values, 0.0)
+        weights = None if weights is None else torch.where(where, weights, 0.0)
+    wide = wide_dtype(values)
+    count = float(values.numel()) if where is None else where.sum()
+    weight_sum = count if weights is None else weights.sum(dtype=wide)
+    return Fraction(values.sum(dtype=wide), divisor(reduction, count, weight_sum))
+
 
 def mean(
     values: Float[Tensor, "*batch"], *, where: Bool[Tensor, "*batch"] | None = None
@@ -14,7 +93,7 @@ def mean(
     """Mean over the examples that count, ``sum(values[where]) / sum(where)``.
 
     Args:
-        values: One value an example, shape ``(*batch)``.
+        values: One value per example, shape ``(*batch)``.
         where: Examples that count; None counts all.
 
     Returns:
@@ -30,12 +109,7 @@ def mean(
     """
     check_floating("mean", "values", values)
     check_where("mean", where, tuple(values.shape))
-    if where is None:
-        return values.mean()
-    kept = torch.where(where, values, 0.0)
-    # Half precision would overflow in the sum though the mean is in range.
-    total = kept.sum(dtype=wide_dtype(values))
-    return (total / where.sum()).to(values.dtype)
+    return fraction("mean", values, where=where).value.to(values.dtype)
 
 
 def weighted_mean(
@@ -51,7 +125,7 @@ def weighted_mean(
     per-example gradients, weight the values and use :func:`mean`.
 
     Args:
-        values: One unweighted value an example, shape ``(*batch)``.
+        values: One unweighted value per example, shape ``(*batch)``.
         weights: Weight of each example, not negative, shape ``(*batch)``.
         where: Examples that count; None counts all.
 
@@ -70,8 +144,8 @@ def weighted_mean(
     check_floating("weighted_mean", "weights", weights)
     check_shape("weighted_mean", "weights", weights, tuple(values.shape), "values")
     check_where("weighted_mean", where, tuple(values.shape))
-    if where is not None:
+    if where is not None:  # before the product: 0 * inf = NaN would be in the gradient
         values, weights = torch.where(where, values, 0.0), torch.where(where, weights, 0.0)
     wide = wide_dtype(values)
-    weights = weights.to(wide)
-    return ((weights * values.to(wide)).sum() / weights.sum()).to(values.dtype)
+    weighted = weights.to(wide) * values.to(wide)
+    return fraction("weighted_mean", weighted, weights=weights).value.to(values.dtype)

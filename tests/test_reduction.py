@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,9 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from funcloss import class_weighted, class_weights_of, losses, mean, weighted_mean
+from funcloss.objectives import mean_of, sum_of, weighted_mean_of
+from funcloss.reduction import REDUCTIONS, divisor, fraction
+from funcloss.typing import Batch
 
 WEIGHTS = torch.tensor([1.0, 5.0, 0.5])
 
@@ -64,6 +69,41 @@ def test_at_batch_size_one_the_weight_acts_in_a_mean_and_cancels_in_torchs():
     assert_close(cancelled, plain)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_numerators_and_denominators_of_parts_add_up_to_the_whole(reduction):
+    logits, labels = batch()
+    where = torch.arange(8) % 3 > 0
+    values = losses.cross_entropy(logits, labels)
+    weights = class_weights_of(WEIGHTS, labels)
+    total = (weights * values)[where].sum()
+    by = {"mean": 5.0, "weighted_mean": weights[where].sum(), "sum": 1.0}[reduction]
+    assert_close(divisor(reduction, where.sum(), weights[where].sum()), torch.as_tensor(by),
+                 check_dtype=False)  # fmt: skip
+    parts = [
+        fraction(reduction, (weights * values)[k], weights=weights[k], where=where[k])
+        for k in (slice(0, 2), slice(2, 8))
+    ]
+    numerator = sum(part.numerator for part in parts)
+    denominator = 1.0 if reduction == "sum" else sum(part.denominator for part in parts)
+    assert_close(numerator / denominator, total / by)
+    criterion = {
+        "mean": mean_of(class_weighted(losses.cross_entropy)),
+        "weighted_mean": weighted_mean_of(losses.cross_entropy),
+        "sum": sum_of(class_weighted(losses.cross_entropy)),
+    }[reduction]
+    hyper = {"learning_rate": torch.tensor(1.0), "class_weights": WEIGHTS}
+    assert_close(criterion(logits, Batch(None, labels, where), hyper), total / by)
+
+
+@pytest.mark.parametrize("criterion", [mean_of, sum_of, weighted_mean_of])
+def test_a_criterion_is_pickled_and_equal_to_another_of_the_same(criterion):
+    made = criterion(class_weighted(losses.softmax_focal))
+    assert (
+        pickle.loads(pickle.dumps(made)) == made == criterion(class_weighted(losses.softmax_focal))
+    )
+    assert made != criterion(losses.softmax_focal)
+
+
 def test_nothing_that_counts_is_nan():
     assert mean(torch.ones(2), where=torch.zeros(2, dtype=torch.bool)).isnan()
 
@@ -81,6 +121,11 @@ def test_nothing_that_counts_is_nan():
             lambda: weighted_mean(torch.ones(2), torch.ones(3)),
             ValueError,
             r"weighted_mean: weights must have shape \(2,\) to match values, got \(3,\)",
+        ),
+        (
+            lambda: fraction("average", torch.ones(2)),
+            ValueError,
+            "reduction must be one of mean, weighted_mean, sum; got 'average'",
         ),
         (
             lambda: class_weights_of(torch.ones(2, 2), torch.zeros(2).long()),

@@ -2,17 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcloss.combinators import (
-    class_weights_of,
-    masking,
-)
+from funcloss.combinators import class_weighted, class_weights_of, masking
 from funcloss.keys import keyed_randomness
-from funcloss.reduction import mean, weighted_mean
+from funcloss.reduction import fraction
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
 
 # (predictions, batch, hyper) -> scalar; an evaluation gives no inputs in its batch
@@ -20,7 +18,29 @@ Criterion = Callable[[Tensor, Batch, Hyper], Tensor]
 Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
 
 
-def mean_of(loss: LossFn) -> Criterion:
+@dataclass(frozen=True)
+class Reduced:
+    """The criterion of a loss and a reduction; it is given everything in ``hyper`` by name.
+
+    Of ``weighted_mean`` the loss is an unweighted one, and ``hyper`` holds ``class_weights``.
+    """
+
+    loss: LossFn
+    reduction: str = "mean"
+
+    def __call__(self, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
+        """Return the scalar to minimise."""
+        loss, weights = self.loss, None
+        options = {name: value for name, value in hyper.items() if name != "learning_rate"}
+        if self.reduction == "weighted_mean":
+            loss = class_weighted(loss)
+            weights = class_weights_of(options["class_weights"], batch.targets, batch.where)
+        values = loss(predictions, batch.targets, **masking(batch.where), **options)
+        reduced = fraction(self.reduction, values, weights=weights, where=batch.where)
+        return reduced.value.to(values.dtype)
+
+
+def mean_of(loss: LossFn) -> Reduced:
     """Return the mean over the examples that count, ``sum(loss) / sum(where)``.
 
     Args:
@@ -29,45 +49,24 @@ def mean_of(loss: LossFn) -> Criterion:
     Returns:
         A criterion ``(predictions, batch, hyper) -> scalar``.
     """
-
-    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
-        return mean(_values(loss, predictions, batch, hyper), where=batch.where)
-
-    return criterion
+    return Reduced(loss, "mean")
 
 
-def sum_of(loss: LossFn) -> Criterion:
+def sum_of(loss: LossFn) -> Reduced:
     """Return the sum over the examples that count, ``sum(loss)``; as :func:`mean_of` otherwise."""
-
-    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
-        return _values(loss, predictions, batch, hyper).sum()
-
-    return criterion
+    return Reduced(loss, "sum")
 
 
-def weighted_mean_of(loss: LossFn) -> Criterion:
+def weighted_mean_of(loss: LossFn) -> Reduced:
     """Return torch's mean over class weights, ``sum(w[label] * loss) / sum(w[label])``.
 
     Args:
-        loss: An unweighted loss; ``hyper["class_weights"]`` is kept for the mean.
+        loss: An unweighted loss of labels; ``hyper["class_weights"]`` weighs it.
 
     Returns:
         A criterion ``(predictions, batch, hyper) -> scalar``.
     """
-
-    def criterion(predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
-        options = dict(hyper)
-        class_weights = options.pop("class_weights")
-        values = _values(loss, predictions, batch, options)
-        weights = class_weights_of(class_weights, batch.targets, batch.where)
-        return weighted_mean(values, weights, where=batch.where)
-
-    return criterion
-
-
-def _values(loss: LossFn, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
-    options = {name: value for name, value in hyper.items() if name != "learning_rate"}
-    return loss(predictions, batch.targets, **masking(batch.where), **options)
+    return Reduced(loss, "weighted_mean")
 
 
 def make_forward(model: nn.Module) -> Forward:
@@ -113,6 +112,7 @@ def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False
         from ``keys``.
 
     Example:
+        >>> from funcloss import losses
         >>> from funcloss.models import linear
         >>> objective = supervised(linear((1, 2, 2), 3), mean_of(losses.cross_entropy))
         >>> params = {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
