@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from funcloss.audit.data import MakeBatches, MaskedBatch, check_labels
-from funcloss.audit.gram import scale_of
 from funcloss.audit.inner import (
     Layers,
     add_to,
@@ -25,6 +24,7 @@ from funcloss.audit.methods import METHODS
 from funcloss.audit.result import ExampleRows, StandardErrors
 from funcloss.audit.state import ModelState
 from funcloss.errors import AuditError
+from funcloss.reduction import divisor
 from funcloss.typing import Grads, Params
 
 
@@ -181,7 +181,7 @@ def class_gradients(
     counts = label.bincount(minlength=context.classes).cpu()
     n = len(index)
     weight_sum = (weights.cpu().double() * counts).sum()
-    scale = float(scale_of(context.loss.reduction, torch.tensor(n).double(), weight_sum))
+    scale = float(torch.tensor(n) / divisor(context.loss.reduction, n, weight_sum))
 
     def sums(block: range) -> Grads:
         return kept if len(blocks) == 1 else block_gradients(context, make_batches, block)

@@ -7,11 +7,10 @@ every class under any weights, without the gradients.
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-REDUCTIONS = ("mean", "weighted_mean", "sum")
+from funcloss.reduction import divisor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +52,7 @@ def balance(
         ValueError: a shape does not fit, a weight is negative, or ``reduction`` is unknown.
 
     Example:
+        >>> import torch
         >>> gram = torch.tensor([[2.0, -1.0], [-1.0, 1.0]])
         >>> balance(gram, torch.tensor([4, 4]), torch.tensor([1.0, 1.0])).share
         tensor([1., 0.])
@@ -71,7 +71,8 @@ def balance(
         raise ValueError(f"balance: class_weights must be at least 0, got {class_weights.tolist()}")
     weights = class_weights.to(gram)
     weight_sums = weights * count.to(gram)
-    scale = scale_of(reduction, count.to(gram).sum(), weight_sums.sum())
+    n = count.to(gram).sum()
+    scale = n / divisor(reduction, n, weight_sums.sum())  # of sum_c w_c G_c
     expected = weight_sums / weight_sums.sum()
     along = weights * (gram @ weights)  # <g_c, g>, but for the scale
     share = along / along.sum()
@@ -96,23 +97,9 @@ def cosines(gram: Float[Tensor, "*layers n n"]) -> Float[Tensor, "*layers n n"]:
         ``K[a, b] / sqrt(K[a, a] K[b, b])`` in ``[-1, 1]``, the shape of ``gram``.
 
     Example:
+        >>> import torch
         >>> cosines(torch.tensor([[4.0, -2.0], [-2.0, 4.0]]))[0, 1]
         tensor(-0.5000)
     """
     length = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     return (gram / (length[..., :, None] * length[..., None, :])).clamp(-1.0, 1.0)
-
-
-def scale_of(reduction: str, count: Tensor, weight_sum: Tensor) -> Tensor:
-    """Return the factor from ``sum_c w_c G_c`` to the gradient of the reduced loss.
-
-    Args:
-        reduction: ``mean``, ``weighted_mean`` or ``sum``.
-        count: Number of examples, a scalar.
-        weight_sum: Sum of their class weights, a scalar.
-    """
-    if reduction not in REDUCTIONS:
-        known = ", ".join(REDUCTIONS)
-        raise ValueError(f"balance: reduction must be one of {known}; got {reduction!r}")
-    divisors = {"mean": count, "weighted_mean": weight_sum, "sum": torch.ones_like(count)}
-    return count / divisors[reduction]

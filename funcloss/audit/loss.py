@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp
 
-from funcloss.audit.gram import REDUCTIONS
 from funcloss.combinators import ClassWeighted, couples_examples, name_of, options_of
 from funcloss.errors import AuditError
+from funcloss.reduction import REDUCTIONS
 from funcloss.typing import LossFn
 
 _OWN = {"class_weights"}

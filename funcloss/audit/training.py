@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funcloss._json import jsonable
 from funcloss.audit.data import groups_of, select_valid
 from funcloss.audit.gradients import AuditContext, batch_gradients
-from funcloss.audit.gram import Balance, balance, scale_of
+from funcloss.audit.gram import Balance, balance
 from funcloss.audit.inner import grams, layers_of, scaled_rows, total_of
 from funcloss.audit.loss import LossSpec, as_spec, inspected
 from funcloss.audit.measure import COUPLING, plan_for
@@ -21,6 +21,7 @@ from funcloss.audit.step import split_step
 from funcloss.errors import AuditError
 from funcloss.objectives import make_forward
 from funcloss.optim import Optimizer, Schedule
+from funcloss.reduction import divisor
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Grads, Hyper, LossFn, Params
 
@@ -160,7 +161,7 @@ def make_batch_audit(spec: LossSpec, classes: tuple[str, ...]) -> BatchAudit:
         count = groups.bincount(minlength=len(classes))
         total = torch.zeros_like(weights).index_add_(0, groups, seen.loss.to(weights))
         weight_sum = (weights * count).sum().cpu()
-        scale = float(scale_of(spec.reduction, torch.tensor(float(n)), weight_sum))
+        scale = float(torch.tensor(n) / divisor(spec.reduction, n, weight_sum))
         gram = grams(seen.sums, seen.sums, context.layers).sum(0) / n**2
         now = balance(gram, count.cpu(), weights.cpu().double(), reduction=spec.reduction)
         found = StepFindings(now, count.cpu(), (total / count).cpu().double(), None, classes)
