@@ -24,6 +24,7 @@ from funcloss.app import runs
 from funcloss.app.audits import audit_checkpoint, audit_run, observer, write_report
 from funcloss.app.config import make_config
 from funcloss.app.data import take
+from funcloss.app.options import AuditOptions
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs.setup import make_setup
 from funcloss.audit import audit, compare, sentences
@@ -216,7 +217,7 @@ def test_a_table_that_goes_to_a_file_is_whole_at_any_width(
     monkeypatch.setenv("COLUMNS", columns)
     _, out, _ = run_cli("audit", run, *FEW)
     assert "…" not in out
-    assert re.search(r"^class +count +cost +budget +share ", out, re.M)
+    assert re.search(r"^class +count +weight +budget +share ", out, re.M)
 
 
 def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(finished, sample):
@@ -297,7 +298,7 @@ def test_the_json_has_what_a_reader_needs(reported):
     assert sum(found["step"]["share"]) == pytest.approx(1.0)
     assert found["step"]["rows"][:10] == list("0123456789")
     about = found["about"]
-    assert (about["model"], about["loss"], about["part"]) == ("linear", "cross_entropy", "train")
+    assert (about["model"], about["loss"], about["split"]) == ("linear", "cross_entropy", "train")
     assert (about["examples"], about["step"], about["parameters"]) == (600, 31, 7850)
     assert (about["optimizer"], about["scale_invariant"]) == ("adam", True)
     assert about["command"].endswith(f"audit {run} --examples 600")
@@ -361,7 +362,7 @@ def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported,
 
 def test_the_numbers_are_those_of_the_library(reported, finished):
     run, _, _ = reported
-    found = audit_run(finished, examples=600)
+    found = audit_run(finished, AuditOptions(examples=600))
     assert_numbers(without_time(read(run)), without_time(found.audit.to_dict()))
 
 
@@ -371,7 +372,7 @@ def test_a_second_audit_replaces_the_first(run, run_cli):
     code, out, _ = run_cli("audit", run, "--examples", "300", "--split", "validation")
     assert code == 0
     assert set(listing(run)) == set(first)
-    assert read(run)["about"]["part"] == "validation"
+    assert read(run)["about"]["split"] == "validation"
     assert len(rows_of(run / "audit_examples.csv")) == 300
     changed = {name for name, content in listing(run).items() if content != first[name]}
     assert changed == set(FILES) - {"audit_history.png"}  # which is of the training
@@ -419,7 +420,10 @@ def test_a_saved_model_is_audited_as_its_run_is(finished, run_cli, tmp_path):
         *FEW,
     )  # fmt: skip
     assert (code, err) == (0, "")
-    found, expected = read(out), audit_run(finished, examples=600, evaluation_mode=True).audit
+    found, expected = (
+        read(out),
+        audit_run(finished, AuditOptions(examples=600, evaluation_mode=True)).audit,
+    )
     assert_numbers(found["gram"], expected.gram.tolist(), rel=1e-12, size=0)
     told = expected.to_dict()
     for row, of_run in zip(found["classes"], told["classes"], strict=True):
@@ -439,10 +443,10 @@ def test_a_saved_model_with_dropout_is_audited_as_its_run_in_evaluation_mode(sto
         {"model": "article-cnn", "dataset": "mnist-sample", "class_weight": {"9": 5}}
     )
     saved = audit_checkpoint(
-        stopped / "model.safetensors", config, examples=300, evaluation_mode=True
+        stopped / "model.safetensors", config, AuditOptions(examples=300, evaluation_mode=True)
     ).audit
-    of_run = audit_run(stopped, examples=300, evaluation_mode=True).audit
-    awake = audit_run(stopped, examples=300).audit
+    of_run = audit_run(stopped, AuditOptions(examples=300, evaluation_mode=True)).audit
+    awake = audit_run(stopped, AuditOptions(examples=300)).audit
     assert_close(saved.gram, of_run.gram, rtol=1e-5, atol=1e-9)
     assert (awake.gram - of_run.gram).abs().max() > 0.01 * of_run.gram.abs().max()
 
@@ -458,7 +462,7 @@ def test_the_loss_of_a_saved_model_is_the_one_named(finished, tmp_path, run_cli,
     assert found["about"]["loss"] == "softmax_focal"
     assert [row["class_weight"] for row in found["classes"]] == [1.0] * 10
     values = [float(row["loss"]) for row in rows_of(out / "audit_examples.csv")]
-    plain = audit_run(finished, examples=600).audit.examples.loss
+    plain = audit_run(finished, AuditOptions(examples=600)).audit.examples.loss
     assert all(focal <= full + 1e-6 for focal, full in zip(values, plain.tolist(), strict=True))
 
 
@@ -469,7 +473,7 @@ def test_dropout_sleeps_in_evaluation_mode_only(stopped, run_cli, tmp_path, no_f
         assert run_cli("audit", stopped, *args)[0] == 0
         found.append(read(tmp_path / name))
     assert [f["about"]["mode"] for f in found] == ["train", "eval"]
-    assert found[0]["gram"] == audit_run(stopped, examples=200).audit.gram.tolist()
+    assert found[0]["gram"] == audit_run(stopped, AuditOptions(examples=200)).audit.gram.tolist()
     assert found[0]["gram"] != found[1]["gram"]
 
 
@@ -481,7 +485,7 @@ def test_each_part_of_the_data_is_audited(finished, run_cli, tmp_path, part, sam
     found, examples = read(out), getattr(sample, part)
     counts = examples.labels.bincount(minlength=10).tolist()
     assert [row["count"] for row in found["classes"]] == counts
-    assert found["about"]["part"] == part
+    assert found["about"]["split"] == part
     assert f"{len(examples.labels):,} examples of mnist-sample, {part}" in printed
     # the validation examples are held out of what trains
     assert ("held_out" in found["impact"]) == (part == "train")
@@ -492,7 +496,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path, run_cli, no_figures):
     before = listing(run)
     code, out, err = run_cli("audit", run, "--split", "validation")
     assert (code, out) == (2, "")
-    assert "mnist-sample has no validation part: the run held out none" in err
+    assert "mnist-sample has no validation split: the run held out none" in err
     assert listing(run) == before
     code, out, _ = run_cli("audit", run, *FEW)
     assert code == 0
@@ -501,7 +505,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path, run_cli, no_figures):
 
 @pytest.fixture(scope="module")
 def by_examples(stopped):
-    return audit_run(stopped, examples=60, method="examples").audit
+    return audit_run(stopped, AuditOptions(examples=60, method="examples")).audit
 
 
 @pytest.mark.parametrize("method", ["products", "examples", "classes", "loop"])
@@ -556,7 +560,7 @@ def test_more_examples_than_there_are_are_all(finished, run_cli, tmp_path, no_fi
 
 
 def test_a_stopped_run_is_audited_at_the_step_it_would_take(stopped):
-    found = audit_run(stopped, examples=300)
+    found = audit_run(stopped, AuditOptions(examples=300))
     step, audited = found.audit.step, found.audit
     assert found.about.step == 13
     assert step.learning_rate == pytest.approx(
@@ -619,7 +623,7 @@ def test_momentum_of_a_finished_run_is_its_history(tmp_path):
     run = trained(
         tmp_path / "run", optimizer="sgd", momentum=0.9, learning_rate=0.01, audit_every=0
     )
-    found = audit_run(run, examples=300)
+    found = audit_run(run, AuditOptions(examples=300))
     assert found.audit.step.note == ""
     norm = dict(zip(found.audit.step.rows, found.audit.step.norm.tolist(), strict=True))
     assert norm["history"] > 0
@@ -645,7 +649,9 @@ def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
         made = make_config(SMALL, options, {"class_weight": weights})
         tensors = make_setup(made).state.params
         runs.save_tensors(tmp_path / f"{name}.safetensors", tensors, {})
-        found = audit_checkpoint(tmp_path / f"{name}.safetensors", made, examples=100).audit
+        found = audit_checkpoint(
+            tmp_path / f"{name}.safetensors", made, AuditOptions(examples=100)
+        ).audit
         assert found.balance.share.sum() == pytest.approx(1.0)
         assert found.linear_in_weights
 
@@ -686,9 +692,9 @@ REFUSED = [
     (["--checkpoint", "RUN", "OF"], 1, "cannot read"),
     (["--checkpoint", "STATE", "OF"], 1, "is not of linear on mnist-sample"),
     (["--checkpoint", "MODEL", *["--model", "mlp", "--dataset", "mnist-sample", "--out", "out"]], 1,
-     "model.safetensors is not of mlp on mnist-sample: see its fc1.weight"),
+     "model.safetensors is not of mlp on mnist-sample: it lacks fc1.bias"),
     (["--checkpoint", "WIDE", "OF"], 1, "is not of linear on mnist-sample: see its fc.weight"),
-    (["--checkpoint", "MORE", "OF"], 1, "is not of linear on mnist-sample: see its extra"),
+    (["--checkpoint", "MORE", "OF"], 1, "is not of linear on mnist-sample: it has an unknown"),
 ]  # fmt: skip
 
 
@@ -786,7 +792,7 @@ def test_a_log_that_is_cut_or_gone_costs_its_history_at_most(run, lines):
     (run / "metrics.jsonl").unlink()
     if lines is not None:
         (run / "metrics.jsonl").write_bytes(lines)
-    assert audit_run(run, examples=100).history == []
+    assert audit_run(run, AuditOptions(examples=100)).history == []
 
 
 def test_a_log_that_is_no_text_is_one_line_at_most(run, run_cli, no_figures):
@@ -878,7 +884,7 @@ def test_ctrl_c_leaves_one_word_and_nothing_half_written(run, run_cli, monkeypat
 
     for place in ("audit_run", "write_report"):
         with monkeypatch.context() as patched:
-            patched.setattr(f"funcloss.audit.{place}", interrupted)
+            patched.setattr(f"funcloss.app.audits.{place}", interrupted)
             code, out, err = run_cli("audit", run, *FEW)
         assert code in (1, 2, 130)
         assert out == ""
@@ -897,12 +903,12 @@ def test_ctrl_c_of_a_terminal_ends_it_at_once(run, tmp_path):
     """The signal itself, in the middle of the work."""
     code = (
         "import sys, threading, os, signal\n"
-        "from funcloss import audit\n"
-        "real = audit.audit_run\n"
+        "from funcloss.app import audits\n"
+        "real = audits.audit_run\n"
         "def slow(*a, **k):\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    while True: real(*a, **k)\n"
-        "audit.audit_run = slow\n"
+        "audits.audit_run = slow\n"
         "from funcloss.app.cli import main\n"
         f"sys.argv = ['funcloss', 'audit', {str(run)!r}, '--examples', '100']\n"
         "main()\n"
@@ -926,8 +932,8 @@ def test_a_reader_that_closes_the_pipe_early_ends_it_quietly(run):
 
 
 def test_the_library_refuses_an_unknown_part_too(finished):
-    with pytest.raises(ConfigError, match="part must be one of train, validation, test"):
-        audit_run(finished, part="all")
+    with pytest.raises(ConfigError, match="split must be one of train, validation, test"):
+        audit_run(finished, AuditOptions(split="all"))
     with pytest.raises(RunError, match="is not a run folder"):
         audit_run(finished / "model.safetensors")
 

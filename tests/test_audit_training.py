@@ -521,7 +521,7 @@ def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli
     for title, key in (
         ("share of the gradient", "share"),
         ("share of the step", "update_share"),
-        ("cost x count", "budget"),
+        ("weight x count", "budget"),
     ):
         (line,) = re.findall(rf"^ *{title} +(.*)$", out, re.M)
         means = [sum(r[key] for r in records if r["class"] == name) / 4 for name in "0123456789"]

@@ -22,6 +22,7 @@ from funcloss.app.audits import audit_run, observer
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
 from funcloss.app.data import normalised, take
+from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.report.choice import Ascent
 from funcloss.app.report.choice import Limit as Told
 from funcloss.app.runs import evaluation, folder
@@ -692,14 +693,14 @@ def test_an_audit_sees_the_weights_of_the_last_steps(floored):
     weights = tensors(run, "checkpoint.safetensors")["hyper/class_weights"]
     assert float(weights[8]) == pytest.approx(steered(run)[-1]["weights"]["8"], rel=1e-3)
     assert weights[:8].tolist() == [1.0] * 8
-    found = audit_run(run, examples=500).audit
+    found = audit_run(run, AuditOptions(examples=500)).audit
     assert_close(found.class_weights.float(), weights)
     assert found.balance.share.sum() == pytest.approx(1.0)
 
 
 def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
     """They tell what prior the probabilities are of, and what the loss was."""
-    found = runs.evaluate_run(floored.folder, part="validation")
+    found = runs.evaluate_run(floored.folder, EvaluateOptions(split="validation"))
     record = runs.evaluation.record_of(found.evaluation)
     assert record == floored.summary["validation"]
     assert found.evaluation.loss == pytest.approx(floored.summary["validation"]["loss"])
@@ -776,7 +777,7 @@ def test_a_limit_moves_a_real_training_its_way(plain, tmp_path, options, signs, 
     assert all(way * moved[name] > 0.1 for name, way in signs.items())
     assert max(moved, key=lambda name: abs(moved[name])) in signs
     costs = {"class_cost": options["class_cost"]} if "class_cost" in options else {}
-    before = runs.evaluate_run(plain.folder, part="validation", judge_by=costs)
+    before = runs.evaluate_run(plain.folder, EvaluateOptions(split="validation", **costs))
     before = runs.evaluation.record_of(before.evaluation)["rules"]["argmax"]
     assert score(argmax_of(run)) > score(before)
 

@@ -96,7 +96,10 @@ REFUSED = [
     (["train", "--resume", "x", "--epochs", "9"], "leave out --epochs"),
     (["train", "--resume", "x", "--seed", "0", "--no-nesterov"], "leave out --nesterov, --seed"),
     (["train", "--seed", "1" + 400 * "0"], "seed must be at least 0 and at most"),
-    (["evaluate", "RUN", "--device", "gpu"], "device gpu is not on this machine"),
+    (
+        ["evaluate", "RUN", "--device", "gpu"],
+        "device must be one of auto, cpu, cuda, mps;",
+    ),
     (["train", "--resume", "x", "--run-dir", "y", "--overwrite"], "leave out --run-dir, --overw"),
     (["evaluate", "x", "--split", "all"], "split must be one of test, validation, train"),
     (["evaluate", "x", "--dataset", "auto"], "dataset must be one of mnist, fashion-mnist"),

@@ -16,6 +16,7 @@ from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
 from funcloss.app import audits, data, runs
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
+from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.registry import LOSSES, make_criterion, number_options
 from funcloss.app.runs import folder
 from funcloss.app.runs.setup import make_hyper, make_setup
@@ -385,18 +386,19 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     loaded = runs.load(run)
     assert loaded.class_counts.dtype == torch.float32
     assert loaded.class_counts.tolist() == counts
-    assert runs.evaluate_run(run, part="train").evaluation.labels.bincount().tolist() == counts
-    whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
-    assert whole.labels.bincount().tolist() == counts
-    assert (
-        runs.evaluate_run(run, part="validation").evaluation.labels.bincount().tolist() == [50] * 10
-    )
-    elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
-    assert len(elsewhere.labels) == 54_000
+    for asked, expected in (
+        (EvaluateOptions(split="train"), counts),
+        (EvaluateOptions(dataset="mnist-sample", split="train"), counts),
+        (EvaluateOptions(split="validation"), [50] * 10),
+    ):
+        found = runs.evaluate_run(run, asked).evaluation
+        assert found.labels.bincount().tolist() == expected
+    elsewhere = runs.evaluate_run(run, EvaluateOptions(dataset="mnist", split="train"))
+    assert len(elsewhere.evaluation.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()
-    expected = float(F.cross_entropy(told, elsewhere.labels))
+    expected = float(F.cross_entropy(told, elsewhere.evaluation.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
-    assert audits.audit_run(run, examples=5000).audit.count.tolist() == counts
+    assert audits.audit_run(run, AuditOptions(examples=5000)).audit.count.tolist() == counts
 
 
 AUDITED = {
@@ -424,7 +426,7 @@ def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
         assert sum(shares) == pytest.approx(1.0, abs=1e-6)
     code, _, err = run_cli("audit", run, "--examples", 500, "--quiet")
     assert (code, err) == (0, "")
-    found = audits.audit_run(run, examples=500).audit
+    found = audits.audit_run(run, AuditOptions(examples=500)).audit
     assert set(found.elasticities) == elastic
     if "price" in elastic:
         # The price multiplies the costs, and nothing else does: Euler's theorem.
@@ -438,7 +440,9 @@ def test_a_saved_model_is_audited_under_costs(tmp_path):
     config = make_config(TINY, {"loss": "expected_cost", "class_cost": {"9": 5}})
     setup = make_setup(config)
     runs.save_tensors(tmp_path / "m.safetensors", setup.state.params, {})
-    found = audits.audit_checkpoint(tmp_path / "m.safetensors", config, examples=300).audit
+    found = audits.audit_checkpoint(
+        tmp_path / "m.safetensors", config, AuditOptions(examples=300)
+    ).audit
     batch = data.take(setup.dataset, setup.dataset.train, torch.arange(4000))
     assert found.count.sum() == 300
     logits = batch.inputs.flatten(1) @ setup.state.params["fc.weight"].T

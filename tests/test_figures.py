@@ -31,7 +31,7 @@ def test_a_confusion_matrix_has_a_bounded_size(classes, tmp_path):
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from funcloss.training import figures
+from funcloss.app.report import run_figures as figures
 
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024

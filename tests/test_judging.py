@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from funcloss.app import registry, runs
 from funcloss.app.config import make_config
 from funcloss.app.data import normalised
+from funcloss.app.options import EvaluateOptions
 from funcloss.app.registry import make_criterion
 from funcloss.app.runs.evaluation import (
     deployment_prior,
@@ -649,11 +650,11 @@ def test_costs_of_the_command_replace_those_of_the_run(run, tmp_path):
     assert own.evaluation.rule.costs.matrix.tolist() == NINES.tolist()
     from funcloss.decisions import read_cost_matrix
 
-    by_table = runs.evaluate_run(run, judge_by={"cost_matrix": read_cost_matrix(file)})
+    by_table = runs.evaluate_run(run, EvaluateOptions(cost_matrix=read_cost_matrix(file)))
     assert by_table.evaluation.rule.costs.extra == ("ask",)
-    by_class = runs.evaluate_run(run, judge_by={"class_cost": {"0": 2.0}})
+    by_class = runs.evaluate_run(run, EvaluateOptions(class_cost={"0": 2.0}))
     assert by_class.evaluation.rule.costs.matrix[9].tolist() == [1.0] * 9 + [0.0]
-    weighed = runs.evaluate_run(run, judge_by={"prior": {"9": 0.5}})
+    weighed = runs.evaluate_run(run, EvaluateOptions(prior={"9": 0.5}))
     assert weighed.evaluation.rule.costs.matrix.tolist() == NINES.tolist()
     for other in (by_table, by_class, weighed):  # what it learnt by is what it was
         assert other.evaluation.loss == own.evaluation.loss
@@ -667,11 +668,11 @@ def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     runs.train(make_config(made), tmp_path / "run")
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
-    assert "at temperature 1.000 (no validation part)" in out
+    assert "at temperature 1.000 (no validation split)" in out
     assert json.loads((tmp_path / "scores.json").read_text())["temperature"] == 1.0
     code, _, err = run_cli("evaluate", tmp_path / "run", "--split", "validation")
     assert code == 2
-    assert "has no validation part: the run held out none" in err
+    assert "has no validation split: the run held out none" in err
 
 
 REFUSED = [
@@ -715,7 +716,7 @@ def test_what_cannot_be_judged_by_is_one_line_and_exit_code_2(
 
 def test_a_prior_of_no_class_that_is_judged_is_refused(run):
     with pytest.raises(ConfigError, match="the parts of all classes must add up to 1, got 0.5"):
-        runs.evaluate_run(run, judge_by={"prior": dict.fromkeys(DIGITS, 0.05)})
+        runs.evaluate_run(run, EvaluateOptions(prior=dict.fromkeys(DIGITS, 0.05)))
 
 
 def test_scores_that_cannot_be_written_are_exit_code_1(run, tmp_path, run_cli):

@@ -30,6 +30,7 @@ from funcloss.app import data, runs, sweep
 from funcloss.app.audits import audit_run
 from funcloss.app.config import make_config
 from funcloss.app.data.table import read_table
+from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.errors import ConfigError, DataError
 
 PREAMBLE = """
@@ -1054,10 +1055,12 @@ def test_a_streamed_run_is_judged_and_audited_as_a_held_one(form, tmp_path, modu
         runs.train(make_config(OPTIONS, options), tmp_path / name)
     both = tmp_path / "held", tmp_path / "streamed"
     for part in ("train", "validation", "test"):
-        held, streamed = (runs.evaluate_run(run, part=part, allow_import=True) for run in both)
+        held, streamed = (
+            runs.evaluate_run(run, EvaluateOptions(split=part, allow_import=True)) for run in both
+        )
         assert torch.equal(held.evaluation.logits, streamed.evaluation.logits)
-        assert torch.equal(held.labels, streamed.labels)
-    held, streamed = (audit_run(run, allow_import=True).audit for run in both)
+        assert torch.equal(held.evaluation.labels, streamed.evaluation.labels)
+    held, streamed = (audit_run(run, AuditOptions(allow_import=True)).audit for run in both)
     assert torch.equal(held.balance.share, streamed.balance.share)
     assert torch.equal(held.balance.conflict, streamed.balance.conflict)
     assert held.count.tolist() == streamed.count.tolist()

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from funcloss import models
 from funcloss.app import data, runs
 from funcloss.app.config import make_config, read_toml
+from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs.network import make_model, try_model
 from funcloss.errors import ConfigError
 
@@ -411,7 +412,7 @@ def test_batch_norm_keeps_its_running_mean(own, fit):
     assert_close(kept["norm.running_var"], torch.full((3,), 0.5 + 0.5 * 32 / 31))
     loaded = runs.load(run, allow_import=True)
     assert torch.equal(loaded.model.norm.running_var, kept["norm.running_var"])
-    judged = runs.evaluate_run(run, allow_import=True).evaluation
+    judged = runs.evaluate_run(run, EvaluateOptions(allow_import=True)).evaluation
     assert judged.argmax.accuracy.value == accuracy_of(run)
 
 
@@ -426,7 +427,7 @@ def test_tied_weights_stay_tied(own, fit, run_cli):
     assert torch.equal(loaded.one.weight, tensors(run)["one.weight"])
     for command in ("evaluate", "audit"):
         assert run_cli(command, run, "--allow-import")[0] == 0
-    judged = runs.evaluate_run(run, allow_import=True).evaluation
+    judged = runs.evaluate_run(run, EvaluateOptions(allow_import=True)).evaluation
     assert judged.argmax.accuracy.value == accuracy_of(run)
     args = ("--model", address, "--init", run / "model.safetensors", "--epochs", 0)
     again, (code, _, err) = fit(*args)

@@ -33,7 +33,7 @@ LIBRARY = [
 ]
 APPLICATION = [
     {"app", "app.addresses"},
-    {"app.config", "app.registry", "app.data", "app.report"},
+    {"app.config", "app.options", "app.registry", "app.data", "app.report"},
     {"app.runs"},
     {"app.audits"},
     {"app.sweep"},

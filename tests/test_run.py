@@ -16,6 +16,7 @@ import funcloss
 from funcloss import training
 from funcloss.app import audits, runs, sweep
 from funcloss.app.config import make_config, read_toml
+from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.runs import folder
 from funcloss.errors import ConfigError, DataError, RunError
 
@@ -226,7 +227,7 @@ def test_a_training_that_learns_nothing_says_so_at_its_end(tmp_path, run_cli, ca
     lines = err.splitlines()
     assert lines[len(lines) - len(told) :] == told
     assert any(said in text for text in warnings) == bool(said)
-    for word in ("hardest class", "make its mistakes cost"):
+    for word in ("hardest class", "5 times the weight in the loss"):
         assert (word in out) == (not said)
     _, _, again = run_cli("train", "--resume", tmp_path / "run")
     assert again.splitlines() == told
@@ -383,7 +384,7 @@ def test_all_that_a_run_leaves_is_its_own(tmp_path):
     run = tmp_path / "run"
     made = config(epochs=1, audit_every=20, tensorboard=True)
     runs.train(made, run, observer=audits.observer)
-    audits.write_report(audits.audit_run(run, examples=100), run)
+    audits.write_report(audits.audit_run(run, AuditOptions(examples=100)), run)
     for left in (".model-12.safetensors", ".curves-3.png", ".plain-a1_b/config.toml"):
         (run / left).parent.mkdir(exist_ok=True)
         (run / left).touch()  # by a kill
@@ -597,19 +598,21 @@ def test_evaluating_a_run_gives_what_its_summary_says(finished):
     scores = outcome.summary["test"]["rules"]["argmax"]
     assert judged.evaluation.argmax.accuracy.value == scores["accuracy"][0]
     assert judged.evaluation.loss == pytest.approx(outcome.summary["test"]["loss"], rel=1e-5)
-    validation = runs.evaluate_run(run, part="validation").evaluation
+    validation = runs.evaluate_run(run, EvaluateOptions(split="validation")).evaluation
     scores = outcome.summary["validation"]["rules"]["argmax"]
     assert validation.argmax.accuracy.value == scores["accuracy"][0]
 
 
 def test_a_run_can_be_judged_on_another_data_set(finished, data_dir):
     run, _, _ = finished
-    judged = runs.evaluate_run(run, dataset="mnist", data_dir=str(data_dir))
+    judged = runs.evaluate_run(run, EvaluateOptions(dataset="mnist", data_dir=str(data_dir)))
     assert len(judged.evaluation.labels) == 10_000
     assert judged.evaluation.argmax.accuracy.value > 0.75
-    clothes = runs.evaluate_run(run, dataset="fashion-mnist", data_dir=str(data_dir))
+    clothes = runs.evaluate_run(
+        run, EvaluateOptions(dataset="fashion-mnist", data_dir=str(data_dir))
+    )
     assert clothes.evaluation.argmax.accuracy.value < 0.4
-    assert clothes.classes[0] == "T-shirt/top"
+    assert clothes.evaluation.rule.costs.classes[0] == "T-shirt/top"
 
 
 def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):

@@ -1,10 +1,11 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import Tensor
 from funcloss._files import write_text
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
+from funcloss.app.options import AuditOptions
 from funcloss.app.registry import loss_named
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import About, render_page
@@ -20,7 +22,7 @@ from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
-from funcloss.app.runs.use import part_of
+from funcloss.app.runs.use import split_of
 from funcloss.audit.measure import audit
 from funcloss.audit.result import Audit
 from funcloss.audit.training import loss_options, make_audit_step
@@ -32,136 +34,74 @@ from funcloss.typing import Batch, Hyper, LossFn, Params
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
 _FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
+_DEFAULTS = AuditOptions()
 _NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
 
 
-class RunAudit(NamedTuple):
+@dataclass(frozen=True)
+class RunAudit:
     """An audit with what its report needs."""
 
     audit: Audit
     about: About
     history: Sequence[dict[str, Any]]  # the audits of the training
-    pictures: dict[int, bytes]  # PNG files, by index in the part of the data set
+    pictures: dict[int, bytes]  # PNG files, by index in the split of the data set
 
 
-def audit_run(
-    run_dir: str | Path,
-    *,
-    part: str = "train",
-    examples: int = 10_000,
-    evaluation_mode: bool = False,
-    data_dir: str = "",
-    device: str = "auto",
-    allow_import: bool = False,
-    method: str = "auto",
-    memory: float = 2048.0,
-) -> RunAudit:
-    """Audit a run where its last checkpoint is: gradient, step, and impact on held-out data.
+def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudit:
+    """Audit a run at its last checkpoint: gradient, step, and impact on held-out data.
 
     Args:
         run_dir: A run folder, finished or not.
-        part: What to audit: ``train``, ``validation`` or ``test``.
-        examples: How many of it at most, drawn with one seed.
-        evaluation_mode: Without dropout; else as the training steps go.
-        data_dir: Where the data is now, if it has moved.
-        device: Where to measure.
-        allow_import: Whether code that the run names may be imported.
-        method: As for :func:`funcloss.audit.audit`.
-        memory: As for :func:`funcloss.audit.audit`, in MiB.
+        options: What is audited, and how.
 
     Returns:
         The audit and what its report needs.
 
     Raises:
         AuditError: it cannot be audited.
-        ConfigError: the part is empty, or the device is not there.
+        ConfigError: the split is empty, or the device is not there.
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
     run_dir = Path(run_dir).expanduser()
-    config = folder.read_config(run_dir, allow_import=allow_import)
-    here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
-    return audit_training(
-        run_dir, make_setup(config._replace(**here)), part=part, examples=examples,
-        evaluation_mode=evaluation_mode, method=method, memory=memory,
-    )  # fmt: skip
+    config = folder.read_config(run_dir, allow_import=options.allow_import)
+    here = {"data_dir": options.data_dir or config.data_dir, "device": options.device, "init": ""}
+    return audit_training(run_dir, make_setup(config._replace(**here)), options)
 
 
-def audit_training(
-    run_dir: Path,
-    setup: Setup,
-    *,
-    part: str = "train",
-    examples: int = 10_000,
-    evaluation_mode: bool = False,
-    method: str = "auto",
-    memory: float = 2048.0,
-) -> RunAudit:
-    """Audit a run as :func:`audit_run` does, where its training has been set up.
-
-    Args:
-        run_dir: The run folder.
-        setup: Its training.
-        part: As for :func:`audit_run`.
-        examples: As for :func:`audit_run`.
-        evaluation_mode: As for :func:`audit_run`.
-        method: As for :func:`audit_run`.
-        memory: As for :func:`audit_run`.
-
-    Returns:
-        The audit and what its report needs.
-
-    Raises:
-        AuditError: it cannot be audited.
-        ConfigError: the part is empty.
-        RunError: the run cannot be read.
-    """
+def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
+    """Audit a run as :func:`audit_run` does, where its training has been set up."""
     config = setup.config
     state, hyper = load_checkpoint(run_dir, setup)
     setup = setup._replace(hyper=hyper)
-    steps = config.epochs * setup.per_epoch
-    going_on = int(state.step) < steps
-    found = _audited(
-        setup, state, part, examples, evaluation_mode, method, memory,
-        optimizer=make_optimizer(setup.config),
-        learning_rate=setup.hyper["learning_rate"],
-        schedule=make_schedule(setup.config, setup.per_epoch) if going_on else None,
-        clip_norm=config.clip_norm,
-    )  # fmt: skip
-    if not going_on:
-        note = "the training is over: the step is one more, at the peak learning rate"
-        found = found._replace(notes=(*found.notes, note))
+    going_on = int(state.step) < config.epochs * setup.per_epoch
+    step = {
+        "optimizer": make_optimizer(config),
+        "learning_rate": hyper["learning_rate"],
+        "schedule": make_schedule(config, setup.per_epoch) if going_on else None,
+        "clip_norm": config.clip_norm,
+    }
+    found = _audited(setup, state, options, step)
+    over = "the training is over: the step is one more, at the peak learning rate"
+    notes = [] if going_on else [over]
     if config.amp != "off":
-        note = f"trained in {config.amp}, audited in float32"
-        found = found._replace(notes=(*found.notes, note))
-    records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
-    about = about_of(
-        setup, f"Audit of {run_dir.name}", part=part, examples=int(found.count.sum()),
-        step=int(state.step), evaluation_mode=evaluation_mode,
-    )  # fmt: skip
-    return RunAudit(found, about, records, _pictures(found, setup.dataset, part))
+        notes.append(f"trained in {config.amp}, audited in float32")
+    found = found._replace(notes=(*found.notes, *notes))
+    history = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
+    return _with_report(setup, found, options, run_dir.name, int(state.step), history)
 
 
 def audit_checkpoint(
-    path: str | Path,
-    config: TrainConfig,
-    *,
-    part: str = "train",
-    examples: int = 10_000,
-    evaluation_mode: bool = False,
-    method: str = "auto",
-    memory: float = 2048.0,
+    path: str | Path, config: TrainConfig, options: AuditOptions = _DEFAULTS
 ) -> RunAudit:
     """Audit a saved model, a safetensors file of its tensors by name, which has no history.
 
     Args:
-        path: The file, a run's ``model.safetensors`` say.
-        config: Model, loss, costs and data set; its optimiser is not looked at.
-        part: As for :func:`audit_run`.
-        examples: As for :func:`audit_run`.
-        evaluation_mode: As for :func:`audit_run`.
-        method: As for :func:`audit_run`.
-        memory: As for :func:`audit_run`.
+        path: The file, for example a run's ``model.safetensors``.
+        config: Model, loss, class weights and data set; its optimiser is not looked at.
+        options: What is audited, and how; its ``data_dir`` and ``device``, if they are set, come
+            before those of ``config``.
 
     Returns:
         The audit of the gradient, and what its report needs.
@@ -172,23 +112,18 @@ def audit_checkpoint(
         DataError: the data cannot be had.
         RunError: the file cannot be read, or is of another model.
     """
-    setup = make_setup(config)
-    tensors, _ = load_tensors(Path(path).expanduser())
+    device = config.device if options.device == "auto" else options.device
+    config = config._replace(data_dir=options.data_dir or config.data_dir, device=device)
+    setup, path = make_setup(config), Path(path).expanduser()
+    tensors, _ = load_tensors(path)
+    other = f"{path} is not of {config.model} on {config.dataset}"
     try:
         misshapen = set_tensors(setup.model, tensors)
     except ConfigError as error:
-        raise RunError(f"{path} is not of {config.model} on {config.dataset}: {error}") from None
+        raise RunError(f"{other}: {error}") from None
     if misshapen:
-        raise RunError(
-            f"{path} is not of {config.model} on {config.dataset}: see its {misshapen[0]}"
-        )
-    found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
-    title = f"Audit of {Path(path).name}"
-    about = about_of(
-        setup, title, part=part, examples=int(found.count.sum()),
-        step=None, evaluation_mode=evaluation_mode,
-    )  # fmt: skip
-    return RunAudit(found, about, [], _pictures(found, setup.dataset, part))
+        raise RunError(f"{other}: see its {misshapen[0]}")
+    return _with_report(setup, _audited(setup, None, options, {}), options, path.name)
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -211,7 +146,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
-    paths = [out / "audit.html", *found.audit.write(out, about=found.about._asdict())]
+    paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
     for name, figure in draw_all(found.audit, found.history).items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])
@@ -224,43 +159,35 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
 def _audited(
     setup: Setup,
     state: TrainState | Params | None,
-    part: str,
-    examples: int,
-    evaluation_mode: bool,
-    method: str,
-    memory: float,
-    **step: Any,
+    options: AuditOptions,
+    step: Mapping[str, Any],
 ) -> Audit:
     config, dataset = setup.config, setup.dataset
-    model = setup.model.eval() if evaluation_mode else setup.model.train()
-    held = dataset.validation if part == "train" and len(dataset.validation.labels) else None
+    chosen = split_of(dataset, options.split)
+    held = dataset.validation if options.split == "train" else None
 
-    def batches(chosen: Examples):
-        def passes() -> Iterator[Batch]:
-            index = _index(chosen, examples)
-            return feed(dataset, chosen, index.split(max(config.batch_size, 256)))
-
-        return passes
+    def batches(examples: Examples) -> Callable[[], Iterator[Batch]]:
+        pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
+        return lambda: feed(dataset, examples, pieces)
 
     found = audit(
-        model,
+        setup.model.train(not options.evaluation_mode),
         state,
         loss_of(setup),
-        batches(part_of(dataset, part)),
+        batches(chosen),
         class_weights=setup.hyper.get("class_weights"),
         options=loss_options(setup.hyper),
         reduction=config.reduction,
         classes=dataset.classes,
-        held_out=None if held is None or not step else batches(held),
-        method=method,
-        memory=memory,
+        held_out=batches(held) if step and held is not None and len(held.labels) else None,
+        method=options.method,
+        memory=options.memory,
         **step,
     )
     assert found.examples is not None
-    index = _index(part_of(dataset, part), examples).cpu()
-    rows = found.examples
+    index = _index(chosen, options.examples).cpu()
     return found._replace(
-        examples=rows._replace(index=index[rows.index]),
+        examples=found.examples._replace(index=index[found.examples.index]),
         elasticities={k: v for k, v in found.elasticities.items() if k not in _FACTS},
     )
 
@@ -271,17 +198,28 @@ def _index(chosen: Examples, most: int) -> Tensor:
     return drawn[:most].to(chosen.labels.device)
 
 
-def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
+def _with_report(
+    setup: Setup,
+    found: Audit,
+    options: AuditOptions,
+    name: str,
+    step: int | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> RunAudit:
+    about = about_of(
+        setup, f"Audit of {name}", split=options.split, examples=int(found.count.sum()),
+        step=step, evaluation_mode=options.evaluation_mode,
+    )  # fmt: skip
+    return RunAudit(found, about, history, _pictures(found, setup.dataset, options.split))
+
+
+def _pictures(found: Audit, dataset: Dataset, split: str) -> dict[int, bytes]:
     """Return the most opposed and most dominant examples of each class as PNG files."""
     if found.examples is None or found.examples.norm.isnan().all() or not dataset.has_images:
         return {}
-    chosen = part_of(dataset, part)
-    labels = range(len(found.classes))
-    wanted = {
-        position
-        for c in labels
-        for position in (*found.most_opposed(c, _PICTURED), *found.most_dominant(c, _PICTURED))
-    }
+    chosen = split_of(dataset, split)
+    shown = (found.most_opposed, found.most_dominant)
+    wanted = {i for c in range(len(found.classes)) for most in shown for i in most(c, _PICTURED)}
     index = torch.tensor(sorted(wanted), dtype=torch.int64)
     images = as_pixels(subset(chosen, index.to(chosen.labels.device)))
     return {position: _png(image) for position, image in zip(index.tolist(), images, strict=True)}
@@ -298,24 +236,12 @@ def about_of(
     setup: Setup,
     title: str,
     *,
-    part: str,
+    split: str,
     examples: int,
     step: int | None,
     evaluation_mode: bool = False,
 ) -> About:
-    """Return what a page says of where its numbers come from.
-
-    Args:
-        setup: The training.
-        title: Of the page.
-        part: Of the data set.
-        examples: How many of it.
-        step: Of the training; None: not known.
-        evaluation_mode: The model was without dropout.
-
-    Returns:
-        The description, with the command and the versions of this process.
-    """
+    """Return where the numbers of a page come from, with the command and the versions."""
     config = setup.config
     environment = folder.environment()
     names = ("funcloss", "torch", "numpy", "python", "processor")
@@ -326,7 +252,7 @@ def about_of(
         loss=config.loss,
         dataset=setup.dataset.name,
         note=setup.dataset.note,
-        part=part,
+        split=split,
         examples=examples,
         step=step,
         mode="eval" if evaluation_mode else "train",
@@ -339,7 +265,7 @@ def about_of(
 
 
 def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str, Any]]]:
-    """Return what a run calls every ``audit_every`` steps: a record a class, for its log.
+    """Return what a run calls every ``audit_every`` steps: a record per class, for its log.
 
     Args:
         setup: The training.
@@ -366,6 +292,6 @@ def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str
 
 
 def loss_of(setup: Setup) -> LossFn:
-    """Return the loss of a training as it puts its class weights, if it has any."""
+    """Return the loss of a training, with its class weights if it has any."""
     loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
     return class_weighted(loss) if "class_weights" in setup.hyper else loss

@@ -3,6 +3,7 @@
 Nothing here loads torch, so that ``--help`` answers at once.
 """
 
+import dataclasses
 import difflib
 import math
 import tomllib
@@ -26,6 +27,7 @@ class Option(NamedTuple):
     metavar: str = ""  # how the command line writes a value; empty: as its type says
     example: str = ""
     own: str = ""  # what else than its choices it may name; empty: nothing
+    flag: str = ""  # of a switch that the command line has no opposite of
 
 
 FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
@@ -276,7 +278,7 @@ class FileOptions(dict[str, Any]):
 
 
 class Field(NamedTuple):
-    """One row of the table: a field of :class:`TrainConfig` and what is said of it."""
+    """One row of a table: a field of a record of options, and its description."""
 
     name: str
     type: Any
@@ -284,19 +286,39 @@ class Field(NamedTuple):
     option: Option
 
 
-def fields() -> tuple[Field, ...]:
-    """Return the table of options, in order.
+def fields(record: type = TrainConfig) -> tuple[Field, ...]:
+    """Return the table of options that the annotated fields of a record make, in their order.
 
     Example:
         >>> fields()[0].name, fields()[0].default
         ('dataset', 'auto')
     """
-    rows = []
-    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kind, option = get_args(hint)
-            rows.append(Field(name, kind, TrainConfig._field_defaults[name], option))
-    return tuple(rows)
+    defaults = _defaults(record)
+    return tuple(
+        Field(name, get_args(hint)[0], defaults[name], get_args(hint)[1])
+        for name, hint in get_type_hints(record, include_extras=True).items()
+        if get_origin(hint) is Annotated
+    )
+
+
+def _defaults(record: type) -> Mapping[str, Any]:
+    if not dataclasses.is_dataclass(record):
+        return record._field_defaults  # pyright: ignore[reportAttributeAccessIssue] - a NamedTuple
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(record)
+    }
+
+
+def check_options(options: Any) -> None:
+    """Raise ``ConfigError`` if a field of a record is not of the type or range of its row.
+
+    A default needs no check: it may be empty, and stand for what another place decides.
+    """
+    for field in fields(type(options)):
+        value = getattr(options, field.name)
+        if value != field.default:
+            _checked(field.name, field.type, field.option, value)
 
 
 def make_config(*layers: Mapping[str, Any]) -> TrainConfig:

@@ -1,18 +1,36 @@
-"""``funcloss audit``: who owns the updates of a run, and what its costs bought."""
+"""``funcloss audit``: each class's share of the updates of a run, and what its weights do."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funcloss.app.cli.parsing import pairs
-from funcloss.app.cli.table import AllowImport
+from funcloss.app.cli.table import given_of, parsed, with_table
+from funcloss.app.cli.tables import make_console, make_table, number
 from funcloss.app.config import fields, make_config
+from funcloss.app.options import AuditOptions
 from funcloss.errors import ConfigError
 
-_PARTS = ("train", "validation", "test")
-_METHODS = ("auto", "products", "examples", "classes", "loop")
-_CHOICES = {field.name: "|".join(field.option.choices) for field in fields()}
+if TYPE_CHECKING:  # they load torch
+    from rich.table import Table
+
+    from funcloss.app.audits import RunAudit
+    from funcloss.audit import Audit
+
+_MOST = 24  # classes in the table
+_HEAD = ("class", "count", "weight", "budget", "share", "±", "step", "norm", "agree", "worst")
+_CHECKPOINT = {
+    "model": "Model of --checkpoint.",
+    "dataset": "Data set of --checkpoint.",
+    "loss": "Loss of --checkpoint.",
+    "class_weight": "Training weight of a class, of --checkpoint; repeatable.",
+}
+_OF_CHECKPOINT = tuple(
+    row._replace(option=row.option._replace(help=_CHECKPOINT[row.name]))
+    for row in fields()
+    if row.name in _CHECKPOINT
+)
+_ROWS = (*_OF_CHECKPOINT, *fields(AuditOptions))
 
 
 def audit(
@@ -21,76 +39,90 @@ def audit(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Audit a safetensors file of a model instead of a run.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Network of --checkpoint.", metavar=_CHOICES["model"])
-    ] = "",
-    dataset: Annotated[
-        str, typer.Option(help="Data set of --checkpoint.", metavar=_CHOICES["dataset"])
-    ] = "",
-    loss: Annotated[
-        str, typer.Option(help="Loss of --checkpoint.", metavar="NAME", show_default=False)
-    ] = "",
-    class_weight: Annotated[
-        list[str] | None,
-        typer.Option(help="Cost of a true class, of --checkpoint.", metavar="CLASS=WEIGHT"),
-    ] = None,
-    split: Annotated[
-        str, typer.Option(help="Part of the data to audit.", metavar="|".join(_PARTS))
-    ] = "train",
-    examples: Annotated[int, typer.Option(help="Examples of it, at most.", min=2)] = 10_000,
-    evaluation_mode: Annotated[
-        bool, typer.Option("--eval", help="Without dropout; else as the training goes.")
-    ] = False,
-    method: Annotated[
-        str, typer.Option(help="How to measure.", metavar="|".join(_METHODS))
-    ] = "auto",
-    memory: Annotated[
-        float, typer.Option(help="MiB that may be held beside the model.", min=1)
-    ] = 2048.0,
-    data_dir: Annotated[str, typer.Option(help="Folder of the data.")] = "",
-    device: Annotated[
-        str, typer.Option(help="Where to measure.", metavar="auto|cpu|cuda|mps")
-    ] = "auto",
-    allow_import: AllowImport = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report.", show_default="the run folder")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the plain words only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
+    **typed: Any,
 ) -> None:
-    """Say who owns the updates of a run, class by class, and what its costs bought.
+    """Report each class's share of a run's gradient and step, and what its class weights do.
 
-    Prints plain words and a table, and writes audit.html, audit.json, CSV tables and figures.
+    Prints a summary and a table, and writes audit.html, audit.json, CSV tables and figures.
     """
-    for name, value, known in (("split", split, _PARTS), ("method", method, _METHODS)):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    if not memory < float("inf"):
-        raise ConfigError(f"memory must be a number of MiB, got {memory}")
-    described = {"model": model, "dataset": dataset, "loss": loss}
-    given = {name: value for name, value in described.items() if value}
-    given |= {"class_weight": pairs("class_weight", class_weight)} if class_weight else {}
+    given = parsed(given_of(typed), _ROWS)
+    described = {name: given.pop(name) for name in _CHECKPOINT if name in given}
+    options = AuditOptions(**given)
     if (run is None) == (checkpoint is None):
         raise ConfigError("name a run folder, or a model's file with --checkpoint")
-    if run is not None and given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if run is not None and described:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in described)
         raise ConfigError(f"a run says itself what it is: leave out {flags}")
     if checkpoint is not None and out is None:
         raise ConfigError("say with --out where the report of a --checkpoint goes")
-    config = make_config(given, {"data_dir": data_dir, "device": device})
+    config = make_config(described)
 
     from funcloss.app import audits
-    from funcloss.app.cli.console import print_audit
 
-    how = {"part": split, "examples": examples, "evaluation_mode": evaluation_mode}
-    how |= {"method": method, "memory": memory}
     if run is not None:
-        found = audits.audit_run(
-            run, data_dir=data_dir, device=device, allow_import=allow_import, **how
-        )
-        files = audits.write_report(found, out or run)
+        found = audits.audit_run(run, options)
     else:
         assert checkpoint is not None
-        assert out is not None
-        found = audits.audit_checkpoint(checkpoint, config, **how)
-        files = audits.write_report(found, out)
-    print_audit(found, files, quiet=quiet)
+        found = audits.audit_checkpoint(checkpoint, config, options)
+    folder = out or run
+    assert folder is not None
+    _print_audit(found, audits.write_report(found, folder), quiet=quiet)
+
+
+def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
+    """Print the summary of an audit, its table, and where its report is."""
+    from funcloss.audit import sentences
+
+    out, about, audited = make_console(), found.about, found.audit
+    for line in sentences(
+        audited, optimizer=about.optimizer, scale_invariant=about.scale_invariant
+    ):
+        out.print(line)
+    if quiet:
+        return
+    out.print()
+    out.print(_class_table(audited))
+    out.print(
+        f"{about.examples:,} examples of {about.dataset}, {about.split}; "
+        f"{audited.method.name}, {audited.method.seconds:.1f} s"
+    )
+    for check in audited.checks:
+        held = "" if check.tolerance is None else f" (at most {check.tolerance:.1e})"
+        out.print(f"check {check.name}: off by {check.error:.1e}{held}")
+    for note in filter(None, (about.note, *audited.notes)):
+        out.print(f"note: {note}")
+    out.print(f"report: {files[0]}")
+
+
+def _class_table(found: "Audit") -> "Table":
+    """Return a row per class, the largest shares first beyond two dozen classes."""
+    now, step, spread = found.balance, found.step, found.spread
+    impact = found.impact.get("held_out")
+    order = range(len(found.classes))
+    if len(order) > _MOST:
+        order = now.share.nan_to_num(-1.0).argsort(descending=True)[:_MOST].tolist()
+    conflict = now.conflict.clone().fill_diagonal_(2.0).nan_to_num(2.0)
+    rows = []
+    for c in order:
+        lowest, rival = conflict[c].min(0)
+        cells = [
+            found.classes[c],
+            f"{int(found.count[c]):,}",
+            f"{float(found.class_weights[c]):g}",
+            number(now.budget[c], ".1%"),
+            number(now.share[c], ".1%"),
+            number(None if spread is None else spread.share[c] / spread.batches**0.5, ".1%"),
+            number(None if step is None else step.share[c], ".1%"),
+            number(now.norm[c], ".2g"),
+            number(found.coherence[c], ".2f"),
+            "-" if lowest > 1 else f"{float(lowest):+.2f} {found.classes[int(rival)]}",
+        ]
+        rows.append(cells if impact is None else [*cells, number(impact.predicted[c], "+.1g")])
+    return make_table(_HEAD if impact is None else (*_HEAD, "held-out"), rows)
+
+
+with_table(audit, _ROWS)

@@ -1,96 +1,104 @@
 """``funcloss evaluate``: a run's model on any data set, and what its decisions cost."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from funcloss.app.cli.parsing import pairs
-from funcloss.app.cli.table import AllowImport
-from funcloss.app.config import DATASETS, did_you_mean, make_config, names_own
-from funcloss.decisions.cost_file import read_cost_matrix
-from funcloss.errors import ConfigError
+from funcloss.app.cli.table import given_of, parsed, with_table
+from funcloss.app.cli.tables import between, make_console, make_table, number
+from funcloss.app.config import fields
+from funcloss.app.options import EvaluateOptions
 
-_PARTS = ("test", "validation", "train")
+if TYPE_CHECKING:  # they load torch
+    from rich.table import Table
+
+    from funcloss.app.runs import EvaluationReport
+    from funcloss.decisions import Costs, DecisionScores
+
+_SQUARE = 20  # decisions in a printed matrix
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     *,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="Data set, or a path to your own.",
-            metavar="|".join(DATASETS),
-            show_default="the one trained on",
-        ),
-    ] = "",
-    split: Annotated[str, typer.Option(help="Part of it.", metavar="|".join(_PARTS))] = "test",
-    cost_matrix: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV table of what decisions cost, rows the truth; else the run's costs.",
-            metavar="FILE",
-        ),
-    ] = None,
-    class_cost: Annotated[
-        list[str] | None,
-        typer.Option(help="What every mistake on a true class costs.", metavar="CLASS=COST"),
-    ] = None,
-    prior: Annotated[
-        list[str] | None,
-        typer.Option(help="Part of a class where the model is used.", metavar="CLASS=PART"),
-    ] = None,
-    data_dir: Annotated[str, typer.Option(help="Folder of the data.")] = "",
-    device: Annotated[
-        str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda|mps")
-    ] = "auto",
-    allow_import: AllowImport = False,
     csv: Annotated[
-        Path | None, typer.Option(help="Write a line an example: truth, prediction, probability.")
+        Path | None,
+        typer.Option(help="Write a line per example: truth, prediction, probability."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all scores, matrices included.")] = None,
+    **typed: Any,
 ) -> None:
-    """Evaluate a run's model, class by class, and say what its decisions cost.
+    """Evaluate a run's model, class by class, and report what its decisions cost.
 
     Twice: the likeliest class, and the decision of minimum expected cost at probabilities whose
-    temperature is fitted on validation data.
+    temperature is fitted on validation data. What is not given of costs and prior is the run's.
     """
-    if split not in _PARTS:
-        raise ConfigError(f"split must be one of {', '.join(_PARTS)}; got {split!r}")
-    if dataset == "auto" or not (dataset in ("", *DATASETS) or names_own(dataset)):
-        there = ", ".join(DATASETS)
-        guess = did_you_mean(dataset, DATASETS)
-        raise ConfigError(f"dataset must be one of {there}, or a path; got {dataset!r}{guess}")
-    judge_by: dict[str, Any] = {}
-    if cost_matrix is not None:
-        judge_by["cost_matrix"] = read_cost_matrix(cost_matrix)
-    for name, texts in (("class_cost", class_cost), ("prior", prior)):
-        if texts:
-            judge_by[name] = pairs(name, texts)
-    make_config(judge_by)
+    options = EvaluateOptions(**parsed(given_of(typed), fields(EvaluateOptions)))
 
     from funcloss.app import runs
-    from funcloss.app.cli.console import print_evaluation
 
-    found = runs.evaluate_run(
-        run,
-        dataset=dataset,
-        part=split,
-        data_dir=data_dir,
-        device=device,
-        allow_import=allow_import,
-        judge_by=judge_by,
-    )
+    found = runs.evaluate_run(run, options)
     if csv is not None:
         runs.write_predictions(csv, found.evaluation)
     if json is not None:
         runs.write_evaluation(json, found)
-    print_evaluation(found)
+    _print_evaluation(found)
     scores = found.evaluation
     print(
         f"accuracy {scores.argmax.accuracy.value:.2%}  loss {scores.loss:.4f}  "
-        f"on {len(scores.labels):,} examples of {found.dataset}, {split}"
+        f"on {len(scores.labels):,} examples of {found.dataset}, {options.split}"
     )
     if found.note:
         print(f"note: {found.note}")
+
+
+def _print_evaluation(found: "EvaluationReport") -> None:
+    """Print what a model's decisions cost, by rule, class by class and pair by pair."""
+    from funcloss.decisions import cost_sentences
+
+    out, scored, costs = make_console(), found.evaluation, found.evaluation.rule.costs
+    for line in cost_sentences(costs):
+        out.print(f"cost: {line}")
+    fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation split"
+    out.print(
+        f"calibration error {scored.calibration_error:.4f}, {scored.calibrated_error:.4f} at "
+        f"temperature {scored.rule.temperature:.3f} ({fitted})"
+    )
+    for name, scores in scored.rules.items():
+        out.print()
+        out.print(_rule_line(name, scores))
+        out.print(_class_table(scores, costs.classes))
+        if len(costs.decisions) <= _SQUARE:
+            for title, matrix in (("counts", scores.confusion), ("cost", scores.cost)):
+                out.print(_matrix_table(f"{title}, rows the truth", matrix, costs))
+
+
+def _rule_line(name: str, scores: "DecisionScores") -> str:
+    normal = number(scores.normalised_cost, ".3f")
+    compared = "" if normal == "-" else f", {normal} of the best constant decision"
+    return (
+        f"decisions by {name}: accuracy {between(scores.accuracy, '.2%')}, "
+        f"expected cost {between(scores.expected_cost, '.4f')}{compared}"
+    )
+
+
+def _matrix_table(title: str, matrix: Any, costs: "Costs") -> "Table":
+    rows = zip(costs.classes, matrix.tolist(), strict=True)
+    cells = ((name, *("." if v == 0 else f"{v:g}" for v in row)) for name, row in rows)
+    return make_table([title, *costs.decisions], cells)
+
+
+def _class_table(scores: "DecisionScores", classes: tuple[str, ...]) -> "Table":
+    """Return a table of count, recall and precision with their intervals, a row per class."""
+    rows = []
+    for c, (name, count) in enumerate(zip(classes, scores.confusion.sum(1).tolist(), strict=True)):
+        cells = []
+        for value, low, high in (scores.recall, scores.precision):
+            share = number(value[c], ".2%")
+            cells += [share, "-" if share == "-" else f"{low[c]:.2%} to {high[c]:.2%}"]
+        rows.append((name, f"{count:,}", *cells))
+    return make_table(("class", "count", "recall", "95 %", "precision", "95 %"), rows)
+
+
+with_table(evaluate, fields(EvaluateOptions))

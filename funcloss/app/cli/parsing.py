@@ -1,21 +1,20 @@
 """How the commands read what is given as text."""
 
-from funcloss.app.config import fields
+from funcloss.app.config import Option
 from funcloss.errors import ConfigError
 
-_OPTIONS = {field.name: field.option for field in fields()}
 
-
-def pairs(name: str, values: list[str]) -> dict[str, float]:
-    """Read ``KEY=NUMBER``, the last = being the one that counts; ``name`` is a field's."""
-    metavar, example = _OPTIONS[name].metavar, _OPTIONS[name].example
+def pairs(name: str, texts: list[str], option: Option) -> dict[str, float]:
+    """Read ``KEY=NUMBER``, the last = being the one that counts."""
     read: dict[str, float] = {}
-    for text in values:
+    for text in texts:
         key, equals, number = text.rpartition("=")
         if not equals or not key:
-            raise ConfigError(f"{name} must be {metavar}, as in {example}; got {text!r}")
+            raise ConfigError(
+                f"{name} must be {option.metavar}, as in {option.example}; got {text!r}"
+            )
         if key in read:
-            what = metavar.partition("=")[0].lower()
+            what = option.metavar.partition("=")[0].lower()
             raise ConfigError(f"{name}: {what} {key!r} is given twice")
         read[key] = as_number(name, number)
     return read

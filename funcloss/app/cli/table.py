@@ -1,4 +1,4 @@
-"""The table of options as parameters of a command, and what is typed as a file would have it."""
+"""Tables of options as parameters of a command, and what is typed as a file would have it."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,16 +8,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from funcloss.app.cli.parsing import as_number, pairs
-from funcloss.app.config import Field, fields, read_recipe, read_toml, recipe_names
-from funcloss.decisions.cost_file import read_cost_matrix
+from funcloss.app.config import Field, Option, fields, read_recipe, read_toml, recipe_names
+from funcloss.app.options import ALLOW_IMPORT
 from funcloss.errors import ConfigError
 
-AllowImport = Annotated[
-    bool,
-    typer.Option(
-        "--allow-import", help="Import the code of yours that the folder or file names, and run it."
-    ),
-]
+AllowImport = Annotated[bool, typer.Option(ALLOW_IMPORT.flag, help=ALLOW_IMPORT.help)]
 Recipe = Annotated[
     str, typer.Option(help=f"Options that come with funcloss: {', '.join(recipe_names())}.")
 ]
@@ -27,15 +22,13 @@ ConfigFile = Annotated[
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    return [as_number(name, part) for part in text.split(",")]
+def _numbers(name: str, text: str, option: Option) -> list[float]:
+    return [as_number(name, number) for number in text.split(",")]
 
 
-def _texts(name: str, values: list[str]) -> list[str]:
-    return values
+def _costs(name: str, path: Path, option: Option) -> dict[str, dict[str, float]]:
+    from funcloss.decisions import read_cost_matrix  # it loads torch
 
-
-def _table(name: str, path: Path) -> dict[str, dict[str, float]]:
     return read_cost_matrix(path)
 
 
@@ -43,9 +36,9 @@ def _table(name: str, path: Path) -> dict[str, dict[str, float]]:
 # option has one, and how it is read.
 _WRITTEN = {
     dict[str, float]: (list[str], None, pairs),
-    dict[str, dict[str, float]]: (Path, None, _table),
+    dict[str, dict[str, float]]: (Path, None, _costs),
     tuple[float, ...]: (str, "NUMBER,...", _numbers),
-    tuple[str, ...]: (list[str], None, _texts),
+    tuple[str, ...]: (list[str], None, lambda name, texts, option: texts),
 }
 
 
@@ -75,26 +68,34 @@ def check_resume(what: str, given: dict[str, Any], **others: Any) -> None:
         raise ConfigError(f"--resume goes on with the {what} as it was: leave out {flags}")
 
 
-def parsed(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the command line as a TOML file would have them."""
-    kinds = {field.name: field.type for field in fields()}
+def parsed(given: dict[str, Any], rows: Sequence[Field] | None = None) -> dict[str, Any]:
+    """Return options of the command line as a TOML file would have them.
+
+    Args:
+        given: Those that were typed, by name.
+        rows: Their tables; None: that of a training.
+    """
+    known = {row.name: row for row in rows or fields()}
+    read = {name: _WRITTEN.get(known[name].type) for name in given}
     return {
-        name: _WRITTEN[kinds[name]][2](name, value) if kinds[name] in _WRITTEN else value
+        name: how[2](name, value, known[name].option) if (how := read[name]) else value
         for name, value in given.items()
     }
 
 
 def _parameter(field: Field, *, as_text: bool) -> inspect.Parameter:
-    """Return a row of the table of options as a parameter of the command."""
+    """Return a row of a table of options as a parameter of the command."""
+    option = field.option
     kind, metavar, _ = _WRITTEN.get(field.type, (field.type, None, None))
-    choices = f" One of {', '.join(field.option.choices)}" if field.option.choices else ""
-    choices += f"; or {field.option.own}." if field.option.own else "." if choices else ""
-    option = typer.Option(
-        help=field.option.help + choices,
-        metavar=field.option.metavar or ("VALUES" if as_text else metavar),
-        show_default=_shown(field.default),
+    choices = f" One of {', '.join(option.choices)}" if option.choices else ""
+    choices += f"; or {option.own}." if option.own else "." if choices else ""
+    shown = typer.Option(
+        *([option.flag] if option.flag else []),
+        help=option.help + choices,
+        metavar=option.metavar or ("VALUES" if as_text else metavar),
+        show_default=not option.flag and _shown(field.default),
     )
-    annotation = Annotated[(str if as_text else kind) | None, option]
+    annotation = Annotated[(str if as_text else kind) | None, shown]
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
@@ -106,18 +107,21 @@ def _shown(default: Any) -> str | bool:
     return str(default) if default not in ("", {}) else False
 
 
-def with_table(command: Command, *, as_text: Sequence[str] = ()) -> Command:
-    """Give a command a parameter for every row of the table of options, for Typer to read.
+def with_table(
+    command: Command, rows: Sequence[Field] | None = None, *, as_text: Sequence[str] = ()
+) -> Command:
+    """Give a command a parameter for every row of a table of options, for Typer to read.
 
     Args:
-        command: It takes them as ``**options``.
-        as_text: Numbers that it reads itself.
+        command: It takes them as ``**options``, None where they were not typed.
+        rows: The table; None: that of a training.
+        as_text: Numbers that the command reads itself.
 
     Returns:
         The command.
     """
     own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-    parameters = [*own, *(_parameter(f, as_text=f.name in as_text) for f in fields())]
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    made = [_parameter(row, as_text=row.name in as_text) for row in rows or fields()]
+    command.__signature__ = inspect.Signature([*own, *made])  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *made)}
     return command

@@ -4,6 +4,7 @@ import base64
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ _NOTHING = Markup("")
 _OPEN, _CLOSE = "\u2068", "\u2069"  # what isolates a name from the direction of the text around it
 
 
-class About(NamedTuple):
+@dataclass(frozen=True)
+class About:
     """What was audited, and how it came about."""
 
     title: str
@@ -36,7 +38,7 @@ class About(NamedTuple):
     loss: str
     dataset: str
     note: str  # on the data; empty: none
-    part: str  # of the data: train, validation, test
+    split: str  # of the data: train, validation, test
     examples: int
     step: int | None  # of the training; None: not known
     mode: str  # of the model: "train" or "eval"

@@ -63,7 +63,10 @@ class TrainedModel:
     def criterion(self) -> Criterion:
         """The loss that it was trained with, reduced."""
         weighted = self.class_weights is not None
-        return make_criterion(self.config.loss, self.config.reduction, weighted=weighted)
+        config = self.config
+        return make_criterion(
+            config.loss, config.reduction, weighted=weighted, refused=config.refused_code
+        )
 
 
 def save_model(path: Path, model: TrainedModel, *, step: int) -> None:

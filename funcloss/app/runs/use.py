@@ -3,10 +3,9 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from funcloss.app.data import (
     resized,
 )
 from funcloss.app.data.own import TABLES
+from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import evaluate, record_of, rule_caveat, with_fitted_rule
 from funcloss.app.runs.model import TrainedModel, load_model
@@ -31,6 +31,8 @@ from funcloss.app.runs.setup import load_data, resolve_device, with_absolute_pat
 from funcloss.decisions import Evaluation
 from funcloss.errors import ConfigError
 
+_DEFAULTS = EvaluateOptions()
+
 
 def load(run_dir: str | Path, *, device: str = "cpu", allow_import: bool = False) -> TrainedModel:
     """Return the model of a run, its class names and the scale of its inputs.
@@ -38,7 +40,7 @@ def load(run_dir: str | Path, *, device: str = "cpu", allow_import: bool = False
     Args:
         run_dir: A run folder, finished or not.
         device: Where its tensors go.
-        allow_import: Whether code that the run names, a model of yours say, may be imported.
+        allow_import: Whether code that the run names (a model of yours) may be imported.
 
     Returns:
         The model as it was last saved. Its inputs are
@@ -65,106 +67,95 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image."""
+    """The class that a model gives one image, or one row of a table."""
 
     example: str  # the image's file, or the row of a table
     label: str  # name of the class
     probability: float
 
 
-def evaluate_run(
-    run_dir: str | Path,
-    *,
-    dataset: str = "",
-    part: str = "test",
-    data_dir: str = "",
-    device: str = "auto",
-    allow_import: bool = False,
-    judge_by: Mapping[str, Any] | None = None,
-) -> EvaluationReport:
-    """Evaluate a run's model on a part of a data set, and judge what its decisions cost.
+def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> EvaluationReport:
+    """Evaluate a run's model on a split of a data set, and score what its decisions cost.
 
     Args:
         run_dir: A run folder.
-        dataset: Name of a data set with as many classes, or your own with the same; empty: the one
-            that was trained on.
-        part: ``test``, ``validation`` or ``train``, split as in the training; the last as
-            long-tailed as it was trained on, where the data set is the run's own. Of other data of
-            your own that comes in one part, ``test`` is all of it.
-        data_dir: Folder of the data; empty: that of the run.
-        device: Where to run the model.
-        allow_import: Whether code that the run names may be imported.
-        judge_by: ``cost_matrix``, ``class_cost`` and ``prior`` to judge by, instead of the run's.
+        options: The data and the costs; the test split and the costs of the run by default.
 
     Returns:
-        The evaluation under the loss of the run, and its judgement. The temperature of the
-        probabilities is fitted on the validation part of the same data set, if there is one.
+        The evaluation under the loss of the run, and its scores. The temperature of the
+        probabilities is fitted on the validation split of the same data set, if there is one.
 
     Raises:
-        ConfigError: the data set does not fit the model, the part is empty or the device absent.
+        ConfigError: the data set does not fit the model, the split is empty or the device absent.
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
-    device = resolve_device(device)
-    run = load(run_dir, device=device, allow_import=allow_import)
+    device = resolve_device(options.device)
+    run = load(run_dir, device=device, allow_import=options.allow_import)
     config = run.config
-    asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
-    asked = with_absolute_paths(asked)
-    own = asked.dataset == config.dataset
-    parts = ("validation_dataset", "test_dataset") if own else ()
-    check_code(config, ("loss", *parts, *(() if dataset else ("dataset",))))
-    if dataset:  # it is asked for here, whatever the run says
-        refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
-        asked = asked._replace(refused_code=refused)
-    if own:
-        loaded = load_data(asked)
-    else:
-        asked = _as_other_data(asked)
-        shape = run.input_shape if run.images else ()
-        loaded = load_data(asked, known=Known(run.classes, run.columns, shape))
-    fitted = moved(_fitted(loaded, run), device)
-    part_of(fitted, part)
-    evaluations = evaluate(run, fitted, ("validation", part))
-    config = _judged_by(config, fitted.classes, judge_by or {})
-    judged = dataclasses.replace(run, config=config, classes=fitted.classes)
+    fitted = moved(_fitted(_loaded(run, options), run), device)
+    split_of(fitted, options.split)
+    evaluations = evaluate(run, fitted, ("validation", options.split))
+    config = _scored_by(config, fitted.classes, options)
+    scored = dataclasses.replace(run, config=config, classes=fitted.classes)
     return EvaluationReport(
-        evaluation=with_fitted_rule(judged, evaluations)[part],
+        evaluation=with_fitted_rule(scored, evaluations)[options.split],
         temperature_on="validation" if "validation" in evaluations else "",
         dataset=fitted.name,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
     )
 
 
+def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
+    """Return the data set that was asked for, or that of the run."""
+    config = run.config
+    where = options.data_dir or config.data_dir
+    asked = config._replace(dataset=options.dataset or config.dataset, data_dir=where)
+    asked = with_absolute_paths(asked)
+    own = asked.dataset == config.dataset
+    splits = ("validation_dataset", "test_dataset") if own else ()
+    check_code(config, ("loss", *splits, *(() if options.dataset else ("dataset",))))
+    if options.dataset:  # it is asked for here, whatever the run says
+        refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
+        asked = asked._replace(refused_code=refused)
+    if own:
+        return load_data(asked)
+    shape = run.input_shape if run.images else ()
+    return load_data(_as_other_data(asked), known=Known(run.classes, run.columns, shape))
+
+
 def _as_other_data(config: TrainConfig) -> TrainConfig:
-    """Return a configuration without what it says of reading and parting the run's own data."""
+    """Return a configuration without what it says of reading and splitting the run's own data."""
     parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
     return config._replace(**{n: config._field_defaults[n] for n in (*parting, *reading)})
 
 
-def _judged_by(
-    config: TrainConfig, classes: tuple[str, ...], judge_by: Mapping[str, Any]
+def _scored_by(
+    config: TrainConfig, classes: tuple[str, ...], options: EvaluateOptions
 ) -> TrainConfig:
-    """Return the configuration with other costs and priors."""
-    if "cost_matrix" in judge_by or "class_cost" in judge_by:
+    """Return the configuration with the costs and the prior that were asked for."""
+    names = ("cost_matrix", "class_cost", "prior")
+    asked = {name: value for name in names if (value := getattr(options, name))}
+    if "cost_matrix" in asked or "class_cost" in asked:
         config = config._replace(cost_matrix={}, class_cost={})
-    asked = make_config(judge_by)
-    config = config._replace(**{name: getattr(asked, name) for name in judge_by})
+    checked = make_config(asked)
+    config = config._replace(**{name: getattr(checked, name) for name in asked})
     return resolved_costs(config, classes)
 
 
-def part_of(dataset: Dataset, part: str) -> Examples:
-    """Return a part of a data set, ``train``, ``validation`` or ``test``.
+def split_of(dataset: Dataset, split: str) -> Examples:
+    """Return the split ``train``, ``validation`` or ``test`` of a data set.
 
     Raises:
-        ConfigError: there is no such part, or nothing in it.
+        ConfigError: there is no such split, or nothing in it.
     """
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    if part not in parts:
-        raise ConfigError(f"part must be one of {', '.join(parts)}; got {part!r}")
-    if not len(parts[part].labels):
-        raise ConfigError(f"{dataset.name} has no {part} part: the run held out none")
-    return parts[part]
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    if split not in splits:
+        raise ConfigError(f"split must be one of {', '.join(splits)}; got {split!r}")
+    if not len(splits[split].labels):
+        raise ConfigError(f"{dataset.name} has no {split} split: the run held out none")
+    return splits[split]
 
 
 def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
@@ -174,13 +165,9 @@ def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
             f"the model tells {len(run.classes)} classes of {_described(run.input_shape)}, "
             f"{data.name} has {len(data.classes)} of {_described(data.input_shape)}"
         )
-    if run.images and data.input_shape[1:] != run.input_shape[1:]:
-        if run.input_shape[1] != run.input_shape[2]:
-            raise ConfigError(
-                f"the model takes {_described(run.input_shape)}, {data.name} has "
-                f"{_described(data.input_shape)}"
-            )
-        data = resized(data, run.input_shape[1])
+    _, *size = run.input_shape
+    if run.images and list(data.input_shape[1:]) != size and size[0] == size[1]:
+        data = resized(data, size[0])
     if data.input_shape != run.input_shape:
         raise ConfigError(
             f"the model takes {_described(run.input_shape)}, {data.name} has "
@@ -228,7 +215,7 @@ def predict_files(
     invert: bool = False,
     allow_import: bool = False,
 ) -> list[Prediction]:
-    """Say which class each image file shows, or each row of CSV tables without a target.
+    """Predict the class of each image file, or of each row of CSV tables without a target.
 
     Args:
         run_dir: A run folder.
@@ -260,10 +247,9 @@ def predict_files(
         raise ConfigError(
             f"the model takes {_described(run.input_shape)}, which no file holds: use funcloss.load"
         )
-    logits = []
     with torch.no_grad():
-        for piece in inputs.split(1024):
-            logits.append(run.model(normalised(piece, run.mean, run.std)))
+        pieces = inputs.split(1024)
+        logits = [run.model(normalised(piece, run.mean, run.std)) for piece in pieces]
     probabilities, guesses = torch.cat(logits).softmax(-1).max(-1)
     rows = zip(names, guesses.tolist(), probabilities.tolist(), strict=True)
     return [Prediction(name, run.classes[guess], probability) for name, guess, probability in rows]

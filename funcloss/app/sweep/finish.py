@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -215,10 +216,10 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
-        about, found = about_of(setup, choice.title, part="train", examples=n, step=None), None
+        about, found = about_of(setup, choice.title, split="train", examples=n, step=None), None
         more: dict[str, Any] = {}
     else:
-        found, about = audited.audit, audited.about._replace(title=choice.title)
+        found, about = audited.audit, dataclasses.replace(audited.about, title=choice.title)
         more = {"history": audited.history, "pictures": audited.pictures}
     stem = Path(page).stem
     write_text(out / page, render_choice_page(choice, found, about, **more))
