@@ -1313,8 +1313,8 @@ def test_many_classes_are_what_their_gradients_say(classes):
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_norm_in_training_mode_is_named(method):
     net = nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.BatchNorm1d(6)), nn.Linear(6, CLASSES))
+    data, settings = (ROWS.float(), LABELS), AuditSettings(method=method)
     with pytest.raises(FunclossError, match=r"1\.0\b.*(eval|BatchNorm)"):
-        data, settings = (ROWS.float(), LABELS), AuditSettings(method=method)
         audit(net, None, losses.cross_entropy, data, settings=settings)
 
 
