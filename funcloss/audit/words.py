@@ -54,7 +54,9 @@ def sentences(
     writer = _Writer(audit, audit.balance, name)
     lines = []
     if failed := [check.name for check in audit.checks if not check.holds]:
-        lines.append(f"Self-check failed ({_list(failed)}): do not rely on these numbers.")
+        lines.append(
+            f"Self-check failed ({_list(failed)}): do not trust these numbers before you know why."
+        )
     if not writer.now.share.isfinite().any():
         return (*lines, "The gradient is 0 or not finite on these examples: no class has a share.")
     if not audit.linear_in_weights:
