@@ -433,7 +433,7 @@ def test_a_saved_model_is_audited_as_its_run_is(finished, run_cli, tmp_path):
     assert found["impact"] == {}
     assert found["about"]["step"] is None
     assert found["about"]["mode"] == "eval"
-    assert "The step of the optimiser was not audited" in printed
+    assert "The optimizer step was not audited" in printed
     assert not (out / "audit_impact.png").exists()
     assert not (out / "audit_history.png").exists()
 
@@ -592,7 +592,7 @@ def test_a_stopped_run_says_its_clipping_and_its_history_in_the_report(
 ):
     code, out, _ = run_cli("audit", stopped, "--examples", "300", "--out", tmp_path)
     assert code == 0
-    assert "the training is over" not in out
+    assert "training has finished" not in out
     found = read(tmp_path)
     assert found["step"]["clip"] < 1
     assert found["about"]["step"] == 13
@@ -637,7 +637,7 @@ def test_a_run_of_no_step_is_audited(tmp_path, run_cli, no_figures):
     code, out, err = run_cli("audit", run, *FEW)
     assert (code, err) == (0, "")
     assert read(run)["about"]["step"] == 0
-    assert "the training is over" in out
+    assert "training has finished" in out
 
 
 @pytest.mark.parametrize("loss", LOSSES)
