@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcloss import optim
 from funcloss.keys import keyed_randomness
 
 
@@ -430,6 +431,22 @@ class Rule(NamedTuple):
         below = (second / (1 - b2**step)).sqrt() + eps
         updates = {row: -rate * m / (1 - b1**step) / below for row, m in first.items()}
         return updates, Memory(step, first, second)
+
+
+RULES = {
+    "sgd": Rule("sgd", {}),
+    "sgd, decay": Rule("sgd", {"weight_decay": 0.1}),
+    "sgd, decay, clipped": Rule("sgd", {"weight_decay": 0.1}, 0.05),
+    "sgd, not clipped": Rule("sgd", {}, 100.0),
+    "momentum": Rule("sgd", {"momentum": 0.9}),
+    "dampened": Rule("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}, 0.05),
+    "nesterov": Rule("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, 0.05),
+    "adam": Rule("adam", {}),
+    "adam, decay, clipped": Rule("adam", {"betas": (0.7, 0.9), "weight_decay": 0.1}, 0.05),
+    "adamw": Rule("adamw", {}),
+    "adamw, decay, clipped": Rule("adamw", {"eps": 1e-3, "weight_decay": 0.3}, 0.05),
+}
+OURS = {"sgd": optim.sgd, "adam": optim.adam, "adamw": optim.adamw}
 
 
 class TwinStep(NamedTuple):

@@ -34,17 +34,14 @@ CLASSES, N, RATE, STEPS = 4, 16, 0.125, 5
 NAMES = ("a", "b", "c", "d")
 WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 2.0]).double()
 EVEN = torch.ones(CLASSES).double()
-OURS = {"sgd": optim.sgd, "adam": optim.adam, "adamw": optim.adamw}
+OURS = ref.OURS
 RULES = {
-    "sgd": ref.Rule("sgd", {}),
-    "sgd, decay, clipped": ref.Rule("sgd", {"weight_decay": 0.1}, 0.05),
-    "momentum": ref.Rule("sgd", {"momentum": 0.9}),
-    "dampened": ref.Rule("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}, 0.05),
-    "nesterov": ref.Rule("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "adam": ref.Rule("adam", {}),
-    "adam, decay, clipped": ref.Rule("adam", {"betas": (0.7, 0.9), "weight_decay": 0.1}, 0.05),
-    "adamw": ref.Rule("adamw", {"eps": 1e-3, "weight_decay": 0.3}),
-}
+    name: ref.RULES[name]
+    for name in (
+        "sgd", "sgd, decay, clipped", "momentum", "dampened", "nesterov", "adam",
+        "adam, decay, clipped", "adamw", "adamw, decay, clipped",
+    )
+}  # fmt: skip
 SCHEDULE = optim.step_decay(every=2, factor=0.5)
 FACTORS = (1.0, 1.0, 0.5, 0.5, 0.25)
 
