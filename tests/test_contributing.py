@@ -16,13 +16,14 @@ LOSS, OPTIMIZER, FIGURE = DIFFS = re.findall(
 COPIED = ("funcloss", "tests", "scripts", "docs", "pyproject.toml")
 
 RUN = """
-from funcloss.app.train import train
 from funcloss.app.config import make_config
+from funcloss.app.runs import folder
+from funcloss.app.train import train
 
 train(make_config({"dataset": "mnist-sample", "model": "linear", "epochs": 1, "loss": "brier",
-                        "optimizer": "sign-sgd", "weight_decay": 1e-4, "learning_rate": 1e-3,
-                        "audit_every": 0, "compile": "off"}), "run")
-assert runs.folder.foreign(Path("run")) == []
+                   "optimizer": "sign-sgd", "weight_decay": 1e-4, "learning_rate": 1e-3,
+                   "audit_every": 0, "compile": "off"}), "run")
+assert folder.foreign(Path("run")) == []
 """
 LAWS = """
 from funcloss.app.config import fields

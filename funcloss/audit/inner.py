@@ -1,7 +1,7 @@
 """Inner products of gradients that lie side by side, by layer and block by block."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -85,8 +85,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()  # which has no float64
 
 
-def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[range], Grads]:
-    """Return the function, evaluated once if one block has all: then its value is held."""
+def held(function: Callable[[range], Grads], blocks: Sequence[range]) -> Callable[[range], Grads]:
+    """Return the function; if one block has all classes, its value, computed once."""
     if len(blocks) > 1:
         return function
     (value,) = map(function, blocks)
@@ -96,7 +96,7 @@ def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[r
 def cross(
     left: Callable[[range], Grads],
     right: Callable[[range], Grads],
-    blocks: list[range],
+    blocks: Sequence[range],
     layers: Layers,
 ) -> Float[Tensor, "layers classes classes"]:
     """Inner products of all rows of ``left`` with all of ``right``, a block of each at a time.
@@ -104,7 +104,7 @@ def cross(
     Args:
         left: From a block of classes to their gradients, side by side.
         right: The same.
-        blocks: What is held together; they cover the classes.
+        blocks: Classes whose gradients are held together; they cover all.
         layers: Which parameters make up a layer.
     """
     return torch.cat(

@@ -14,11 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from torch import Tensor
 
+from funcloss._json import jsonable
 from funcloss._names import clean, short
 from funcloss.app.report.audit_figures import columns_of, history_lines, subsample
 from funcloss.audit.gram import cosines
-from funcloss.audit.result import QUANTILES, Audit, plain
-from funcloss.audit.words import largest, passed, sentences, spoken_of
+from funcloss.audit.result import QUANTILES, Audit
+from funcloss.audit.words import largest, sentences, spoken_of
 
 _MOST = 24  # classes in a figure
 _LAYERS = 48
@@ -108,7 +109,7 @@ def render_page(
         share_axis=_share_axis(audit, shown),
         what_if=_what_if(audit, shown) if audit.linear_in_weights else None,
         gradient_norm=float(now.gradient_norm),
-        conflict=plain(now.conflict[shown][:, shown]),
+        conflict=jsonable(now.conflict[shown][:, shown]),
         impacts=_impacts(audit, shown),
         norms=_norms(audit, shown),
         scatter=_scatter(audit, shown),
@@ -117,7 +118,7 @@ def render_page(
         elasticities=_elasticities(audit, shown),
         step=_step(audit, shown),
         layers=_layers(audit, shown),
-        checks=[(check, passed(check)) for check in audit.checks],
+        checks=[(check, check.holds) for check in audit.checks],
     )
 
 
@@ -172,29 +173,29 @@ def _missing(value: float | None) -> bool:
 
 
 def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
-    now = audit.balance
+    now, errors = audit.balance, audit.standard_errors
     columns = {
         "weight": audit.class_weights,
         "count": audit.count,
         "part": audit.count / audit.count.sum(),
         "loss": audit.loss,
         "share": now.share,
-        "spread": audit.spread.share if audit.spread else torch.full_like(now.share, math.nan),
-        "budget": now.budget,
+        "error": errors.share if errors else torch.full_like(now.share, math.nan),
+        "expected": now.expected_share,
         "elasticity": now.elasticity,
         "norm": now.norm,
-        "coherence": audit.coherence,
+        "agreement": audit.agreement,
         "alignment": audit.alignment,
     }
     return [
-        {"name": audit.classes[c]} | {key: plain(values[c]) for key, values in columns.items()}
+        {"name": audit.classes[c]} | {key: jsonable(values[c]) for key, values in columns.items()}
         for c in shown
     ]
 
 
 def _share_axis(audit: Audit, shown: list[int]) -> Axis:
     now, part = audit.balance, audit.count / audit.count.sum()
-    return zero_axis(torch.cat([v[shown].double() for v in (now.share, now.budget, part)]))
+    return zero_axis(torch.cat([v[shown].double() for v in (now.share, now.expected_share, part)]))
 
 
 def _what_if(audit: Audit, shown: list[int]) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def _what_if(audit: Audit, shown: list[int]) -> dict[str, Any]:
         "names": [audit.classes[c] for c in shown],
         "weights": weights[shown].tolist() + [1.0] * bool(others),
         "count": (lift @ count).tolist(),
-        "gram": plain(lift @ audit.gram.double() @ lift.T),
+        "gram": jsonable(lift @ audit.gram.double() @ lift.T),
         "n": float(count.sum()),
         "reduction": audit.reduction,
         "fixed": " ".join(fixed),
@@ -240,9 +241,9 @@ def _impacts(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
             {
                 "part": part.replace("_", "-"),
                 "columns": names,
-                "matrix": plain(matrix),
+                "matrix": jsonable(matrix),
                 "limit": _limit(matrix),
-                "changes": plain(changes),
+                "changes": jsonable(changes),
                 "axis": zero_axis(changes.flatten()),
             }
         )
@@ -260,8 +261,8 @@ def _norms(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
         "axis": axis,
         "heads": [f"{100 * q:g} %" for q in QUANTILES],
         "rows": [
-            {"name": audit.classes[c], "at": row, "coherence": plain(audit.coherence[c])}
-            for c, row in zip(shown, plain(quantiles), strict=True)
+            {"name": audit.classes[c], "at": row, "agreement": jsonable(audit.agreement[c])}
+            for c, row in zip(shown, jsonable(quantiles), strict=True)
         ],
     }
 
@@ -359,7 +360,7 @@ def _strips(audit: Audit, shown: list[int], pictures: Mapping[int, bytes]) -> li
         return [
             {
                 "index": index,
-                "value": plain(values[row[index]]),
+                "value": jsonable(values[row[index]]),
                 "picture": base64.b64encode(pictures[index]).decode() if index in pictures else "",
             }
             for index in indices
@@ -382,16 +383,16 @@ def _elasticities(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
     for option, values in audit.elasticities.items():
         if values.shape == (classes, classes):
             part = values[shown][:, shown]
-            found.append({"name": option, "matrix": plain(part), "limit": _limit(part)})
+            found.append({"name": option, "matrix": jsonable(part), "limit": _limit(part)})
             continue
         flat = values.flatten()
         if values.shape == (classes,):
-            rows = [(audit.classes[c], plain(flat[c])) for c in shown]
+            rows = [(audit.classes[c], jsonable(flat[c])) for c in shown]
         else:
             first = sorted(flat.abs().nan_to_num(-1.0).argsort(descending=True)[:_MOST].tolist())
             index = [torch.unravel_index(torch.tensor(k), values.shape) for k in first]
             entries = [", ".join(str(int(i)) for i in at) or option for at in index]
-            rows = [(name, plain(flat[k])) for name, k in zip(entries, first, strict=True)]
+            rows = [(name, jsonable(flat[k])) for name, k in zip(entries, first, strict=True)]
         found.append({"name": option, "rows": rows, "more": flat.numel() - len(rows)})
     return found
 
@@ -401,12 +402,12 @@ def _step(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
         return None
     step, classes = audit.step, len(audit.classes)
     kept = shown + list(range(classes, len(step.rows)))
-    rows = [(step.rows[r], plain(step.share[r]), plain(step.norm[r])) for r in kept]
+    rows = [(step.rows[r], jsonable(step.share[r]), jsonable(step.norm[r])) for r in kept]
     others = [c for c in range(classes) if c not in set(shown)]
     if others:
         length = step.gram[others][:, others].sum().clamp(min=0.0).sqrt()
-        rows.append(("other classes", plain(step.share[others].sum()), plain(length)))
-    return {"rows": rows, "norm": plain(step.update_norm), "audit": step}
+        rows.append(("other classes", jsonable(step.share[others].sum()), jsonable(length)))
+    return {"rows": rows, "norm": jsonable(step.update_norm), "audit": step}
 
 
 def _layers(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
@@ -425,13 +426,18 @@ def _layers(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
             {
                 "name": audit.layers[k],
                 "size": audit.layer_sizes[k],
-                "part": plain(size[k] / size.sum()),
+                "part": jsonable(size[k] / size.sum()),
                 "pair": (audit.classes[a], audit.classes[b]) if lowest < math.inf else None,
-                "cosine": plain(lowest),
+                "cosine": jsonable(lowest),
             }
         )
     part = share[kept][:, shown]
-    return {"rows": rows, "matrix": plain(part), "limit": _limit(part), "total": len(audit.layers)}
+    return {
+        "rows": rows,
+        "matrix": jsonable(part),
+        "limit": _limit(part),
+        "total": len(audit.layers),
+    }
 
 
 def _limit(values: Tensor) -> float:

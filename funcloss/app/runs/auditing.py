@@ -6,7 +6,7 @@ from collections.abc import Callable
 from funcloss.app.registry import loss_named
 from funcloss.app.runs.events import Audited, Note, Show
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
-from funcloss.audit import make_audit_step
+from funcloss.audit import LossSpec, make_audit_step
 from funcloss.combinators import class_weighted
 from funcloss.errors import AuditError
 from funcloss.training import TrainState
@@ -41,10 +41,9 @@ def step_auditor(setup: Setup, show: Show) -> Audit | None:
     try:
         audit_step = make_audit_step(
             setup.model,
-            loss_of(setup),
+            LossSpec(loss_of(setup), reduction=config.reduction),
             make_optimizer(config),
             classes=setup.dataset.classes,
-            reduction=config.reduction,
             schedule=make_schedule(config, setup.per_epoch),
             clip_norm=config.clip_norm,
         )
