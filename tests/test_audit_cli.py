@@ -23,7 +23,7 @@ from funcloss import class_weighted, losses, models, optim
 from funcloss.app import runs
 from funcloss.app.audits import audit_checkpoint, audit_run, observer, write_report
 from funcloss.app.config import make_config
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs.setup import make_setup
 from funcloss.audit import audit, compare, sentences
@@ -225,7 +225,7 @@ def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(fini
     shares, errors, verdicts = [], [], []
     for seed in range(20):
         index = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:1024]
-        batches = [take(sample, sample.train, part) for part in index.split(128)]
+        batches = [get_batch(sample, sample.train, part) for part in index.split(128)]
         told = " ".join(
             sentences(
                 audit(
@@ -345,7 +345,7 @@ def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported,
     run, _, _ = reported
     rows = rows_of(run / "audit_examples.csv")[:50]
     index = torch.tensor([int(row["index"]) for row in rows])
-    batch = take(sample, sample.train, index)
+    batch = get_batch(sample, sample.train, index)
     model = runs.load(run).model
     with torch.no_grad():
         logits = model(batch.inputs)
@@ -481,7 +481,7 @@ def test_each_part_of_the_data_is_audited(finished, run_cli, tmp_path, part, sam
     found, examples = read(out), getattr(sample, part)
     counts = examples.labels.bincount(minlength=10).tolist()
     assert [row["count"] for row in found["classes"]] == counts
-    assert found["about"]["part"] == part
+    assert found["about"]["split"] == part
     assert f"{len(examples.labels):,} examples of mnist-sample, {part}" in printed
     # the validation examples are held out of what trains
     assert ("held_out" in found["impact"]) == (part == "train")
@@ -492,7 +492,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path, run_cli, no_figures):
     before = listing(run)
     code, out, err = run_cli("audit", run, "--split", "validation")
     assert (code, out) == (2, "")
-    assert "mnist-sample has no validation part: the run held out none" in err
+    assert "mnist-sample has no validation split: the run held out none" in err
     assert listing(run) == before
     code, out, _ = run_cli("audit", run, *FEW)
     assert code == 0
@@ -796,7 +796,7 @@ def test_a_log_that_is_no_text_is_one_line_at_most(run, run_cli, no_figures):
 
 
 def test_data_that_is_gone_is_one_line(run_cli, tmp_path, finished, monkeypatch):
-    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls: [])
+    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls, **how: [])
     run = shutil.copytree(finished, tmp_path / "run")
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace('"mnist-sample"', '"mnist"', 1))
@@ -926,8 +926,8 @@ def test_a_reader_that_closes_the_pipe_early_ends_it_quietly(run):
 
 
 def test_the_library_refuses_an_unknown_part_too(finished):
-    with pytest.raises(ConfigError, match="part must be one of train, validation, test"):
-        audit_run(finished, part="all")
+    with pytest.raises(ConfigError, match="split must be one of train, validation, test"):
+        audit_run(finished, split="all")
     with pytest.raises(RunError, match="is not a run folder"):
         audit_run(finished / "model.safetensors")
 
@@ -959,7 +959,7 @@ def tutorial(finished, sample):
     torch.manual_seed(0)
     model = models.article_cnn().double().eval()
     order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
-    batches = [take(sample, sample.train, index) for index in order[:1600].split(32)]
+    batches = [get_batch(sample, sample.train, index) for index in order[:1600].split(32)]
     batches = [Batch(batch.inputs.double(), batch.targets) for batch in batches]
     fast = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in batches[:40]:

@@ -37,7 +37,7 @@ def about(**changes) -> About:
         "loss": "cross_entropy",
         "dataset": "mnist",
         "note": "",
-        "part": "train",
+        "split": "train",
         "examples": 240,
         "step": 900,
         "mode": "eval",

@@ -385,13 +385,12 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     loaded = runs.load(run)
     assert loaded.class_counts.dtype == torch.float32
     assert loaded.class_counts.tolist() == counts
-    assert runs.evaluate_run(run, part="train").evaluation.labels.bincount().tolist() == counts
-    whole = runs.evaluate_run(run, dataset="mnist-sample", part="train")
+    assert runs.evaluate_run(run, split="train").evaluation.labels.bincount().tolist() == counts
+    whole = runs.evaluate_run(run, dataset="mnist-sample", split="train")
     assert whole.labels.bincount().tolist() == counts
-    assert (
-        runs.evaluate_run(run, part="validation").evaluation.labels.bincount().tolist() == [50] * 10
-    )
-    elsewhere = runs.evaluate_run(run, dataset="mnist", part="train")
+    held_out = runs.evaluate_run(run, split="validation").evaluation
+    assert held_out.labels.bincount().tolist() == [50] * 10
+    elsewhere = runs.evaluate_run(run, dataset="mnist", split="train")
     assert len(elsewhere.labels) == 54_000
     told = elsewhere.evaluation.logits.double() + torch.tensor(counts).double().log()
     expected = float(F.cross_entropy(told, elsewhere.labels))
@@ -439,7 +438,7 @@ def test_a_saved_model_is_audited_under_costs(tmp_path):
     setup = make_setup(config)
     runs.save_tensors(tmp_path / "m.safetensors", setup.state.params, {})
     found = audits.audit_checkpoint(tmp_path / "m.safetensors", config, examples=300).audit
-    batch = data.take(setup.dataset, setup.dataset.train, torch.arange(4000))
+    batch = data.get_batch(setup.dataset, setup.dataset.train, torch.arange(4000))
     assert found.count.sum() == 300
     logits = batch.inputs.flatten(1) @ setup.state.params["fc.weight"].T
     p = (logits + setup.state.params["fc.bias"]).softmax(1)

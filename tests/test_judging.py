@@ -667,11 +667,11 @@ def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     runs.train(make_config(made), tmp_path / "run")
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
-    assert "at temperature 1.000 (no validation part)" in out
+    assert "at temperature 1.000 (no validation split)" in out
     assert json.loads((tmp_path / "scores.json").read_text())["temperature"] == 1.0
     code, _, err = run_cli("evaluate", tmp_path / "run", "--split", "validation")
     assert code == 2
-    assert "has no validation part: the run held out none" in err
+    assert "has no validation split: the run held out none" in err
 
 
 REFUSED = [

@@ -597,7 +597,7 @@ def test_evaluating_a_run_gives_what_its_summary_says(finished):
     scores = outcome.summary["test"]["rules"]["argmax"]
     assert judged.evaluation.argmax.accuracy.value == scores["accuracy"][0]
     assert judged.evaluation.loss == pytest.approx(outcome.summary["test"]["loss"], rel=1e-5)
-    validation = runs.evaluate_run(run, part="validation").evaluation
+    validation = runs.evaluate_run(run, split="validation").evaluation
     scores = outcome.summary["validation"]["rules"]["argmax"]
     assert validation.argmax.accuracy.value == scores["accuracy"][0]
 

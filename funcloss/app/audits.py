@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
+from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
 from funcloss.app.registry import loss_named
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import About, render_page
@@ -20,7 +20,7 @@ from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
-from funcloss.app.runs.use import part_of
+from funcloss.app.runs.use import split_of
 from funcloss.audit.measure import audit
 from funcloss.audit.result import Audit
 from funcloss.audit.training import loss_options, make_audit_step
@@ -41,13 +41,13 @@ class RunAudit(NamedTuple):
     audit: Audit
     about: About
     history: Sequence[dict[str, Any]]  # the audits of the training
-    pictures: dict[int, bytes]  # PNG files, by index in the part of the data set
+    pictures: dict[int, bytes]  # PNG files, by index in the split of the data set
 
 
 def audit_run(
     run_dir: str | Path,
     *,
-    part: str = "train",
+    split: str = "train",
     examples: int = 10_000,
     evaluation_mode: bool = False,
     data_dir: str = "",
@@ -60,7 +60,7 @@ def audit_run(
 
     Args:
         run_dir: A run folder, finished or not.
-        part: What to audit: ``train``, ``validation`` or ``test``.
+        split: What to audit: ``train``, ``validation`` or ``test``.
         examples: How many of it at most, drawn with one seed.
         evaluation_mode: Without dropout; else as the training steps go.
         data_dir: Where the data is now, if it has moved.
@@ -74,7 +74,7 @@ def audit_run(
 
     Raises:
         AuditError: it cannot be audited.
-        ConfigError: the part is empty, or the device is not there.
+        ConfigError: the split is empty, or the device is not there.
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
@@ -82,7 +82,7 @@ def audit_run(
     config = folder.read_config(run_dir, allow_import=allow_import)
     here = {"data_dir": data_dir or config.data_dir, "device": device, "init": ""}
     return audit_training(
-        run_dir, make_setup(config._replace(**here)), part=part, examples=examples,
+        run_dir, make_setup(config._replace(**here)), split=split, examples=examples,
         evaluation_mode=evaluation_mode, method=method, memory=memory,
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def audit_training(
     run_dir: Path,
     setup: Setup,
     *,
-    part: str = "train",
+    split: str = "train",
     examples: int = 10_000,
     evaluation_mode: bool = False,
     method: str = "auto",
@@ -102,7 +102,7 @@ def audit_training(
     Args:
         run_dir: The run folder.
         setup: Its training.
-        part: As for :func:`audit_run`.
+        split: As for :func:`audit_run`.
         examples: As for :func:`audit_run`.
         evaluation_mode: As for :func:`audit_run`.
         method: As for :func:`audit_run`.
@@ -113,7 +113,7 @@ def audit_training(
 
     Raises:
         AuditError: it cannot be audited.
-        ConfigError: the part is empty.
+        ConfigError: the split is empty.
         RunError: the run cannot be read.
     """
     config = setup.config
@@ -122,7 +122,7 @@ def audit_training(
     steps = config.epochs * setup.per_epoch
     going_on = int(state.step) < steps
     found = _audited(
-        setup, state, part, examples, evaluation_mode, method, memory,
+        setup, state, split, examples, evaluation_mode, method, memory,
         optimizer=make_optimizer(setup.config),
         learning_rate=setup.hyper["learning_rate"],
         schedule=make_schedule(setup.config, setup.per_epoch) if going_on else None,
@@ -136,17 +136,17 @@ def audit_training(
         found = found._replace(notes=(*found.notes, note))
     records = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
     about = about_of(
-        setup, f"Audit of {run_dir.name}", part=part, examples=int(found.count.sum()),
+        setup, f"Audit of {run_dir.name}", split=split, examples=int(found.count.sum()),
         step=int(state.step), evaluation_mode=evaluation_mode,
     )  # fmt: skip
-    return RunAudit(found, about, records, _pictures(found, setup.dataset, part))
+    return RunAudit(found, about, records, _pictures(found, setup.dataset, split))
 
 
 def audit_checkpoint(
     path: str | Path,
     config: TrainConfig,
     *,
-    part: str = "train",
+    split: str = "train",
     examples: int = 10_000,
     evaluation_mode: bool = False,
     method: str = "auto",
@@ -157,7 +157,7 @@ def audit_checkpoint(
     Args:
         path: The file, a run's ``model.safetensors`` say.
         config: Model, loss, costs and data set; its optimiser is not looked at.
-        part: As for :func:`audit_run`.
+        split: As for :func:`audit_run`.
         examples: As for :func:`audit_run`.
         evaluation_mode: As for :func:`audit_run`.
         method: As for :func:`audit_run`.
@@ -182,13 +182,13 @@ def audit_checkpoint(
         raise RunError(
             f"{path} is not of {config.model} on {config.dataset}: see its {misshapen[0]}"
         )
-    found = _audited(setup, None, part, examples, evaluation_mode, method, memory)
+    found = _audited(setup, None, split, examples, evaluation_mode, method, memory)
     title = f"Audit of {Path(path).name}"
     about = about_of(
-        setup, title, part=part, examples=int(found.count.sum()),
+        setup, title, split=split, examples=int(found.count.sum()),
         step=None, evaluation_mode=evaluation_mode,
     )  # fmt: skip
-    return RunAudit(found, about, [], _pictures(found, setup.dataset, part))
+    return RunAudit(found, about, [], _pictures(found, setup.dataset, split))
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -224,7 +224,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
 def _audited(
     setup: Setup,
     state: TrainState | Params | None,
-    part: str,
+    split: str,
     examples: int,
     evaluation_mode: bool,
     method: str,
@@ -233,12 +233,12 @@ def _audited(
 ) -> Audit:
     config, dataset = setup.config, setup.dataset
     model = setup.model.eval() if evaluation_mode else setup.model.train()
-    held = dataset.validation if part == "train" and len(dataset.validation.labels) else None
+    held = dataset.validation if split == "train" and len(dataset.validation.labels) else None
 
     def batches(chosen: Examples):
         def passes() -> Iterator[Batch]:
             index = _index(chosen, examples)
-            return feed(dataset, chosen, index.split(max(config.batch_size, 256)))
+            return iter_batches(dataset, chosen, index.split(max(config.batch_size, 256)))
 
         return passes
 
@@ -246,7 +246,7 @@ def _audited(
         model,
         state,
         loss_of(setup),
-        batches(part_of(dataset, part)),
+        batches(split_of(dataset, split)),
         class_weights=setup.hyper.get("class_weights"),
         options=loss_options(setup.hyper),
         reduction=config.reduction,
@@ -257,7 +257,7 @@ def _audited(
         **step,
     )
     assert found.examples is not None
-    index = _index(part_of(dataset, part), examples).cpu()
+    index = _index(split_of(dataset, split), examples).cpu()
     rows = found.examples
     return found._replace(
         examples=rows._replace(index=index[rows.index]),
@@ -271,11 +271,11 @@ def _index(chosen: Examples, most: int) -> Tensor:
     return drawn[:most].to(chosen.labels.device)
 
 
-def _pictures(found: Audit, dataset: Dataset, part: str) -> dict[int, bytes]:
+def _pictures(found: Audit, dataset: Dataset, split: str) -> dict[int, bytes]:
     """Return the most opposed and most dominant examples of each class as PNG files."""
     if found.examples is None or found.examples.norm.isnan().all() or not dataset.has_images:
         return {}
-    chosen = part_of(dataset, part)
+    chosen = split_of(dataset, split)
     labels = range(len(found.classes))
     wanted = {
         position
@@ -298,7 +298,7 @@ def about_of(
     setup: Setup,
     title: str,
     *,
-    part: str,
+    split: str,
     examples: int,
     step: int | None,
     evaluation_mode: bool = False,
@@ -308,7 +308,7 @@ def about_of(
     Args:
         setup: The training.
         title: Of the page.
-        part: Of the data set.
+        split: Of the data set.
         examples: How many of it.
         step: Of the training; None: not known.
         evaluation_mode: The model was without dropout.
@@ -326,7 +326,7 @@ def about_of(
         loss=config.loss,
         dataset=setup.dataset.name,
         note=setup.dataset.note,
-        part=part,
+        split=split,
         examples=examples,
         step=step,
         mode="eval" if evaluation_mode else "train",

@@ -81,7 +81,7 @@ def audit(
     from funcloss.app import audits
     from funcloss.app.cli.console import print_audit
 
-    how = {"part": split, "examples": examples, "evaluation_mode": evaluation_mode}
+    how = {"split": split, "examples": examples, "evaluation_mode": evaluation_mode}
     how |= {"method": method, "memory": memory}
     if run is not None:
         found = audits.audit_run(

@@ -241,7 +241,7 @@ def print_audit(found: "audits.RunAudit", files: list[Path], *, quiet: bool) -> 
     out.print(_audit_table(found.audit))
     method = found.audit.method
     out.print(
-        f"{found.about.examples:,} examples of {found.about.dataset}, {found.about.part}; "
+        f"{found.about.examples:,} examples of {found.about.dataset}, {found.about.split}; "
         f"{method.name}, {method.seconds:.1f} s",
         markup=False,
     )
@@ -359,7 +359,7 @@ def print_evaluation(found: "runs.EvaluationReport") -> None:
     out, judged, costs = _console(), found.evaluation, found.evaluation.rule.costs
     for line in decisions.cost_sentences(costs):
         out.print(f"cost: {line}")
-    fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation part"
+    fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation split"
     out.print(
         f"calibration error {judged.calibration_error:.4f}, {judged.calibrated_error:.4f} at "
         f"temperature {judged.rule.temperature:.3f} ({fitted})",

@@ -76,7 +76,7 @@ def evaluate(
     found = runs.evaluate_run(
         run,
         dataset=dataset,
-        part=split,
+        split=split,
         data_dir=data_dir,
         device=device,
         allow_import=allow_import,

@@ -1,33 +1,27 @@
-"""Readers of the archives' own formats, which trust nothing that they read."""
+"""Files of MNIST's format, and checksums: readers that trust nothing that they read."""
 
 import gzip
 import hashlib
 import math
-import pickletools
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from funcloss._files import reading
 from funcloss.errors import DataError
-
-_CIFAR_SHAPE = (3, 32, 32)
 
 
 def check_md5(path: Path, md5: str) -> None:
     """Raise ``DataError`` unless the file at ``path`` has the published checksum."""
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path), path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
     if found.hexdigest() != md5:
         raise DataError(
             f"{path} is damaged or not the published file (md5 {found.hexdigest()}, expected "
-            f"{md5}): delete it and try again, it will be fetched anew"
+            f"{md5}): delete it and try again, it will be fetched again"
         )
 
 
@@ -47,14 +41,12 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         DataError: the file cannot be read, is not of this format or not of the stated length.
     """
-    try:
+    with reading(path):
         content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}; delete it and try again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
     header = 4 + 4 * dims
     magic = int.from_bytes(content[:4], "big")
     if len(content) < header or magic != 0x800 + dims:
@@ -71,54 +63,3 @@ def read_idx(path: Path, dims: int) -> Tensor:
     if math.prod(shape) == 0:
         return torch.zeros(shape, dtype=torch.uint8)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
-
-
-def read_cifar(path: Path, members: list[str]) -> tuple[Tensor, Tensor]:
-    """Read batches of CIFAR-10 straight out of their archive.
-
-    The batches are pickles. They are not loaded, which would run what they say: the listing of
-    their instructions is searched for the one string of pixels and the one list of labels.
-
-    Args:
-        path: The archive ``cifar-10-python.tar.gz``.
-        members: Names of the batches in it.
-
-    Returns:
-        Images, uint8 ``(n, 32, 32, 3)``, and labels, int64 ``(n,)``.
-
-    Raises:
-        DataError: the archive cannot be read or a batch is not what it should be.
-    """
-    images, labels = [], []
-    try:
-        with tarfile.open(path) as archive:
-            for member in members:
-                file = archive.extractfile(member)
-                if file is None:
-                    raise DataError(f"{path}: {member} is not a file")
-                pixels, classes = _scan_cifar_batch(file.read())
-                flat = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-                images.append(flat.reshape(-1, *_CIFAR_SHAPE).permute(0, 2, 3, 1))
-                labels.append(torch.tensor(classes, dtype=torch.int64))
-    except (tarfile.TarError, KeyError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {error}; delete it and try again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    return torch.cat(images).contiguous(), torch.cat(labels)
-
-
-def _scan_cifar_batch(content: bytes) -> tuple[bytes, list[int]]:
-    """Find the pixels, the one string of their length, and the integers after the word labels."""
-    pixels, labels, key = b"", [], None
-    for opcode, arg, _ in pickletools.genops(content):
-        if isinstance(arg, str | bytes):
-            text = arg.encode("latin-1") if isinstance(arg, str) else arg
-            if len(text) > len(pixels) and len(text) % math.prod(_CIFAR_SHAPE) == 0:
-                pixels = text
-            elif len(text) < 32:
-                key = text
-        elif opcode.name.startswith("BININT") and key == b"labels":
-            labels.append(arg)
-    if not pixels or not labels:
-        raise ValueError("a batch has no pixels or no labels")
-    return pixels, labels

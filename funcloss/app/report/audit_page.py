@@ -36,7 +36,7 @@ class About(NamedTuple):
     loss: str
     dataset: str
     note: str  # on the data; empty: none
-    part: str  # of the data: train, validation, test
+    split: str  # of the data: train, validation, test
     examples: int
     step: int | None  # of the training; None: not known
     mode: str  # of the model: "train" or "eval"

@@ -63,7 +63,12 @@ class TrainedModel:
     def criterion(self) -> Criterion:
         """The loss that it was trained with, reduced."""
         weighted = self.class_weights is not None
-        return make_criterion(self.config.loss, self.config.reduction, weighted=weighted)
+        return make_criterion(
+            self.config.loss,
+            self.config.reduction,
+            weighted=weighted,
+            refused=self.config.refused_code,
+        )
 
 
 def save_model(path: Path, model: TrainedModel, *, step: int) -> None:

@@ -15,14 +15,14 @@ from funcloss.app.config import TrainConfig, check_code, make_config
 from funcloss.app.data import (
     Dataset,
     Examples,
-    Known,
+    InputSchema,
     moved,
     normalised,
     read_features,
     read_image,
     resized,
 )
-from funcloss.app.data.own import TABLES
+from funcloss.app.data.loading import TABLES
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import evaluate, record_of, rule_caveat, with_fitted_rule
 from funcloss.app.runs.model import TrainedModel, load_model
@@ -76,21 +76,21 @@ def evaluate_run(
     run_dir: str | Path,
     *,
     dataset: str = "",
-    part: str = "test",
+    split: str = "test",
     data_dir: str = "",
     device: str = "auto",
     allow_import: bool = False,
     judge_by: Mapping[str, Any] | None = None,
 ) -> EvaluationReport:
-    """Evaluate a run's model on a part of a data set, and judge what its decisions cost.
+    """Evaluate a run's model on a split of a data set, and judge what its decisions cost.
 
     Args:
         run_dir: A run folder.
         dataset: Name of a data set with as many classes, or your own with the same; empty: the one
             that was trained on.
-        part: ``test``, ``validation`` or ``train``, split as in the training; the last as
+        split: ``test``, ``validation`` or ``train``, cut as in the training; the last as
             long-tailed as it was trained on, where the data set is the run's own. Of other data of
-            your own that comes in one part, ``test`` is all of it.
+            your own that comes in one split, ``test`` is all of it.
         data_dir: Folder of the data; empty: that of the run.
         device: Where to run the model.
         allow_import: Whether code that the run names may be imported.
@@ -98,10 +98,10 @@ def evaluate_run(
 
     Returns:
         The evaluation under the loss of the run, and its judgement. The temperature of the
-        probabilities is fitted on the validation part of the same data set, if there is one.
+        probabilities is fitted on the validation split of the same data set, if there is one.
 
     Raises:
-        ConfigError: the data set does not fit the model, the part is empty or the device absent.
+        ConfigError: the data set does not fit the model, the split is empty or the device absent.
         DataError: the data cannot be had.
         RunError: the run cannot be read.
     """
@@ -111,8 +111,8 @@ def evaluate_run(
     asked = config._replace(dataset=dataset or config.dataset, data_dir=data_dir or config.data_dir)
     asked = with_absolute_paths(asked)
     own = asked.dataset == config.dataset
-    parts = ("validation_dataset", "test_dataset") if own else ()
-    check_code(config, ("loss", *parts, *(() if dataset else ("dataset",))))
+    apart = ("validation_dataset", "test_dataset") if own else ()
+    check_code(config, ("loss", *apart, *(() if dataset else ("dataset",))))
     if dataset:  # it is asked for here, whatever the run says
         refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
         asked = asked._replace(refused_code=refused)
@@ -121,14 +121,14 @@ def evaluate_run(
     else:
         asked = _as_other_data(asked)
         shape = run.input_shape if run.images else ()
-        loaded = load_data(asked, known=Known(run.classes, run.columns, shape))
+        loaded = load_data(asked, schema=InputSchema(run.classes, run.columns, shape))
     fitted = moved(_fitted(loaded, run), device)
-    part_of(fitted, part)
-    evaluations = evaluate(run, fitted, ("validation", part))
+    split_of(fitted, split)
+    evaluations = evaluate(run, fitted, ("validation", split))
     config = _judged_by(config, fitted.classes, judge_by or {})
     judged = dataclasses.replace(run, config=config, classes=fitted.classes)
     return EvaluationReport(
-        evaluation=with_fitted_rule(judged, evaluations)[part],
+        evaluation=with_fitted_rule(judged, evaluations)[split],
         temperature_on="validation" if "validation" in evaluations else "",
         dataset=fitted.name,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
@@ -136,10 +136,10 @@ def evaluate_run(
 
 
 def _as_other_data(config: TrainConfig) -> TrainConfig:
-    """Return a configuration without what it says of reading and parting the run's own data."""
-    parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
+    """Return a configuration without what it says of reading and splitting the run's own data."""
+    splitting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
-    return config._replace(**{n: config._field_defaults[n] for n in (*parting, *reading)})
+    return config._replace(**{n: config._field_defaults[n] for n in (*splitting, *reading)})
 
 
 def _judged_by(
@@ -153,18 +153,18 @@ def _judged_by(
     return resolved_costs(config, classes)
 
 
-def part_of(dataset: Dataset, part: str) -> Examples:
-    """Return a part of a data set, ``train``, ``validation`` or ``test``.
+def split_of(dataset: Dataset, split: str) -> Examples:
+    """Return a split of a data set, ``train``, ``validation`` or ``test``.
 
     Raises:
-        ConfigError: there is no such part, or nothing in it.
+        ConfigError: there is no such split, or nothing in it.
     """
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    if part not in parts:
-        raise ConfigError(f"part must be one of {', '.join(parts)}; got {part!r}")
-    if not len(parts[part].labels):
-        raise ConfigError(f"{dataset.name} has no {part} part: the run held out none")
-    return parts[part]
+    splits = dataset.splits
+    if split not in splits:
+        raise ConfigError(f"split must be one of {', '.join(splits)}; got {split!r}")
+    if not len(splits[split].labels):
+        raise ConfigError(f"{dataset.name} has no {split} split: the run held out none")
+    return splits[split]
 
 
 def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
@@ -186,7 +186,7 @@ def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
             f"the model takes {_described(run.input_shape)}, {data.name} has "
             f"{_described(data.input_shape)}"
         )
-    return data._replace(mean=run.mean, std=run.std)
+    return dataclasses.replace(data, mean=run.mean, std=run.std)
 
 
 def _described(shape: tuple[int, ...]) -> str:

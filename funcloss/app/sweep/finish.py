@@ -13,7 +13,7 @@ import torch
 
 from funcloss._files import replacing, write_text
 from funcloss.app.audits import RunAudit, about_of, audit_training
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
@@ -178,7 +178,7 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
     size = min(_BATCH, config.batch_size)
     pieces = [piece for piece in order.split(size)[:_HORIZON] if len(piece) == size]
     held = torch.arange(len(dataset.validation.labels), device=device)
-    batch = take(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
+    batch = get_batch(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
     support = batch.targets.bincount(minlength=len(dataset.classes)).cpu()
     prior = deployment_prior(config, dataset.classes, support)
     weights = None
@@ -191,7 +191,7 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
         setup.costs.matrix.float().to(device),
         sample_weights=weights,
     )
-    batches = [take(dataset, dataset.train, piece) for piece in pieces]
+    batches = [get_batch(dataset, dataset.train, piece) for piece in pieces]
     found = cost_gradient(step, state, batches, cost, hyper)
     return dict(zip(dataset.classes, found.gradient.tolist(), strict=True)), len(batches)
 
@@ -215,7 +215,7 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
-        about, found = about_of(setup, choice.title, part="train", examples=n, step=None), None
+        about, found = about_of(setup, choice.title, split="train", examples=n, step=None), None
         more: dict[str, Any] = {}
     else:
         found, about = audited.audit, audited.about._replace(title=choice.title)
