@@ -433,6 +433,16 @@ def test_only_png_and_jpeg_are_looked_into_whatever_a_file_is_called(
     assert not ghostscript.exists()
 
 
+def test_what_torchvision_opens_is_not_run_either(ghostscript, tmp_path):
+    folder = write_folder(tmp_path / "eurosat" / "2750", {"a": RGB[:4], "b": RGB[4:8]})
+    read = load("torchvision:EuroSAT", data_dir=str(tmp_path))
+    assert everything(read) == pairs(RGB[:8], "aaaabbbb")
+    (folder / "b" / "3.png").write_bytes(EPS)
+    with pytest.raises(DataError, match="image 7 cannot be read: OSError: .*Ghostscript"):
+        load("torchvision:EuroSAT", data_dir=str(tmp_path))
+    assert not ghostscript.exists()
+
+
 def test_images_are_brought_to_the_size_asked_for(tmp_path):
     write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [pixels(9, 9, 3)] * 3})
     read = load(str(tmp_path / "own"), image_size=8)

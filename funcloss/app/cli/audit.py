@@ -10,7 +10,7 @@ from funcloss.app.cli.table import AllowImport
 from funcloss.app.config import fields, make_config
 from funcloss.errors import ConfigError
 
-_PARTS = ("train", "validation", "test")
+_SPLITS = ("train", "validation", "test")
 _METHODS = ("auto", "products", "examples", "classes", "loop")
 _CHOICES = {field.name: "|".join(field.option.choices) for field in fields()}
 
@@ -35,7 +35,7 @@ def audit(
         typer.Option(help="Cost of a true class, of --checkpoint.", metavar="CLASS=WEIGHT"),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Part of the data to audit.", metavar="|".join(_PARTS))
+        str, typer.Option(help="Split to audit.", metavar="|".join(_SPLITS))
     ] = "train",
     examples: Annotated[int, typer.Option(help="Examples of it, at most.", min=2)] = 10_000,
     evaluation_mode: Annotated[
@@ -61,7 +61,7 @@ def audit(
 
     Prints plain words and a table, and writes audit.html, audit.json, CSV tables and figures.
     """
-    for name, value, known in (("split", split, _PARTS), ("method", method, _METHODS)):
+    for name, value, known in (("split", split, _SPLITS), ("method", method, _METHODS)):
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if not memory < float("inf"):

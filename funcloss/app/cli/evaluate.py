@@ -11,7 +11,7 @@ from funcloss.app.config import DATASETS, did_you_mean, make_config, names_own
 from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.errors import ConfigError
 
-_PARTS = ("test", "validation", "train")
+_SPLITS = ("test", "validation", "train")
 
 
 def evaluate(
@@ -20,12 +20,12 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Data set, or a path to your own.",
+            help="Data set, torchvision:NAME, or a path to your own.",
             metavar="|".join(DATASETS),
             show_default="the one trained on",
         ),
     ] = "",
-    split: Annotated[str, typer.Option(help="Part of it.", metavar="|".join(_PARTS))] = "test",
+    split: Annotated[str, typer.Option(help="Its split.", metavar="|".join(_SPLITS))] = "test",
     cost_matrix: Annotated[
         Path | None,
         typer.Option(
@@ -56,8 +56,8 @@ def evaluate(
     Twice: the likeliest class, and the decision of minimum expected cost at probabilities whose
     temperature is fitted on validation data.
     """
-    if split not in _PARTS:
-        raise ConfigError(f"split must be one of {', '.join(_PARTS)}; got {split!r}")
+    if split not in _SPLITS:
+        raise ConfigError(f"split must be one of {', '.join(_SPLITS)}; got {split!r}")
     if dataset == "auto" or not (dataset in ("", *DATASETS) or names_own(dataset)):
         there = ", ".join(DATASETS)
         guess = did_you_mean(dataset, DATASETS)

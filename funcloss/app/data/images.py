@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from funcloss._files import reading
 from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, ordered, physical_memory
-from funcloss.app.data.streaming import Stream
+from funcloss.app.data.streaming import Stream, last_line
 from funcloss.errors import ConfigError, DataError
 
 _FORMATS = ("PNG", "JPEG")  # not all that Pillow knows: an EPS it gives to Ghostscript to run
@@ -105,13 +105,21 @@ class Pictures(Dataset[Any]):
     @contextlib.contextmanager
     def opened(self, i: int) -> Iterator[tuple[Image.Image, str, int]]:
         """Give one picture, its name and its label."""
-        item = self.items[i]
-        if isinstance(item, str):
-            assert self.targets is not None
-            with open_image(item) as picture:
-                yield picture, item, int(self.targets[i])
+        if self.targets is not None and isinstance(self.items, list):
+            with open_image(self.items[i]) as picture:
+                yield picture, self.items[i], int(self.targets[i])
         else:
-            yield item[0], f"image {i}", int(item[1])
+            picture, label = self.item(i)
+            yield picture, f"image {i}", int(label)
+
+    def item(self, i: int) -> tuple[Any, Any]:
+        """Return one item of a data set."""
+        EpsImagePlugin.gs_binary = False  # torchvision opens any format: an EPS is never run
+        try:
+            return self.items[i]
+        except Exception as error:  # somebody else's code
+            kind = type(error).__name__
+            raise DataError(f"image {i} cannot be read: {kind}: {last_line(error)}") from None
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Return pixels and label of one."""
@@ -221,7 +229,7 @@ def _of_files(groups: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) ->
 
 
 def _form_of(pictures: Sequence[Pictures], image_size: int, looked_at: int) -> Form:
-    """Return size and channels of pictures, of many a part of them."""
+    """Return size and channels of pictures, ``looked_at`` of them at most."""
     sizes: dict[tuple[int, ...], str] = {}
     channels = 1
     every = [(those, i) for those in pictures for i in range(len(those))]

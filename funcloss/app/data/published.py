@@ -19,6 +19,7 @@ from funcloss.app.data.idx import check_md5, read_idx
 from funcloss.app.data.images import Pictures, read_pictures
 from funcloss.app.data.names import DATASETS, TORCHVISION, TORCHVISION_SETS, Published
 from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+from funcloss.app.data.streaming import last_line
 from funcloss.errors import ConfigError, DataError, UnavailableError
 
 _FIXES = "; fix: "
@@ -207,7 +208,7 @@ def _torchvision_class(name: str) -> Any:
         from torchvision import datasets
     except Exception as error:  # a build for another torch fails in more ways than ImportError
         raise UnavailableError(
-            f"it needs a torchvision that matches torch {torch.__version__} ({_last_line(error)}): "
+            f"it needs a torchvision that matches torch {torch.__version__} ({last_line(error)}): "
             "pip install --upgrade torch torchvision"
         ) from None
     if (found := getattr(datasets, name, None)) is None:
@@ -262,7 +263,7 @@ def _constructed(address: str, found: Any, folder: Path, arguments: Mapping[str,
         here = {**arguments, "download": False} if fetches else arguments
         return _made(address, found, folder, here)
     except (RuntimeError, OSError) as error:
-        why = _last_line(error).partition(" You can use download=True")[0].rstrip(".")
+        why = last_line(error).partition(" You can use download=True")[0].rstrip(".")
         missing = f"{address} is not in {folder} ({why})"
     if not fetches:
         raise UnavailableError(f"{missing}, and torchvision cannot fetch it: put its files there")
@@ -278,7 +279,7 @@ def _constructed(address: str, found: Any, folder: Path, arguments: Mapping[str,
     except DataError:
         raise
     except Exception as error:  # whatever a mirror, an archive or the disk does
-        raise UnavailableError(f"{missing}, and cannot be fetched: {_last_line(error)}") from None
+        raise UnavailableError(f"{missing}, and cannot be fetched: {last_line(error)}") from None
 
 
 def _made(address: str, found: Any, folder: Path, arguments: Mapping[str, Any]) -> Any:
@@ -287,7 +288,7 @@ def _made(address: str, found: Any, folder: Path, arguments: Mapping[str, Any]) 
     except ImportError as error:
         raise DataError(f"{address} needs a package: pip install {error.name}") from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{address}: {_last_line(error)}") from None
+        raise ConfigError(f"{address}: {last_line(error)}") from None
 
 
 def _urls(found: type) -> list[str]:
@@ -305,7 +306,7 @@ def _urls(found: type) -> list[str]:
 
 def _pictures(address: str, data: Any) -> Pictures:
     """Return a set as pictures, once its first item is an image and the number of its class."""
-    picture, label = data[0] if len(data) else (None, None)
+    picture, label = Pictures(data, None).item(0) if len(data) else (None, None)
     if not isinstance(picture, Image.Image) or not isinstance(label, int | np.integer):
         raise ConfigError(
             f"{address}: an item must be an image and the number of its class, got "
@@ -332,11 +333,6 @@ def _with_classes(address: str, splits: Mapping[str, RawSplit], names: Any) -> d
         split: RawSplit(raw.inputs, torch.searchsorted(present, raw.labels), classes)
         for split, raw in splits.items()
     }
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 def _read_torchvision_row(row: Published, options: LoadOptions) -> dict[str, RawSplit]:

@@ -85,6 +85,12 @@ class Stream:
             getattr(batches, "_shutdown_workers", lambda: None)()
 
 
+def last_line(error: Exception) -> str:
+    """Return the last line of what an error says, else its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def item_shape(inputs: Tensor | Stream) -> tuple[int, ...]:
     """Return the shape of one input."""
     return inputs.shape if isinstance(inputs, Stream) else tuple(inputs.shape[1:])
@@ -105,13 +111,12 @@ def _as_inputs(inputs: Any) -> Any:
 
 def _in_one_line(error: Exception) -> DataError:
     """Return the last line of a worker process's traceback, which is the error itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
+    last = last_line(error)
     said = last.partition("DataError: ")[2] or last
     if isinstance(error, DataError):
         return DataError(said)
     gone = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
     if gone or isinstance(error, ConnectionError | EOFError):
         return DataError(f"a process that reads the data ended: {last}; try workers 0")
-    kind = "" if len(lines) > 1 else f"{type(error).__name__}: "
+    kind = "" if len(str(error).strip().splitlines()) > 1 else f"{type(error).__name__}: "
     return DataError(f"reading the data raised {kind}{said}")
