@@ -219,64 +219,40 @@ def test_unpacked_files_are_read_too(tmp_path):
     assert len(mnist.validation.labels) == 20
 
 
-def spoil_short(raw):
-    path = raw / FILES[0]
-    path.write_bytes(path.read_bytes()[:-100])
+def of(n, value=0, shape=()):
+    return idx_bytes(torch.full((n, *shape), value, dtype=torch.uint8))
 
 
-def spoil_empty(raw):
-    (raw / FILES[1]).write_bytes(b"")
-
-
-def spoil_magic(raw):
-    path = raw / FILES[0]
-    path.write_bytes(b"\x00\x00\x09\x03" + path.read_bytes()[4:])
-
-
-def spoil_labels(raw):
-    (raw / FILES[1]).write_bytes(idx_bytes(torch.full((200,), 10, dtype=torch.uint8)))
-
-
-def spoil_count(raw):
-    (raw / FILES[3]).write_bytes(idx_bytes(torch.zeros(49, dtype=torch.uint8)))
-
-
-def spoil_all(raw):
-    (raw / FILES[2]).write_bytes(idx_bytes(torch.zeros(0, 28, 28, dtype=torch.uint8)))
-    (raw / FILES[3]).write_bytes(idx_bytes(torch.zeros(0, dtype=torch.uint8)))
-
-
-def spoil_archive(raw):
-    (raw / f"{FILES[0]}.gz").write_bytes(gzip.compress(b"something else"))
-
-
-def spoil_by_folder(raw):
-    (raw / FILES[0]).unlink()
-    (raw / FILES[0]).mkdir()
-
-
+# what is written into which of the four files (a function: from what is there), and the error
 SPOILT = {
-    spoil_short: "train-images-idx3-ubyte is damaged: 156,700 bytes of data where its header says "
-    "156,800",
-    spoil_empty: "train-labels-idx1-ubyte is not a file of 1 axes in MNIST's format",
-    spoil_magic: "magic number 0x903, expected 0x803",
-    spoil_labels: r"training set: labels must be in 0\.\.9, got 10\.\.10",
-    spoil_count: "test set: 50 inputs but 49 labels",
-    spoil_all: "test set: no examples",
-    spoil_archive: r"train-images-idx3-ubyte.gz is damaged or not the published file \(md5 .*, "
-    "expected f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    spoil_by_folder: "cannot read .*: Is a directory",
-}
+    "short": ({0: lambda whole: whole[:-100]}, "train-images-idx3-ubyte is damaged: 156,700 bytes "
+              "of data where its header says 156,800"),
+    "empty": ({1: b""}, "train-labels-idx1-ubyte is not a file of 1 axes in MNIST's format"),
+    "magic": ({0: lambda whole: b"\0\0\x09\x03" + whole[4:]}, "number 0x903, expected 0x803"),
+    "labels": ({1: of(200, 10)}, r"training set: labels must be in 0\.\.9, got 10\.\.10"),
+    "count": ({3: of(49)}, "test set: 50 inputs but 49 labels"),
+    "no example": ({2: of(0, shape=(28, 28)), 3: of(0)}, "test set: no examples"),
+    "archive": ({"train-images-idx3-ubyte.gz": gzip.compress(b"something else")},
+                r"train-images-idx3-ubyte.gz is damaged or not the published file \(md5 .*, "
+                "expected f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    "folder": ({0: None}, "cannot read .*: Is a directory"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["mnist", "auto"])
-@pytest.mark.parametrize(("spoil", "message"), SPOILT.items(), ids=[s.__name__ for s in SPOILT])
+@pytest.mark.parametrize(("spoilt", "message"), SPOILT.values(), ids=SPOILT)
 def test_damaged_files_are_refused_and_a_second_attempt_works(
-    tmp_path, no_network, spoil, message, name
+    tmp_path, no_network, spoilt, message, name
 ):
     tensors = fake_digits()
     raw = write_unpacked(tmp_path, tensors)
-    spoil(raw)
+    for file, content in spoilt.items():
+        path = raw / (FILES[file] if isinstance(file, int) else file)
+        if content is None:
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     with pytest.raises(DataError, match=message) as caught:
         load(name, tmp_path)
     assert "\n" not in str(caught.value)
