@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
+from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
 from funcloss.app.options import AuditOptions
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import About, render_page
@@ -111,9 +111,7 @@ def audit_checkpoint(
         RunError: the file cannot be read, or is of another model.
     """
     device = config.device if options.device == "auto" else options.device
-    config = replace(
-        config, data_dir=options.data_dir or config.data_dir, device=device
-    )
+    config = replace(config, data_dir=options.data_dir or config.data_dir, device=device)
     setup, path = make_setup(config), Path(path).expanduser()
     tensors, _ = load_tensors(path)
     other = f"{path} is not of {config.model} on {config.dataset}"
@@ -168,7 +166,7 @@ def _audited(
 
     def batches(examples: Examples) -> Callable[[], Iterator[Batch]]:
         pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
-        return lambda: feed(dataset, examples, pieces)
+        return lambda: iter_batches(dataset, examples, pieces)
 
     if step is not None and held is not None and len(held.labels):
         step = replace(step, held_out=batches(held))

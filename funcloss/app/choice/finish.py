@@ -17,7 +17,7 @@ from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
 from funcloss.app.choice.tested import row_of
 from funcloss.app.choice.words import slope_sentences, tested_sentences
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice_figures import frontier, placed
@@ -185,7 +185,7 @@ def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[st
     size = min(_BATCH, config.batch_size)
     pieces = [piece for piece in order.split(size)[:_HORIZON] if len(piece) == size]
     held = torch.arange(len(dataset.validation.labels), device=device)
-    batch = take(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
+    batch = get_batch(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
     support = batch.targets.bincount(minlength=len(dataset.classes)).cpu()
     prior = deployment_prior(config, dataset.classes, support)
     weights = None
@@ -198,7 +198,7 @@ def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[st
         setup.costs.matrix.float().to(device),
         sample_weights=weights,
     )
-    batches = [take(dataset, dataset.train, piece) for piece in pieces]
+    batches = [get_batch(dataset, dataset.train, piece) for piece in pieces]
     found = cost_gradient(step, state, batches, cost, hyper)
     return dict(zip(dataset.classes, found.gradient.tolist(), strict=True)), len(batches)
 
