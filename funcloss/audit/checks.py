@@ -1,4 +1,4 @@
-"""What must hold of every audit, each computed another way than what it checks."""
+"""Identities that hold in every audit, each computed another way than what it checks."""
 
 import torch
 from torch import Tensor

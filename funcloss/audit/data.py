@@ -59,14 +59,10 @@ MakeBatches = Callable[[], Iterator[MaskedBatch]]
 def select_valid(
     batch: Batch, groups: Tensor, state: ModelState, *, number: int = 0, first: int = 0
 ) -> MaskedBatch:
-    """Return the examples of a batch that count, in the order of the data.
+    """Return the examples of a batch that count, those whose group is not -1.
 
-    Args:
-        batch: Its inputs and targets.
-        groups: The class that each example counts for, -1 where it does not, ``(batch,)``.
-        state: For the keys: batch ``number`` draws as step ``state.step + number`` does.
-        number: Number of the batch in the data.
-        first: Position in the data of its first example.
+    Batch ``number`` draws as step ``state.step + number`` does; ``first`` is the position in the
+    data of its first example.
     """
     n = len(groups)
     keys = example_keys(state.key, state.step + number, n)
@@ -80,12 +76,6 @@ def reiterable(
     data: Any, state: ModelState, *, batch_size: int, group_by: GroupBy | None
 ) -> MakeBatches:
     """Return a function that iterates over the data from its beginning, however often it is called.
-
-    Args:
-        data: In any form that :func:`funcloss.audit.audit` takes.
-        state: For the device and the keys of the examples.
-        batch_size: Examples per batch, where the data does not come in batches.
-        group_by: From a batch to the class that each example counts for; None: its label.
 
     Raises:
         AuditError: on the way, if a batch is in none of these forms, or the data changes; at once,

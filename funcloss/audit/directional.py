@@ -25,14 +25,9 @@ class DirectionalDerivatives:
 def directional_derivatives(
     context: AuditContext, make_batches: MakeBatches, gradients: ClassGradients, *, forward: bool
 ) -> DirectionalDerivatives:
-    """Pass over the data along the gradient.
+    """Pass over the data along its gradient.
 
-    Args:
-        context: The model and the loss.
-        make_batches: The data.
-        gradients: Of the same data.
-        forward: Whether by forward mode. Otherwise it takes a gradient per example, and no option
-            gets an elasticity.
+    Without ``forward`` mode it takes a gradient per example, and no option gets an elasticity.
     """
     rows, by_option = [], {}
     along = _forward_slopes if forward else _backward_slopes

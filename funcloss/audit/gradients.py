@@ -151,11 +151,8 @@ def class_gradients(
 ) -> ClassGradients:
     """Pass over the data once per block of classes: gradients, norms, losses.
 
-    Args:
-        context: The model, the loss and the method.
-        make_batches: The data.
-        probe: Number of the batch whose sum is kept apart, to be checked.
-        sample_bytes: What the class gradients of single batches may take, for standard errors.
+    The sum of batch number ``probe`` is kept apart, to be checked; the class gradients of single
+    batches may take ``sample_bytes``, for standard errors.
     """
     params, blocks, weights = context.state.params, context.blocks, context.weights
     zeros = {name: torch.zeros_like(p) for name, p in params.items()}

@@ -1,4 +1,4 @@
-"""What the inner products of class gradients say: shares, elasticities and conflicts.
+"""Shares, elasticities and conflicts from the inner products of class gradients.
 
 With ``G_c`` the gradient of class ``c``'s part of the loss at weight 1, the gradient under any
 class weights is ``g = sum_c w_c G_c``; so the matrix ``K[a, b] = <G_a, G_b>`` gives the share of

@@ -45,12 +45,6 @@ class Jackknife:
         and ``S`` those within the batch. ``(1 / r - 1)`` times the deviation of the results is the
         standard deviation from batch to batch.
 
-        Args:
-            sums: Class gradients of the whole, side by side.
-            n: Examples of the whole.
-            gram: ``<G_a, G_b>`` of the whole.
-            class_weights: On the CPU.
-
         References:
             Efron and Stein, "The jackknife estimate of variance", 1981.
         """

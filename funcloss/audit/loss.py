@@ -69,12 +69,7 @@ def as_spec(loss: LossFn | LossSpec) -> LossSpec:
 
 
 def inspected(spec: LossSpec, predictions: Tensor, targets: Tensor) -> tuple[LossSpec, bool]:
-    """Return the loss without its own class weights, and whether it couples examples.
-
-    Args:
-        spec: The loss.
-        predictions: Of some examples, to try it on.
-        targets: Of the same.
+    """Try a loss on some examples: return it without class weights of its own, and if it couples.
 
     Raises:
         AuditError: class weights are given, and the loss applies them where it wants, or couples

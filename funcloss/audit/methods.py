@@ -148,14 +148,7 @@ def make_plan(
     norms: bool,
     method: str = "auto",
 ) -> Plan:
-    """Choose the method of least predicted cost for a model.
-
-    Args:
-        state: The model.
-        batch: A few examples.
-        cotangents: Theirs, to compare the methods on.
-        norms: Whether every example's norm is asked for.
-        method: The method to use; ``auto``: the rule's.
+    """Compare the methods on a few examples; return the cheapest that can measure, or ``method``.
 
     Raises:
         AuditError: the method that is asked for cannot measure this model.

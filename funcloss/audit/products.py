@@ -104,17 +104,9 @@ def add_products(
     *,
     norms: bool,
 ) -> Tensor | None:
-    """Add each group's gradient to ``sums`` and return the examples' squared norms.
+    """Add each group's gradient to its row of ``sums``; return the squared norms, if asked for.
 
-    Args:
-        uses: The uses of the parameters, each of its own.
-        backprops: Of each.
-        groups: Row of ``sums`` of each example, ascending, shape ``(n,)``.
-        sums: By parameter, shape ``(groups, *shape)``; added to in place.
-        norms: Whether to return squared norms.
-
-    Returns:
-        Shape ``(n,)``, or None.
+    ``groups``, ``(n,)``, ascend; ``sums`` have shape ``(groups, *shape)``.
     """
     squares = torch.zeros(len(groups), dtype=backprops[0].dtype, device=groups.device)
     segments = segments_of(groups)
@@ -217,7 +209,7 @@ def _outer(
 
 
 def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | None) -> None:
-    """Add gradients that are at hand an example, ``(n, *shape)``, by group."""
+    """Add gradients by example, ``(n, *shape)``, to those of their groups."""
     if len(segments) * 8 > len(into):  # one product for all groups
         members = grads.new_zeros(len(into), len(grads))
         for label, part in segments:

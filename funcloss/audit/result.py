@@ -62,7 +62,7 @@ class StepAudit:
 
 @dataclass(frozen=True, eq=False)
 class Impact:
-    """What each part of the step does to each class's mean loss, to first order and measured."""
+    """The change of each class's mean loss by each part of the step, to first order and measured."""
 
     matrix: Float[Tensor, "classes rows"]  # M[k, r] = <grad L_k, u_r>; below 0: r helps k
     before: Float[Tensor, " classes"]  # L_k at the params
@@ -160,7 +160,7 @@ class Audit:
         ):
             raise ValueError(
                 "Audit.reweighted: the loss couples examples, so its gradient is not a weighted "
-                "sum of class gradients: audit it anew under the other weights"
+                "sum of class gradients: audit it again under the other weights"
             )
         return balance(self.gram, self.count, class_weights, reduction=self.reduction)
 
@@ -281,8 +281,8 @@ class Audit:
         """
         folder = Path(folder)
         paths = [folder / "audit.json"]
-        told = {"about": dict(about)} if about else {}
-        text = json.dumps(told | self.to_dict(), indent=1, allow_nan=False)
+        facts = {"about": dict(about)} if about else {}
+        text = json.dumps(facts | self.to_dict(), indent=1, allow_nan=False)
         write_text(paths[0], text + "\n")
         tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
         if self.examples is not None:

@@ -149,14 +149,7 @@ def step_and_impact(
     data: Mapping[str, MakeBatches],
     names: tuple[str, ...],
 ) -> tuple[StepAudit | None, dict[str, Impact], list[Check], str]:
-    """Split the step, predict what it does to every class, and take it.
-
-    Args:
-        context: The model, the loss and the method.
-        gradients: Of the data ``"train"``.
-        spec: The step.
-        data: What to predict the impact on, by name.
-        names: Of the classes.
+    """Split the step, predict its impact on every class in ``data``, by name, and take it.
 
     Returns:
         The step, the impact by name of the data, the checks; without a step, why there is none.
@@ -180,7 +173,7 @@ def step_and_impact(
         return split.of_parts(scaled_rows(factors, gradients.sums(block)))
 
     moves, own = held(moves_of, blocks), split.own()
-    products = _products(moves, moves, own, context).sum(0)
+    products = _row_products(moves, moves, own, context).sum(0)
     across = torch.cat([grams(own, moves(block), layers).sum(0) for block in blocks], 1)
     within = grams(own, own, layers).sum(0)
     gram = torch.cat([products, torch.cat([across, within], 1)])
@@ -193,7 +186,7 @@ def step_and_impact(
     for part, make_batches in data.items():
         sums = held(_loss_gradients(context, gradients, part, make_batches), blocks)
         before, count = class_losses(context, make_batches, state.params)
-        matrix = _products(sums, moves, own, context).sum(0)
+        matrix = _row_products(sums, moves, own, context).sum(0)
         matrix = torch.where(count[:, None] > 0, matrix / count[:, None], torch.nan)
         impact[part] = Impact(matrix, before, class_losses(context, make_batches, after)[0])
     known = impact["train"].predicted.isfinite()
@@ -204,7 +197,7 @@ def step_and_impact(
     return split.audited(names, gram), impact, checks, ""
 
 
-def _products(
+def _row_products(
     left: Callable[[range], Grads],
     moves: Callable[[range], Params],
     own: Params,

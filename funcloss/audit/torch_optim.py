@@ -27,15 +27,12 @@ class ParamGroup:
 def read_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[tuple[ParamGroup, ...], str]:
-    """Read what ``torch.optim`` remembers of a model's trained parameters, as it stands.
+    """Read the memory of SGD, Adam or AdamW, or Lightning's wrapper of one, for a model.
 
-    Args:
-        optimizer: SGD, Adam or AdamW, or Lightning's wrapper of one.
-        model: Whose parameters they are. Where some of them have a ``.grad``, those without are
-            left out, as torch leaves them.
+    Where some parameters have a ``.grad``, those without are left out, as torch leaves them.
 
     Returns:
-        Each parameter in one piece; or none, and why.
+        Each trained parameter in one group; or none, and why.
 
     Example:
         >>> model = torch.nn.Linear(2, 3)

@@ -140,15 +140,10 @@ def compare(audit: Audit, plain: Audit, *, name: Name = str, most: int = _MOST) 
 
 
 def spoken_of(audit: Audit, *, most: int = 4) -> list[int]:
-    """Return the classes to speak of: those with a weight of their own, else the two extremes.
+    """Return the labels to speak of: those with a weight of their own, the most unusual first.
 
-    Args:
-        audit: The audit.
-        most: How many at most, the most unusual weights first.
-
-    Returns:
-        Labels. Where all classes weigh the same: the one with the largest share relative to the
-        expected one, then the one with the smallest.
+    Where all classes weigh the same: the one with the largest share relative to the expected one,
+    then the one with the smallest.
     """
     own = weighted(audit)
     if own:
@@ -166,15 +161,7 @@ def spoken_of(audit: Audit, *, most: int = 4) -> list[int]:
 
 
 def largest(audit: Audit, most: int = _MOST) -> list[int]:
-    """Return the classes to show, in their order: all, or those with the largest shares.
-
-    Args:
-        audit: The audit.
-        most: How many; those spoken of are among them.
-
-    Returns:
-        Labels, ascending.
-    """
+    """Return the labels to show, ascending: all, or those spoken of and with the largest shares."""
     if len(audit.classes) <= most:
         return list(range(len(audit.classes)))
     size = audit.balance.share.abs().nan_to_num(-1.0)
