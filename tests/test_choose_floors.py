@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from funcloss import training
+from funcloss._json import jsonable
 from funcloss.app import runs, sweep
 from funcloss.app.audits import audit_run, observer
 from funcloss.app.cli import app as shell
@@ -912,7 +913,7 @@ def no_report(monkeypatch):
     """The report of a choice, less the page and what is measured for it alone."""
 
     def write_choice(choice, out, run_dir, setup, page):
-        (out / "floor.json").write_text(json.dumps(folder.plain(sweep.finish.as_dict(choice))))
+        (out / "floor.json").write_text(json.dumps(jsonable(choice)))
         return [out / page]
 
     monkeypatch.setattr("funcloss.app.sweep.run.write_choice", write_choice)

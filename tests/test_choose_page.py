@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from audit_examples import make_audit
@@ -11,16 +12,17 @@ from test_audit_page import HOSTILE, about
 
 from funcloss.app.report import choice_figures as figures
 from funcloss.app.report.audit_page import render_page
-from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row, Score
+from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row
 from funcloss.app.report.choice_page import render_choice, render_choice_page
 from funcloss.app.report.run_figures import save_figure
+from funcloss.decisions import Interval
 
 AXIS = "class_weight 9"
 WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 
-def score(value: float, half: float = math.nan) -> Score:
-    return Score(value, value - half, value + half)
+def score(value: float, half: float = math.nan) -> Interval:
+    return Interval(value, value - half, value + half)
 
 
 def make_points(seeds: int = 3, axis: str = AXIS) -> tuple[Point, ...]:
@@ -104,11 +106,12 @@ def make_ascent(names: tuple[str, ...] = ("9", "4"), steps: int = 40) -> tuple[A
     return tuple(made)
 
 
-FLOORS = SWEEP._replace(
+FLOORS = replace(
+    SWEEP,
     title="Training under floors",
     axes=(),
     points=tuple(
-        make_points(1)[k]._replace(name=name, values={}, chosen=name != "plain")
+        replace(make_points(1)[k], name=name, values={}, chosen=name != "plain")
         for k, name in ((1, "plain"), (3, "under floors"))
     ),
     limits=(
@@ -123,24 +126,24 @@ FLOORS = SWEEP._replace(
 
 AUDIT = make_audit(weights={9: 5.0})
 PLAIN_PAGE = render_page(AUDIT, about())
-EMPTY = SWEEP._replace(
+EMPTY = replace(SWEEP,
     lines=(), costs=(), focus=(), axes=(), points=(), limits=(), rows=(), gradient={},
     gradient_steps=0, seeds=0,
 )  # fmt: skip
 
 
 def lost(point: Point) -> Point:
-    nan = Score(math.nan)
+    nan = Interval(math.nan)
     recall = tuple(nan for _ in point.recall)
-    return point._replace(
-        accuracy=nan, expected_cost=nan, rule_cost=nan, recall=recall, diverged=point.seeds
+    return replace(
+        point, accuracy=nan, expected_cost=nan, rule_cost=nan, recall=recall, diverged=point.seeds
     )
 
 
 def alike(point: Point) -> Point:
-    return point._replace(
-        accuracy=Score(0.98), expected_cost=Score(0.05), rule_cost=Score(0.05),
-        recall=(Score(1.0), Score(0.0)),
+    return replace(point,
+        accuracy=Interval(0.98), expected_cost=Interval(0.05), rule_cost=Interval(0.05),
+        recall=(Interval(1.0), Interval(0.0)),
     )  # fmt: skip
 
 
@@ -148,7 +151,8 @@ def renamed(choice: Choice, names: tuple[str, str]) -> Choice:
     """Return a choice whose classes have other names, wherever they are told."""
     first, second = names
     axis = f"class_weight {first}"
-    return choice._replace(
+    return replace(
+        choice,
         title=f"Choosing the weight of {first}",
         lines=(f"Weight 5 on \u2068{first}\u2069 is the one.", f"Not so {second}."),
         costs=(f"calling a true {first} a {second} costs 10",),
@@ -156,8 +160,8 @@ def renamed(choice: Choice, names: tuple[str, str]) -> Choice:
         axes=(axis,) * bool(choice.axes),
         points=make_points(axis=axis),
         limits=(Limit(f"recall of {first} at least 0.99", 0.99, 0.9916, True),),
-        ascent=tuple(row._replace(reached=row.reached[:1]) for row in make_ascent(names)),
-        rows=(*ROWS, ROWS[-1]._replace(name=f"floor on {first}")),
+        ascent=tuple(replace(row, reached=row.reached[:1]) for row in make_ascent(names)),
+        rows=(*ROWS, replace(ROWS[-1], name=f"floor on {first}")),
         gradient={first: -0.003, second: 0.001},
     )
 
@@ -166,19 +170,19 @@ CHOICES = {
     "sweep": SWEEP,
     "floors": FLOORS,
     "empty": EMPTY,
-    "one seed": SWEEP._replace(points=make_points(1), seeds=1),
-    "one point": SWEEP._replace(points=SWEEP.points[:1]),
-    "all diverged": SWEEP._replace(points=tuple(map(lost, SWEEP.points))),
-    "some diverged": SWEEP._replace(points=(lost(SWEEP.points[0]), *SWEEP.points[1:])),
-    "all alike": SWEEP._replace(points=tuple(map(alike, make_points(1)))),
-    "no focus": SWEEP._replace(
-        focus=(), points=tuple(p._replace(recall=()) for p in SWEEP.points), limits=(),
-        rows=tuple(r._replace(recall=()) for r in ROWS),
+    "one seed": replace(SWEEP, points=make_points(1), seeds=1),
+    "one point": replace(SWEEP, points=SWEEP.points[:1]),
+    "all diverged": replace(SWEEP, points=tuple(map(lost, SWEEP.points))),
+    "some diverged": replace(SWEEP, points=(lost(SWEEP.points[0]), *SWEEP.points[1:])),
+    "all alike": replace(SWEEP, points=tuple(map(alike, make_points(1)))),
+    "no focus": replace(SWEEP,
+        focus=(), points=tuple(replace(p, recall=()) for p in SWEEP.points), limits=(),
+        rows=tuple(replace(r, recall=()) for r in ROWS),
     ),
-    "two axes": SWEEP._replace(
+    "two axes": replace(SWEEP,
         axes=(AXIS, "gamma"),
         points=tuple(
-            p._replace(
+            replace(p,
                 name=f"{p.name}, gamma={g}", values=p.values | {"gamma": g},
                 plain=p.plain and not g, chosen=p.chosen and not g,
             )
@@ -186,35 +190,35 @@ CHOICES = {
             for g in (0.0, 2.0)
         ),
     ),
-    "many points": SWEEP._replace(
+    "many points": replace(SWEEP,
         points=tuple(
-            p._replace(name=f"{p.name} {k}", chosen=p.chosen and k == 69, plain=p.plain and k == 0)
+            replace(p, name=f"{p.name} {k}", chosen=p.chosen and k == 69, plain=p.plain and k == 0)
             for k in range(70)
             for p in SWEEP.points
         )
     ),
-    "tiny costs": SWEEP._replace(
+    "tiny costs": replace(SWEEP,
         points=tuple(
-            p._replace(expected_cost=Score(1.234e-5 * k), rule_cost=Score(1.2345e-5))
+            replace(p, expected_cost=Interval(1.234e-5 * k), rule_cost=Interval(1.2345e-5))
             for k, p in enumerate(SWEEP.points, 1)
         ),
-        rows=tuple(r._replace(difference=Score(-1.23e-5, -2.34e-5, -1.12e-6)) for r in ROWS),
+        rows=tuple(replace(r, difference=Interval(-1.23e-5, -2.34e-5, -1.12e-6)) for r in ROWS),
         gradient={"9": -1.234e-5, "4": 1.11e-6},
     ),
-    "weights of 0": FLOORS._replace(
-        ascent=tuple(row._replace(weights={"9": 0.0}) for row in make_ascent()),
+    "weights of 0": replace(FLOORS,
+        ascent=tuple(replace(row, weights={"9": 0.0}) for row in make_ascent()),
     ),
-    "nothing reached": FLOORS._replace(
-        ascent=tuple(row._replace(reached=(math.nan,) * 2, weights={}) for row in make_ascent()),
+    "nothing reached": replace(FLOORS,
+        ascent=tuple(replace(row, reached=(math.nan,) * 2, weights={}) for row in make_ascent()),
     ),
-    "many classes": FLOORS._replace(
+    "many classes": replace(FLOORS,
         gradient={f"class {c}": math.cos(c) for c in range(300)},
         ascent=tuple(
-            row._replace(weights={f"class {c}": 1 + c / 9 for c in range(300)})
+            replace(row, weights={f"class {c}": 1 + c / 9 for c in range(300)})
             for row in make_ascent(steps=900)
         ),
     ),
-    "slopes of 0": SWEEP._replace(gradient={"9": 0.0, "4": math.nan}),
+    "slopes of 0": replace(SWEEP, gradient={"9": 0.0, "4": math.nan}),
     "markup": renamed(SWEEP, HOSTILE[1:3]),
     "right to left": renamed(FLOORS, HOSTILE[4:6]),
     "long": renamed(SWEEP, ("x" * 1000, "long words " * 100)),
@@ -253,7 +257,7 @@ def tables(page: str, section: str) -> dict[str, list[list[list[float]]]]:
     return found
 
 
-def ends(score: Score, times: float = 1.0) -> list[float]:
+def ends(score: Interval, times: float = 1.0) -> list[float]:
     return [times * v for v in score if math.isfinite(v)]
 
 
@@ -333,9 +337,9 @@ def test_a_page_without_an_audit_tells_how_it_was_made():
     ],
 )
 def test_what_is_not_there_is_left_out(part, section):
-    whole = FLOORS._replace(gradient=GRADIENT)
+    whole = replace(FLOORS, gradient=GRADIENT)
     assert section in sections(str(render_choice(whole)))
-    left = sections(str(render_choice(whole._replace(**part))))
+    left = sections(str(render_choice(replace(whole, **part))))
     assert left == [s for s in sections(str(render_choice(whole))) if s != section]
 
 
@@ -364,7 +368,7 @@ def test_the_frontier_is_drawn_where_it_can_be(name, drawn, said):
 
 @pytest.mark.parametrize(("name", "spread"), [("sweep", True), ("one seed", False)])
 def test_intervals_are_drawn_where_they_are_known(name, spread):
-    page = str(render_choice(CHOICES[name]._replace(rows=())))
+    page = str(render_choice(replace(CHOICES[name], rows=())))
     for mark in ('class="cross"', 'class="whisker"', "<small>"):
         assert (mark in page) == spread
 
@@ -373,9 +377,9 @@ def test_a_page_of_many_classes_is_bounded_and_says_what_it_draws():
     sizes = {}
     for classes in (20, 300, 1000):
         weights = {f"class {c}": 1 + c / 9 for c in range(classes)}
-        ascent = tuple(row._replace(weights=weights) for row in make_ascent(steps=900))
+        ascent = tuple(replace(row, weights=weights) for row in make_ascent(steps=900))
         slopes = {f"class {c}": math.cos(c) for c in range(classes)}
-        page = str(render_choice(FLOORS._replace(gradient=slopes, ascent=ascent)))
+        page = str(render_choice(replace(FLOORS, gradient=slopes, ascent=ascent)))
         sizes[classes] = len(page)
         said = words_of(page)
         assert ("those not drawn stay at 1" in said) == (classes == 20)
@@ -403,7 +407,7 @@ def test_names_come_out_as_text():
 
 
 def test_isolates_that_do_not_pair_make_no_elements():
-    page = str(render_choice(SWEEP._replace(lines=("\u2069a\u2068b \u2068c\u2069 d\u2069",))))
+    page = str(render_choice(replace(SWEEP, lines=("\u2069a\u2068b \u2068c\u2069 d\u2069",))))
     assert "<li>\ufffda\ufffdb <bdi>c</bdi> d\ufffd</li>" in page
 
 
@@ -487,8 +491,8 @@ def test_the_legend_tells_what_the_colours_cost():
     shown = [float(text.removesuffix(" (plain)")) for _, text in legend]
     assert shown == pytest.approx([min(costs), costs[1], max(costs)], rel=5e-3)
     assert legend[1][1].endswith("(plain)")
-    without = tuple(point._replace(plain=False) for point in SWEEP.points)
-    assert "(plain)" not in str(render_choice(SWEEP._replace(points=without)))
+    without = tuple(replace(point, plain=False) for point in SWEEP.points)
+    assert "(plain)" not in str(render_choice(replace(SWEEP, points=without)))
 
 
 @pytest.mark.parametrize(
@@ -502,7 +506,7 @@ def test_the_legend_tells_what_the_colours_cost():
     ],
 )
 def test_only_limits_on_what_is_drawn_are_drawn(text, line):
-    page = str(render_choice(SWEEP._replace(limits=(Limit(text, 0.97, 0.98, True),))))
+    page = str(render_choice(replace(SWEEP, limits=(Limit(text, 0.97, 0.98, True),))))
     assert ('<line class="bound"' in page) == bool(line)
 
 

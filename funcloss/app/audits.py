@@ -18,7 +18,8 @@ from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
 from funcloss.app.options import AuditOptions
 from funcloss.app.registry import loss_named
 from funcloss.app.report.audit_figures import draw_all
-from funcloss.app.report.audit_page import About, render_page
+from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.network import set_tensors

@@ -1,45 +1,41 @@
-"""What a sweep or a training under floors came to: the numbers behind its report."""
+"""The result of a sweep or of a training under floors: the numbers behind its report."""
 
-import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
-
-class Score(NamedTuple):
-    """A number with an interval around it; NaN bounds where none is known."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+from funcloss.decisions import Interval
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """A member of a sweep on validation data, intervals from seed to seed."""
 
     name: str  # "class_weight 9=5"
     values: dict[str, float]  # by axis: {"class_weight 9": 5.0}
-    accuracy: Score
-    expected_cost: Score  # an example, of the decisions by argmax
-    rule_cost: Score  # of the decisions of minimum expected cost
-    recall: tuple[Score, ...]  # of each class in focus
-    plain: bool  # every cost at 1, every option at its default: the baseline
+    accuracy: Interval
+    expected_cost: Interval  # per example, of the decisions by argmax
+    rule_cost: Interval  # of the decisions of minimum expected cost
+    recall: tuple[Interval, ...]  # of each class in focus
+    plain: bool  # every weight at 1, every option at its default: the baseline
     chosen: bool
     feasible: bool | None  # whether every limit holds; None: there is no limit
     seeds: int
     diverged: int  # of the seeds
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A model under a decision rule on the test set, which is read once, at the end."""
 
     name: str  # "plain, minimum expected cost"
-    accuracy: Score
-    expected_cost: Score
-    normalised_cost: Score  # part of what the best constant decision costs
-    recall: tuple[Score, ...]  # of each class in focus
-    difference: Score | None  # expected cost less that of plain, paired by example; None: plain
+    accuracy: Interval
+    expected_cost: Interval
+    normalised_cost: Interval  # as a multiple of the best constant decision's
+    recall: tuple[Interval, ...]  # of each class in focus
+    difference: Interval | None  # expected cost minus that of plain, paired by example; None: plain
 
 
-class Limit(NamedTuple):
+@dataclass(frozen=True)
+class Limit:
     """A floor or ceiling, and what was reached on validation data by the chosen model."""
 
     text: str  # "recall of 9 at least 0.99"
@@ -48,7 +44,8 @@ class Limit(NamedTuple):
     held: bool
 
 
-class Ascent(NamedTuple):
+@dataclass(frozen=True)
+class Ascent:
     """A measurement of the dual ascent."""
 
     step: int  # steps done
@@ -58,7 +55,8 @@ class Ascent(NamedTuple):
     feasible: bool
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """All that the report of a choice shows."""
 
     title: str

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from funcloss._files import replacing, write_text
+from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
 from funcloss.app.data import take
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
 from funcloss.app.report.run_figures import save_figure
-from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import (
     deployment_prior,
     evaluate,
@@ -231,18 +231,9 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
         files.append(out / "frontier.png")
         save_figure(frontier(choice), files[-1])
     # Last: it is the sign that all of it is there.
-    text = json.dumps(folder.plain(as_dict(choice)), indent=2, allow_nan=False)
+    text = json.dumps(jsonable(choice), indent=2, allow_nan=False)
     write_text(files[1], text + "\n")
     return files
-
-
-def as_dict(value: Any) -> Any:
-    """Return nested NamedTuples as dicts."""
-    if hasattr(value, "_asdict"):
-        return {name: as_dict(part) for name, part in value._asdict().items()}
-    if isinstance(value, dict):
-        return {name: as_dict(part) for name, part in value.items()}
-    return [as_dict(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _write_points(path: Path, choice: Choice) -> None:

@@ -220,7 +220,7 @@ def _swept(made: Sweep, show: Show, should_stop: Callable[[], bool]) -> Chosen:
         raise RunError(
             f"every member of {made.folder} diverged: sweep smaller values, or lower learning_rate"
         )
-    points[number] = points[number]._replace(chosen=True)
+    points[number] = dataclasses.replace(points[number], chosen=True)
     own = [r for r in records if r["member"] == number]
     show(Note("reading the test set"))
     # Where every plain training diverged, the chosen member stands alone, under its own name.
