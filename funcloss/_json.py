@@ -22,8 +22,8 @@ def jsonable(value: Any) -> Any:
         return jsonable(value.tolist())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        return jsonable(value._asdict())
+    if (as_dict := getattr(value, "_asdict", None)) is not None:  # a NamedTuple
+        return jsonable(as_dict())
     if isinstance(value, dict):
         return {name: jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

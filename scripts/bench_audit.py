@@ -202,10 +202,12 @@ def plain(model: nn.Module, setting: Setting) -> Run:
 
 def ours(model: nn.Module, setting: Setting) -> Run:
     """The audit."""
-    from funcloss.audit import audit
+    from funcloss.audit import AuditSettings, audit
+
+    settings = AuditSettings(batch_size=setting.batch_size)
 
     def run(data: Data) -> Found:
-        found = audit(model, None, losses.cross_entropy, tuple(data), batch_size=setting.batch_size)
+        found = audit(model, None, losses.cross_entropy, tuple(data), settings=settings)
         return Found(found.gram, found.examples.norm, found.examples.slope)
 
     return run

@@ -1,4 +1,4 @@
-"""Audits to write reports of: random gradients an example, and all that follows from them."""
+"""Audits to write reports of: random gradients per example, and all that follows from them."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from funcloss.audit.result import (
     ExampleRows,
     Impact,
     Method,
-    Spread,
+    StandardErrors,
     StepAudit,
 )
+from funcloss.reduction import divisor
 
 LAYERS = {"features.0": 12, "features.3": 20, "classifier": 8}
 
@@ -35,7 +36,7 @@ def make_audit(
     elasticities: dict[str, torch.Tensor] | None = None,
     seed: int = 0,
 ) -> Audit:
-    """Return an audit whose parts fit together, in float64; a single batch has no spread."""
+    """Return an audit whose parts fit together; a single batch has no standard errors."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -49,9 +50,9 @@ def make_audit(
     towards[-1] -= 1.2 * towards[(classes - 1) // 2]  # somebody to fight
     grads = towards[labels] + 0.7 * normal(n, size) / size**0.5
     grads = grads * (0.7 * normal(n)).exp()[:, None]
-    cost = torch.ones(classes, dtype=torch.float64)
+    class_weights = torch.ones(classes, dtype=torch.float64)
     for c, weight in (weights or {}).items():
-        cost[c] = weight
+        class_weights[c] = weight
 
     def of_classes(grads: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(classes, size, dtype=torch.float64).index_add(0, labels, grads)
@@ -60,10 +61,9 @@ def make_audit(
     parts = of_classes(grads, labels)
     count = labels.bincount(minlength=classes)
     gram = parts @ parts.T
-    now = balance(gram, count, cost, reduction=reduction)
-    burden = (cost * count).sum()
-    scale = {"mean": 1.0, "weighted_mean": n / burden, "sum": float(n)}[reduction]
-    whole = scale * (cost @ parts)
+    now = balance(gram, count, class_weights, reduction=reduction)
+    scale = n / divisor(reduction, n, (class_weights * count).sum())
+    whole = scale * (class_weights @ parts)
     norm = grads.norm(dim=1)
     loss = torch.full((classes,), math.nan, dtype=torch.float64)
     loss[present] = 0.5 + normal(len(present)).abs()
@@ -76,27 +76,27 @@ def make_audit(
         quantiles[c] = norm[labels == c].quantile(torch.tensor(QUANTILES, dtype=torch.float64))
         aligned[c] = alignment[labels == c].mean()
 
-    spread = None
+    errors = None
     if batches > 1:
         single = [
-            balance(g @ g.T, y.bincount(minlength=classes), cost, reduction=reduction)
+            balance(g @ g.T, y.bincount(minlength=classes), class_weights, reduction=reduction)
             for g, y in (
                 (of_classes(a, b), b)
                 for a, b in zip(grads.chunk(batches), labels.chunk(batches), strict=True)
             )
         ]
-        spread = Spread(
+        errors = StandardErrors(
             batches,
             -(-n // batches),
-            torch.stack([b.share for b in single]).std(0),
-            torch.stack([b.conflict for b in single]).std(0),
+            torch.stack([b.share for b in single]).std(0) / batches**0.5,
+            torch.stack([b.conflict for b in single]).std(0) / batches**0.5,
         )
 
     taken, impact = None, {}
     if step:
         rate = 0.05
         decay = -rate * 0.02 * normal(1, size)
-        moves = torch.cat([-rate * scale * cost[:, None] * parts, decay])
+        moves = torch.cat([-rate * scale * class_weights[:, None] * parts, decay])
         named = tuple(names or map(str, range(classes)))
         taken = StepAudit((*named, "weight decay"), moves @ moves.T, rate, 1.0, "")
         slopes = parts * (n / count.double())[:, None]
@@ -110,7 +110,7 @@ def make_audit(
         classes=tuple(names or map(str, range(classes))),
         reduction=reduction,
         linear_in_weights=linear,
-        class_weights=cost,
+        class_weights=class_weights,
         count=count,
         loss=loss,
         gram=gram,
@@ -120,7 +120,7 @@ def make_audit(
         length=length,
         norm_quantiles=quantiles,
         alignment=aligned,
-        spread=spread,
+        standard_errors=errors,
         examples=rows if examples else None,
         step=taken,
         impact=impact,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcloss import optim
 from funcloss.keys import keyed_randomness
 
 
@@ -106,7 +107,7 @@ class Objective(NamedTuple):
         return [part.kept() for part in self.parts]
 
     def values(self, options: Mapping[str, Any] | None = None) -> Tensor:
-        """Return the loss of every example that counts, at cost 1, with its graph."""
+        """Return the loss of every example that counts, at weight 1, with its graph."""
         options = self.options if options is None else options
         values = []
         for part in self.kept():
@@ -146,7 +147,7 @@ class Objective(NamedTuple):
         return float(flat_grad(total, self.model).norm().log())
 
     def class_loss(self) -> Tensor:
-        """Return the mean loss of each class at cost 1; NaN without examples."""
+        """Return the mean loss of each class at weight 1; NaN without examples."""
         values, groups = self.values().detach(), self.groups()
         return torch.stack([values[groups == c].mean() for c in range(self.classes)])
 
@@ -168,7 +169,7 @@ class Reference(NamedTuple):
     """Every example's gradient, and what follows from these by definition."""
 
     objective: Objective
-    grads: Tensor  # (n, P): of l_i at cost 1; coupled: J_i^T d(sum of all values)/dz_i
+    grads: Tensor  # (n, P): of l_i at weight 1; coupled: J_i^T d(sum of all values)/dz_i
     positions: Tensor  # (n,) in the data
     label: Tensor
     losses: Tensor
@@ -220,9 +221,9 @@ class Reference(NamedTuple):
         return (self.parts @ g) / (g @ g)
 
     @property
-    def budget(self) -> Tensor:
-        burden = self.objective.class_weights * self.counts
-        return burden / burden.sum()
+    def expected_share(self) -> Tensor:
+        weight_sums = self.objective.class_weights * self.counts
+        return weight_sums / weight_sums.sum()
 
     @property
     def norm(self) -> Tensor:
@@ -230,7 +231,7 @@ class Reference(NamedTuple):
 
     @property
     def conflict(self) -> Tensor:
-        """``cos(g_a, g_b)``, of the directions, which a cost of 0 leaves."""
+        """``cos(g_a, g_b)``, of the directions, which a weight of 0 leaves."""
         return cosine_matrix(self.unit)
 
     @property
@@ -250,7 +251,7 @@ class Reference(NamedTuple):
         return self.by_class(lambda mine: self.example_norm[mine].sum() / self.n)
 
     @property
-    def coherence(self) -> Tensor:
+    def agreement(self) -> Tensor:
         return self.by_class(
             lambda mine: self.grads[mine].sum(0).norm() / self.example_norm[mine].sum()
         )
@@ -278,7 +279,7 @@ class Reference(NamedTuple):
         return [torch.cat(c) for c in columns]
 
     def elasticity(self) -> Tensor:
-        """Return ``d log|g| / d log w_c`` by finite differences, 0 at a cost of 0."""
+        """Return ``d log|g| / d log w_c`` by finite differences, 0 at a weight of 0."""
         objective = self.objective
         return elasticity_of(lambda w: objective.log_norm(class_weights=w), objective.class_weights)
 
@@ -430,6 +431,22 @@ class Rule(NamedTuple):
         below = (second / (1 - b2**step)).sqrt() + eps
         updates = {row: -rate * m / (1 - b1**step) / below for row, m in first.items()}
         return updates, Memory(step, first, second)
+
+
+RULES = {
+    "sgd": Rule("sgd", {}),
+    "sgd, decay": Rule("sgd", {"weight_decay": 0.1}),
+    "sgd, decay, clipped": Rule("sgd", {"weight_decay": 0.1}, 0.05),
+    "sgd, not clipped": Rule("sgd", {}, 100.0),
+    "momentum": Rule("sgd", {"momentum": 0.9}),
+    "dampened": Rule("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}, 0.05),
+    "nesterov": Rule("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, 0.05),
+    "adam": Rule("adam", {}),
+    "adam, decay, clipped": Rule("adam", {"betas": (0.7, 0.9), "weight_decay": 0.1}, 0.05),
+    "adamw": Rule("adamw", {}),
+    "adamw, decay, clipped": Rule("adamw", {"eps": 1e-3, "weight_decay": 0.3}, 0.05),
+}
+OURS = {"sgd": optim.sgd, "adam": optim.adam, "adamw": optim.adamw}
 
 
 class TwinStep(NamedTuple):

@@ -27,7 +27,7 @@ from funcloss.app.data import take
 from funcloss.app.options import AuditOptions
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs.setup import make_setup
-from funcloss.audit import audit, compare, sentences
+from funcloss.audit import AuditSettings, LossSpec, audit, compare, sentences
 from funcloss.errors import ConfigError, RunError
 from funcloss.laws import adapt, cost_effect
 from funcloss.typing import Batch
@@ -170,18 +170,20 @@ def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported)
     words = lines[:blank]
     assert 3 <= len(words) <= 12
     assert all(re.match(r"[A-Z].*\.$", line) for line in words), words
-    assert "class 9" in words[0]
-    head = next(i for i, line in enumerate(lines) if i > blank and "budget" in line)
+    assert "class 9" in words[0].lower()
+    head = next(i for i, line in enumerate(lines) if i > blank and "expected" in line)
     assert lines[head].split()[0] == "class"
     rows = lines[head + 1 : head + 11]
     expected = read(run)["classes"]
     for line, row in zip(rows, expected, strict=True):
         cells = line.split()
-        cost, budget, share = row["class_weight"], row["budget"], row["share"]
-        assert cells[:3] == [row["name"], str(row["count"]), f"{cost:g}"]
-        assert cells[3:5] == [f"{budget:.1%}", f"{share:.1%}"]
+        weight, wanted, share = row["class_weight"], row["expected_share"], row["share"]
+        assert cells[:3] == [row["name"], str(row["count"]), f"{weight:g}"]
+        assert cells[3:5] == [f"{wanted:.1%}", f"{share:.1%}"]
         assert f"{row['update_share']:.1%}" in cells
-    checks = re.findall(r"^check (\w+): off by (\S+)(?: \(at most (\S+)\))?$", out, re.M)
+    checks = re.findall(
+        r"^check (\w+): relative error (\S+) \((?:tolerance (\S+)|informational)\)$", out, re.M
+    )
     told = read(run)["checks"]
     assert [name for name, _, _ in checks] == [check["name"] for check in told]
     assert {"gradient", "slopes", "update", "impact"} <= {check["name"] for check in told}
@@ -195,11 +197,14 @@ def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported)
 
 def test_a_finished_run_says_that_the_step_is_one_more(reported):
     run, out, _ = reported
-    assert "note: the training is over: the step is one more, at the peak learning rate" in out
+    assert (
+        "note: training has finished; the audited step is hypothetical, at the peak learning rate"
+        in out
+    )
     found = read(run)
     assert found["step"]["learning_rate"] == pytest.approx(0.01)
-    assert any("the training is over" in note for note in found["notes"])
-    assert "the training is over" in (run / "audit.html").read_text(encoding="utf-8")
+    assert any("training has finished" in note for note in found["notes"])
+    assert "training has finished" in (run / "audit.html").read_text(encoding="utf-8")
 
 
 def test_quiet_prints_the_words_and_writes_the_report(run, run_cli, no_figures):
@@ -217,7 +222,7 @@ def test_a_table_that_goes_to_a_file_is_whole_at_any_width(
     monkeypatch.setenv("COLUMNS", columns)
     _, out, _ = run_cli("audit", run, *FEW)
     assert "…" not in out
-    assert re.search(r"^class +count +weight +budget +share ", out, re.M)
+    assert re.search(r"^class +count +weight +expected +share ", out, re.M)
 
 
 def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(finished, sample):
@@ -227,21 +232,16 @@ def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(fini
     for seed in range(20):
         index = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:1024]
         batches = [take(sample, sample.train, part) for part in index.split(128)]
-        told = " ".join(
-            sentences(
-                audit(
-                    model, None, losses.cross_entropy, batches, class_weights=weights,
-                    per_example=False,
-                )
-            )
-        )  # fmt: skip
-        share, error = re.search(r"class 9 makes up (-?[\d.]+) ± ([\d.]+) %", told).groups()
+        spec = LossSpec(losses.cross_entropy, weights)
+        found = audit(model, None, spec, batches, settings=AuditSettings(per_example=False))
+        told = " ".join(sentences(found))
+        share, error = re.search(r"class 9 contributes (-?[\d.]+) ± ([\d.]+) %", told).groups()
         shares.append(float(share))
         errors.append(float(error))
-        verdicts += re.findall(r"does what it is for|does the opposite of what it is for", told)
+        verdicts += re.findall(r"as intended|the opposite of what is intended", told)
     assert statistics.stdev(shares) <= 1.5 * statistics.median(errors)
-    assert min(verdicts.count(verdict) for verdict in ("does what it is for",
-               "does the opposite of what it is for")) <= 1  # fmt: skip
+    said = "as intended", "the opposite of what is intended"
+    assert min(verdicts.count(verdict) for verdict in said) <= 1
 
 
 # What it writes.
@@ -268,14 +268,14 @@ def test_the_json_has_what_a_reader_needs(reported):
     run, _, _ = reported
     found = read(run)
     assert {"classes", "gram", "conflict", "impact", "checks", "about", "step", "layers",
-            "spread", "method", "notes"} <= found.keys()  # fmt: skip
+            "standard_errors", "method", "notes"} <= found.keys()  # fmt: skip
     assert [row["name"] for row in found["classes"]] == list("0123456789")
     for row in found["classes"]:
-        assert {"name", "count", "loss", "class_weight", "share", "share_spread", "budget",
-                "elasticity", "norm", "coherence", "alignment", "update_share",
+        assert {"name", "count", "loss", "class_weight", "share", "share_standard_error",
+                "expected_share", "elasticity", "norm", "agreement", "alignment", "update_share",
                 "most_opposed", "most_dominant"} <= row.keys()  # fmt: skip
     assert sum(row["count"] for row in found["classes"]) == 600
-    for key in ("share", "budget", "elasticity"):
+    for key in ("share", "expected_share", "elasticity"):
         assert sum(row[key] for row in found["classes"]) == pytest.approx(1.0)
     gram = double(found["gram"])
     assert gram.shape == (10, 10)
@@ -311,7 +311,7 @@ def test_the_tables_have_a_row_a_class_a_pair_and_an_example(reported, sample):
     of_class = rows_of(run / "audit_classes.csv")
     assert [row["name"] for row in of_class] == list("0123456789")
     for row, told in zip(of_class, found["classes"], strict=True):
-        for key in ("count", "loss", "share", "budget", "elasticity", "norm", "coherence"):
+        for key in ("count", "loss", "share", "expected_share", "elasticity", "norm", "agreement"):
             assert float(row[key]) == told[key]
         quantiles = [float(v) for k, v in row.items() if k.startswith("norm_q")]
         assert quantiles == told["norm_quantiles"]
@@ -383,7 +383,7 @@ def test_what_a_second_audit_does_not_have_is_gone(run, run_cli):
     assert run_cli("audit", run, *FEW)[0] == 0
     code, out, _ = run_cli("audit", run, "--examples", "300", "--method", "classes")
     assert code == 0
-    assert read(run)["classes"][0]["coherence"] is None
+    assert read(run)["classes"][0]["agreement"] is None
     assert not (run / "audit_norms.png").exists()
     assert not (run / "audit_examples.png").exists()
     assert (run / "curves.png").exists()
@@ -433,7 +433,7 @@ def test_a_saved_model_is_audited_as_its_run_is(finished, run_cli, tmp_path):
     assert found["impact"] == {}
     assert found["about"]["step"] is None
     assert found["about"]["mode"] == "eval"
-    assert "The step of the optimiser was not audited" in printed
+    assert "The optimizer step was not audited" in printed
     assert not (out / "audit_impact.png").exists()
     assert not (out / "audit_history.png").exists()
 
@@ -545,7 +545,7 @@ def test_two_examples_are_enough(finished, run_cli, tmp_path):
     absent = [row for row in found["classes"] if row["count"] == 0]
     assert len(absent) >= 8
     assert all(row["share"] == 0 and row["loss"] is None for row in absent)
-    assert found["spread"] is None
+    assert found["standard_errors"] is None
 
 
 def test_more_examples_than_there_are_are_all(finished, run_cli, tmp_path, no_figures):
@@ -592,7 +592,7 @@ def test_a_stopped_run_says_its_clipping_and_its_history_in_the_report(
 ):
     code, out, _ = run_cli("audit", stopped, "--examples", "300", "--out", tmp_path)
     assert code == 0
-    assert "the training is over" not in out
+    assert "training has finished" not in out
     found = read(tmp_path)
     assert found["step"]["clip"] < 1
     assert found["about"]["step"] == 13
@@ -608,7 +608,7 @@ def test_a_run_that_divides_by_its_weights_is_audited_so(tmp_path, run_cli, no_f
     found = read(run)
     assert found["reduction"] == "weighted_mean"
     for row in found["classes"]:
-        assert row["elasticity"] == pytest.approx(row["share"] - row["budget"], abs=1e-9)
+        assert row["elasticity"] == pytest.approx(row["share"] - row["expected_share"], abs=1e-9)
     assert sum(row["elasticity"] for row in found["classes"]) == pytest.approx(0.0, abs=1e-9)
     gram = double(found["gram"])
     weights = double([1.0] * 9 + [5.0])
@@ -637,7 +637,7 @@ def test_a_run_of_no_step_is_audited(tmp_path, run_cli, no_figures):
     code, out, err = run_cli("audit", run, *FEW)
     assert (code, err) == (0, "")
     assert read(run)["about"]["step"] == 0
-    assert "the training is over" in out
+    assert "training has finished" in out
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -656,11 +656,11 @@ def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
         assert found.linear_in_weights
 
 
-def test_no_cost_is_said_so(tmp_path, run_cli, no_figures):
+def test_equal_weights_are_said_to_be_equal(tmp_path, run_cli, no_figures):
     run = trained(tmp_path / "run", audit_every=0)
     code, out, _ = run_cli("audit", run, *FEW)
     assert code == 0
-    assert out.startswith("No class has a weight of its own.")
+    assert out.startswith("All classes have the same weight.")
 
 
 # What it refuses.
@@ -975,8 +975,8 @@ def tutorial(finished, sample):
     return model, batches[40:]
 
 
-def audited(model, loss, batch, **options):
-    return audit(model, None, loss, [batch], per_example=False, **options)
+def audited(model, loss, batch):
+    return audit(model, None, loss, [batch], settings=AuditSettings(per_example=False))
 
 
 def test_the_published_cost_leaves_the_share_of_the_nines_as_it_is(tutorial):
@@ -988,7 +988,7 @@ def test_the_published_cost_leaves_the_share_of_the_nines_as_it_is(tutorial):
         assert not costly.linear_in_weights
         assert abs(costly.balance.share - plain.balance.share).max() < 1e-6
         told = compare(costly, plain)
-        assert told[0].startswith("The cost has no effect on class")
+        assert told[0].startswith("The weighting has no effect on class")
         assert "9" in told[0]
         assert not any("raises" in line or "lowers" in line for line in told)
         times = 1 + float((batch.targets == 9).double().mean())
@@ -1010,14 +1010,14 @@ def test_the_meant_cost_raises_the_share_of_the_nines_and_is_said_to(tutorial):
     for batch in batches[:4]:
         plain = audited(model, losses.cross_entropy, batch)
         meant = audited(model, tutorial_losses.meant_costly_nine, batch)
-        weighted = audited(
-            model, class_weighted(losses.cross_entropy), batch,
-            class_weights=double([1.0] * 9 + [2.0]),
-        )  # fmt: skip
+        nine = LossSpec(class_weighted(losses.cross_entropy), double([1.0] * 9 + [2.0]))
+        weighted = audited(model, nine, batch)
         assert meant.balance.share[9] > plain.balance.share[9]
         assert_close(meant.balance.share, weighted.balance.share, rtol=1e-9, atol=1e-12)
         told = compare(meant, plain)
-        (line,) = [line for line in told if line.startswith("The cost raises the share of class 9")]
+        (line,) = [
+            line for line in told if line.startswith("The weighting raises the share of class 9")
+        ]
         first, last = re.findall(r"-?\d+\.\d", line)
         assert float(first) == pytest.approx(100 * float(plain.balance.share[9]), abs=0.051)
         assert float(last) == pytest.approx(100 * float(meant.balance.share[9]), abs=0.051)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ def about(**changes) -> About:
 
 
 def history_of(audit, steps=(0, 100, 200)) -> list[dict]:
-    shares, budgets = audit.balance.share.tolist(), audit.balance.budget.tolist()
+    shares, expected = audit.balance.share.tolist(), audit.balance.expected_share.tolist()
     return [
-        {"kind": "audit", "step": step, "class": name, "share": share, "budget": budget}
+        {"kind": "audit", "step": step, "class": name, "share": share, "expected_share": wanted}
         for step in steps
-        for name, share, budget in zip(audit.classes, shares, budgets, strict=True)
+        for name, share, wanted in zip(audit.classes, shares, expected, strict=True)
     ] + [{"kind": "step", "step": 5, "loss": 1.0}]
 
 
@@ -72,13 +73,13 @@ NAMES = {
     "matrix": lambda: make_audit(
         elasticities={"cost_matrix": torch.randn(10, 10).double(), "margin": torch.randn(10)}
     ),
-    "gradient 0": lambda: (lambda a: a._replace(gram=0 * a.gram, layer_gram=0 * a.layer_gram))(
+    "gradient 0": lambda: (lambda a: replace(a, gram=0 * a.gram, layer_gram=0 * a.layer_gram))(
         make_audit()
     ),
-    "norms alike": lambda: (lambda a: a._replace(norm_quantiles=7.3 + 0.01 * a.norm_quantiles))(
+    "norms alike": lambda: (lambda a: replace(a, norm_quantiles=7.3 + 0.01 * a.norm_quantiles))(
         make_audit()
     ),
-    "hinge": lambda: (lambda a: a._replace(norm_quantiles=0 * a.norm_quantiles))(make_audit()),
+    "hinge": lambda: (lambda a: replace(a, norm_quantiles=0 * a.norm_quantiles))(make_audit()),
 }
 
 
@@ -169,7 +170,7 @@ def test_missing_parts_are_said_to_be_missing():
     bare = make_audit(batches=1, step=False, examples=False, linear=False, absent=(3,))
     page = render_page(bare, about(step=None, optimizer=""))
     for said in (
-        "A single batch: no spread is known",
+        "A single batch: no standard errors are known",
         "There are no sliders: this loss couples the examples",
         "Not measured: no step was audited",
         "The examples were not kept one by one",
@@ -183,8 +184,8 @@ def test_missing_parts_are_said_to_be_missing():
 
 def test_an_audit_tells_failed_checks_and_those_to_be_read():
     made = make_audit()
-    failed = made.checks[0]._replace(error=1.0)
-    page = render_page(made._replace(checks=(failed, *made.checks[1:])), about())
+    failed = replace(made.checks[0], error=1.0)
+    page = render_page(replace(made, checks=(failed, *made.checks[1:])), about())
     assert '<span class="bad">failed</span>' in page
     assert "to be read" in page
     assert "passed" in page
@@ -274,7 +275,7 @@ def test_sliders_agree_with_the_audit(make, moves, tmp_path):
     states = [weights.clone()]
     for row, kind, value in moves:
         wanted = float(f"{10 ** float(value):.3g}") if kind == "range" else float(value)
-        if wanted >= 0:  # what is no cost is not taken
+        if wanted >= 0:  # what is no weight is not taken
             weights[shown[row]] = wanted
         states.append(weights.clone())
     states.append(made.class_weights)  # reset
@@ -362,7 +363,7 @@ def test_points_are_spread_over_the_classes_and_always_the_same():
     assert torch.equal(kept, figures.subsample(rows, 200))
     assert rows.label[kept].bincount().tolist() == [20] * 10
     assert len(figures.subsample(rows, 10_000)) == 1000
-    half = rows._replace(norm=rows.norm.where(rows.label > 4, math.nan))
+    half = replace(rows, norm=rows.norm.where(rows.label > 4, math.nan))
     assert rows.label[figures.subsample(half, 200)].unique().tolist() == [5, 6, 7, 8, 9]
 
 

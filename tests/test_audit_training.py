@@ -22,7 +22,7 @@ from funcloss.app.registry import LOSSES
 from funcloss.app.runs import folder
 from funcloss.app.runs.options import make_criterion
 from funcloss.app.runs.setup import make_setup
-from funcloss.audit import audit, make_audit_step
+from funcloss.audit import AuditSettings, LossSpec, StepSpec, audit, make_audit_step
 from funcloss.combinators import class_weighted
 from funcloss.errors import AuditError
 from funcloss.keys import example_keys
@@ -35,17 +35,14 @@ CLASSES, N, RATE, STEPS = 4, 16, 0.125, 5
 NAMES = ("a", "b", "c", "d")
 WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 2.0]).double()
 EVEN = torch.ones(CLASSES).double()
-OURS = {"sgd": optim.sgd, "adam": optim.adam, "adamw": optim.adamw}
+OURS = ref.OURS
 RULES = {
-    "sgd": ref.Rule("sgd", {}),
-    "sgd, decay, clipped": ref.Rule("sgd", {"weight_decay": 0.1}, 0.05),
-    "momentum": ref.Rule("sgd", {"momentum": 0.9}),
-    "dampened": ref.Rule("sgd", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}, 0.05),
-    "nesterov": ref.Rule("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "adam": ref.Rule("adam", {}),
-    "adam, decay, clipped": ref.Rule("adam", {"betas": (0.7, 0.9), "weight_decay": 0.1}, 0.05),
-    "adamw": ref.Rule("adamw", {"eps": 1e-3, "weight_decay": 0.3}),
-}
+    name: ref.RULES[name]
+    for name in (
+        "sgd", "sgd, decay, clipped", "momentum", "dampened", "nesterov", "adam",
+        "adam, decay, clipped", "adamw", "adamw, decay, clipped",
+    )
+}  # fmt: skip
 SCHEDULE = optim.step_decay(every=2, factor=0.5)
 FACTORS = (1.0, 1.0, 0.5, 0.5, 0.25)
 
@@ -103,9 +100,8 @@ def test_the_step_of_every_class_adds_up_to_the_step_of_the_training(name, reduc
     optimizer = OURS[rule.name](**rule.options)
     how = {"schedule": SCHEDULE, "clip_norm": rule.clip_norm}
     step = make_train_step(supervised(model, criterion_of(reduction)), optimizer, **how)
-    audit_step = make_audit_step(
-        model, losses.cross_entropy, optimizer, classes=NAMES, reduction=reduction, **how
-    )
+    loss = LossSpec(losses.cross_entropy, reduction=reduction)
+    audit_step = make_audit_step(model, loss, optimizer, classes=NAMES, **how)
     hyper = {"learning_rate": torch.tensor(RATE).double(), "class_weights": WEIGHTS}
     state = init_state(model, optimizer, seed=2)
     memory, known = None, ref.Memory(0, {})
@@ -200,27 +196,21 @@ def test_it_says_what_an_audit_of_the_same_batch_and_state_says(name, reduction,
     for number in range(3):
         state, _ = step(state, batch_of(number), hyper)
     batch = batch_of(7, where=where)
-    audit_step = make_audit_step(
-        model, losses.cross_entropy, optimizer, classes=NAMES, reduction=reduction, **how
-    )
+    loss = LossSpec(losses.cross_entropy, reduction=reduction)
+    audit_step = make_audit_step(model, loss, optimizer, classes=NAMES, **how)
     findings, _ = audit_step(state, batch, hyper, None)
-    whole = audit(
-        model, state, losses.cross_entropy, [batch], class_weights=WEIGHTS, reduction=reduction,
-        classes=NAMES, optimizer=optimizer, learning_rate=RATE, **how,
-    )  # fmt: skip
+    loss = LossSpec(losses.cross_entropy, WEIGHTS, reduction=reduction)
+    whole = audit(model, state, loss, [batch], step=StepSpec(optimizer, RATE, **how))
     assert torch.equal(findings.count, whole.count)
     assert_close(findings.loss, whole.loss)
-    for part in ("share", "budget", "elasticity", "norm", "conflict", "gradient_norm"):
+    for part in ("share", "expected_share", "elasticity", "norm", "conflict", "gradient_norm"):
         found, expected = getattr(findings.balance, part), getattr(whole.balance, part)
         assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert findings.step.rows == whole.step.rows
+    assert findings.step.rows[CLASSES:] == whole.step.rows[CLASSES:]
     near(findings.step.gram, whole.step.gram, 1e-9)
     assert findings.step.learning_rate == pytest.approx(whole.step.learning_rate, rel=1e-12)
     assert findings.step.clip == pytest.approx(whole.step.clip, rel=1e-9)
-    asleep = audit(
-        copy.deepcopy(model).eval(), state, losses.cross_entropy, [batch], class_weights=WEIGHTS,
-        reduction=reduction, classes=NAMES,
-    )  # fmt: skip
+    asleep = audit(copy.deepcopy(model).eval(), state, loss, [batch])
     assert (asleep.balance.share - whole.balance.share).abs().max() > 1e-3  # dropout is at work
 
 
@@ -232,10 +222,8 @@ def test_a_changed_batch_size_and_changed_options_are_seen():
         part = Batch(batch.inputs[:rows], batch.targets[:rows])
         hyper = {"learning_rate": torch.tensor(RATE).double(), "gamma": torch.tensor(gamma)}
         findings, _ = audit_step(state, part, hyper, None)
-        whole = audit(
-            model, state, losses.softmax_focal, [part], classes=NAMES,
-            options={"gamma": torch.tensor(gamma)},
-        )  # fmt: skip
+        loss = LossSpec(losses.softmax_focal, options={"gamma": torch.tensor(gamma)})
+        whole = audit(model, state, loss, [part], settings=AuditSettings(classes=NAMES))
         assert_close(findings.balance.share, whole.balance.share, rtol=1e-9, atol=1e-12)
 
 
@@ -270,8 +258,8 @@ SMALL = {
     "audit_every": 7,
 }
 KEYS = {
-    "kind", "step", "epoch", "class", "count", "loss", "share", "budget", "elasticity", "norm",
-    "update_share", "seconds",
+    "kind", "step", "epoch", "class", "count", "loss", "share", "expected_share", "elasticity",
+    "norm", "update_share", "seconds",
 }  # fmt: skip
 AUDITED = [1, 8, 15, 22, 29, 36]
 
@@ -316,9 +304,9 @@ def test_every_audit_is_a_line_a_class(audited):
         now = [r for r in records if r["step"] == step]
         assert sum(r["count"] for r in now) == 100
         assert sum(r["share"] for r in now) == pytest.approx(1.0)
-        assert sum(r["budget"] for r in now) == pytest.approx(1.0)
-        burden = [r["count"] * (5 if r["class"] == "9" else 1) for r in now]
-        assert [r["budget"] for r in now] == pytest.approx([b / sum(burden) for b in burden])
+        assert sum(r["expected_share"] for r in now) == pytest.approx(1.0)
+        sums = [r["count"] * (5 if r["class"] == "9" else 1) for r in now]
+        assert [r["expected_share"] for r in now] == pytest.approx([b / sum(sums) for b in sums])
         assert len({r["seconds"] for r in now}) == 1
         assert now[0]["seconds"] > 0
     first = [r for r in records if r["step"] == 1]
@@ -343,15 +331,13 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
         index = order[100 * number : 100 * (number + 1)]
         batch = take(setup.dataset, setup.dataset.train, index)
         if number + 1 in AUDITED:
-            found = audit(
-                setup.model, state, losses.cross_entropy, [batch],
-                class_weights=setup.hyper["class_weights"], optimizer=optim.sgd(momentum=0.9),
-                learning_rate=0.05, schedule=optim.cosine(steps=40),
-            ).to_dict()["classes"]  # fmt: skip
+            loss = LossSpec(losses.cross_entropy, setup.hyper["class_weights"])
+            step = StepSpec(optim.sgd(momentum=0.9), 0.05, optim.cosine(steps=40))
+            found = audit(setup.model, state, loss, [batch], step=step).to_dict()["classes"]
             lines = [r for r in audits(run) if r["step"] == number + 1]
             for line, row in zip(lines, found, strict=True):
                 assert line["class"] == row["name"]
-                for key in ("count", "loss", "share", "budget", "elasticity", "norm",
+                for key in ("count", "loss", "share", "expected_share", "elasticity", "norm",
                             "update_share"):  # fmt: skip
                     assert line[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
         state, _ = setup.train_step(state, batch, setup.hyper)
@@ -425,7 +411,9 @@ def test_every_option_is_audited(tmp_path, options):
         none = [r for r in now if r["count"] == 0]
         assert all(r["share"] == 0 and r["norm"] == 0 and r["loss"] is None for r in none)
     if options.get("reduction") == "weighted_mean":
-        assert all(r["elasticity"] == pytest.approx(r["share"] - r["budget"]) for r in records)
+        assert all(
+            r["elasticity"] == pytest.approx(r["share"] - r["expected_share"]) for r in records
+        )
     if options["class_weight"] == {"9": 0.0}:
         assert all(r["share"] == 0 for r in records if r["class"] == "9")
 
@@ -522,7 +510,7 @@ def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli
     for title, key in (
         ("share of the gradient", "share"),
         ("share of the step", "update_share"),
-        ("weight x count", "budget"),
+        ("weight x count", "expected_share"),
     ):
         (line,) = re.findall(rf"^ *{title} +(.*)$", out, re.M)
         means = [sum(r[key] for r in records if r["class"] == name) / 4 for name in "0123456789"]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from funcloss import class_weighted, losses
-from funcloss.audit import audit, watch
+from funcloss.audit import LossSpec, audit, watch
 from funcloss.audit.torch_optim import read_optimizer
 from funcloss.errors import AuditError, ConfigError
 
@@ -23,6 +23,7 @@ CLASSES, N, STEPS = 4, 16, 4
 NAMES = ("a", "b", "c", "d")
 ROWS = (*NAMES, "weight decay", "history")
 COSTS = torch.tensor([1.0, 3.0, 0.5, 2.0]).double()
+WEIGHTED = LossSpec(losses.cross_entropy, COSTS)
 PAGE = Path(__file__).parent.parent / "docs" / "existing-loop.md"
 
 
@@ -152,10 +153,7 @@ def test_the_rows_are_the_step_that_torch_takes(name, clip_norm):
     model = make_model()
     optimizer = OPTIMIZERS[name](model)
     schedule = optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-    watched = watch(
-        model, optimizer, losses.cross_entropy, classes=NAMES, class_weights=COSTS,
-        clip_norm=clip_norm,
-    )  # fmt: skip
+    watched = watch(model, optimizer, WEIGHTED, classes=NAMES, clip_norm=clip_norm)
     for number in range(STEPS):
         batch = batch_of(number)
         parts = class_gradients(model, *batch)
@@ -200,7 +198,8 @@ def test_what_is_read_moves_every_parameter_as_torch_does(name):
             n for n, p in named.items() if p.grad is not None
         }
         expected = {}
-        for names, rule, state, rate in pieces:
+        for piece in pieces:
+            names, rule, state, rate = piece.names, piece.optimizer, piece.state, piece.rate
             grads = {n: named[n].grad.clone() for n in names}
             params = {n: named[n].detach().clone() for n in names}
             moves, _ = rule.update(grads, state, params, rate)
@@ -214,7 +213,7 @@ def test_a_layer_that_joins_late_has_an_age_of_its_own():
     model = make_model()
     model.last.requires_grad_(False)
     optimizer = optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
-    watched = watch(model, optimizer, losses.cross_entropy, class_weights=COSTS)
+    watched = watch(model, optimizer, WEIGHTED)
     ages = []
     for number in range(4):
         model.last.requires_grad_(number > 1)
@@ -231,7 +230,7 @@ def test_before_the_backward_pass_it_says_the_same():
     model = make_model()
     del model.unused  # which nobody knows before
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    watched = watch(model, optimizer, losses.cross_entropy, class_weights=COSTS)
+    watched = watch(model, optimizer, WEIGHTED)
     for number in range(3):
         for set_to_none in (False, True):
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -247,10 +246,7 @@ def test_the_class_gradients_are_those_of_the_loop():
     model, batch = make_model(), batch_of(0)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     values(model, *batch).mean().backward()
-    watched = watch(
-        model, optimizer, losses.cross_entropy, classes=NAMES, class_weights=COSTS, reduction="mean"
-    )
-    found = watched(*batch)
+    found = watch(model, optimizer, WEIGHTED, classes=NAMES)(*batch)
     parts = torch.stack([flat_of(g) for g in class_gradients(model, *batch).values()])
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     near(parts.sum(0).norm(), grads.norm())
@@ -260,7 +256,7 @@ def test_the_class_gradients_are_those_of_the_loop():
     plain = F.cross_entropy(model(batch[0]), batch[1], reduction="none").detach()
     assert_close(found.loss, torch.stack([plain[batch[1] == c].mean() for c in range(CLASSES)]))
     assert found.count.tolist() == batch[1].bincount(minlength=CLASSES).tolist()
-    whole = audit(model, None, losses.cross_entropy, [batch], class_weights=COSTS, classes=NAMES)
+    whole = audit(model, None, WEIGHTED, [batch])
     assert_close(found.balance.conflict, whole.balance.conflict)
 
 
@@ -268,7 +264,7 @@ def test_costs_may_be_whole_numbers():
     model, batch = make_model(), batch_of(0)
     optimizer, whole = optim.SGD(model.parameters(), lr=0.1), torch.tensor([1, 3, 2, 5])
     found, same = (
-        watch(model, optimizer, losses.cross_entropy, class_weights=costs)(*batch)
+        watch(model, optimizer, LossSpec(losses.cross_entropy, costs))(*batch)
         for costs in (whole, whole.double())
     )
     assert_close(found.loss, same.loss)
@@ -314,13 +310,14 @@ def test_every_form_of_a_loss_gives_the_gradient_of_the_loop(name):
     optimizer = optim.AdamW(model.parameters(), lr=0.1)
     plain = F.cross_entropy(model(inputs), labels, reduction="none")
     reduced(plain, labels).backward()
-    found = watch(model, optimizer, loss, **options)(inputs, labels)
+    spec = LossSpec(loss, **options)
+    found = watch(model, optimizer, spec)(inputs, labels)
     assert found.note == ""
     assert found.classes == ("0", "1", "2", "3")
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     near(found.balance.gradient_norm, grads.norm())
     near(found.step.update_norm, moved_by(optimizer).norm())
-    again = watch(model, optimizer, loss, **options)
+    again = watch(model, optimizer, spec)
     where = torch.arange(N) % 3 > 0
     kept = again(inputs[where], labels[where])
     assert_close(again(inputs, labels, where=where).balance.share, kept.balance.share)
@@ -340,7 +337,7 @@ def test_another_gradient_than_the_loops_is_told(spoil, factor):
     model, batch = make_model(), batch_of(2)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     spoil(model, values(model, *batch).mean())
-    found = watch(model, optimizer, losses.cross_entropy, class_weights=COSTS)(*batch)
+    found = watch(model, optimizer, WEIGHTED)(*batch)
     here, ours = map(float, re.findall(r"length (\S+?),? (?:is|acc)", found.note.replace(":", "")))
     assert "is not this batch's" in found.note
     assert here / ours == pytest.approx(factor or 1e-3 / ours, rel=0.01)
@@ -386,13 +383,13 @@ def test_a_training_is_the_same_to_the_bit_with_and_without(kind):
     assert all(map(torch.equal, watched[0], alone[0]))
     assert_close(watched[1], alone[1], rtol=0, atol=0)
     assert watched[2:4] == alone[2:4]
-    assert all("dropout is at work" in note for note in watched[4])
+    assert all("dropout is active" in note for note in watched[4])
 
 
 def test_it_knows_the_mode_of_now():
     model = make_model(drop=0.5)
     optimizer, batch = optim.SGD(model.parameters(), lr=0.1), batch_of(3)
-    watched = watch(model, optimizer, losses.cross_entropy, class_weights=COSTS)
+    watched = watch(model, optimizer, WEIGHTED)
     awake, again = watched(*batch), watched(*batch)
     assert "dropout" in awake.note
     assert torch.equal(awake.step.gram, again.step.gram)
@@ -431,7 +428,7 @@ def test_of_other_optimisers_the_gradient_is_told(kind, options, why):
     model, batch = make_model(), batch_of(0)
     optimizer = getattr(optim, kind)(model.parameters(), lr=0.1, **options)
     values(model, *batch).mean().backward()
-    found = watch(model, optimizer, losses.cross_entropy, class_weights=COSTS)(*batch)
+    found = watch(model, optimizer, WEIGHTED)(*batch)
     assert found.step is None
     assert why in found.note
     assert found.note.endswith(": see the gradient")
@@ -474,19 +471,30 @@ def test_parameters_that_are_elsewhere_are_told():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reduction": "average"}, "reduction must be one of mean, weighted_mean, sum; got 'aver"),
         ({"clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
         ({"classes": 0}, "classes must be at least 1, got 0"),
         ({"classes": ()}, "classes must be at least 1, got 0"),
-        ({"classes": 3, "class_weights": COSTS}, r"shape \(3,\), got \(4,\)"),
-        ({"class_weights": COSTS[None]}, r"shape \(classes,\), got \(1, 4\)"),
-        ({"class_weights": -COSTS}, "class_weights must be at least 0, got"),
+        ({"classes": 3}, r"class_weights must have shape \(3,\), got \(4,\)"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_at_once(arguments, message):
     model = make_model()
     with pytest.raises(ConfigError, match=f"^watch: .*{message}"):
-        watch(model, optim.SGD(model.parameters(), lr=0.1), TORCH, **arguments)
+        watch(model, optim.SGD(model.parameters(), lr=0.1), WEIGHTED, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reduction": "average"}, "reduction must be one of mean, weighted_mean, sum; got 'aver"),
+        ({"class_weights": COSTS[None]}, r"class_weights must have shape \(classes,\), got \(1, 4"),
+        ({"class_weights": -COSTS}, "class_weights must be at least 0, and one of them above, got"),
+        ({"class_weights": 0 * COSTS}, "class_weights must be at least 0, and one of them above"),
+    ],
+)
+def test_a_loss_that_makes_no_sense_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=f"^LossSpec: {message}"):
+        LossSpec(TORCH, **arguments)
 
 
 def test_an_optimiser_of_nothing_here_is_refused():
@@ -503,7 +511,9 @@ def test_batches_that_fit_nothing_are_refused():
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"labels must be integers, .* torch.float64 \(16,\)"):
         watch(model, optimizer, losses.squared_error)(inputs, labels.double())
-    with pytest.raises(ConfigError, match=r"score a class, .* got \(1, 1\) of one .* say classes="):
+    with pytest.raises(
+        ConfigError, match=r"score per class, .* got \(1, 1\) of one .* say classes="
+    ):
         watch(model, optimizer, losses.squared_error)(inputs, labels)
     model = make_model()
     watched = watch(model, optim.SGD(model.parameters(), lr=0.1), TORCH, classes=2)
@@ -532,7 +542,7 @@ def test_a_record_is_a_row_of_the_log():
     rows = found.records()
     assert [row["class"] for row in rows] == [*NAMES]
     assert [row["count"] for row in rows] == found.count.tolist()
-    for name in ("share", "budget", "elasticity", "norm"):
+    for name in ("share", "expected_share", "elasticity", "norm"):
         assert [row[name] for row in rows] == getattr(found.balance, name).tolist()
     assert [row["update_share"] for row in rows] == found.step.share[:CLASSES].tolist()
     assert [row["loss"] for row in rows] == found.loss.tolist()

@@ -1,22 +1,21 @@
 """What a report says in words: each rule on audits made to meet it, or just not to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from audit_examples import make_audit
 
 from funcloss import optim
-from funcloss.audit.result import Audit, Check, Impact, Spread
+from funcloss.audit.result import Audit, Check, Impact, StandardErrors
 from funcloss.audit.words import (
     compare,
-    fights,
+    conflicting,
     largest,
-    passed,
     percent,
     sentences,
     spoken_of,
-    standard_error,
 )
 
 
@@ -24,18 +23,18 @@ def audit_of(
     gram: list[list[float]],
     *,
     weights: dict[int, float] | None = None,
-    sd: float | None = 0.0,
-    batches: int = 16,
+    error: float | None = 0.0,
     **others,
 ) -> Audit:
-    """Return an audit with these inner products and the same spread for every number."""
+    """Return an audit with these inner products and the same standard error for every number."""
     classes = len(gram)
     made = make_audit(classes, weights=weights, step=False)
     table = torch.tensor(gram, dtype=torch.float64)
-    spread = None
-    if sd is not None:
-        spread = Spread(batches, 8, torch.full((classes,), sd), torch.full((classes, classes), sd))
-    return made._replace(gram=table, layer_gram=table[None], spread=spread, **others)
+    errors = None
+    if error is not None:
+        of_pairs = torch.full((classes, classes), error)
+        errors = StandardErrors(16, 8, torch.full((classes,), error), of_pairs)
+    return replace(made, gram=table, layer_gram=table[None], standard_errors=errors, **others)
 
 
 def text_of(audit: Audit, **options) -> str:
@@ -54,81 +53,87 @@ def with_impact(audit: Audit, train: list[float], held_out: list[float] | None =
             matrix = torch.zeros(len(rises), len(rises), dtype=torch.float64)
             matrix[:, -1] = torch.tensor(rises)
             impact[part] = Impact(matrix, zeros, zeros)
-    return audit._replace(impact=impact)
+    return replace(audit, impact=impact)
 
 
-# at cost 3 class 2 has 9/11 of the gradient, 1/3 at equal costs; its budget is 3/5
+INCREASES = (
+    "The class weight increases class 2's contribution to the current gradient, as intended."
+)
+
+
+# at weight 3 class 2 has 9/11 of the gradient, 1/3 at equal weights; 3/5 are expected
 @pytest.mark.parametrize(
-    ("sd", "says"),
+    ("error", "says"),
     [
-        (0.1, "does what it is for: it raises"),
-        (0.9, "does what it is for: it raises"),  # 2 * 0.9 / 4 = 0.45 < 9/11 - 1/3
-        (1.0, "cannot be told apart from what it would be at equal costs"),
-        (None, "In this batch the cost raises the share of class 2."),
+        (0.025, INCREASES),
+        (0.225, INCREASES),  # 2 * 0.225 = 0.45 < 9/11 - 1/3
+        (0.25, "Class 2's share does not differ significantly from unweighted."),
+        (None, "In this batch the class weight increases class 2's contribution to the gradient."),
     ],
 )
-def test_a_cost_works_when_its_share_moves_by_two_standard_errors(sd, says):
-    lines = sentences(audit_of(EYE, weights={2: 3.0}, sd=sd))
-    assert says in lines[0]
-    assert "of the gradient; with every cost at 1 it would be 33.3 %" in lines[1]
-    assert lines[1].startswith("At cost 3, class 2 makes up 81.8 ")
+def test_a_weight_works_when_its_share_moves_by_two_standard_errors(error, says):
+    lines = sentences(audit_of(EYE, weights={2: 3.0}, error=error))
+    assert lines[0].startswith(says)
+    assert "of the gradient; for the same model with all weights 1, 33.3 %." in lines[1]
+    assert lines[1].startswith("With weight 3, class 2 contributes 81.8 ")
 
 
-def test_a_low_cost_is_meant_to_lower_the_share():
-    assert "does what it is for: it lowers" in text_of(audit_of(EYE, weights={2: 0.5}))
+def test_a_low_weight_is_meant_to_lower_the_share():
+    decreases = INCREASES.replace("increases", "decreases")
+    assert decreases in text_of(audit_of(EYE, weights={2: 0.5}))
 
 
-def test_a_cost_that_moves_the_share_the_other_way_does_the_opposite():
+def test_a_weight_that_moves_the_share_the_other_way_does_the_opposite():
     # class 1 points against the much longer class 0, so a little more of it pulls back
     gram = [[100.0, -3.0], [-3.0, 1.0]]
     audit = audit_of(gram, weights={1: 1.5}, class_weights=torch.tensor([1.0, 1.5]).double())
     assert float(audit.balance.share[1]) < float(audit.reweighted(torch.ones(2)).share[1])
-    assert "does the opposite" in text_of(audit)
+    assert "the opposite of what is intended" in text_of(audit)
 
 
 @pytest.mark.parametrize(
-    ("sd", "says"),
-    [(0.1, "it has more."), (0.5, "cannot be told apart from that"), (None, "batch")],
+    ("error", "says"),
+    [
+        (0.025, "the actual share is higher."),
+        (0.125, "the difference is not significant."),
+        (None, "in this batch the actual share is higher."),
+    ],
 )
-def test_share_and_budget_differ_by_two_standard_errors_or_cannot_be_told_apart(sd, says):
-    line = next(s for s in sentences(audit_of(EYE, weights={2: 3.0}, sd=sd)) if "suggest" in s)
-    assert "Cost and count of class 2 suggest 60.0 %" in line
-    assert says in line
+def test_share_and_expected_share_differ_by_two_standard_errors_or_not_significantly(error, says):
+    lines = sentences(audit_of(EYE, weights={2: 3.0}, error=error))
+    assert lines[2] == f"Expected from weight x count: 60.0 %; {says}"
 
 
-@pytest.mark.parametrize("sd", [0.0, 0.1, 0.59, 0.61, 2.0, math.nan, None])
+@pytest.mark.parametrize("error", [0.0, 0.025, 0.149, 0.151, 0.5, math.nan, None])
 @pytest.mark.parametrize("cosine", [-0.9, -0.3, -0.01, 0.0, 0.3])
-def test_fights_is_said_only_of_cosines_two_standard_errors_below_zero(cosine, sd):
-    audit = audit_of([[1.0, cosine], [cosine, 1.0]], weights={1: 2.0}, sd=sd)
+def test_a_conflict_is_a_cosine_two_standard_errors_below_zero(cosine, error):
+    audit = audit_of([[1.0, cosine], [cosine, 1.0]], weights={1: 2.0}, error=error)
     text = text_of(audit)
-    sure = sd is not None and cosine < 0 and cosine <= -2 * sd / math.sqrt(16)
-    assert ("fight class" in text or "fights class" in text) == sure
-    assert fights(audit, audit.balance.conflict, 0, 1) == sure
-    assert ("In this batch class 1 and class 0" in text) == (sd is None)
-    if sd is not None and not math.isnan(sd) and cosine < 0 and not sure:
-        assert "which cannot be told apart from 0" in text
+    sure = error is not None and cosine < 0 and cosine <= -2 * error
+    assert ("Conflicting gradients (cosine similarity with class 1): class 0 (" in text) == sure
+    assert conflicting(audit, audit.balance.conflict, 0, 1) == sure
+    assert ("In this batch the lowest cosine similarity" in text) == (error is None)
+    known = error is not None and not math.isnan(error)
+    assert ("No significant gradient conflict" in text) == (known and cosine < 0 and not sure)
+    assert ("No gradient conflict" in text) == (known and cosine >= 0)
 
 
 def test_of_one_batch_nothing_is_said_beyond_it():
     text = text_of(make_audit(weights={9: 5.0}, batches=1))
-    for strong in ("fight", "does what it is for", "cannot be told apart", " pay", "±"):
+    for strong in ("onflict", "as intended", "significant", "±"):
         assert strong not in text
-    assert text.count("In this batch") + text.count("in this batch") == 4
-
-
-def test_a_spread_of_a_single_batch_is_no_spread():
-    audit = audit_of(EYE, weights={2: 3.0}, batches=1)
-    assert math.isnan(standard_error(audit, "share", 2))
-    assert "In this batch" in text_of(audit)
+    assert text.lower().count("in this batch") == 4
 
 
 OPPOSED = [[1.0, 0.0, -0.5], [0.0, 1.0, -0.1], [-0.5, -0.1, 1.0]]
 
 
-def test_payers_are_those_whose_loss_rises_and_who_fight():
-    audit = audit_of(OPPOSED, weights={2: 3.0}, sd=0.6)  # standard error 0.15: 1 does not fight
+def test_losers_are_those_whose_loss_rises_and_whose_gradients_conflict():
+    audit = audit_of(OPPOSED, weights={2: 3.0}, error=0.15)  # 1 does not conflict significantly
     text = text_of(with_impact(audit, [0.02, 0.01, -0.3]))
-    assert "Class 0 (+0.02) pays for class 2" in text
+    assert (
+        "Class 2's part of the step raises the loss of class 0 (+0.02) (linear estimate)." in text
+    )
     assert "class 1 (+" not in text
     assert "held-out" not in text
 
@@ -141,19 +146,18 @@ def test_payers_are_those_whose_loss_rises_and_who_fight():
         ([-0.01, -0.1, -0.1], "none of these losses rises"),
     ],
 )
-def test_payers_are_looked_up_in_held_out_data(held_out, says):
+def test_losers_are_looked_up_in_held_out_data(held_out, says):
     audit = with_impact(audit_of(OPPOSED, weights={2: 3.0}), [0.02, 0.01, -0.3], held_out)
     assert f"On held-out data {says}" in text_of(audit)
 
 
-def test_a_rise_that_may_be_chance_makes_no_payer():
-    audit = with_impact(audit_of(OPPOSED, weights={2: 3.0}, sd=4.0), [0.02, 0.01, -0.3])
-    text = text_of(audit)
-    assert "Nobody can be said to pay for class 2" in text
-    assert "raises the loss of classes 0 and 1, which cannot be told apart from chance" in text
+def test_a_rise_that_may_be_chance_makes_no_loser():
+    text = text_of(with_impact(audit_of(OPPOSED, weights={2: 3.0}, error=1.0), [0.02, 0.01, -0.3]))
+    assert "No class loses significantly from class 2's part of the step" in text
+    assert "on these examples it raises the loss of classes 0 and 1." in text
 
 
-def test_where_no_loss_rises_nobody_pays():
+def test_where_no_loss_rises_no_class_loses():
     audit = with_impact(audit_of(EYE, weights={2: 3.0}), [-0.1, math.nan, -0.3])
     assert "raises no other class's loss" in text_of(audit)
 
@@ -161,31 +165,34 @@ def test_where_no_loss_rises_nobody_pays():
 def test_the_part_of_the_step_is_said_with_its_note():
     audit = make_audit(weights={9: 5.0})
     share = percent(audit.step.share[9])
-    assert f"Of a step on these examples, class 9 owns {share}" in text_of(audit)
-    noted = audit._replace(step=audit.step._replace(note="the momentum is not known"))
-    assert "Of the step: the momentum is not known." in text_of(noted)
+    assert f"Of the next step, {share} comes from class 9's current gradient" in text_of(audit)
+    noted = replace(audit, step=replace(audit.step, note="the momentum is not known"))
+    assert "Optimizer step: the momentum is not known." in text_of(noted)
     assert "was not audited" in text_of(make_audit(step=False))
 
 
 def test_classes_with_a_weight_of_their_own_are_spoken_of():
     assert spoken_of(make_audit(weights={9: 5.0, 4: 1.5})) == [9, 4]
     assert spoken_of(make_audit(weights={c: 2.0 for c in range(9)})) == [9]
-    assert spoken_of(make_audit(2, weights={0: 3.0})) == [0]  # of two, 1 is the usual cost
+    assert spoken_of(make_audit(2, weights={0: 3.0})) == [0]  # of two, 1 is the usual weight
     assert spoken_of(make_audit(weights={3: 0.0, 4: 9.0})) == [3, 4]
     assert spoken_of(make_audit(weights={c: 2.0 + c for c in range(7)}), most=2) == [6, 5]
     many = text_of(make_audit(weights={c: 2.0 + c / 9 for c in range(1, 5)}), most=1)
-    assert "3 more classes have their costs" in many
+    assert "3 more classes have their weights" in many
 
 
-def test_where_all_cost_the_same_the_two_extremes_are_spoken_of():
+def test_where_all_weigh_the_same_the_two_extremes_are_spoken_of():
     audit = audit_of([[1.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 4.0]])
     assert spoken_of(audit) == [1, 0]
     lines = sentences(audit)
-    assert lines[0] == "No class has a weight of its own."
-    assert "class 1 has the most of the gradient for its count: 64.3 ± 0.0 %" in lines[1].lower()
-    assert any("Class 0 has the least" in line for line in lines)
-    assert "cannot be told apart" in text_of(audit_of(EYE))
-    assert spoken_of(audit._replace(class_weights=audit.class_weights * 5)) == [1, 0]
+    assert lines[0] == "All classes have the same weight."
+    assert lines[1] == (
+        "Class 1 has the largest gradient share relative to its frequency: 64.3 ± 0.0 %, "
+        "expected 33.3 %."
+    )
+    assert any("Class 0 has the smallest" in line for line in lines)
+    assert "; the difference is not significant." in text_of(audit_of(EYE))
+    assert spoken_of(replace(audit, class_weights=audit.class_weights * 5)) == [1, 0]
 
 
 def by_sign(grads, state, params, learning_rate):
@@ -206,13 +213,15 @@ ADAMANT = optim.Optimizer(lambda params: (), by_length)
         ("adam", optim.adam(), "mean", "A step of adam hardly changes"),
         ("AdamW", optim.adamw(), "sum", "A step of AdamW hardly changes"),
         ("lion_like", LION_LIKE, "mean", "A step of lion_like hardly changes"),
-        ("adamant", ADAMANT, "mean", "A step of adamant grows with the costs"),
-        ("sgd", optim.sgd(), "mean", "A step of sgd grows with the costs"),
+        ("adamant", ADAMANT, "mean", "A step of adamant grows with the class weights"),
+        ("sgd", optim.sgd(), "mean", "A step of sgd grows with the class weights"),
         ("momentum", optim.sgd(momentum=0.9), "mean", "as a larger learning rate would."),
         ("sgd", optim.sgd(), "weighted_mean", "by one number changes nothing"),
     ],
 )
-def test_what_scaled_costs_do_depends_on_optimizer_and_reduction(name, optimizer, reduction, says):
+def test_what_scaled_weights_do_depends_on_optimizer_and_reduction(
+    name, optimizer, reduction, says
+):
     audit = make_audit(weights={9: 5.0}, reduction=reduction)
     told = {"optimizer": name, "scale_invariant": optimizer.scale_invariant}
     assert says in sentences(audit, **told)[-1]
@@ -221,15 +230,15 @@ def test_what_scaled_costs_do_depends_on_optimizer_and_reduction(name, optimizer
 
 def test_a_clipped_step_does_not_grow_without_end():
     audit = make_audit()
-    clipped = audit._replace(step=audit.step._replace(clip=0.5))
+    clipped = replace(audit, step=replace(audit.step, clip=0.5))
     assert "up to the clipping" in text_of(clipped, optimizer="sgd")
     assert "clipping" not in text_of(audit, optimizer="sgd")
 
 
 def test_a_loss_that_couples_examples_is_not_reweighted():
     text = text_of(make_audit(weights={9: 5.0}, linear=False), optimizer="sgd")
-    assert "The cost acts inside the loss" in text
-    assert "every cost at 1" not in text
+    assert "The weights act inside the loss" in text
+    assert "all weights 1" not in text
     assert "by one number" not in text
 
 
@@ -247,22 +256,22 @@ def test_options_of_the_loss_are_spoken_of_by_their_largest_entry():
 def test_a_failed_check_comes_first():
     audit = make_audit()
     bad = Check("step", 0.1, 1e-6, "")
-    assert "self-check failed (step)" in sentences(audit._replace(checks=(bad,)))[0]
-    assert "self-check" not in text_of(audit)  # that of the impact only informs
-    assert passed(Check("impact", 9.0, None, ""))
-    assert not passed(Check("step", math.nan, 1.0, ""))
+    assert "Self-check failed (step)" in sentences(replace(audit, checks=(bad,)))[0]
+    assert "Self-check" not in text_of(audit)  # that of the impact only informs
+    assert Check("impact", 9.0, None, "").holds
+    assert not Check("step", math.nan, 1.0, "").holds
 
 
 def test_a_gradient_of_zero_has_no_shares():
     audit = make_audit(weights={9: 5.0})
-    assert "no class has a share" in text_of(audit._replace(gram=0 * audit.gram))
+    assert "no class has a share" in text_of(replace(audit, gram=0 * audit.gram))
 
 
 def test_a_class_without_examples_is_not_judged():
     names = [*"012345678", "Nine"]
     text = text_of(make_audit(names=names, weights={9: 5.0}, absent=(9,)))
-    assert text.startswith("Class Nine has no examples here: its cost of 5 did nothing.")
-    assert "fight" not in text
+    assert text.startswith("Class Nine has no examples here: its weight of 5 has no effect.")
+    assert "onflict" not in text
 
 
 def test_names_are_written_as_asked():
@@ -271,15 +280,15 @@ def test_names_are_written_as_asked():
     assert "class 9" not in text
 
 
-def test_a_cost_without_effect_is_said_to_have_none():
+def test_a_weighting_without_effect_is_said_to_have_none():
     plain = make_audit()
     assert compare(plain, plain) == (
-        "The cost has no effect on classes 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9: "
+        "The weighting has no effect on classes 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9: "
         "their shares of the gradient are the same with and without it, to 1 %.",
     )
-    scaled = compare(plain._replace(gram=plain.gram * 1.03**2), plain)
+    scaled = compare(replace(plain, gram=plain.gram * 1.03**2), plain)
     assert "no effect on classes 0," in scaled[0]
-    assert "1.03 times as long as without the cost: that acts as another" in scaled[1]
+    assert "1.03 times as long as without the weighting: that acts as another" in scaled[1]
 
 
 @pytest.mark.parametrize(("times", "same"), [(1.009, True), (1.03, False)])
@@ -297,7 +306,7 @@ def test_shares_are_the_same_to_one_percent(times, same):
 
 def test_the_meant_loss_is_seen_to_change_the_shares():
     lines = compare(make_audit(weights={9: 5.0}), make_audit())
-    assert lines[0].startswith("The cost raises the share of class 9 from ")
+    assert lines[0].startswith("The weighting raises the share of class 9 from ")
 
 
 def test_many_changed_classes_are_counted():
@@ -309,7 +318,7 @@ def test_many_changed_classes_are_counted():
 def test_audits_of_other_data_are_not_compared():
     with pytest.raises(ValueError, match="same classes and examples"):
         compare(make_audit(3), make_audit(4))
-    zero = make_audit(3)._replace(gram=torch.zeros(3, 3, dtype=torch.float64))
+    zero = replace(make_audit(3), gram=torch.zeros(3, 3, dtype=torch.float64))
     assert "nothing to compare" in compare(zero, zero)[0]
 
 

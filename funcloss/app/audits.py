@@ -1,9 +1,8 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
-import dataclasses
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.app.runs.use import split_of
-from funcloss.audit.measure import audit
-from funcloss.audit.result import Audit
-from funcloss.audit.training import loss_options, make_audit_step
+from funcloss.audit import Audit, AuditSettings, LossSpec, StepSpec, audit, make_audit_step
+from funcloss.audit.training import loss_options
 from funcloss.combinators import class_weighted
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
@@ -69,7 +67,7 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=options.allow_import)
     here = {"data_dir": options.data_dir or config.data_dir, "device": options.device, "init": ""}
-    return audit_training(run_dir, make_setup(dataclasses.replace(config, **here)), options)
+    return audit_training(run_dir, make_setup(replace(config, **here)), options)
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
@@ -78,18 +76,18 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     state, hyper = load_checkpoint(run_dir, setup)
     setup = setup._replace(hyper=hyper)
     going_on = int(state.step) < config.epochs * setup.per_epoch
-    step = {
-        "optimizer": make_optimizer(config),
-        "learning_rate": hyper["learning_rate"],
-        "schedule": make_schedule(config, setup.per_epoch) if going_on else None,
-        "clip_norm": config.clip_norm,
-    }
+    step = StepSpec(
+        make_optimizer(config),
+        hyper["learning_rate"],
+        schedule=make_schedule(config, setup.per_epoch) if going_on else None,
+        clip_norm=config.clip_norm,
+    )
     found = _audited(setup, state, options, step)
-    over = "the training is over: the step is one more, at the peak learning rate"
+    over = "training has finished; the audited step is hypothetical, at the peak learning rate"
     notes = [] if going_on else [over]
     if config.amp != "off":
         notes.append(f"trained in {config.amp}, audited in float32")
-    found = found._replace(notes=(*found.notes, *notes))
+    found = replace(found, notes=(*found.notes, *notes))
     history = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
     return _with_report(setup, found, options, run_dir.name, int(state.step), history)
 
@@ -115,9 +113,7 @@ def audit_checkpoint(
         RunError: the file cannot be read, or is of another model.
     """
     device = config.device if options.device == "auto" else options.device
-    config = dataclasses.replace(
-        config, data_dir=options.data_dir or config.data_dir, device=device
-    )
+    config = replace(config, data_dir=options.data_dir or config.data_dir, device=device)
     setup, path = make_setup(config), Path(path).expanduser()
     tensors, _ = load_tensors(path)
     other = f"{path} is not of {config.model} on {config.dataset}"
@@ -127,7 +123,7 @@ def audit_checkpoint(
         raise RunError(f"{other}: {error}") from None
     if misshapen:
         raise RunError(f"{other}: see its {misshapen[0]}")
-    return _with_report(setup, _audited(setup, None, options, {}), options, path.name)
+    return _with_report(setup, _audited(setup, None, options), options, path.name)
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -150,7 +146,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
-    paths = [out / "audit.html", *found.audit.write(out, about=dataclasses.asdict(found.about))]
+    paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
     for name, figure in draw_all(found.audit, found.history).items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])
@@ -164,7 +160,7 @@ def _audited(
     setup: Setup,
     state: TrainState | Params | None,
     options: AuditOptions,
-    step: Mapping[str, Any],
+    step: StepSpec | None = None,
 ) -> Audit:
     config, dataset = setup.config, setup.dataset
     chosen = split_of(dataset, options.split)
@@ -174,24 +170,27 @@ def _audited(
         pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
         return lambda: feed(dataset, examples, pieces)
 
+    if step is not None and held is not None and len(held.labels):
+        step = replace(step, held_out=batches(held))
+    loss = LossSpec(
+        loss_of(setup),
+        setup.hyper.get("class_weights"),
+        loss_options(setup.hyper),
+        config.reduction,
+    )
     found = audit(
         setup.model.train(not options.evaluation_mode),
         state,
-        loss_of(setup),
+        loss,
         batches(chosen),
-        class_weights=setup.hyper.get("class_weights"),
-        options=loss_options(setup.hyper),
-        reduction=config.reduction,
-        classes=dataset.classes,
-        held_out=batches(held) if step and held is not None and len(held.labels) else None,
-        method=options.method,
-        memory=options.memory,
-        **step,
+        step=step,
+        settings=AuditSettings(dataset.classes, method=options.method, memory=options.memory),
     )
     assert found.examples is not None
     index = _index(chosen, options.examples).cpu()
-    return found._replace(
-        examples=found.examples._replace(index=index[found.examples.index]),
+    return replace(
+        found,
+        examples=replace(found.examples, index=index[found.examples.index]),
         elasticities={k: v for k, v in found.elasticities.items() if k not in _FACTS},
     )
 
@@ -210,10 +209,8 @@ def _with_report(
     step: int | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> RunAudit:
-    about = about_of(
-        setup, f"Audit of {name}", split=options.split, examples=int(found.count.sum()),
-        step=step, evaluation_mode=options.evaluation_mode,
-    )  # fmt: skip
+    n = int(found.count.sum())
+    about = about_of(setup, f"Audit of {name}", options, examples=n, step=step)
     return RunAudit(found, about, history, _pictures(found, setup.dataset, options.split))
 
 
@@ -237,13 +234,7 @@ def _png(image: Tensor) -> bytes:
 
 
 def about_of(
-    setup: Setup,
-    title: str,
-    *,
-    split: str,
-    examples: int,
-    step: int | None,
-    evaluation_mode: bool = False,
+    setup: Setup, title: str, options: AuditOptions, *, examples: int, step: int | None = None
 ) -> About:
     """Return where the numbers of a page come from, with the command and the versions."""
     config = setup.config
@@ -256,10 +247,10 @@ def about_of(
         loss=config.loss,
         dataset=setup.dataset.name,
         note=setup.dataset.note,
-        split=split,
+        split=options.split,
         examples=examples,
         step=step,
-        mode="eval" if evaluation_mode else "train",
+        mode="eval" if options.evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",
         scale_invariant=make_optimizer(config).scale_invariant,
         command=folder.command_line(),
@@ -280,10 +271,9 @@ def observer(setup: Setup) -> Callable[[TrainState, Batch, Hyper], list[dict[str
     config, dataset = setup.config, setup.dataset
     audit_step = make_audit_step(
         setup.model,
-        loss_of(setup),
+        LossSpec(loss_of(setup), reduction=config.reduction),
         make_optimizer(config),
         classes=dataset.classes,
-        reduction=config.reduction,
         schedule=make_schedule(config, setup.per_epoch),
         clip_norm=config.clip_norm,
     )

@@ -1,22 +1,35 @@
-"""The audit: what each class's cost does to the updates, measured."""
+"""The audit: each class's share of the gradient and of the optimiser's step, measured."""
 
 from funcloss.audit.gram import Balance, balance
-from funcloss.audit.measure import audit
-from funcloss.audit.result import Audit, Check, ExampleRows, Impact, Method, Spread, StepAudit
+from funcloss.audit.loss import LossSpec
+from funcloss.audit.measure import AuditSettings, audit
+from funcloss.audit.result import (
+    Audit,
+    Check,
+    ExampleRows,
+    Impact,
+    Method,
+    StandardErrors,
+    StepAudit,
+)
+from funcloss.audit.step import StepSpec
 from funcloss.audit.training import StepFindings, make_audit_step
 from funcloss.audit.watch import Watch, watch
 from funcloss.audit.words import compare, sentences
 
 __all__ = [
     "Audit",
+    "AuditSettings",
     "Balance",
     "Check",
     "ExampleRows",
     "Impact",
+    "LossSpec",
     "Method",
-    "Spread",
+    "StandardErrors",
     "StepAudit",
     "StepFindings",
+    "StepSpec",
     "Watch",
     "audit",
     "balance",

@@ -1,80 +1,114 @@
-"""The forms that audited data comes in, brought to one: batches that can be passed over again."""
+"""The forms that audited data comes in, brought to one: batches that can be iterated again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from funcloss.audit.state import ModelState
 from funcloss.errors import AuditError
+from funcloss.keys import example_keys
 from funcloss.typing import Batch
 
 GroupBy = Callable[[Batch], Tensor]
 _TARGETS = ("labels", "targets")
 
 
-class Rows(NamedTuple):
-    """A batch and what the audit needs beside it."""
+@dataclass(frozen=True, eq=False)
+class MaskedBatch:
+    """The examples of a batch that count, side by side."""
 
     inputs: Any  # a tensor, or a tuple or dict of tensors, each beginning with the batch
     targets: Tensor
-    where: Tensor | None
-    groups: Tensor  # (batch,) int64: the class that each example counts for; -1: it does not count
-    first: int  # position in the data of its first example
+    keys: Tensor  # of their random numbers
+    groups: Tensor  # (n,) int64: the class that each counts for
+    position: Tensor  # of each in the data
+    batch_size: int  # of the whole batch, with the examples that do not count
+
+    def __len__(self) -> int:
+        """Return how many examples count."""
+        return len(self.position)
+
+    def at(self, index: Tensor | slice) -> "MaskedBatch":
+        """Return some of them."""
+        return replace(
+            self,
+            inputs=tree_map(lambda x: _select(x, index), self.inputs),
+            targets=self.targets[index],
+            keys=self.keys[index],
+            groups=self.groups[index],
+            position=self.position[index],
+        )
+
+    def in_one_group(self) -> "MaskedBatch":
+        """Return them as examples of one class, 0."""
+        return replace(self, groups=torch.zeros_like(self.groups))
+
+    def some(self, most: int) -> "MaskedBatch":
+        """Return at most so many of them, evenly spread."""
+        n = len(self)
+        return self.at(torch.linspace(0, n - 1, min(n, most), device=self.position.device).long())
 
 
-def batches(
-    data: Any, *, batch_size: int, group_by: GroupBy | None, device: torch.device
-) -> Callable[[], Iterator[Rows]]:
-    """Return a function that begins a new pass over the data.
+MakeBatches = Callable[[], Iterator[MaskedBatch]]
 
-    Args:
-        data: ``(inputs, targets)`` tensors or a :class:`funcloss.typing.Batch` in memory; a
-            map-style ``torch.utils.data.Dataset``; a function that returns an iterator; or what
-            can be iterated over again and again in one order, such as a list or an unshuffled
-            DataLoader, over batches: tuples ``(inputs, targets)`` or ``(inputs, targets, where)``,
-            or dicts with ``labels`` or ``targets``, perhaps ``where``, and the model's keywords.
-        batch_size: Examples a batch, where the data does not come in batches.
-        group_by: From a batch to the class that each example counts for; None: its label.
-        device: Where the batches go.
 
-    Returns:
-        A function without arguments; each call gives a fresh iterator over the rows.
+def select_valid(
+    batch: Batch, groups: Tensor, state: ModelState, *, number: int = 0, first: int = 0
+) -> MaskedBatch:
+    """Return the examples of a batch that count, those whose group is not -1.
+
+    Batch ``number`` draws as step ``state.step + number`` does; ``first`` is the position in the
+    data of its first example.
+    """
+    n = len(groups)
+    keys = example_keys(state.key, state.step + number, n)
+    position = first + torch.arange(n, device=keys.device)
+    every = MaskedBatch(batch.inputs, batch.targets, keys, groups, position, n)
+    counts = groups >= 0
+    return every if bool(counts.all()) else every.at(counts.nonzero().squeeze(1))
+
+
+def reiterable(
+    data: Any, state: ModelState, *, batch_size: int, group_by: GroupBy | None
+) -> MakeBatches:
+    """Return a function that iterates over the data from its beginning, however often it is called.
 
     Raises:
-        AuditError: on the way, if a batch is in none of these forms; or at once if the data can
-            be passed over only once.
+        AuditError: on the way, if a batch is in none of these forms, or the data changes; at once,
+            if the data can be iterated over only once.
     """
     begin = _source(data, batch_size)
-    seen: list[Tensor] = []  # groups of each batch of the first pass
+    seen: list[Tensor] = []  # groups of each batch, the first time
     ended = False
 
-    def passes() -> Iterator[Rows]:
+    def make_batches() -> Iterator[MaskedBatch]:
         nonlocal ended
         first, number = 0, 0
-        for number, item in enumerate(begin(), 1):
-            batch = _on_tensors(lambda x: x.to(device), as_batch(item))
-            rows = Rows(*batch, groups=groups_of(batch, group_by), first=first)
-            mark = rows.groups.cpu()
-            if number <= len(seen):
-                _check_same(torch.equal(mark, seen[number - 1]))
+        for item in begin():
+            batch = _on_tensors(lambda x: x.to(state.device), as_batch(item))
+            groups = groups_of(batch, group_by)
+            mark = groups.cpu()
+            if number < len(seen):
+                _check_same(torch.equal(mark, seen[number]))
             else:
                 _check_same(not ended)
                 seen.append(mark)
-            yield rows
-            first += len(mark)
+            yield select_valid(batch, groups, state, number=number, first=first)
+            number, first = number + 1, first + len(mark)
         _check_same(number == len(seen))
         ended = True
 
-    return passes
+    return make_batches
 
 
 def _check_same(same: bool) -> None:
     if not same:
         raise AuditError(
-            "audit: the data gave other examples in a later pass than in the first: give data that "
-            "can be passed over again and comes in one order, a list or an unshuffled DataLoader"
+            "audit: the data changed between passes: use a list or a DataLoader with shuffle=False"
         )
 
 
@@ -112,11 +146,10 @@ def _checked(batch: Batch) -> Batch:
     if len(sizes) != 1 or None in sizes:
         shapes = [tuple(x.shape) for x in [*leaves, batch.targets]]
         raise AuditError(f"audit: inputs and targets must begin with the batch, got {shapes}")
-    n = len(batch.targets)
-    where = batch.where
+    n, where = len(batch.targets), batch.where
     if where is not None and (where.dtype != torch.bool or where.shape != (n,)):
         raise AuditError(
-            f"audit: where must be boolean, one entry an example, ({n},); got {where.dtype} "
+            f"audit: where must be boolean, one entry per example, ({n},); got {where.dtype} "
             f"{tuple(where.shape)}"
         )
     return batch
@@ -135,13 +168,13 @@ def groups_of(batch: Batch, group_by: GroupBy | None) -> Tensor:
         groups = targets
     else:
         raise AuditError(
-            "audit: the targets are no labels, one integer an example, but "
+            "audit: the targets are no labels, one integer per example, but "
             f"{targets.dtype} {tuple(targets.shape)}: say with group_by=lambda batch: ... which "
             "group each example counts for"
         )
     if groups.shape != (len(targets),) or groups.is_floating_point():
         raise AuditError(
-            f"audit: group_by must give one integer an example, ({len(targets)},), got "
+            f"audit: group_by must give one integer per example, ({len(targets)},), got "
             f"{groups.dtype} {tuple(groups.shape)}"
         )
     groups = groups.long()
@@ -152,6 +185,15 @@ def groups_of(batch: Batch, group_by: GroupBy | None) -> Tensor:
             "example out with where="
         )
     return torch.where(counts, groups, -1)
+
+
+def check_labels(groups: Tensor, classes: int) -> None:
+    """Raise ``AuditError`` if an example counts for a class that there is not."""
+    if len(groups) and int(groups.max()) >= classes:
+        raise AuditError(
+            f"audit: labels must be in 0..{classes - 1}, got {int(groups.max())}: give classes= "
+            "for more"
+        )
 
 
 def _source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
@@ -166,8 +208,8 @@ def _source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
         return lambda: torch.utils.data.DataLoader(data, batch_size=batch_size)
     if isinstance(data, Iterator):
         raise AuditError(
-            "audit: the data is passed over more than once, and an iterator ends: give a list, an "
-            "unshuffled DataLoader, or a function that returns a new iterator"
+            "audit: the data is iterated over more than once, and an iterator ends: give a list, "
+            "a DataLoader with shuffle=False, or a function that returns a new iterator"
         )
     if callable(data):
         return cast(Callable[[], Iterable[Any]], data)
@@ -187,6 +229,13 @@ def _in_memory(data: Any) -> bool:
     if isinstance(data, Mapping):
         return True
     return isinstance(data, tuple | list) and len(data) in (2, 3) and isinstance(data[1], Tensor)
+
+
+def _select(inputs: Tensor, index: Tensor | slice) -> Tensor:
+    """Return the inputs at an index, images in the layout that convolutions like."""
+    if inputs.dim() != 4 or isinstance(index, slice):
+        return inputs[index]
+    return inputs.movedim(1, -1)[index].movedim(-1, 1)
 
 
 def _described(thing: Any) -> str:

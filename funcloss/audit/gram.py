@@ -1,24 +1,24 @@
-"""What the inner products of class gradients say: shares, elasticities and conflicts.
+"""Shares, elasticities and conflicts from the inner products of class gradients.
 
-With ``G_c`` the gradient of class ``c``'s part of the loss at cost 1, the gradient under any class
-weights is ``g = sum_c w_c G_c``; so the matrix ``K[a, b] = <G_a, G_b>`` tells the share of every
-class under any costs, without the gradients.
+With ``G_c`` the gradient of class ``c``'s part of the loss at weight 1, the gradient under any
+class weights is ``g = sum_c w_c G_c``; so the matrix ``K[a, b] = <G_a, G_b>`` gives the share of
+every class under any weights, without the gradients.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-REDUCTIONS = ("mean", "weighted_mean", "sum")
+from funcloss.reduction import divisor
 
 
-class Balance(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Balance:
     """How a gradient is made up of its classes under given class weights."""
 
     class_weights: Float[Tensor, " classes"]
-    budget: Float[Tensor, " classes"]  # w_c n_c / sum_j w_j n_j: what cost and count suggest
+    expected_share: Float[Tensor, " classes"]  # from weight and count, w_c n_c / sum_j w_j n_j
     share: Float[Tensor, " classes"]  # <g_c, g> / |g|^2; sums to 1, negative: it pulls back
     elasticity: Float[Tensor, " classes"]  # d log |g| / d log w_c
     norm: Float[Tensor, " classes"]  # |g_c|
@@ -36,14 +36,14 @@ def balance(
     """Return share, elasticity, conflict and norm under any class weights, ``w_c (Kw)_c / wKw``.
 
     Args:
-        gram: ``<G_a, G_b>`` of the classes' parts of the mean loss at cost 1, that is, of
+        gram: ``<G_a, G_b>`` of the classes' parts of the mean loss at weight 1, that is, of
             ``G_c = sum_{y_i = c} grad l_i / n``; shape ``(classes, classes)``.
         count: Examples of each class, shape ``(classes,)``.
-        class_weights: Cost of each true class, at least 0, shape ``(classes,)``.
+        class_weights: Weight of each class, at least 0, shape ``(classes,)``.
         reduction: What divides: ``mean`` by ``n``, ``weighted_mean`` by ``sum_i w[y_i]``, ``sum``
-            by nothing. Shares hang on it not at all, elasticities do: multiplying every cost by
+            by nothing. Shares do not depend on it, elasticities do: multiplying every weight by
             one number changes nothing after ``weighted_mean``, so there they are
-            ``share - budget``.
+            ``share - expected_share``.
 
     Returns:
         The balance, in the dtype of ``gram``; shares are NaN where the gradient is 0.
@@ -52,6 +52,7 @@ def balance(
         ValueError: a shape does not fit, a weight is negative, or ``reduction`` is unknown.
 
     Example:
+        >>> import torch
         >>> gram = torch.tensor([[2.0, -1.0], [-1.0, 1.0]])
         >>> balance(gram, torch.tensor([4, 4]), torch.tensor([1.0, 1.0])).share
         tensor([1., 0.])
@@ -69,18 +70,18 @@ def balance(
     if not (class_weights >= 0).all():
         raise ValueError(f"balance: class_weights must be at least 0, got {class_weights.tolist()}")
     weights = class_weights.to(gram)
-    burden = weights * count.to(gram)
-    scale = scale_of(reduction, count.to(gram).sum(), burden.sum())
-    budget = burden / burden.sum()
+    weight_sums = weights * count.to(gram)
+    n = count.to(gram).sum()
+    scale = n / divisor(reduction, n, weight_sums.sum())  # of sum_c w_c G_c
+    expected = weight_sums / weight_sums.sum()
     along = weights * (gram @ weights)  # <g_c, g>, but for the scale
     share = along / along.sum()
-    length = gram.diagonal().clamp(min=0.0).sqrt()
     return Balance(
         class_weights=class_weights,
-        budget=budget,
+        expected_share=expected,
         share=share,
-        elasticity=share - budget if reduction == "weighted_mean" else share,
-        norm=scale * weights * length,
+        elasticity=share - expected if reduction == "weighted_mean" else share,
+        norm=scale * weights * gram.diagonal().clamp(min=0.0).sqrt(),
         conflict=cosines(gram),
         gradient_norm=scale * along.sum().clamp(min=0.0).sqrt(),
     )
@@ -96,24 +97,9 @@ def cosines(gram: Float[Tensor, "*layers n n"]) -> Float[Tensor, "*layers n n"]:
         ``K[a, b] / sqrt(K[a, a] K[b, b])`` in ``[-1, 1]``, the shape of ``gram``.
 
     Example:
+        >>> import torch
         >>> cosines(torch.tensor([[4.0, -2.0], [-2.0, 4.0]]))[0, 1]
         tensor(-0.5000)
     """
     length = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     return (gram / (length[..., :, None] * length[..., None, :])).clamp(-1.0, 1.0)
-
-
-def scale_of(reduction: str, count: Tensor, burden: Tensor) -> Tensor:
-    """Return what turns ``sum_c w_c G_c`` into the gradient of the reduced loss.
-
-    Args:
-        reduction: ``mean``, ``weighted_mean`` or ``sum``.
-        count: Number of examples, a scalar.
-        burden: Sum of their class weights, a scalar.
-    """
-    if reduction not in REDUCTIONS:
-        known = ", ".join(REDUCTIONS)
-        raise ValueError(f"balance: reduction must be one of {known}; got {reduction!r}")
-    return {"mean": torch.ones_like(count), "weighted_mean": count / burden, "sum": count}[
-        reduction
-    ]

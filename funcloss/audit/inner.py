@@ -1,7 +1,7 @@
 """Inner products of gradients that lie side by side, by layer and block by block."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -30,23 +30,12 @@ def layers_of(params: Params) -> Layers:
 
 
 def grams(a: Grads, b: Grads, layers: Layers) -> Float[Tensor, "layers rows columns"]:
-    """Inner products of each row of ``a`` with each of ``b``, by layer, on the CPU in float64.
-
-    Args:
-        a: Gradients side by side, ``(rows, *shape)``.
-        b: The same, ``(columns, *shape)``.
-        layers: Which parameters make up a layer.
-    """
-    return (
-        torch.stack(
-            [
-                torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
-                for names in layers.values()
-            ]
-        )
-        .cpu()
-        .double()
-    )
+    """Inner products of each row of ``a`` with each of ``b``, by layer, on the CPU in float64."""
+    by_layer = [
+        torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
+        for names in layers.values()
+    ]
+    return torch.stack(by_layer).cpu().double()
 
 
 def side_by_side(params: Params, rows: int) -> Grads:
@@ -85,8 +74,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()  # which has no float64
 
 
-def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[range], Grads]:
-    """Return the function, evaluated once if one block has all: then its value is held."""
+def held(function: Callable[[range], Grads], blocks: Sequence[range]) -> Callable[[range], Grads]:
+    """Return the function; if one block has all classes, its value, computed once."""
     if len(blocks) > 1:
         return function
     (value,) = map(function, blocks)
@@ -96,17 +85,10 @@ def held(function: Callable[[range], Grads], blocks: list[range]) -> Callable[[r
 def cross(
     left: Callable[[range], Grads],
     right: Callable[[range], Grads],
-    blocks: list[range],
+    blocks: Sequence[range],
     layers: Layers,
 ) -> Float[Tensor, "layers classes classes"]:
-    """Inner products of all rows of ``left`` with all of ``right``, a block of each at a time.
-
-    Args:
-        left: From a block of classes to their gradients, side by side.
-        right: The same.
-        blocks: What is held together; they cover the classes.
-        layers: Which parameters make up a layer.
-    """
+    """Inner products of all rows of ``left`` with all of ``right``, a block of each at a time."""
     return torch.cat(
         [
             torch.cat([grams(of_left, right(block), layers) for block in blocks], 2)
@@ -139,7 +121,7 @@ def plus(a: Params, b: Params) -> Params:
 
 
 def add_to(into: Params, more: Params) -> None:
-    """Add in place: class gradients are too large to make anew with every batch."""
+    """Add in place: class gradients are too large to allocate for every batch."""
     for name, x in more.items():
         into[name] += x
 

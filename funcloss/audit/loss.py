@@ -1,136 +1,153 @@
-"""The loss under audit: values, and gradients in the predictions, at cost 1."""
+"""The loss under audit: values, and gradients with respect to the predictions, at weight 1."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp
 
 from funcloss.combinators import ClassWeighted, couples_examples, name_of, options_of
 from funcloss.errors import AuditError
+from funcloss.reduction import REDUCTIONS
 from funcloss.typing import LossFn
 
 _OWN = {"class_weights"}
 
 
-class LossSide(NamedTuple):
-    """A loss with its options, and whether its examples are coupled."""
-
-    loss: LossFn
-    options: dict[str, Any]
-    coupled: bool
-
-
-def make_loss_side(
-    loss: LossFn,
-    options: Mapping[str, Any],
-    predictions: Tensor,
-    targets: Tensor,
-    *,
-    weighted: bool,
-) -> LossSide:
-    """Look at a loss.
+@dataclass(frozen=True, eq=False)
+class LossSpec:
+    """A loss as a training applies it: ``sum_i w[y_i] l_i`` over what ``reduction`` divides by.
 
     Args:
-        loss: One value an example; or a scalar, the mean of what couples all examples.
-        options: Its options by name.
-        predictions: Of some examples, to try it on.
-        targets: Of the same.
-        weighted: Whether the audit puts class weights on its values.
-
-    Returns:
-        The loss without its class weights, if it is a class-weighted one.
+        loss: One value per example, at weight 1; or the scalar of a batch. The inner loss of a
+            :func:`funcloss.class_weighted` one is measured, and the weights are put on its values.
+        class_weights: Weight of each class, shape ``(classes,)``; None: 1.
+        options: The loss's own options by name, a ``cost_matrix`` for example.
+        reduction: What divides: ``mean`` by the number of examples that count, ``weighted_mean``
+            by the sum of their class weights, ``sum`` by nothing.
 
     Raises:
-        AuditError: class weights are given, and the loss puts them where it wants.
+        ValueError: the reduction is unknown, or the class weights are no weights.
+
+    Example:
+        >>> from funcloss import losses
+        >>> LossSpec(losses.cross_entropy, torch.tensor([1.0, 5.0])).reduction
+        'mean'
     """
+
+    loss: LossFn
+    class_weights: Float[Tensor, " classes"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Check what holds before any model or data is known."""
+        if self.reduction not in REDUCTIONS:
+            known = ", ".join(REDUCTIONS)
+            raise ValueError(f"LossSpec: reduction must be one of {known}; got {self.reduction!r}")
+        weights = self.class_weights
+        if weights is None:
+            return
+        if weights.dim() != 1:
+            raise ValueError(
+                f"LossSpec: class_weights must have shape (classes,), got {tuple(weights.shape)}"
+            )
+        if not bool((weights >= 0).all()) or not bool(weights.any()):
+            raise ValueError(
+                "LossSpec: class_weights must be at least 0, and one of them above, got "
+                f"{weights.tolist()}"
+            )
+
+
+def as_spec(loss: LossFn | LossSpec) -> LossSpec:
+    """Return a bare loss as one without weights and options."""
+    return loss if isinstance(loss, LossSpec) else LossSpec(loss)
+
+
+def inspected(spec: LossSpec, predictions: Tensor, targets: Tensor) -> tuple[LossSpec, bool]:
+    """Try a loss on some examples: return it without class weights of its own, and if it couples.
+
+    Raises:
+        AuditError: class weights are given, and the loss applies them where it wants, or couples
+            examples.
+    """
+    loss, weighted = spec.loss, spec.class_weights is not None
     bound = loss.keywords.keys() if isinstance(loss, functools.partial) else set()
-    if isinstance(loss, ClassWeighted) and not _OWN & options.keys():
+    if isinstance(loss, ClassWeighted) and not _OWN & spec.options.keys():
         (loss,) = loss.losses
     elif weighted and _OWN & options_of(loss) - bound:
         raise AuditError(
-            f"audit: {name_of(loss)} puts class weights where it wants: give them as "
+            f"audit: {name_of(loss)} applies class weights where it wants: give them as "
             "options={'class_weights': ...}, and they are audited as they act"
         )
-    side = LossSide(loss, dict(options), couples_examples(loss))
-    return side._replace(coupled=side.coupled or _found_to_couple(side, predictions, targets))
-
-
-def check_costs(side: LossSide, class_weights: Tensor | None, reduction: str) -> None:
-    """Raise ``AuditError`` where class weights have no place to act."""
-    if side.coupled and (class_weights is not None or reduction == "weighted_mean"):
+    spec = replace(spec, loss=loss)
+    coupled = couples_examples(loss) or _found_to_couple(spec, predictions, targets)
+    if coupled and (weighted or spec.reduction == "weighted_mean"):
         raise AuditError(
             "audit: the loss couples examples, so a class weight belongs to none of its values "
-            "and a division by weights means nothing: give the loss its costs as options"
+            "and a division by weights means nothing: give the loss its weights as options"
         )
+    return spec, coupled
 
 
-def values_of(side: LossSide, predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return one value an example, at cost 1; those of a scalar loss are all its value.
+def values_of(spec: LossSpec, predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return one value per example, at weight 1; those of a scalar loss are all its value.
 
     Raises:
         AuditError: the loss gives something else.
     """
     n = len(predictions)
-    values = side.loss(predictions, targets, **side.options)
+    values = spec.loss(predictions, targets, **spec.options)
     if values.dim() == 0:
         return values.expand(n)
     if values.shape != (n,):
         raise AuditError(
-            f"audit: {name_of(side.loss)} must give one value an example, ({n},), got "
+            f"audit: {name_of(spec.loss)} must give one value per example, ({n},), got "
             f"{tuple(values.shape)}: average over the rest of an example in the loss"
         )
     return values
 
 
 def cotangents_of(
-    side: LossSide, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+    spec: LossSpec, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the values and the gradient of their sum, weighted if so asked, in the predictions."""
+    """Return the values, and the gradient of their (weighted) sum in the predictions."""
     with torch.enable_grad():
         leaf = predictions.detach().requires_grad_()
-        values = values_of(side, leaf, targets)
+        values = values_of(spec, leaf, targets)
         total = values.sum() if weights is None else (weights * values).sum()
-        (back,) = torch.autograd.grad(total, leaf, materialize_grads=True, allow_unused=True)
-    return values.detach(), back
+        (cotangents,) = torch.autograd.grad(total, leaf, materialize_grads=True, allow_unused=True)
+    return values.detach(), cotangents
 
 
 def option_slopes(
-    side: LossSide, predictions: Tensor, moves: Tensor, targets: Tensor, weights: Tensor
+    spec: LossSpec, predictions: Tensor, tangents: Tensor, targets: Tensor, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Return the derivative, by each tensor option, of the loss's slope along a move.
+    """Return the derivative, by each tensor option, of the loss's slope along ``tangents``.
 
-    ``d/dk d/dt sum_i w_i l_i(z + t * moves, k)``: forward mode inside, reverse mode outside.
-
-    Args:
-        side: The loss.
-        predictions: Where, ``(n, ...)``.
-        moves: Along what, the same shape.
-        targets: Of the examples.
-        weights: Of the examples, ``(n,)``.
-
-    Returns:
-        By option, the shape of the option.
+    ``d/dk d/dt sum_i w_i l_i(z + t * tangents, k)``: forward mode inside, reverse mode outside.
     """
 
-    def slope(swept: dict[str, Tensor]) -> Tensor:
-        now = side._replace(options=side.options | swept)
+    def slope(options: dict[str, Tensor]) -> Tensor:
+        changed = replace(spec, options={**spec.options, **options})
 
         def total(z: Tensor) -> Tensor:
-            return (weights * values_of(now, z, targets)).sum()
+            return (weights * values_of(changed, z, targets)).sum()
 
-        return jvp(total, (predictions,), (moves,))[1]
+        return jvp(total, (predictions,), (tangents,))[1]
 
-    return grad(slope)(swept_options(side))
+    return grad(slope)(tensor_options(spec))
 
 
-def swept_options(side: LossSide) -> dict[str, Tensor]:
+def tensor_options(spec: LossSpec) -> dict[str, Tensor]:
     """Return the options that have an elasticity: tensors of floating point."""
     return {
         name: value
-        for name, value in side.options.items()
+        for name, value in spec.options.items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
 
@@ -147,20 +164,14 @@ def margins(predictions: Tensor, labels: Tensor) -> Tensor:
     return torch.where(true.any(1), own - others, none)
 
 
-def _found_to_couple(side: LossSide, predictions: Tensor, targets: Tensor) -> bool:
+def _found_to_couple(spec: LossSpec, predictions: Tensor, targets: Tensor) -> bool:
     """Return whether a value changes with the predictions of another example."""
-    if len(predictions) < 2:
-        return False
     n = len(predictions)
+    if n < 2:
+        return False
     weights = torch.linspace(1.0, 2.0, n, dtype=predictions.dtype, device=predictions.device)
-    with torch.enable_grad():
-        leaf = predictions.detach().requires_grad_()
-        values = values_of(side, leaf, targets)
-        take = functools.partial(
-            torch.autograd.grad, inputs=leaf, materialize_grads=True, allow_unused=True
-        )
-        (plain,) = take(values.sum(), retain_graph=True)
-        (weighted,) = take((weights * values).sum())
+    _, plain = cotangents_of(spec, predictions, targets)
+    _, weighted = cotangents_of(spec, predictions, targets, weights)
     expected = weights.reshape(-1, *(1,) * (plain.dim() - 1)) * plain
-    room = 1e-4 * float(plain.abs().max()) + 1e-30
-    return not bool(((weighted - expected).abs() <= room).all())
+    tolerance = 1e-4 * float(plain.abs().max()) + 1e-30
+    return not bool(((weighted - expected).abs() <= tolerance).all())

@@ -1,22 +1,25 @@
-"""Class gradients and per-example norms from what a layer reads and what flows back into it.
+"""Class gradients and per-example norms from layers' activations and backprops: ghost norms.
 
-The gradient of one example in a layer that multiplies by a matrix is ``sum_t outer(back_t,
-read_t)`` over the positions ``t`` that the matrix is applied at: ``read`` is known going forward,
-``back`` is the gradient of a zero that is added to the layer's output. One backward pass for all
-layers and all examples then gives both the class gradients, a product for each class, and the
-norms, without a gradient an example being kept. Where the positions are few, as in linear layers
-and deep convolutions, a norm needs no gradient at all: its square is ``sum_ts <back_t, back_s>
-<read_t, read_s>``.
+The gradient of one example in a layer that multiplies by a matrix is ``sum_t outer(backprops_t,
+activations_t)`` over the positions ``t`` that the matrix is applied at: ``activations``, the
+layer's input, is known going forward, ``backprops`` is the gradient of a zero that is added to its
+output. One backward pass for all layers and all examples then gives both the class gradients, a
+product for each class (book-keeping), and the norms, without a gradient per example being kept.
+Where the positions are few, as in linear layers and deep convolutions, a norm needs no gradient at
+all (the ghost norm): its square is ``sum_ts <backprops_t, backprops_s> <activations_t,
+activations_s>``.
 
 References:
     Goodfellow, "Efficient per-example gradient computations", 2015. Bu, Mao and Xu, "Scalable and
     efficient training of large convolutional neural networks with differential privacy", 2022
-    (choosing between the two forms layer by layer).
+    (choosing between the two ways to a norm layer by layer).
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,33 +30,34 @@ from torch.overrides import TorchFunctionMode
 from funcloss.typing import Grads, Params
 
 
-class Tap(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LayerUse:
     """One use of a layer's parameters."""
 
     kind: Callable[..., Any]
-    read: Tensor  # what the layer reads
-    zero: Tensor  # added to its output; its gradient is what flows back
+    activations: Tensor  # the layer's input
+    zero: Tensor  # added to its output; its gradient is the layer's backprops
     weight: str | None  # names of the parameters
     bias: str | None
     settings: dict[str, Any]
 
 
-class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a verb
-    """Note every use of a parameter in this context, and add a zero to what comes of it.
+class LayerInputs(TorchFunctionMode):
+    """Record every use of a parameter in this context, and add a zero to its output.
 
     Args:
         params: The parameters, by name; uses are known by identity.
     """
 
     def __init__(self, params: Params) -> None:
-        """Begin with nothing noted."""
+        """Begin with no use."""
         super().__init__()
         self.names = {id(p): name for name, p in params.items()}
-        self.taps: list[Tap] = []
+        self.uses: list[LayerUse] = []
         self.others: dict[str, str] = {}  # what else a parameter was used in
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Note a layer, pass the rest."""
+        """Record a layer, pass the rest."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # the dtype of a weight is no use of it
             return func(*args, **kwargs)
@@ -65,17 +69,17 @@ class tapping(TorchFunctionMode):  # noqa: N801 - a context manager, used as a v
         if call is None:
             self.others |= dict.fromkeys(used, getattr(func, "__name__", str(func)))
             return out
-        kind, read, weight, bias, settings = call
+        kind, activations, weight, bias, settings = call
         zero = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
         zero = zero.requires_grad_()
         settings["shape"] = None if weight is None else tuple(weight.shape)
         names = (self.names.get(id(weight)), self.names.get(id(bias)))
-        self.taps.append(Tap(kind, read.detach(), zero, *names, settings))
+        self.uses.append(LayerUse(kind, activations.detach(), zero, *names, settings))
         return out.add_(zero)
 
     def reason_against(self) -> str:
-        """Return why products cannot tell the gradients of what was noted; empty if they can."""
-        used = [name for tap in self.taps for name in (tap.weight, tap.bias) if name]
+        """Return why products cannot give the gradients of these uses; empty if they can."""
+        used = [name for use in self.uses for name in (use.weight, use.bias) if name]
         if self.others:
             name, func = next(iter(self.others.items()))
             return f"{name} is used in {func}"
@@ -93,35 +97,28 @@ def _ids(nested: tuple | list) -> Iterator[int]:
 
 
 def add_products(
-    taps: list[Tap],
-    backs: list[Tensor],
+    uses: Sequence[LayerUse],
+    backprops: Sequence[Tensor],
     groups: Tensor,
     sums: Grads,
     *,
     norms: bool,
 ) -> Tensor | None:
-    """Add each group's gradient to ``sums`` and return the examples' squared norms.
+    """Add each group's gradient to its row of ``sums``; return the squared norms, if asked for.
 
-    Args:
-        taps: The uses of the parameters, each of its own.
-        backs: What flows back into each.
-        groups: Row of ``sums`` of each example, ascending, shape ``(n,)``.
-        sums: By parameter, shape ``(groups, *shape)``; added to in place.
-        norms: Whether to return squared norms.
-
-    Returns:
-        Shape ``(n,)``, or None.
+    ``groups``, ``(n,)``, ascend; ``sums`` have shape ``(groups, *shape)``.
     """
-    squares = torch.zeros(len(groups), dtype=backs[0].dtype, device=groups.device)
+    squares = torch.zeros(len(groups), dtype=backprops[0].dtype, device=groups.device)
     segments = segments_of(groups)
-    for tap, back in zip(taps, backs, strict=True):
+    for use, back in zip(uses, backprops, strict=True):
         if back.stride() and not any(back.stride()):
             back = back.contiguous()
-        tap.kind(tap, back, segments, sums, squares if norms else None)
+        use.kind(use, back, segments, sums, squares if norms else None)
     return squares if norms else None
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class LayerShape:
     """Size of the matrix products of a layer, for one example."""
 
     positions: int
@@ -150,24 +147,19 @@ class Form(NamedTuple):
         return self.macs + self.positions**2 * self.parts * (self.ins + self.outs)
 
 
-def form_of(tap: Tap, n: int) -> Form:
-    """Return the form of a layer that has read ``n`` examples; empty where nothing is multiplied.
-
-    Args:
-        tap: A use of the layer's parameters.
-        n: Number of examples.
-    """
-    shape = tap.settings["shape"]
-    if tap.kind is _linear and shape:
-        return Form(max(tap.read.shape[:-1].numel() // n, 1), 1, shape[1], shape[0])
-    if tap.kind is _convolution and shape:
-        parts, (outs, ins, *kernel) = tap.settings["groups"], shape
-        positions = tap.zero.shape[2:].numel()
-        return Form(positions, parts, ins * math.prod(kernel), outs // parts)
-    return Form(0, 0, 0, 0)
+def shape_of(use: LayerUse, n: int) -> LayerShape:
+    """Return the shape of a layer's products for ``n`` examples; 0 where it multiplies nothing."""
+    shape = use.settings["shape"]
+    if use.kind is _linear and shape:
+        return LayerShape(max(use.activations.shape[:-1].numel() // n, 1), 1, shape[1], shape[0])
+    if use.kind is _convolution and shape:
+        parts, (outs, ins, *kernel) = use.settings["groups"], shape
+        positions = use.zero.shape[2:].numel()
+        return LayerShape(positions, parts, ins * math.prod(kernel), outs // parts)
+    return LayerShape(0, 0, 0, 0)
 
 
-# One layer: read, back -> sums and squares ------------------------------------------------------
+# One layer: activations, backprops -> sums and squares ----------------------------------------
 
 Segments = list[tuple[int, slice]]  # which examples each group has
 
@@ -176,48 +168,48 @@ _CACHED = 1 << 19  # numbers that a piece of a batch takes: they should stay in 
 
 
 def _outer(
-    front: Callable[[slice], Tensor],
-    back: Tensor,
+    activations: Callable[[slice], Tensor],
+    backprops: Tensor,
     segments: Segments,
     ins: int,
     add: Callable[[int, Tensor], None],
     squares: Tensor | None,
 ) -> None:
-    """Add ``sum_t outer(back_t, read_t)`` by group.
+    """Add ``sum_t outer(backprops_t, activations_t)`` by group.
 
     Args:
-        front: From a range of examples to what the matrices read, ``(m, parts, positions, ins)``.
-        back: What flows back, ``(n, parts, positions, outs)``.
+        activations: From a range of examples to theirs, ``(m, parts, positions, ins)``.
+        backprops: Shape ``(n, parts, positions, outs)``.
         segments: Where each group's examples are.
-        ins: How much a matrix reads.
+        ins: Inputs of a matrix.
         add: Takes a group and a gradient of its, ``(parts, outs, ins)``.
         squares: Squared norms to add to, or None.
     """
-    n, parts, positions, outs = back.shape
-    explicit = squares is not None and Form(positions, parts, ins, outs).explicit()
+    n, parts, positions, outs = backprops.shape
+    explicit = squares is not None and LayerShape(positions, parts, ins, outs).explicit()
     room = parts * (max(positions * ins, outs * ins) if explicit else positions * ins)
     step = max(1, _CACHED // room) if positions > 1 else n
     for start in range(0, n, step):
         piece = slice(start, min(start + step, n))
-        read, flow = front(piece), back[piece]
+        a, b = activations(piece), backprops[piece]
         inside = _inside(segments, piece)
         if explicit and squares is not None:
-            grads = flow.mT @ read
+            grads = b.mT @ a
             squares[piece] += _square(grads)
             for label, part in inside:
                 add(label, grads[part].sum(0))
             continue
         if squares is not None and positions == 1:
-            squares[piece] += (_square_rows(read) * _square_rows(flow)).sum((1, 2))
+            squares[piece] += (_square_rows(a) * _square_rows(b)).sum((1, 2))
         elif squares is not None:
-            squares[piece] += ((read @ read.mT) * (flow @ flow.mT)).sum((1, 2, 3))
+            squares[piece] += ((a @ a.mT) * (b @ b.mT)).sum((1, 2, 3))
         for label, part in inside:
-            of_part = flow[part].transpose(0, 1).reshape(parts, -1, outs)
-            add(label, of_part.mT @ read[part].transpose(0, 1).reshape(parts, -1, ins))
+            of_part = b[part].transpose(0, 1).reshape(parts, -1, outs)
+            add(label, of_part.mT @ a[part].transpose(0, 1).reshape(parts, -1, ins))
 
 
 def _vectors(grads: Tensor, segments: Segments, into: Tensor, squares: Tensor | None) -> None:
-    """Add gradients that are at hand an example, ``(n, *shape)``, by group."""
+    """Add gradients by example, ``(n, *shape)``, to those of their groups."""
     if len(segments) * 8 > len(into):  # one product for all groups
         members = grads.new_zeros(len(into), len(grads))
         for label, part in segments:
@@ -271,74 +263,76 @@ def _inside(segments: Segments, piece: slice) -> Segments:
 
 
 def _linear(
-    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+    use: LayerUse, backprops: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
 ) -> None:
     n = segments[-1][1].stop
-    read = tap.read.reshape(n, 1, -1, tap.read.shape[-1])
-    back = back.reshape(n, 1, -1, back.shape[-1])
-    if tap.weight:
-        into = sums[tap.weight]
+    activations = use.activations.reshape(n, 1, -1, use.activations.shape[-1])
+    backprops = backprops.reshape(n, 1, -1, backprops.shape[-1])
+    if use.weight:
+        into = sums[use.weight]
 
         def add(label: int, grads: Tensor) -> None:
             into[label] += grads[0]
 
-        _outer(lambda piece: read[piece], back, segments, into.shape[-1], add, squares)
-    if tap.bias:
-        _vectors(back.sum((1, 2)), segments, sums[tap.bias], squares)
+        _outer(activations.__getitem__, backprops, segments, into.shape[-1], add, squares)
+    if use.bias:
+        _vectors(backprops.sum((1, 2)), segments, sums[use.bias], squares)
 
 
 def _convolution(
-    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+    use: LayerUse, backprops: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
 ) -> None:
-    axes = tap.read.dim() - 2
-    n, outs = back.shape[:2]
-    parts = tap.settings["groups"]
-    if tap.bias:
-        _vectors(back.flatten(2).sum(2), segments, sums[tap.bias], squares)
-    if not tap.weight:
+    axes = use.activations.dim() - 2
+    n, outs = backprops.shape[:2]
+    parts = use.settings["groups"]
+    if use.bias:
+        _vectors(backprops.flatten(2).sum(2), segments, sums[use.bias], squares)
+    if not use.weight:
         return
-    _, ins, *kernel = tap.settings["shape"]
+    _, ins, *kernel = use.settings["shape"]
     if squares is None:
-        _convolution_sums(tap, back, segments, sums[tap.weight])
+        _convolution_sums(use, backprops, segments, sums[use.weight])
         return
-    front = _windows(tap, kernel, axes)
+    windows = _windows(use, kernel, axes)
     # (n, positions, outs) is no copy where the layout is channels-last.
-    flow = back.flatten(2).mT.reshape(n, -1, parts, outs // parts).transpose(1, 2)
-    into = sums[tap.weight].movedim(2, -1)  # (groups, outs, *kernel, ins)
+    by_place = backprops.flatten(2).mT.reshape(n, -1, parts, outs // parts).transpose(1, 2)
+    into = sums[use.weight].movedim(2, -1)  # (groups, outs, *kernel, ins)
 
     def add(label: int, grads: Tensor) -> None:
         into[label] += grads.reshape(into.shape[1:])
 
-    _outer(front, flow, segments, math.prod(kernel) * ins, add, squares)
+    _outer(windows, by_place, segments, math.prod(kernel) * ins, add, squares)
 
 
-def _convolution_sums(tap: Tap, back: Tensor, segments: Segments, into: Tensor) -> None:
+def _convolution_sums(use: LayerUse, backprops: Tensor, segments: Segments, into: Tensor) -> None:
     """Add class gradients alone, by torch's own kernel for all examples of a class."""
     weight_grad = {
         1: grad.conv1d_weight,
         2: grad.conv2d_weight,
         3: grad.conv3d_weight,
-    }[tap.read.dim() - 2]
-    settings = {name: tap.settings[name] for name in ("stride", "padding", "dilation", "groups")}
+    }[use.activations.dim() - 2]
+    settings = {name: use.settings[name] for name in ("stride", "padding", "dilation", "groups")}
     for label, part in segments:
-        into[label] += weight_grad(tap.read[part], tap.settings["shape"], back[part], **settings)
+        into[label] += weight_grad(
+            use.activations[part], use.settings["shape"], backprops[part], **settings
+        )
 
 
-def _windows(tap: Tap, kernel: list[int], axes: int) -> Callable[[slice], Tensor]:
+def _windows(use: LayerUse, kernel: list[int], axes: int) -> Callable[[slice], Tensor]:
     """Return what a convolution multiplies at each place, ``(m, parts, positions, ins)``."""
-    settings = tap.settings
-    read = tap.read.movedim(1, -1)  # channels last
+    settings = use.settings
+    activations = use.activations.movedim(1, -1)  # channels last
     if any(settings["padding"]):
         widths = [side for width in reversed(settings["padding"]) for side in (width, width)]
-        read = F.pad(read, (0, 0, *widths))
-    parts, channels = settings["groups"], read.shape[-1]
+        activations = F.pad(activations, (0, 0, *widths))
+    parts, channels = settings["groups"], activations.shape[-1]
     places = [
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(
-            read.shape[1:-1], kernel, settings["stride"], settings["dilation"], strict=True
+            activations.shape[1:-1], kernel, settings["stride"], settings["dilation"], strict=True
         )
     ]
-    strides = read.stride()
+    strides = activations.stride()
     shape = (*places, *kernel, channels)
     steps = (
         *(stride * s for stride, s in zip(strides[1:-1], settings["stride"], strict=True)),
@@ -346,8 +340,8 @@ def _windows(tap: Tap, kernel: list[int], axes: int) -> Callable[[slice], Tensor
         strides[-1],
     )
 
-    def front(piece: slice) -> Tensor:
-        part = read[piece]
+    def windows(piece: slice) -> Tensor:
+        part = activations[piece]
         view = part.as_strided((len(part), *shape), (strides[0], *steps), part.storage_offset())
         if parts == 1 and channels < _FEW_CHANNELS:  # long runs to copy lie along the positions
             last = view.movedim(tuple(range(1, 1 + axes)), tuple(range(-axes, 0)))
@@ -357,39 +351,39 @@ def _windows(tap: Tap, kernel: list[int], axes: int) -> Callable[[slice], Tensor
         split = view.reshape(len(part), math.prod(places), math.prod(kernel), parts, -1)
         return split.permute(0, 3, 1, 2, 4).reshape(len(part), parts, math.prod(places), -1)
 
-    return front
+    return windows
 
 
 def _normalisation(
-    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+    use: LayerUse, backprops: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
 ) -> None:
-    normal = tap.settings["normal"]
-    summed = tap.settings["summed"]  # the axes that a parameter is shared over, the batch aside
-    for name, grads in ((tap.weight, lambda: back * normal()), (tap.bias, lambda: back)):
+    normal = use.settings["normal"]
+    summed = use.settings["summed"]  # the axes that a parameter is shared over, the batch aside
+    for name, grads in ((use.weight, lambda: backprops * normal()), (use.bias, lambda: backprops)):
         if name:
             each = grads()
             _vectors(each.sum(summed) if summed else each, segments, sums[name], squares)
 
 
 def _embedding(
-    tap: Tap, back: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
+    use: LayerUse, backprops: Tensor, segments: Segments, sums: Grads, squares: Tensor | None
 ) -> None:
-    if not tap.weight:
+    if not use.weight:
         return
-    n, width = len(back), back.shape[-1]
-    words, back = tap.read.reshape(n, -1), back.reshape(n, -1, width)
-    padding = tap.settings["padding"]
+    n, width = len(backprops), backprops.shape[-1]
+    words, backprops = use.activations.reshape(n, -1), backprops.reshape(n, -1, width)
+    padding = use.settings["padding"]
     if padding is not None:
-        back = torch.where((words == padding)[..., None], 0.0, back)
-    into = sums[tap.weight]
+        backprops = torch.where((words == padding)[..., None], 0.0, backprops)
+    into = sums[use.weight]
     for label, part in segments:
-        into[label].index_add_(0, words[part].flatten(), back[part].reshape(-1, width))
+        into[label].index_add_(0, words[part].flatten(), backprops[part].reshape(-1, width))
     if squares is not None:
         same = words[:, :, None] == words[:, None, :]
-        squares += torch.where(same, back @ back.mT, 0.0).sum((1, 2))
+        squares += torch.where(same, backprops @ backprops.mT, 0.0).sum((1, 2))
 
 
-# How each of torch's functions says what it reads -------------------------------------------------
+# The arguments of each of torch's functions -> its kind, activations, weight, bias and settings ---
 
 
 def _read_linear(input, weight, bias=None):
@@ -413,33 +407,32 @@ def _read_convolution(axes: int):
     return read
 
 
+def _normalised(input, weight, bias, function, summed):
+    """Return the settings of a normalisation; ``summed`` are the axes that its weight is not of."""
+    settings = {"normal": lambda: function(input.detach()), "summed": tuple(summed)}
+    return _normalisation, input, weight, bias, settings
+
+
 def _read_batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     if training:
         return None
-
-    def normal() -> Tensor:
-        return F.batch_norm(input.detach(), running_mean, running_var, eps=eps)
-
-    summed = tuple(range(2, input.dim()))
-    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+    normal = functools.partial(
+        F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps
+    )
+    return _normalised(input, weight, bias, normal, range(2, input.dim()))
 
 
 def _read_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    def normal() -> Tensor:
-        return F.layer_norm(input.detach(), normalized_shape, eps=eps)
-
-    summed = tuple(range(1, input.dim() - len(normalized_shape)))
-    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+    normal = functools.partial(F.layer_norm, normalized_shape=normalized_shape, eps=eps)
+    summed = range(1, input.dim() - len(normalized_shape))
+    return _normalised(input, weight, bias, normal, summed)
 
 
 def _read_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    def normal() -> Tensor:
-        return F.group_norm(input.detach(), num_groups, eps=eps)
-
-    summed = tuple(range(2, input.dim()))
-    return _normalisation, input, weight, bias, {"normal": normal, "summed": summed}
+    normal = functools.partial(F.group_norm, num_groups=num_groups, eps=eps)
+    return _normalised(input, weight, bias, normal, range(2, input.dim()))
 
 
 def _read_embedding(

@@ -1,26 +1,28 @@
-"""What an audit found, as plain values, and the forms that it is written in."""
+"""The result of an audit, as plain values, and the forms that it is written in."""
 
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss._files import replacing, write_text
+from funcloss._json import jsonable
 from funcloss.audit.gram import Balance, balance, cosines
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-class ExampleRows(NamedTuple):
-    """One row an example that counts, in the order of the data; gradients are at cost 1."""
+@dataclass(frozen=True, eq=False)
+class ExampleRows:
+    """One row per example that counts, in the order of the data; gradients are at weight 1."""
 
-    # position in the data
-    index: Int[Tensor, " n"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    index: Int[Tensor, " n"]  # position in the data
     label: Int[Tensor, " n"]
     loss: Float[Tensor, " n"]
     norm: Float[Tensor, " n"]  # |grad l_i|; NaN where not measured
@@ -32,8 +34,9 @@ class ExampleRows(NamedTuple):
         return self.slope / (self.norm * gradient_norm)
 
 
-class StepAudit(NamedTuple):
-    """How the step that the optimiser takes is made up: ``u = sum_r u_r``, exactly."""
+@dataclass(frozen=True, eq=False)
+class StepAudit:
+    """The step that the optimiser takes as a sum of rows: ``u = sum_r u_r``, exactly."""
 
     rows: tuple[str, ...]  # the classes, then "weight decay", "history" and what else moves
     gram: Float[Tensor, "rows rows"]  # <u_a, u_b>
@@ -43,7 +46,7 @@ class StepAudit(NamedTuple):
 
     @property
     def share(self) -> Float[Tensor, " rows"]:
-        """``<u_r, u> / |u|^2``: part of the step that each row owns; sums to 1."""
+        """``<u_r, u> / |u|^2``: contribution of each row to the step; sums to 1."""
         return self.gram.sum(1) / self.gram.sum()
 
     @property
@@ -57,8 +60,9 @@ class StepAudit(NamedTuple):
         return self.gram.sum().clamp(min=0.0).sqrt()
 
 
-class Impact(NamedTuple):
-    """What each part of the step does to each class's mean loss, to first order and measured."""
+@dataclass(frozen=True, eq=False)
+class Impact:
+    """The change of each class's mean loss by each part of the step, to first order and measured."""
 
     matrix: Float[Tensor, "classes rows"]  # M[k, r] = <grad L_k, u_r>; below 0: r helps k
     before: Float[Tensor, " classes"]  # L_k at the params
@@ -75,18 +79,20 @@ class Impact(NamedTuple):
         return self.after - self.before
 
 
-class Spread(NamedTuple):
-    """Standard deviations from batch to batch, by the jackknife; over their root, the error."""
+@dataclass(frozen=True, eq=False)
+class StandardErrors:
+    """Standard errors of an audit's shares and conflicts, by the jackknife over batches."""
 
     batches: int
     batch_size: int  # examples in the first of them
     share: Float[Tensor, " classes"]
     conflict: Float[Tensor, "classes classes"]
-    left_out: int = 100  # batches that it was told from
+    left_out: int = 100  # batches that were left out in turn
 
 
-class Method(NamedTuple):
-    """How it was measured."""
+@dataclass(frozen=True, eq=False)
+class Method:
+    """The method of measurement."""
 
     name: str
     why: str
@@ -95,7 +101,8 @@ class Method(NamedTuple):
     seconds: float
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Check:
     """One identity that must hold, and how far it is from holding here."""
 
     name: str
@@ -103,62 +110,67 @@ class Check(NamedTuple):
     tolerance: float | None  # None: to be read, not to be held
     says: str  # what is compared with what
 
+    @property
+    def holds(self) -> bool:
+        """Whether the identity holds; one without a tolerance only informs."""
+        return self.tolerance is None or self.error <= self.tolerance
 
-class Audit(NamedTuple):
-    """Who owns a gradient, and the step: plain arrays on the CPU, in float64."""
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Each class's share of a gradient, and of the step: plain tensors on the CPU, in float64."""
 
     classes: tuple[str, ...]
     reduction: str  # what divides: mean, weighted_mean or sum
-    linear_in_weights: bool  # False: the loss couples examples, so costs act inside it
+    linear_in_weights: bool  # False: the loss couples examples, so weights act inside it
     class_weights: Float[Tensor, " classes"]
-    # examples that count
-    count: Int[Tensor, " classes"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    loss: Float[Tensor, " classes"]  # mean of each class at cost 1; NaN without examples
-    gram: Float[Tensor, "classes classes"]  # <G_a, G_b> at cost 1, G_c = sum grad l_i / n
+    count: Int[Tensor, " classes"]  # examples that count
+    loss: Float[Tensor, " classes"]  # mean of each class at weight 1; NaN without examples
+    gram: Float[Tensor, "classes classes"]  # <G_a, G_b> at weight 1, G_c = sum grad l_i / n
     layers: tuple[str, ...]
     layer_sizes: tuple[int, ...]  # parameters in each
     layer_gram: Float[Tensor, "layers classes classes"]  # sums to ``gram``
     length: Float[Tensor, " classes"]  # sum |grad l_i| / n; NaN where not measured
     norm_quantiles: Float[Tensor, "classes quantiles"]  # of |grad l_i|, at ``QUANTILES``
     alignment: Float[Tensor, " classes"]  # mean cos(grad l_i, g)
-    spread: Spread | None  # None: too few batches, or too little memory for them
+    standard_errors: StandardErrors | None  # None: too few batches, or too little memory
     examples: ExampleRows | None
     step: StepAudit | None
     impact: dict[str, Impact]  # by part of the data: "train", "held_out"
     elasticities: dict[str, Tensor]  # d log |g| / d log k, by option of the loss
     method: Method
     checks: tuple[Check, ...]
-    notes: tuple[str, ...] = ()  # what could not be told, and why
+    notes: tuple[str, ...] = ()  # what could not be measured, and why
 
     def reweighted(self, class_weights: Float[Tensor, " classes"]) -> Balance:
-        """Return what a fresh audit would say under other class weights, from the Gram matrix.
+        """Return the balance of a fresh audit under other class weights, from the Gram matrix.
 
         Args:
-            class_weights: Cost of each true class, at least 0, shape ``(classes,)``.
+            class_weights: Weight of each class, at least 0, shape ``(classes,)``.
 
         Returns:
-            Share, budget, elasticity, norm and conflict.
+            Share, expected share, elasticity, norm and conflict.
 
         Raises:
-            ValueError: the loss couples examples: class weights would act inside it, so nothing
-                but a fresh audit can tell; or the weights do not fit.
+            ValueError: the loss couples examples, so class weights would act inside it and take
+                a fresh audit; or the weights do not fit.
         """
         if not self.linear_in_weights and not torch.equal(
             class_weights.to(self.class_weights), self.class_weights
         ):
             raise ValueError(
                 "Audit.reweighted: the loss couples examples, so its gradient is not a weighted "
-                "sum of class gradients: audit it anew under the other weights"
+                "sum of class gradients: audit it again under the other weights"
             )
         return balance(self.gram, self.count, class_weights, reduction=self.reduction)
 
     @property
     def balance(self) -> Balance:
-        """Share, budget, elasticity, norm and conflict under the class weights of the audit."""
+        """The balance under the class weights of the audit."""
         return self.reweighted(self.class_weights)
 
     @property
-    def coherence(self) -> Float[Tensor, " classes"]:
+    def agreement(self) -> Float[Tensor, " classes"]:
         """``|sum grad l_i| / sum |grad l_i|`` within each class; 1: its examples agree."""
         return self.gram.diagonal().clamp(min=0.0).sqrt() / self.length
 
@@ -190,98 +202,75 @@ class Audit(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the examples as lists, numbers and text; None where not defined."""
-        now = self.balance
-        step = self.step
-        with_rows = self.examples is not None and not self.examples.norm.isnan().all()
+        now, step, errors = self.balance, self.step, self.standard_errors
         by_class = {
             "count": self.count,
             "loss": self.loss,
             "class_weight": self.class_weights,
             "share": now.share,
-            "share_spread": self.spread.share if self.spread else None,
-            "budget": now.budget,
+            "share_standard_error": errors and errors.share,
+            "expected_share": now.expected_share,
             "elasticity": now.elasticity,
             "norm": now.norm,
-            "coherence": self.coherence,
+            "agreement": self.agreement,
             "norm_quantiles": self.norm_quantiles,
             "alignment": self.alignment,
-            "update_share": step.share[: len(self.classes)] if step else None,
+            "update_share": step and step.share[: len(self.classes)],
         }
         rows = [
-            {"name": name} | {k: None if v is None else plain(v[c]) for k, v in by_class.items()}
+            {"name": name} | {k: None if v is None else v[c] for k, v in by_class.items()}
             for c, name in enumerate(self.classes)
         ]
-        if with_rows:
+        if self.examples is not None and not self.examples.norm.isnan().all():
             for c, row in enumerate(rows):
-                row["most_opposed"] = self.most_opposed(c)
-                row["most_dominant"] = self.most_dominant(c)
-        return {
-            "reduction": self.reduction,
-            "linear_in_weights": self.linear_in_weights,
-            "gradient_norm": plain(now.gradient_norm),
-            "classes": rows,
-            "gram": plain(self.gram),
-            "conflict": plain(now.conflict),
-            "spread": self.spread
-            and {
-                "batches": self.spread.batches,
-                "batch_size": self.spread.batch_size,
-                "conflict": plain(self.spread.conflict),
-            },
-            "layers": [
-                {
-                    "name": name,
-                    "parameters": size,
-                    "gram": plain(gram),
-                    "share": plain(share),
-                    "conflict": plain(conflict),
+                row |= {
+                    "most_opposed": self.most_opposed(c),
+                    "most_dominant": self.most_dominant(c),
                 }
-                for name, size, gram, share, conflict in zip(
-                    self.layers,
-                    self.layer_sizes,
-                    self.layer_gram,
-                    self.layer_share,
-                    self.layer_conflict,
-                    strict=True,
-                )
-            ],
-            "step": step
-            and {
-                "rows": list(step.rows),
-                "share": plain(step.share),
-                "norm": plain(step.norm),
-                "update_norm": plain(step.update_norm),
-                "gram": plain(step.gram),
-                "learning_rate": plain(step.learning_rate),
-                "clip": plain(step.clip),
-                "note": step.note,
-            },
-            "impact": {
-                part: {
-                    "matrix": plain(impact.matrix),
-                    "predicted": plain(impact.predicted),
-                    "measured": plain(impact.measured),
-                    "before": plain(impact.before),
-                    "after": plain(impact.after),
-                }
-                for part, impact in self.impact.items()
-            },
-            "elasticities": {name: plain(value) for name, value in self.elasticities.items()},
-            "method": plain(self.method._asdict()),
-            "checks": [plain(check._asdict()) for check in self.checks],
-            "notes": list(self.notes),
+        by_layer = {
+            "name": self.layers,
+            "parameters": self.layer_sizes,
+            "gram": self.layer_gram,
+            "share": self.layer_share,
+            "conflict": self.layer_conflict,
         }
+        of_step = step and {"share": step.share, "norm": step.norm, "update_norm": step.update_norm}
+        return jsonable(
+            {
+                "reduction": self.reduction,
+                "linear_in_weights": self.linear_in_weights,
+                "gradient_norm": now.gradient_norm,
+                "classes": rows,
+                "gram": self.gram,
+                "conflict": now.conflict,
+                "standard_errors": errors,
+                "layers": [
+                    dict(zip(by_layer, row, strict=True))
+                    for row in zip(*by_layer.values(), strict=True)
+                ],
+                "step": step and jsonable(step) | of_step,
+                "impact": {
+                    part: jsonable(impact)
+                    | {"predicted": impact.predicted, "measured": impact.measured}
+                    for part, impact in self.impact.items()
+                },
+                "elasticities": self.elasticities,
+                "method": self.method,
+                "checks": self.checks,
+                "notes": self.notes,
+            }
+        )
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def write(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
-        """Write ``audit.json`` and tidy tables: a row a class, a pair of classes, an example.
+        """Write ``audit.json`` and tidy tables: a row per class, pair of classes, example.
 
         Args:
             folder: An existing folder; each file is written whole or not at all.
-            about: What ``audit.json`` is to say of model and data, under ``about``.
+            about: Facts about model and data, for ``audit.json``.
 
         Returns:
             The files: ``audit.json``, ``audit_classes.csv``, ``audit_pairs.csv`` and, where
@@ -292,8 +281,8 @@ class Audit(NamedTuple):
         """
         folder = Path(folder)
         paths = [folder / "audit.json"]
-        told = {"about": dict(about)} if about else {}
-        text = json.dumps(told | self.to_dict(), indent=1, allow_nan=False)
+        facts = {"about": dict(about)} if about else {}
+        text = json.dumps(facts | self.to_dict(), indent=1, allow_nan=False)
         write_text(paths[0], text + "\n")
         tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
         if self.examples is not None:
@@ -319,10 +308,10 @@ class Audit(NamedTuple):
                 yield {
                     "class": first,
                     "other": second,
-                    "gram": plain(self.gram[a, b]),
-                    "conflict": plain(conflict[a, b]),
+                    "gram": self.gram[a, b],
+                    "conflict": conflict[a, b],
                 } | {
-                    f"impact_{part}_of_other_on_class": plain(impact.matrix[a, b])
+                    f"impact_{part}_of_other_on_class": impact.matrix[a, b]
                     for part, impact in self.impact.items()
                 }
 
@@ -331,26 +320,27 @@ class Audit(NamedTuple):
         alignment = rows.alignment(self.balance.gradient_norm)
         columns = [rows.index, rows.label, rows.loss, rows.norm, alignment, rows.margin]
         for index, label, *values in zip(*(c.tolist() for c in columns), strict=True):
-            names = ("loss", "norm", "alignment", "margin")
-            yield {"index": index, "class": self.classes[label]} | {
-                name: plain(value) for name, value in zip(names, values, strict=True)
-            }
+            named = zip(("loss", "norm", "alignment", "margin"), values, strict=True)
+            yield {"index": index, "class": self.classes[label]} | dict(named)
 
 
-def plain(value: Any) -> Any:
-    """Return numbers and lists of numbers, None for those that JSON has not.
-
-    Example:
-        >>> plain(torch.tensor([1.0, float("nan")]))
-        [1.0, None]
-    """
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    return value if not isinstance(value, float) or abs(value) < float("inf") else None
+def class_statistics(
+    examples: ExampleRows, classes: int, gradient_norm: float
+) -> dict[str, Tensor]:
+    """Return mean loss, length, norm quantiles and alignment of each class, NaN where not known."""
+    mine = [examples.label == c for c in range(classes)]
+    norm, cosine = examples.norm, examples.alignment(gradient_norm)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    unknown = torch.full_like(levels, torch.nan)
+    length = torch.zeros(classes).double().index_add_(0, examples.label, norm) / len(norm)
+    return {
+        "loss": torch.stack([examples.loss[own].mean() for own in mine]),
+        "length": torch.full_like(length, torch.nan) if norm.isnan().all() else length,
+        "norm_quantiles": torch.stack(
+            [norm[own].quantile(levels) if own.any() else unknown for own in mine]
+        ),
+        "alignment": torch.stack([cosine[own].nanmean() for own in mine]),
+    }
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -365,7 +355,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             if writer is None:
                 writer = csv.DictWriter(file, list(row))
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerow(jsonable(row))
 
 
 def _rows(audit: Audit) -> ExampleRows:

@@ -1,18 +1,62 @@
 """The step that an optimiser takes as the sum of what each part of the gradient does to it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcloss.optim import Optimizer, OptState, SGDState, clip_factor
+from funcloss.audit.checks import check_update
+from funcloss.audit.data import MakeBatches
+from funcloss.audit.gradients import AuditContext, ClassGradients, block_gradients
+from funcloss.audit.inner import (
+    cross,
+    grams,
+    held,
+    plus,
+    scaled_rows,
+    side_by_side,
+    total_of,
+)
+from funcloss.audit.loss import cotangents_of, values_of
+from funcloss.audit.methods import METHODS
+from funcloss.audit.result import Check, Impact, StepAudit
+from funcloss.optim import Optimizer, OptState, Schedule, SGDState, clip_factor
 from funcloss.typing import Grads, Params
 
 OWN_ROWS = ("weight decay", "history")  # what moves beside the parts of this gradient
 
 
-class StepParts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepSpec:
+    """The step to audit beside the gradient.
+
+    Args:
+        optimizer: What takes the step.
+        learning_rate: Its learning rate.
+        schedule: Factor on it by number of the step; None: 1.
+        clip_norm: Largest norm of the gradient; 0 clips nothing.
+        held_out: Further examples to predict the impact of the step on, as the data.
+
+    Raises:
+        ValueError: ``clip_norm`` is below 0.
+    """
+
+    optimizer: Optimizer
+    learning_rate: float | Tensor
+    schedule: Schedule | None = None
+    clip_norm: float = 0.0
+    held_out: Any = None
+
+    def __post_init__(self) -> None:
+        """Check what holds before any gradient is known."""
+        if not self.clip_norm >= 0.0:
+            raise ValueError(f"StepSpec: clip_norm must be at least 0, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, eq=False)
+class SplitStep:
     """A step, ready to be split, ``u = sum(steps(parts)) + sum(own)``."""
 
     clip: Tensor  # factor on the gradient
@@ -34,6 +78,11 @@ class StepParts(NamedTuple):
         rows, _ = self.split(none, None)
         return rows
 
+    def audited(self, classes: tuple[str, ...], gram: Tensor) -> StepAudit:
+        """Return the step with its rows' inner products as a result."""
+        rows = (*classes, *OWN_ROWS)
+        return StepAudit(rows, gram, float(self.learning_rate), float(self.clip), self.note)
+
 
 def split_step(
     optimizer: Optimizer,
@@ -42,8 +91,8 @@ def split_step(
     grads: Grads,
     learning_rate: Tensor,
     clip_norm: float,
-) -> tuple[StepParts | None, str]:
-    """Say how the step on a gradient is made up.
+) -> tuple[SplitStep | None, str]:
+    """Split the step on a gradient.
 
     Args:
         optimizer: What takes the step.
@@ -54,7 +103,7 @@ def split_step(
         clip_norm: Largest global norm of the gradient; 0 clips nothing.
 
     Returns:
-        The parts; or None, and why there are none.
+        The step; or None, and why it cannot be split.
     """
     parting = optimizer.split
     if parting is None:
@@ -64,7 +113,7 @@ def split_step(
     note = ""
     if opt_state is None and remembered:
         if not isinstance(state, SGDState):
-            why = "the optimiser's memory is not known, and every part of its step hangs on it: "
+            why = "the optimiser's memory is not known, and every part of its step depends on it: "
             return None, why + "see the gradient's parts"
         note = "the momentum is not known: these are the steps of this gradient alone"
     clip = clip_factor(grads, clip_norm) if clip_norm else torch.ones_like(learning_rate)
@@ -90,4 +139,119 @@ def split_step(
         return steps, memory
 
     whole, _ = optimizer.update(clipped, state, params, learning_rate)
-    return StepParts(clip, learning_rate, whole, split, note), ""
+    return SplitStep(clip, learning_rate, whole, split, note), ""
+
+
+def step_and_impact(
+    context: AuditContext,
+    gradients: ClassGradients,
+    spec: StepSpec,
+    data: Mapping[str, MakeBatches],
+    names: tuple[str, ...],
+) -> tuple[StepAudit | None, dict[str, Impact], list[Check], str]:
+    """Split the step, predict its impact on every class in ``data``, by name, and take it.
+
+    Returns:
+        The step, the impact by name of the data, the checks; without a step, why there is none.
+    """
+    state, blocks, layers = context.state, context.blocks, context.layers
+    dtype = next(iter(state.params.values())).dtype
+    rate = spec.learning_rate
+    rate = rate if isinstance(rate, Tensor) else torch.as_tensor(rate, dtype=dtype)
+    rate = rate.to(state.device)
+    if spec.schedule is not None:
+        rate = rate * spec.schedule(state.step)
+    split, why_not = split_step(
+        spec.optimizer, state.opt_state, state.params, gradients.gradient, rate, spec.clip_norm
+    )
+    if split is None:
+        return None, {}, [], why_not
+
+    def moves_of(block: range) -> Params:
+        weights = context.weights[block.start : block.stop]
+        factors = (gradients.scale / len(gradients.examples.label)) * weights
+        return split.of_parts(scaled_rows(factors, gradients.sums(block)))
+
+    moves, own = held(moves_of, blocks), split.own()
+    products = _row_products(moves, moves, own, context).sum(0)
+    across = torch.cat([grams(own, moves(block), layers).sum(0) for block in blocks], 1)
+    within = grams(own, own, layers).sum(0)
+    gram = torch.cat([products, torch.cat([across, within], 1)])
+    total = total_of(own)
+    for block in blocks:
+        total = plus(total, total_of(moves(block)))
+    after = plus(state.params, split.whole)
+    checks = [check_update(state.params, after, total)]
+    impact = {}
+    for part, make_batches in data.items():
+        sums = held(_loss_gradients(context, gradients, part, make_batches), blocks)
+        before, count = class_losses(context, make_batches, state.params)
+        matrix = _row_products(sums, moves, own, context).sum(0)
+        matrix = torch.where(count[:, None] > 0, matrix / count[:, None], torch.nan)
+        impact[part] = Impact(matrix, before, class_losses(context, make_batches, after)[0])
+    known = impact["train"].predicted.isfinite()
+    predicted, changed = impact["train"].predicted[known], impact["train"].measured[known]
+    says = "predicted change of each class's loss against the change that the step makes"
+    error = float((predicted - changed).norm() / changed.norm().clamp(min=1e-300))
+    checks.append(Check("impact", error, None, says))
+    return split.audited(names, gram), impact, checks, ""
+
+
+def _row_products(
+    left: Callable[[range], Grads],
+    moves: Callable[[range], Params],
+    own: Params,
+    context: AuditContext,
+) -> Tensor:
+    """Inner products of all rows of ``left`` with those of the step, by layer."""
+    blocks, layers = context.blocks, context.layers
+    with_own = torch.cat([grams(left(block), own, layers) for block in blocks], 1)
+    return torch.cat([cross(left, moves, blocks, layers), with_own], 2)
+
+
+def _loss_gradients(
+    context: AuditContext, gradients: ClassGradients, part: str, make_batches: MakeBatches
+) -> Callable[[range], Grads]:
+    """Return the gradient of each class's sum of losses, by block of classes."""
+    if context.coupled:  # class parts of the whole loss are not gradients of the classes' losses
+        return lambda block: coupled_gradients(context, make_batches, block)
+    if part == "train":
+        return gradients.sums
+    return lambda block: block_gradients(context, make_batches, block)
+
+
+def coupled_gradients(context: AuditContext, make_batches: MakeBatches, wanted: range) -> Grads:
+    """Return the gradient of each class's sum of losses, where a loss couples the examples."""
+    sums = side_by_side(context.state.params, len(wanted))
+    for batch in make_batches():
+        if not len(batch):
+            continue
+        predictions = context.predictions(batch)
+        whole = batch.in_one_group()
+        for row, label in enumerate(wanted):
+            of_class = (batch.groups == label).to(predictions)
+            if not bool(of_class.any()):
+                continue
+            _, cotangents = cotangents_of(context.loss, predictions, batch.targets, of_class)
+            one = {name: part[row : row + 1] for name, part in sums.items()}
+            for piece in context.pieces(batch):
+                _, pullback = METHODS[context.method](context.state, whole.at(piece))
+                pullback(cotangents[piece], one, False)
+    return sums
+
+
+def class_losses(
+    context: AuditContext, make_batches: MakeBatches, params: Params
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of each class at weight 1, NaN without examples, and its count."""
+    total = torch.zeros(context.classes, dtype=torch.float64)  # on the CPU: MPS has no float64
+    count = torch.zeros_like(total)
+    for batch in make_batches():
+        if not len(batch):
+            continue
+        predictions = context.predictions(batch, params)
+        values = values_of(context.loss, predictions, batch.targets).cpu().double()
+        groups = batch.groups.cpu()
+        total.index_add_(0, groups, values)
+        count.index_add_(0, groups, torch.ones_like(values))
+    return total / count, count

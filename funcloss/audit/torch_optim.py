@@ -1,8 +1,9 @@
-"""What ``torch.optim`` remembers, read as the memory of our own optimisers."""
+"""The memory of ``torch.optim``, read as that of our own optimisers."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,8 @@ from funcloss.optim import AdamState, Optimizer, OptState, SGDState, adam, adamw
 _SEE = "see the gradient"
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ParamGroup:
     """Parameters that one rule moves at one rate, from one memory."""
 
     names: tuple[str, ...]
@@ -24,21 +26,18 @@ class Piece(NamedTuple):
 
 def read_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module
-) -> tuple[tuple[Piece, ...], str]:
-    """Read what ``torch.optim`` remembers of a model's trained parameters, as it stands.
+) -> tuple[tuple[ParamGroup, ...], str]:
+    """Read the memory of SGD, Adam or AdamW, or Lightning's wrapper of one, for a model.
 
-    Args:
-        optimizer: SGD, Adam or AdamW, or Lightning's wrapper of one.
-        model: Whose parameters they are. Where some of them have a ``.grad``, those without are
-            left out, as torch leaves them.
+    Where some parameters have a ``.grad``, those without are left out, as torch leaves them.
 
     Returns:
-        Each parameter in one piece; or none, and why.
+        Each trained parameter in one group; or none, and why.
 
     Example:
         >>> model = torch.nn.Linear(2, 3)
-        >>> pieces, why = read_optimizer(torch.optim.Adam(model.parameters(), lr=0.5), model)
-        >>> pieces[0].names, pieces[0].rate.item()
+        >>> groups, why = read_optimizer(torch.optim.Adam(model.parameters(), lr=0.5), model)
+        >>> groups[0].names, groups[0].rate.item()
         (('weight', 'bias'), 0.5)
         >>> read_optimizer(torch.optim.Adagrad(model.parameters()), model)[1]
         'the step of Adagrad is not read, SGD, Adam and AdamW are: see the gradient'
@@ -49,7 +48,7 @@ def read_optimizer(
         return (), f"the step of {kind.__name__} is not read, SGD, Adam and AdamW are: {_SEE}"
     named = {p: name for name, p in model.named_parameters() if p.requires_grad}
     graded = {p for p in named if p.grad is not None} or set(named)
-    pieces = []
+    groups = []
     for group in optimizer.param_groups:
         if refused := [option for option in ("amsgrad", "maximize") if group.get(option)]:
             return (), f"the step of {kind.__name__} with {refused[0]} is not read: {_SEE}"
@@ -63,12 +62,12 @@ def read_optimizer(
             by_age.setdefault(_age(optimizer, p), {})[named[p]] = p
         for age, params in by_age.items():
             memory = _memory(rule, optimizer, params, age)
-            pieces.append(Piece(tuple(params), rule, memory, rate))
-    return tuple(pieces), "" if pieces else f"the optimiser moves none of what is trained: {_SEE}"
+            groups.append(ParamGroup(tuple(params), rule, memory, rate))
+    return tuple(groups), "" if groups else f"the optimiser moves none of what is trained: {_SEE}"
 
 
 def strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> str:
-    """Say whether the optimiser moves what the model has not."""
+    """Return a note if the optimiser moves parameters that the model has not, else nothing."""
     own = set(model.parameters())
     if all(p in own for group in optimizer.param_groups for p in group["params"]):
         return ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # they load torch
     from funcloss.audit import Audit
 
 _MOST = 24  # classes in the table
-_HEAD = ("class", "count", "weight", "budget", "share", "±", "step", "norm", "agree", "worst")
+_HEAD = ("class", "count", "weight", "expected", "share", "±", "step", "norm", "agreement", "worst")
 _CHECKPOINT = {
     "model": "Model of --checkpoint.",
     "dataset": "Data set of --checkpoint.",
@@ -92,8 +92,8 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
         f"{audited.method.name}, {audited.method.seconds:.1f} s"
     )
     for check in audited.checks:
-        held = "" if check.tolerance is None else f" (at most {check.tolerance:.1e})"
-        out.print(f"check {check.name}: off by {check.error:.1e}{held}")
+        limit = "informational" if check.tolerance is None else f"tolerance {check.tolerance:.1e}"
+        out.print(f"check {check.name}: relative error {check.error:.1e} ({limit})")
     for note in filter(None, (about.note, *audited.notes)):
         out.print(f"note: {note}")
     out.print(f"report: {files[0]}")
@@ -101,7 +101,7 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
 
 def _class_table(found: "Audit") -> "Table":
     """Return a row per class, the largest shares first beyond two dozen classes."""
-    now, step, spread = found.balance, found.step, found.spread
+    now, step, errors = found.balance, found.step, found.standard_errors
     impact = found.impact.get("held_out")
     order = range(len(found.classes))
     if len(order) > _MOST:
@@ -114,12 +114,12 @@ def _class_table(found: "Audit") -> "Table":
             found.classes[c],
             f"{int(found.count[c]):,}",
             f"{float(found.class_weights[c]):g}",
-            number(now.budget[c], ".1%"),
+            number(now.expected_share[c], ".1%"),
             number(now.share[c], ".1%"),
-            number(None if spread is None else spread.share[c] / spread.batches**0.5, ".1%"),
+            number(None if errors is None else errors.share[c], ".1%"),
             number(None if step is None else step.share[c], ".1%"),
             number(now.norm[c], ".2g"),
-            number(found.coherence[c], ".2f"),
+            number(found.agreement[c], ".2f"),
             "-" if lowest > 1 else f"{float(lowest):+.2f} {found.classes[int(rival)]}",
         ]
         rows.append(cells if impact is None else [*cells, number(impact.predicted[c], "+.1g")])

@@ -21,7 +21,7 @@ _ANY_TWO = ("one", "two")  # classes, whose names costs of 1 do not speak
 _SHARES = {
     "share": "share of the gradient",
     "update_share": "share of the step",
-    "budget": "weight x count",
+    "expected_share": "weight x count",
 }
 
 
@@ -188,7 +188,7 @@ class TrainingConsole:
 
 
 def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
-    """Return mean share and budget of each class over some audits, a column per class."""
+    """Return mean and expected share of each class over some audits, a column per class."""
     names = [row["class"] for row in audits[0]]
     means = {key: [_mean(rows[c][key] for rows in audits) for c in range(len(names))]
              for key in _SHARES}  # fmt: skip

@@ -17,7 +17,7 @@ from funcloss.app.report.run_figures import plain_text
 from funcloss.audit.result import Audit, ExampleRows
 from funcloss.audit.words import largest, spoken_of
 
-_SHARE, _BUDGET, _GREY = "#0072b2", "#d55e00", "#8a8f98"
+_SHARE, _EXPECTED, _GREY = "#0072b2", "#d55e00", "#8a8f98"
 _FOCUS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito
 _HARM_BELOW, _HARM_ABOVE = "RdBu", "RdBu_r"  # red: what hurts
 
@@ -44,26 +44,27 @@ def draw_all(audit: Audit, history: Sequence[Mapping[str, Any]] = ()) -> dict[st
 
 
 def shares(audit: Audit) -> Figure:
-    """Share of the gradient against budget, per class, beside its fraction of the examples."""
+    """Share of the gradient against the expected share, per class, and its share of examples."""
     shown, now = largest(audit, MOST), audit.balance
-    share, budget = (100 * v[shown].numpy() for v in (now.share, now.budget))
+    share, expected = (100 * v[shown].numpy() for v in (now.share, now.expected_share))
     part = 100 * (audit.count / audit.count.sum())[shown].numpy()
     figure, axes = _rows(len(shown))
     rows = np.arange(len(shown))
     axes.axvline(0, color=_GREY, linewidth=0.8)
-    axes.hlines(rows, budget, share, color=_GREY, linewidth=2, alpha=0.6)
-    if audit.spread is not None:
-        spread = 100 * audit.spread.share[shown].numpy()
+    axes.hlines(rows, expected, share, color=_GREY, linewidth=2, alpha=0.6)
+    errors = audit.standard_errors
+    if errors is not None:
+        error = 100 * errors.share[shown].numpy()
         axes.errorbar(
-            share, rows, xerr=spread, fmt="none", ecolor=_SHARE, elinewidth=1, alpha=0.6, capsize=2
+            share, rows, xerr=error, fmt="none", ecolor=_SHARE, elinewidth=1, alpha=0.6, capsize=2
         )
     axes.plot(part, rows, "|", color=_GREY, markersize=12, label="fraction of the examples")
-    axes.plot(budget, rows, "D", color=_BUDGET, markerfacecolor="white", label="budget")
+    axes.plot(expected, rows, "D", color=_EXPECTED, markerfacecolor="white", label="expected share")
     axes.plot(share, rows, "o", color=_SHARE, label="share of the gradient")
     _label_rows(axes, audit, shown)
     axes.set_xlabel("percent")
-    spread_note = ", bars: batch to batch" if audit.spread is not None else ""
-    axes.set_title(_title(audit, f"Share of the gradient against budget{spread_note}"))
+    note = ", bars: standard error" if errors is not None else ""
+    axes.set_title(_title(audit, f"Share of the gradient, actual and expected{note}"))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3, frameon=False)
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -117,7 +118,7 @@ def norms(audit: Audit) -> Figure:
             showfliers=False,
             patch_artist=True,
             boxprops={"facecolor": "#cfe3f1", "edgecolor": _SHARE},
-            medianprops={"color": _BUDGET, "linewidth": 2},
+            medianprops={"color": _EXPECTED, "linewidth": 2},
             whiskerprops={"color": _SHARE},
             capprops={"color": _SHARE},
         )
@@ -173,7 +174,7 @@ def share_history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots()
     axes.axhline(0, color=_GREY, linewidth=0.8)
     for c, points in sorted(lines.items(), key=lambda item: item[0] in focus):
-        steps, values, budgets = (
+        steps, values, expected = (
             np.array(column, dtype=float) for column in zip(*points, strict=True)
         )
         color = focus.get(c, _GREY)
@@ -182,10 +183,10 @@ def share_history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> Figure:
         line.set(linewidth=2 if c in focus else 0.8, alpha=1.0 if c in focus else 0.6)
         if c in focus:
             line.set_label(name)
-            axes.plot(steps, 100 * budgets, color=color, linestyle=":", linewidth=1.2)
+            axes.plot(steps, 100 * expected, color=color, linestyle=":", linewidth=1.2)
     axes.set_xlabel("step")
     axes.set_ylabel("share of the gradient, percent")
-    axes.set_title(_title(audit, "Share over the training (dotted: budget)"))
+    axes.set_title(_title(audit, "Share over the training (dotted: expected share)"))
     if any(c in focus for c in lines):
         plain_text(axes.legend(frameon=False).get_texts())
     axes.grid(alpha=0.3)
@@ -227,18 +228,18 @@ def subsample(examples: ExampleRows, most: int) -> Tensor:
 def history_lines(
     audit: Audit, history: Iterable[Mapping[str, Any]], *, most: int = 200
 ) -> dict[int, list[tuple[int, float, float]]]:
-    """Return ``(step, share, budget)`` of each class shown at about ``most`` steps."""
+    """Return ``(step, share, expected share)`` of each class shown at about ``most`` steps."""
     labels = {audit.classes[c]: c for c in largest(audit, MOST)}
     points: dict[int, dict[int, tuple[int, float, float]]] = {}
     for record in history:
         label = labels.get(str(record.get("class")))
         if record.get("kind") != "audit" or label is None:
             continue
-        share, budget = (
+        share, expected = (
             float("nan") if record.get(key) is None else float(record[key])
-            for key in ("share", "budget")
+            for key in ("share", "expected_share")
         )
-        points.setdefault(label, {})[int(record["step"])] = (int(record["step"]), share, budget)
+        points.setdefault(label, {})[int(record["step"])] = (int(record["step"]), share, expected)
     return {
         label: thinned([by_step[step] for step in sorted(by_step)], most)
         for label, by_step in sorted(points.items())

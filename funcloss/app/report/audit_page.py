@@ -26,7 +26,7 @@ from funcloss.app.report.pages import (
 )
 from funcloss.audit.gram import cosines
 from funcloss.audit.result import QUANTILES, Audit
-from funcloss.audit.words import largest, passed, sentences, spoken_of
+from funcloss.audit.words import largest, sentences, spoken_of
 
 _LAYERS = 48
 _POINTS = 2000
@@ -86,24 +86,24 @@ def render_page(
             elasticities=_elasticities(audit, shown),
             step=_step(audit, shown),
             layers=_layers(audit, shown),
-            checks=[(check, passed(check)) for check in audit.checks],
+            checks=[(check, check.holds) for check in audit.checks],
         )
     )
 
 
 def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
-    now = audit.balance
+    now, errors = audit.balance, audit.standard_errors
     columns = {
         "weight": audit.class_weights,
         "count": audit.count,
         "part": audit.count / audit.count.sum(),
         "loss": audit.loss,
         "share": now.share,
-        "spread": audit.spread.share if audit.spread else torch.full_like(now.share, math.nan),
-        "budget": now.budget,
+        "error": errors.share if errors else torch.full_like(now.share, math.nan),
+        "expected": now.expected_share,
         "elasticity": now.elasticity,
         "norm": now.norm,
-        "coherence": audit.coherence,
+        "agreement": audit.agreement,
         "alignment": audit.alignment,
     }
     return [
@@ -114,7 +114,9 @@ def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
 
 def _share_axis(audit: Audit, shown: list[int]) -> Axis:
     now, part = audit.balance, audit.count / audit.count.sum()
-    return zero_axis(v for values in (now.share, now.budget, part) for v in values[shown].tolist())
+    return zero_axis(
+        v for values in (now.share, now.expected_share, part) for v in values[shown].tolist()
+    )
 
 
 def _what_if(audit: Audit, shown: list[int]) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _norms(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
         "axis": length_axis(finite),
         "heads": [f"{100 * q:g} %" for q in QUANTILES],
         "rows": [
-            {"name": audit.classes[c], "at": row, "coherence": jsonable(audit.coherence[c])}
+            {"name": audit.classes[c], "at": row, "agreement": jsonable(audit.agreement[c])}
             for c, row in zip(shown, jsonable(quantiles), strict=True)
         ],
     }

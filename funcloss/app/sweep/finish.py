@@ -16,6 +16,7 @@ from funcloss._files import replacing, write_text
 from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
 from funcloss.app.data import take
+from funcloss.app.options import AuditOptions
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
@@ -216,7 +217,7 @@ def write_choice(choice: Choice, out: Path, run_dir: Path, setup: Setup, page: s
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
-        about, found = about_of(setup, choice.title, split="train", examples=n, step=None), None
+        about, found = about_of(setup, choice.title, AuditOptions(), examples=n), None
         more: dict[str, Any] = {}
     else:
         found, about = audited.audit, dataclasses.replace(audited.about, title=choice.title)

@@ -1,6 +1,7 @@
 """The model under audit, as a pure function of its params."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,29 @@ from funcloss.transforms import Predict
 from funcloss.typing import Buffers, Params
 
 
-class Subject(NamedTuple):
-    """What is audited, and where it is."""
+@dataclass(frozen=True, eq=False)
+class ModelState:
+    """A model as a function, where it is, and how its randomness goes on."""
 
     predict: Predict
     params: Params
     opt_state: OptState | None  # None: not known
     step: Tensor  # number of the next step
     key: Tensor
-    device: torch.device
-    drops: bool  # whether dropout is at work
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the params."""
+        return next(iter(self.params.values())).device
 
 
-def make_subject(
-    model: nn.Module, state: TrainState | Params | None, key: Tensor | None
-) -> Subject:
+def make_model_state(
+    model: nn.Module,
+    state: TrainState | Params | None,
+    key: Tensor | None = None,
+    *,
+    forward: Forward | None = None,
+) -> ModelState:
     """Return the model at a state as a function.
 
     Args:
@@ -40,11 +49,12 @@ def make_subject(
         state: A training state, tensors by name, or None for the model's own; the model says
             which of them are trained.
         key: Key of the dropout masks, unless the state brings one.
+        forward: The model's :func:`make_forward`, where it is at hand already.
 
     Raises:
         AuditError: the model couples examples or has nothing to train, or the state is not its own.
     """
-    check_couples_nothing(model)
+    check_no_coupling(model)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     opt_state, step = None, None
     if isinstance(state, TrainState):
@@ -68,16 +78,12 @@ def make_subject(
                 f"audit: parameters must be float32 or float64, got {tensor.dtype}: model.float()"
             )
     device = next(iter(params.values())).device
-    return Subject(
-        predict=make_predict(make_forward(model), buffers),
+    return ModelState(
+        predict=make_predict(forward or make_forward(model), buffers),
         params=params,
         opt_state=opt_state,
         step=torch.zeros((), dtype=torch.int64, device=device) if step is None else step,
         key=make_key(0, device=device) if key is None else key,
-        device=device,
-        drops=any(
-            m.training and isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules()
-        ),
     )
 
 
@@ -99,18 +105,23 @@ def make_predict(forward: Forward, buffers: Buffers) -> Predict:
     return predict
 
 
-def check_couples_nothing(model: nn.Module) -> None:
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether dropout is active in the model's present mode."""
+    layers = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(m.training and m.p > 0 for m in layers)
+
+
+def check_no_coupling(model: nn.Module) -> None:
     """Raise ``AuditError`` if the model has a layer that couples the examples of a batch."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if module.training or module.running_mean is None:
-            kind = type(module).__name__
+        layer = f"audit: the layer {name!r} ({type(module).__name__})"
+        couples = "so the gradient of one example depends on the others of its batch"
+        if module.running_mean is None:
+            raise AuditError(f"{layer} keeps no running statistics, {couples}: use GroupNorm")
+        if module.training:
             raise AuditError(
-                f"audit: the layer {name!r} ({kind}) is in training mode, where the gradient of "
-                "one example hangs on the others of its batch: audit model.eval(), put this layer "
+                f"{layer} is in training mode, {couples}: audit model.eval(), put this layer "
                 "alone into evaluation mode, or use GroupNorm"
-                if module.running_mean is not None
-                else f"audit: the layer {name!r} ({kind}) keeps no running statistics, so the "
-                "gradient of one example hangs on the others of its batch: use GroupNorm"
             )
