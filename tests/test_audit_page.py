@@ -13,7 +13,8 @@ from browser import PNG, Reader, browse, needs_browser
 from PIL import Image
 
 from funcloss.app.report import audit_figures as figures
-from funcloss.app.report.audit_page import About, Axis, log_axis, render_page, zero_axis
+from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.pages import About, Axis, log_axis, zero_axis
 from funcloss.app.report.run_figures import save_figure
 
 HOSTILE = (
@@ -147,8 +148,8 @@ def test_names_come_out_as_text():
 
 
 def test_what_describes_the_audit_comes_out_as_text():
-    odd = about(title="<i>t</i>", dataset="<i>d</i>", note="<i>n</i>", command="<i>c</i>")
-    page = render_page(make_audit(3), replace(odd, versions={"<i>v</i>": "<i>1</i>"}, step=None))
+    odd = {"title": "<i>t</i>", "dataset": "<i>d</i>", "note": "<i>n</i>", "command": "<i>c</i>"}
+    page = render_page(make_audit(3), about(**odd, versions={"<i>v</i>": "<i>1</i>"}, step=None))
     assert "<i>" not in page
     assert page.count("&lt;i&gt;") >= 6
 

@@ -15,7 +15,7 @@ from funcloss.app.choice import words
 from funcloss.app.choice.tested import part_interval, row_of
 from funcloss.app.config import make_config, plain_config
 from funcloss.app.report.choice import Limit as Reached
-from funcloss.app.report.choice import Row, Score
+from funcloss.app.report.choice import Row
 from funcloss.app.sweep import Axis, parse_values
 from funcloss.app.sweep.axes import (
     by_name,
@@ -27,7 +27,7 @@ from funcloss.app.sweep.axes import (
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
 from funcloss.constraints.limits import make_limits
-from funcloss.decisions import DecisionRule, make_costs, score
+from funcloss.decisions import DecisionRule, Interval, make_costs, score
 from funcloss.errors import ConfigError
 
 NINE = Axis("class_weight", "9", (1.0, 2.0, 5.0, 10.0))
@@ -374,7 +374,7 @@ def test_a_point_is_the_mean_over_its_sound_seeds():
     half = stats.t.ppf(0.975, 1) * np.std([0.1, 0.4], ddof=1) / math.sqrt(2)
     assert point.expected_cost == pytest.approx((0.25, 0.25 - half, 0.25 + half), rel=1e-3)
     assert point.rule_cost.value == pytest.approx(0.125)
-    assert point.recall == (Score(0.5, 0.5, 0.5), Score(0.5, 0.5, 0.5))
+    assert point.recall == (Interval(0.5, 0.5, 0.5), Interval(0.5, 0.5, 0.5))
     assert (point.feasible, point.seeds, point.diverged) == (True, 3, 1)
     (alone,) = points_of(records[:1], (), ("9",))
     assert alone.feasible is None
@@ -580,22 +580,25 @@ def test_the_interval_of_a_part_widens_with_the_spread_of_the_seeds():
 
 
 def row(name, cost, difference=None):
-    one = Score(0.9, 0.88, 0.92)
-    return Row(name, one, Score(cost, cost - 0.01, cost + 0.01), one, (one,), difference)
+    one = Interval(0.9, 0.88, 0.92)
+    return Row(name, one, Interval(cost, cost - 0.01, cost + 0.01), one, (one,), difference)
 
 
-PLAIN, RULE = row("plain", 0.2), row("plain, thresholds moved", 0.12, Score(-0.08, -0.09, -0.07))
-CHOSEN = row("class_weight 9=5", 0.1, Score(-0.1, -0.11, 0.01))
+PLAIN, RULE = row("plain", 0.2), row("plain, thresholds moved", 0.12, Interval(-0.08, -0.09, -0.07))
+CHOSEN = row("class_weight 9=5", 0.1, Interval(-0.1, -0.11, 0.01))
 
 
 @pytest.mark.parametrize(
     ("gap", "said"),
     [
-        (Score(0.02, 0.01, 0.03), "The decision rule alone costs less than the costs in training: "
+        (Interval(0.02, 0.01, 0.03),
+         "The decision rule alone costs less than the costs in training: "
          "prefer it (+0.0200 an example [+0.0100, +0.0300])."),
-        (Score(-0.02, -0.03, -0.01), "The costs in training save more than the decision rule alone "
+        (Interval(-0.02, -0.03, -0.01),
+         "The costs in training save more than the decision rule alone "
          "(-0.0200 an example [-0.0300, -0.0100])."),
-        (Score(0.02, -0.01, 0.05), "Between the costs in training and the decision rule alone no "
+        (Interval(0.02, -0.01, 0.05),
+         "Between the costs in training and the decision rule alone no "
          "difference can be told (+0.0200 an example [-0.0100, +0.0500], which may be chance)."),
     ],
 )  # fmt: skip
@@ -620,7 +623,7 @@ def test_where_plain_training_is_chosen_it_is_not_compared_with_itself():
     assert len(lines) == 2
     assert lines[0].startswith("On the test set, read once: accuracy 90.00")
     assert "; plain:" not in lines[0]
-    same = row("plain, minimum expected cost", 0.2, Score(0.0, 0.0, 0.0))
+    same = row("plain, minimum expected cost", 0.2, Interval(0.0, 0.0, 0.0))
     assert words.tested_sentences(PLAIN, None, same, None, [], ("9",))[1].endswith(
         "; the same decisions."
     )

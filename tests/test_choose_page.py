@@ -12,16 +12,17 @@ from test_audit_page import HOSTILE, about
 
 from funcloss.app.report import choice_figures as figures
 from funcloss.app.report.audit_page import render_page
-from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row, Score
+from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row
 from funcloss.app.report.choice_page import render_choice, render_choice_page
 from funcloss.app.report.run_figures import save_figure
+from funcloss.decisions import Interval
 
 AXIS = "class_weight 9"
 WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 
-def score(value: float, half: float = math.nan) -> Score:
-    return Score(value, value - half, value + half)
+def score(value: float, half: float = math.nan) -> Interval:
+    return Interval(value, value - half, value + half)
 
 
 def make_points(seeds: int = 3, axis: str = AXIS) -> tuple[Point, ...]:
@@ -132,7 +133,7 @@ EMPTY = replace(SWEEP,
 
 
 def lost(point: Point) -> Point:
-    nan = Score(math.nan)
+    nan = Interval(math.nan)
     recall = tuple(nan for _ in point.recall)
     return replace(
         point, accuracy=nan, expected_cost=nan, rule_cost=nan, recall=recall, diverged=point.seeds
@@ -141,8 +142,8 @@ def lost(point: Point) -> Point:
 
 def alike(point: Point) -> Point:
     return replace(point,
-        accuracy=Score(0.98), expected_cost=Score(0.05), rule_cost=Score(0.05),
-        recall=(Score(1.0), Score(0.0)),
+        accuracy=Interval(0.98), expected_cost=Interval(0.05), rule_cost=Interval(0.05),
+        recall=(Interval(1.0), Interval(0.0)),
     )  # fmt: skip
 
 
@@ -198,10 +199,10 @@ CHOICES = {
     ),
     "tiny costs": replace(SWEEP,
         points=tuple(
-            replace(p, expected_cost=Score(1.234e-5 * k), rule_cost=Score(1.2345e-5))
+            replace(p, expected_cost=Interval(1.234e-5 * k), rule_cost=Interval(1.2345e-5))
             for k, p in enumerate(SWEEP.points, 1)
         ),
-        rows=tuple(replace(r, difference=Score(-1.23e-5, -2.34e-5, -1.12e-6)) for r in ROWS),
+        rows=tuple(replace(r, difference=Interval(-1.23e-5, -2.34e-5, -1.12e-6)) for r in ROWS),
         gradient={"9": -1.234e-5, "4": 1.11e-6},
     ),
     "weights of 0": replace(FLOORS,
@@ -256,7 +257,7 @@ def tables(page: str, section: str) -> dict[str, list[list[list[float]]]]:
     return found
 
 
-def ends(score: Score, times: float = 1.0) -> list[float]:
+def ends(score: Interval, times: float = 1.0) -> list[float]:
     return [times * v for v in score if math.isfinite(v)]
 
 

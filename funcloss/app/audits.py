@@ -16,7 +16,8 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
 from funcloss.app.options import AuditOptions
 from funcloss.app.report.audit_figures import draw_all
-from funcloss.app.report.audit_page import About, render_page
+from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
@@ -207,10 +208,8 @@ def _with_report(
     step: int | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> RunAudit:
-    about = about_of(
-        setup, f"Audit of {name}", split=options.split, examples=int(found.count.sum()),
-        step=step, evaluation_mode=options.evaluation_mode,
-    )  # fmt: skip
+    n = int(found.count.sum())
+    about = about_of(setup, f"Audit of {name}", options, examples=n, step=step)
     return RunAudit(found, about, history, _pictures(found, setup.dataset, options.split))
 
 
@@ -234,13 +233,7 @@ def _png(image: Tensor) -> bytes:
 
 
 def about_of(
-    setup: Setup,
-    title: str,
-    *,
-    split: str,
-    examples: int,
-    step: int | None,
-    evaluation_mode: bool = False,
+    setup: Setup, title: str, options: AuditOptions, *, examples: int, step: int | None = None
 ) -> About:
     """Return where the numbers of a page come from, with the command and the versions."""
     config = setup.config
@@ -253,10 +246,10 @@ def about_of(
         loss=config.loss,
         dataset=setup.dataset.name,
         note=setup.dataset.note,
-        split=split,
+        split=options.split,
         examples=examples,
         step=step,
-        mode="eval" if evaluation_mode else "train",
+        mode="eval" if options.evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",
         scale_invariant=make_optimizer(config).scale_invariant,
         command=folder.command_line(),

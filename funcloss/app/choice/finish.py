@@ -18,6 +18,7 @@ from funcloss.app.audits import RunAudit, about_of, audit_training
 from funcloss.app.choice.tested import row_of
 from funcloss.app.choice.words import slope_sentences, tested_sentences
 from funcloss.app.data import get_batch
+from funcloss.app.options import AuditOptions
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice import Limit as Reached
 from funcloss.app.report.choice_figures import frontier, placed
@@ -222,7 +223,7 @@ def written(choice: Choice, page: Path, run_dir: Path, setup: Setup) -> list[Pat
     audited = _audited(run_dir, setup)
     if audited is None:
         n = len(setup.dataset.train.labels)
-        about, found = about_of(setup, choice.title, split="train", examples=n, step=None), None
+        about, found = about_of(setup, choice.title, AuditOptions(), examples=n), None
         more: dict[str, Any] = {}
     else:
         found, about = audited.audit, dataclasses.replace(audited.about, title=choice.title)

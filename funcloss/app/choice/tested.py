@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from funcloss.app.report.choice import Row, Score
+from funcloss.app.report.choice import Row
 from funcloss.decisions import DecisionScores, Evaluation, Interval, mean_interval, student, wilson
 
 
@@ -46,16 +46,14 @@ def row_of(
     constant = evaluation.constant_cost if evaluation.constant_cost > 0 else math.nan
     return Row(
         name=name,
-        accuracy=Score(*accuracy),
-        expected_cost=Score(*cost),
-        normalised_cost=Score(*(v / constant for v in cost)),
+        accuracy=accuracy,
+        expected_cost=cost,
+        normalised_cost=Interval(*(v / constant for v in cost)),
         recall=tuple(
-            Score(
-                *part_interval([float(s.recall.value[c]) for s in scores], int((labels == c).sum()))
-            )
+            part_interval([float(s.recall.value[c]) for s in scores], int((labels == c).sum()))
             for c in focus
         ),
-        difference=Score(*difference) if difference is not None else None,
+        difference=difference,
     )
 
 

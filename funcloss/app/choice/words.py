@@ -4,7 +4,8 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from funcloss.app.report.choice import Ascent, Limit, Point, Row, Score
+from funcloss.app.report.choice import Ascent, Limit, Point, Row
+from funcloss.decisions import Interval
 
 
 def sweep_sentences(
@@ -35,7 +36,7 @@ def sweep_sentences(
     return lines
 
 
-def fading_sentence(error: Score, *, even: bool) -> str:
+def fading_sentence(error: Interval, *, even: bool) -> str:
     """Return what to know where no training example is wrong any more.
 
     Args:
@@ -103,7 +104,7 @@ def tested_sentences(
     plain: Row,
     chosen: Row | None,
     cheap: Row,
-    gap: Score | None,
+    gap: Interval | None,
     reached: Sequence[tuple[str, float]],
     focus: Sequence[str],
 ) -> list[str]:
@@ -182,7 +183,7 @@ def _missed(limit: Limit) -> str:
     return f"{limit.text} is missed by {_four(gap)}, at {_four(limit.reached)}"
 
 
-def _verdict(gap: Score) -> str:
+def _verdict(gap: Interval) -> str:
     if gap.low > 0:
         return "The decision rule alone costs less than the costs in training: prefer it"
     if gap.high < 0:
@@ -196,7 +197,7 @@ def _row(row: Row, focus: Sequence[str]) -> str:
     return f"{', '.join(parts)}, expected cost {_with(row.expected_cost)}"
 
 
-def _difference(difference: Score | None) -> str:
+def _difference(difference: Interval | None) -> str:
     if difference is None or difference == (0.0, 0.0, 0.0):
         return "the same decisions"
     value, low, high = difference
@@ -207,7 +208,7 @@ def _difference(difference: Score | None) -> str:
     return f"{told} [{low:+.4f}, {high:+.4f}]{sure}"
 
 
-def _with(score: Score, factor: float = 1.0) -> str:
+def _with(score: Interval, factor: float = 1.0) -> str:
     """Return a number with its interval; ``factor`` 100: in percent."""
     value, low, high = (factor * v for v in score)
     digits, unit = (2, " %") if factor != 1.0 else (4, "")

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from funcloss._names import short
+from funcloss.app.report.pages import MOST, thinned
 from funcloss.app.report.run_figures import plain_text
 from funcloss.audit.result import Audit, ExampleRows
 from funcloss.audit.words import largest, spoken_of
@@ -19,18 +20,14 @@ from funcloss.audit.words import largest, spoken_of
 _SHARE, _EXPECTED, _GREY = "#0072b2", "#d55e00", "#8a8f98"
 _FOCUS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito
 _HARM_BELOW, _HARM_ABOVE = "RdBu", "RdBu_r"  # red: what hurts
-_MOST = 24  # classes in a figure
 
 
 def draw_all(audit: Audit, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Figure]:
-    """Return every figure that an audit has the numbers for, by the name of its file.
+    """Return every figure that an audit has the numbers for, by file name without the suffix.
 
     Args:
         audit: The audit.
         history: Records of a training's audits, as in ``metrics.jsonl``.
-
-    Returns:
-        Figures by name, without the suffix.
     """
     drawn = {"audit_share": shares(audit), "audit_conflict": conflicts(audit)}
     if audit.impact:
@@ -47,16 +44,8 @@ def draw_all(audit: Audit, history: Sequence[Mapping[str, Any]] = ()) -> dict[st
 
 
 def shares(audit: Audit) -> Figure:
-    """Share of the gradient against the expected one, from weight and count.
-
-    Args:
-        audit: The audit.
-
-    Returns:
-        A dumbbell per class, the share with its standard error, the part of the examples as a
-        faint mark.
-    """
-    shown, now = largest(audit, _MOST), audit.balance
+    """Share of the gradient against the expected share, per class, and its share of examples."""
+    shown, now = largest(audit, MOST), audit.balance
     share, expected = (100 * v[shown].numpy() for v in (now.share, now.expected_share))
     part = 100 * (audit.count / audit.count.sum())[shown].numpy()
     figure, axes = _rows(len(shown))
@@ -69,7 +58,7 @@ def shares(audit: Audit) -> Figure:
         axes.errorbar(
             share, rows, xerr=error, fmt="none", ecolor=_SHARE, elinewidth=1, alpha=0.6, capsize=2
         )
-    axes.plot(part, rows, "|", color=_GREY, markersize=12, label="part of the examples")
+    axes.plot(part, rows, "|", color=_GREY, markersize=12, label="fraction of the examples")
     axes.plot(expected, rows, "D", color=_EXPECTED, markerfacecolor="white", label="expected share")
     axes.plot(share, rows, "o", color=_SHARE, label="share of the gradient")
     _label_rows(axes, audit, shown)
@@ -83,36 +72,29 @@ def shares(audit: Audit) -> Figure:
 
 def conflicts(audit: Audit) -> Figure:
     """Cosines of the class gradients; below 0: what helps the one hurts the other."""
-    shown = largest(audit, _MOST)
+    shown = largest(audit, MOST)
     cosines = audit.balance.conflict[shown][:, shown]
     figure = Figure(figsize=_square(len(shown)))
     axes = figure.subplots()
     names = _names(audit, shown)
-    _heat(figure, axes, cosines, names, names, limit=1.0, label="cosine", colors=_HARM_BELOW)
+    _heat(axes, cosines, (names, names), limit=1.0, label="cosine", colors=_HARM_BELOW)
     axes.set_title(_title(audit, "Conflict of the class gradients"))
     return figure
 
 
 def impacts(audit: Audit) -> Figure:
     """What each class's part of the step does to each class's loss; above 0: it pays."""
-    shown = largest(audit, _MOST)
+    shown = largest(audit, MOST)
     width, height = _square(len(shown))
     figure = Figure(figsize=(width * len(audit.impact), height), layout="constrained")
     grid = np.atleast_1d(figure.subplots(1, len(audit.impact)))
     columns, others = columns_of(audit)
     matrices = {part: impact.matrix[shown][:, columns] for part, impact in audit.impact.items()}
-    limit = max(_largest(matrix) for matrix in matrices.values())
+    limit = max(limit_of(matrix) for matrix in matrices.values())
     names = _names(audit, shown)
     for axes, (part, matrix) in zip(grid, matrices.items(), strict=True):
-        _heat(
-            figure,
-            axes,
-            matrix,
-            names,
-            names + others,
-            limit=limit,
-            label="change of the mean loss",
-        )
+        named = (names, names + others)
+        _heat(axes, matrix, named, limit=limit, label="change of the mean loss")
         axes.set_xlabel("part of the step of")
         axes.set_ylabel("loss of")
         axes.set_title(_title(audit, f"Who pays, who gains: {part.replace('_', ' ')}"))
@@ -121,7 +103,7 @@ def impacts(audit: Audit) -> Figure:
 
 def norms(audit: Audit) -> Figure:
     """Lengths of the examples' gradients by class: boxes from 25 to 75 %, lines from 5 to 95 %."""
-    shown = [c for c in largest(audit, _MOST) if not audit.norm_quantiles[c].isnan().any()]
+    shown = [c for c in largest(audit, MOST) if not audit.norm_quantiles[c].isnan().any()]
     figure, axes = _rows(len(shown))
     boxes: list[dict[str, Any]] = [
         dict(zip(("whislo", "q1", "med", "q3", "whishi"), row, strict=True))
@@ -144,25 +126,14 @@ def norms(audit: Audit) -> Figure:
     if _wide(audit.norm_quantiles[shown]):
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
-    axes.set_xlabel("length of an example's gradient")
-    axes.set_title(_title(audit, "Who pushes: 5, 25, 50, 75 and 95 % of each class"))
+    axes.set_xlabel("gradient norm per example")
+    axes.set_title(_title(audit, "Gradient norms: 5, 25, 50, 75 and 95 % of each class"))
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def alignments(audit: Audit, *, most: int = 2000) -> Figure:
-    """Length of each example's gradient against its direction; left of 0 it resists.
-
-    Args:
-        audit: An audit with examples.
-        most: Points at most, as many of each class as its part of the examples allows.
-
-    Returns:
-        The figure, the classes spoken of in colour.
-
-    Raises:
-        ValueError: the examples were not kept.
-    """
+    """Length of each example's gradient against its direction; left of 0 it resists."""
     if audit.examples is None:
         raise ValueError("alignments: the examples were not kept: audit with per_example=True")
     examples = audit.examples
@@ -225,7 +196,7 @@ def share_history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> Figure:
 def matrix_elasticities(audit: Audit) -> Figure:
     """How much longer the gradient gets per percent of each entry of a cost matrix."""
     matrices = {k: v for k, v in audit.elasticities.items() if _is_matrix(audit, v)}
-    shown = largest(audit, _MOST)
+    shown = largest(audit, MOST)
     width, height = _square(len(shown))
     figure = Figure(figsize=(width * len(matrices), height), layout="constrained")
     names = _names(audit, shown)
@@ -233,8 +204,8 @@ def matrix_elasticities(audit: Audit) -> Figure:
         np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True
     ):
         part = values[shown][:, shown]
-        _heat(figure, axes, part, names, names, limit=_largest(part), label="elasticity")
-        axes.set_xlabel("decided class")
+        _heat(axes, part, (names, names), limit=limit_of(part), label="elasticity")
+        axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
         axes.set_title(_title(audit, f"Elasticity of the gradient in {option}"))
         plain_text([axes.title])
@@ -242,15 +213,7 @@ def matrix_elasticities(audit: Audit) -> Figure:
 
 
 def subsample(examples: ExampleRows, most: int) -> Tensor:
-    """Return at most about ``most`` rows, spread evenly over each class's, always the same ones.
-
-    Args:
-        examples: The rows.
-        most: How many; each class with rows that were measured keeps one at least.
-
-    Returns:
-        Positions in the rows, ascending.
-    """
+    """Return about ``most`` measured rows, spread evenly over each class's, always the same."""
     rows = (~examples.norm.isnan()).nonzero().squeeze(1)
     if len(rows) <= most:
         return rows
@@ -265,17 +228,8 @@ def subsample(examples: ExampleRows, most: int) -> Tensor:
 def history_lines(
     audit: Audit, history: Iterable[Mapping[str, Any]], *, most: int = 200
 ) -> dict[int, list[tuple[int, float, float]]]:
-    """Return ``(step, share, expected share)`` of each class shown, at about ``most`` steps.
-
-    Args:
-        audit: The audit that says which classes are shown.
-        history: Records as in ``metrics.jsonl``; those of other kinds are passed over.
-        most: Steps at most.
-
-    Returns:
-        Points by label, in the order of the steps; a value that is missing is NaN.
-    """
-    labels = {audit.classes[c]: c for c in largest(audit, _MOST)}
+    """Return ``(step, share, expected share)`` of each class shown at about ``most`` steps."""
+    labels = {audit.classes[c]: c for c in largest(audit, MOST)}
     points: dict[int, dict[int, tuple[int, float, float]]] = {}
     for record in history:
         label = labels.get(str(record.get("class")))
@@ -286,28 +240,19 @@ def history_lines(
             for key in ("share", "expected_share")
         )
         points.setdefault(label, {})[int(record["step"])] = (int(record["step"]), share, expected)
-    lines = {}
-    for label, by_step in sorted(points.items()):
-        line = [by_step[step] for step in sorted(by_step)]
-        every = -(-len(line) // most)
-        lines[label] = [p for k, p in enumerate(line) if k % every == 0 or k == len(line) - 1]
-    return lines
+    return {
+        label: thinned([by_step[step] for step in sorted(by_step)], most)
+        for label, by_step in sorted(points.items())
+    }
 
 
 def columns_of(audit: Audit) -> tuple[list[int], list[str]]:
-    """Return the columns of an impact matrix to show, and the names of those beyond the classes.
-
-    Args:
-        audit: An audit with an impact.
-
-    Returns:
-        The columns of the classes shown, then all that are no class; the names of the latter.
-    """
+    """Return the columns of an impact matrix to show, and the names of those that are no class."""
     classes, matrix = len(audit.classes), next(iter(audit.impact.values())).matrix
     extra = list(range(classes, matrix.shape[1]))
     rows = audit.step.rows if audit.step is not None else ()
     names = [rows[k] if k < len(rows) else f"part {k + 1}" for k in extra]
-    return largest(audit, _MOST) + extra, names
+    return largest(audit, MOST) + extra, names
 
 
 def _wide(values: Tensor) -> bool:
@@ -334,32 +279,28 @@ def _label_rows(axes: Axes, audit: Audit, shown: list[int]) -> None:
 
 
 def _heat(
-    figure: Figure,
     axes: Axes,
     matrix: Tensor,
-    rows: list[str],
-    columns: list[str],
+    names: tuple[list[str], list[str]],
     *,
     limit: float,
     label: str,
     colors: str = _HARM_ABOVE,
 ) -> None:
-    """Draw a matrix in colours that are even around 0; NaN stays grey."""
+    """Draw a matrix in colours that are even around 0, its rows and columns named; NaN is grey."""
     axes.set_facecolor("#e3e5e8")
-    values = matrix.numpy()
+    (rows, columns), values = names, matrix.numpy()
     image = axes.imshow(values, cmap=colors, vmin=-limit, vmax=limit)
-    axes.set_xticks(
-        range(len(columns)), columns, rotation=90 if len(columns) > 12 else 45, ha="center"
-    )
+    turned = 90 if len(columns) > 12 else 45
+    axes.set_xticks(range(len(columns)), columns, rotation=turned, ha="center")
     axes.set_yticks(range(len(rows)), rows)
     plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    axes.figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     if len(rows) <= 12:
         for r, c in np.argwhere(np.isfinite(values)):
             color = "white" if abs(values[r, c]) > 0.6 * limit else "black"
-            axes.text(
-                c, r, f"{values[r, c]:.1g}", ha="center", va="center", color=color, fontsize=7
-            )
+            text = f"{values[r, c]:.1g}"
+            axes.text(c, r, text, ha="center", va="center", color=color, fontsize=7)
 
 
 def _names(audit: Audit, labels: list[int]) -> list[str]:
@@ -368,9 +309,7 @@ def _names(audit: Audit, labels: list[int]) -> list[str]:
 
 def _title(audit: Audit, text: str) -> str:
     classes = len(audit.classes)
-    return (
-        text if classes <= _MOST else f"{text}\nthe {_MOST} largest shares of {classes:,} classes"
-    )
+    return text if classes <= MOST else f"{text}\nthe {MOST} largest shares of {classes:,} classes"
 
 
 def _square(count: int) -> tuple[float, float]:
@@ -378,7 +317,8 @@ def _square(count: int) -> tuple[float, float]:
     return size + 1.0, size
 
 
-def _largest(matrix: Tensor) -> float:
+def limit_of(matrix: Tensor) -> float:
+    """Return the largest size of a finite entry, 1 where there is none above 0."""
     finite = matrix[matrix.isfinite()].abs()
     return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
 

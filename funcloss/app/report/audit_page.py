@@ -4,69 +4,34 @@ import base64
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from torch import Tensor
 
 from funcloss._json import jsonable
-from funcloss._names import clean, short
-from funcloss.app.report.audit_figures import columns_of, history_lines, subsample
+from funcloss._names import short
+from funcloss.app.report.audit_figures import columns_of, history_lines, limit_of, subsample
+from funcloss.app.report.pages import (
+    MOST,
+    About,
+    Axis,
+    isolated,
+    length_axis,
+    path,
+    step_axis,
+    templates,
+    zero_axis,
+)
 from funcloss.audit.gram import cosines
 from funcloss.audit.result import QUANTILES, Audit
 from funcloss.audit.words import largest, sentences, spoken_of
 
-_MOST = 24  # classes in a figure
 _LAYERS = 48
 _POINTS = 2000
 _STRIP = 8  # pictures side by side
 _NOTHING = Markup("")
-_OPEN, _CLOSE = "\u2068", "\u2069"  # what isolates a name from the direction of the text around it
-
-
-@dataclass(frozen=True)
-class About:
-    """What was audited, and how it came about."""
-
-    title: str
-    model: str
-    parameters: int
-    loss: str
-    dataset: str
-    note: str  # on the data; empty: none
-    split: str  # of the data: train, validation, test
-    examples: int
-    step: int | None  # of the training; None: not known
-    mode: str  # of the model: "train" or "eval"
-    optimizer: str  # empty: not known
-    scale_invariant: bool  # whether its steps stay when all gradients are scaled, as Adam's do
-    command: str  # that made it
-    versions: dict[str, str]
-    made: str  # ISO time
-
-
-class Axis(NamedTuple):
-    """An axis of a figure, and how a value is placed on it."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-    log: bool = False
-
-    def at(self, value: float | None) -> float:
-        """Return where a value lies, in percent of the axis; what lies outside is at its end."""
-        if value is None or math.isnan(value):
-            return 0.0
-        if self.log:
-            value, low, high = (math.log10(max(v, 1e-300)) for v in (value, self.low, self.high))
-        else:
-            low, high = self.low, self.high
-        return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
 
 
 def render_page(
@@ -89,87 +54,41 @@ def render_page(
     Returns:
         The page. Whatever the names of the classes hold, they come out as text.
     """
-    shown = largest(audit, _MOST)
+    shown = largest(audit, MOST)
     now = audit.balance
-    return _template().render(
-        about=about,
-        before=before,
-        audit=audit,
-        names=[audit.classes[c] for c in shown],
-        name_width=max(len(short(audit.classes[c], 14)) for c in shown) + 2,
-        total=len(audit.classes),
-        notes=audit.notes,
-        lines=sentences(
-            audit,
-            optimizer=about.optimizer,
-            scale_invariant=about.scale_invariant,
-            name=_isolated,
-        ),
-        rows=_class_rows(audit, shown),
-        share_axis=_share_axis(audit, shown),
-        what_if=_what_if(audit, shown) if audit.linear_in_weights else None,
-        gradient_norm=float(now.gradient_norm),
-        conflict=jsonable(now.conflict[shown][:, shown]),
-        impacts=_impacts(audit, shown),
-        norms=_norms(audit, shown),
-        scatter=_scatter(audit, shown),
-        history=_history(audit, history),
-        strips=_strips(audit, shown, pictures or {}),
-        elasticities=_elasticities(audit, shown),
-        step=_step(audit, shown),
-        layers=_layers(audit, shown),
-        checks=[(check, check.holds) for check in audit.checks],
+    return (
+        templates()
+        .get_template("audit.html.j2")
+        .render(
+            about=about,
+            before=before,
+            audit=audit,
+            names=[audit.classes[c] for c in shown],
+            name_width=max(len(short(audit.classes[c], 14)) for c in shown) + 2,
+            total=len(audit.classes),
+            notes=audit.notes,
+            lines=sentences(
+                audit,
+                optimizer=about.optimizer,
+                scale_invariant=about.scale_invariant,
+                name=isolated,
+            ),
+            rows=_class_rows(audit, shown),
+            share_axis=_share_axis(audit, shown),
+            what_if=_what_if(audit, shown) if audit.linear_in_weights else None,
+            gradient_norm=float(now.gradient_norm),
+            conflict=jsonable(now.conflict[shown][:, shown]),
+            impacts=_impacts(audit, shown),
+            norms=_norms(audit, shown),
+            scatter=_scatter(audit, shown),
+            history=_history(audit, history),
+            strips=_strips(audit, shown, pictures or {}),
+            elasticities=_elasticities(audit, shown),
+            step=_step(audit, shown),
+            layers=_layers(audit, shown),
+            checks=[(check, check.holds) for check in audit.checks],
+        )
     )
-
-
-def environment(*folders: Path) -> Environment:
-    """Return what renders the templates of pages: those in the folders, and those of this room.
-
-    Args:
-        folders: Where further templates lie. They may extend ``page.html.j2``, the head and the
-            look of every page, and import the figures of ``macros.html.j2``.
-
-    Returns:
-        The environment: it escapes whatever is not ``Markup``.
-    """
-    made = Environment(
-        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {
-        "bdi": lambda name: Markup("<bdi>{}</bdi>").format(clean(name)),
-        "clean": clean,
-        "marked": _marked,
-        "short": lambda name, most=14: short(name, most),
-        "pct": lambda part: "–" if _missing(part) else f"{round(100 * part, 1) + 0.0:.1f}",
-        "num": lambda value: "–" if _missing(value) else f"{value + 0.0:.3g}",
-        "two": lambda value: "–" if _missing(value) else f"{value + 0.0:.2g}",
-        "tip": lambda value: "not defined" if _missing(value) else f"{value + 0.0:.3g}",
-        "unit": lambda limit: 10.0 ** (math.ceil(math.log10(limit)) - 2),
-        "cell": lambda value, unit: f"{round(value / unit)}",
-    }
-    return made
-
-
-@cache
-def _template() -> Template:
-    return environment().get_template("audit.html.j2")
-
-
-def _isolated(name: str) -> str:
-    return f"{_OPEN}{clean(name)}{_CLOSE}"  # clean leaves no such marks inside
-
-
-def _marked(text: str) -> Markup:
-    """Return a sentence as HTML, its names in elements that keep their direction to themselves."""
-    return Markup(str(escape(text)).replace(_OPEN, "<bdi>").replace(_CLOSE, "</bdi>"))
-
-
-def _missing(value: float | None) -> bool:
-    return value is None or not math.isfinite(value)
 
 
 def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
@@ -195,12 +114,14 @@ def _class_rows(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
 
 def _share_axis(audit: Audit, shown: list[int]) -> Axis:
     now, part = audit.balance, audit.count / audit.count.sum()
-    return zero_axis(torch.cat([v[shown].double() for v in (now.share, now.expected_share, part)]))
+    return zero_axis(
+        v for values in (now.share, now.expected_share, part) for v in values[shown].tolist()
+    )
 
 
 def _what_if(audit: Audit, shown: list[int]) -> dict[str, Any]:
     """Return what the sliders need: the classes shown, and all others as one that stays."""
-    others = [c for c in range(len(audit.classes)) if c not in set(shown)]
+    others = _others(audit, shown)
     weights, count = audit.class_weights.double(), audit.count.double()
     lift = torch.zeros(len(shown) + bool(others), len(audit.classes), dtype=torch.float64)
     lift[torch.arange(len(shown)), shown] = 1.0
@@ -227,9 +148,7 @@ def _impacts(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
     if not audit.impact:
         return []
     columns, extra = columns_of(audit)
-    classes = len(audit.classes)
-    others = [c for c in range(classes) if c not in set(shown)]
-    found = []
+    others, found = _others(audit, shown), []
     for part, impact in audit.impact.items():
         matrix = impact.matrix[shown][:, columns]
         names = [audit.classes[c] for c in shown] + extra
@@ -242,9 +161,9 @@ def _impacts(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
                 "part": part.replace("_", "-"),
                 "columns": names,
                 "matrix": jsonable(matrix),
-                "limit": _limit(matrix),
+                "limit": limit_of(matrix),
                 "changes": jsonable(changes),
-                "axis": zero_axis(changes.flatten()),
+                "axis": zero_axis(changes.flatten().tolist()),
             }
         )
     return found
@@ -252,13 +171,11 @@ def _impacts(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
 
 def _norms(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     quantiles = audit.norm_quantiles[shown]
-    finite = quantiles[quantiles.isfinite()]
-    if not len(finite):
+    finite = quantiles[quantiles.isfinite()].tolist()
+    if not finite:
         return None
-    # A loss with a hinge has gradients of length 0: then no logarithm.
-    axis = log_axis(finite) if float(finite.min()) > 0 else zero_axis(finite)
     return {
-        "axis": axis,
+        "axis": length_axis(finite),
         "heads": [f"{100 * q:g} %" for q in QUANTILES],
         "rows": [
             {"name": audit.classes[c], "at": row, "agreement": jsonable(audit.agreement[c])}
@@ -276,16 +193,16 @@ def _scatter(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     kept = kept[cosine[kept].isfinite()]
     if not len(kept):
         return None
-    norm = examples.norm[kept]
-    lengths = log_axis(norm) if float(norm.min()) > 0 else zero_axis(norm)
+    norm = examples.norm[kept].tolist()
+    lengths = length_axis(norm)
     sideways = Axis(-1.0, 1.0, (-1.0, -0.5, 0.0, 0.5, 1.0))
     paths: dict[int, list[str]] = {}
     focus = {c: k + 1 for k, c in enumerate(spoken_of(audit))}
-    for label, x, y in zip(
-        examples.label[kept].tolist(), cosine[kept].tolist(), norm.tolist(), strict=True
+    for label, *point in zip(
+        examples.label[kept].tolist(), cosine[kept].tolist(), norm, strict=True
     ):
-        point = f"M{10 * sideways.at(x):.0f} {1000 - 10 * lengths.at(y):.0f}h0"
-        paths.setdefault(focus.get(label, 0), []).append(point)
+        dot = path([(point[0], point[1])], sideways, lengths)
+        paths.setdefault(focus.get(label, 0), []).append(dot)
     table = []
     for c in shown:
         own = examples.label == c
@@ -315,20 +232,13 @@ def _history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> dict[str, An
     lines = history_lines(audit, history)
     if not lines:
         return None
-    values = torch.tensor([point for line in lines.values() for point in line])
-    steps, shares = step_axis(values[:, 0]), zero_axis(values[:, 1:].flatten())
+    points = [point for line in lines.values() for point in line]
+    steps = step_axis([float(step) for step, _, _ in points])
+    shares = zero_axis(value for _, *values in points for value in values)
     focus = {c: k + 1 for k, c in enumerate(spoken_of(audit))}
 
-    def path(line: list[tuple[int, float, float]], column: int) -> str:
-        drawn, pen = [], "M"
-        for point in line:
-            if math.isnan(point[column]):
-                pen = "M"  # a gap
-                continue
-            x, y = 10 * steps.at(point[0]), 1000 - 10 * shares.at(point[column])
-            drawn.append(f"{pen}{x:.0f} {y:.0f}" + ("h0" if pen == "M" else ""))
-            pen = "L"
-        return "".join(drawn)
+    def drawn(line: list[tuple[int, float, float]], column: int) -> str:
+        return path(((point[0], point[column]) for point in line), steps, shares)
 
     all_steps = sorted({point[0] for line in lines.values() for point in line})
     every = -(-len(all_steps) // 20)
@@ -338,7 +248,7 @@ def _history(audit: Audit, history: Sequence[Mapping[str, Any]]) -> dict[str, An
         "x": steps,
         "y": shares,
         "lines": [
-            (focus.get(c, 0), path(line, 1), path(line, 2))
+            (focus.get(c, 0), drawn(line, 1), drawn(line, 2))
             for c, line in sorted(lines.items(), key=lambda item: item[0] in focus)
         ],
         "focus": [(k, audit.classes[c]) for c, k in focus.items() if c in lines],
@@ -383,13 +293,13 @@ def _elasticities(audit: Audit, shown: list[int]) -> list[dict[str, Any]]:
     for option, values in audit.elasticities.items():
         if values.shape == (classes, classes):
             part = values[shown][:, shown]
-            found.append({"name": option, "matrix": jsonable(part), "limit": _limit(part)})
+            found.append({"name": option, "matrix": jsonable(part), "limit": limit_of(part)})
             continue
         flat = values.flatten()
         if values.shape == (classes,):
             rows = [(audit.classes[c], jsonable(flat[c])) for c in shown]
         else:
-            first = sorted(flat.abs().nan_to_num(-1.0).argsort(descending=True)[:_MOST].tolist())
+            first = sorted(flat.abs().nan_to_num(-1.0).argsort(descending=True)[:MOST].tolist())
             index = [torch.unravel_index(torch.tensor(k), values.shape) for k in first]
             entries = [", ".join(str(int(i)) for i in at) or option for at in index]
             rows = [(name, jsonable(flat[k])) for name, k in zip(entries, first, strict=True)]
@@ -403,7 +313,7 @@ def _step(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     step, classes = audit.step, len(audit.classes)
     kept = shown + list(range(classes, len(step.rows)))
     rows = [(step.rows[r], jsonable(step.share[r]), jsonable(step.norm[r])) for r in kept]
-    others = [c for c in range(classes) if c not in set(shown)]
+    others = _others(audit, shown)
     if others:
         length = step.gram[others][:, others].sum().clamp(min=0.0).sqrt()
         rows.append(("other classes", jsonable(step.share[others].sum()), jsonable(length)))
@@ -435,55 +345,10 @@ def _layers(audit: Audit, shown: list[int]) -> dict[str, Any] | None:
     return {
         "rows": rows,
         "matrix": jsonable(part),
-        "limit": _limit(part),
+        "limit": limit_of(part),
         "total": len(audit.layers),
     }
 
 
-def _limit(values: Tensor) -> float:
-    finite = values[values.isfinite()].abs()
-    return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
-
-
-def step_axis(steps: Tensor) -> Axis:
-    """Return an axis from the first step to the last, with round ticks."""
-    low, high = float(steps.min()), float(steps.max())
-    high = high if high > low else low + 1.0
-    return Axis(low, high, tuple(t for t in zero_axis(steps).ticks if low <= t <= high))
-
-
-def zero_axis(values: Tensor) -> Axis:
-    """Return an axis with about five round ticks, from and to a tick, and 0 on it."""
-    finite = values[values.isfinite()].double()
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    return round_axis(min(low, 0.0), max(high, 0.0))
-
-
-def round_axis(low: float, high: float) -> Axis:
-    """Return an axis that holds ``low`` and ``high``, with about five round ticks, two its ends."""
-    ticks = _round_ticks(low, high)
-    return Axis(ticks[0], ticks[-1], ticks)
-
-
-def _round_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Return two to seven round numbers, from ``low`` or below to ``high`` or above."""
-    if high <= low:
-        high = low + max(abs(low), 1.0)
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    pitch = next(power * m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= 5)
-    first, last = math.floor(low / pitch + 1e-9), math.ceil(high / pitch - 1e-9)
-    return tuple(float(f"{k * pitch:.12g}") for k in range(first, last + 1))
-
-
-def log_axis(values: Tensor) -> Axis:
-    """Return a logarithmic axis from the least value to the largest; all must be above 0."""
-    low, high = float(values.min()), float(values.max())
-    if high < 4 * low:  # too short for two of 1, 2, 5: even steps, which do not reach 0
-        ticks = tuple(t for t in _round_ticks(low, high) if t > low / 2)
-        return Axis(min(low, ticks[0]), max(high, ticks[-1]), ticks, log=True)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    multiples = (1, 2, 5) if len(decades) <= 4 else (1,)
-    every = -(-len(decades) // 6)
-    marks = [m * 10.0**d for d in decades[::every] for m in multiples]
-    ticks = tuple(float(f"{t:.6g}") for t in marks if low <= t <= high)
-    return Axis(low, high, ticks, log=True)
+def _others(audit: Audit, shown: list[int]) -> list[int]:
+    return [c for c in range(len(audit.classes)) if c not in set(shown)]

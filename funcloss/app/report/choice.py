@@ -1,16 +1,8 @@
-"""What a sweep or a training under floors came to: the numbers behind its report."""
+"""The result of a sweep or of a training under floors: the numbers behind its report."""
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class Score(NamedTuple):
-    """A number with an interval around it; NaN bounds where none is known."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+from funcloss.decisions import Interval
 
 
 @dataclass(frozen=True)
@@ -19,11 +11,11 @@ class Point:
 
     name: str  # "class_weight 9=5"
     values: dict[str, float]  # by axis: {"class_weight 9": 5.0}
-    accuracy: Score
-    expected_cost: Score  # an example, of the decisions by argmax
-    rule_cost: Score  # of the decisions of minimum expected cost
-    recall: tuple[Score, ...]  # of each class in focus
-    plain: bool  # every cost at 1, every option at its default: the baseline
+    accuracy: Interval
+    expected_cost: Interval  # per example, of the decisions by argmax
+    rule_cost: Interval  # of the decisions of minimum expected cost
+    recall: tuple[Interval, ...]  # of each class in focus
+    plain: bool  # every weight at 1, every option at its default: the baseline
     chosen: bool
     feasible: bool | None  # whether every limit holds; None: there is no limit
     seeds: int
@@ -35,11 +27,11 @@ class Row:
     """A model under a decision rule on the test set, which is read once, at the end."""
 
     name: str  # "plain, minimum expected cost"
-    accuracy: Score
-    expected_cost: Score
-    normalised_cost: Score  # part of what the best constant decision costs
-    recall: tuple[Score, ...]  # of each class in focus
-    difference: Score | None  # expected cost less that of plain, paired by example; None: plain
+    accuracy: Interval
+    expected_cost: Interval
+    normalised_cost: Interval  # as a multiple of the best constant decision's
+    recall: tuple[Interval, ...]  # of each class in focus
+    difference: Interval | None  # expected cost minus that of plain, paired by example; None: plain
 
 
 @dataclass(frozen=True)

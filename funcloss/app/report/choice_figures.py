@@ -1,9 +1,7 @@
 """The picture of a choice, drawn without a screen, in colours that the colour-blind can tell."""
 
-import math
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,15 +10,17 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from funcloss._names import short
-from funcloss.app.report.choice import Choice, Point, Score
+from funcloss.app.report.choice import Choice, Point
+from funcloss.app.report.pages import bare, known, ranged
+from funcloss.decisions import Interval
 
 _CHEAP, _GREY, _DEAR = "#0072b2", "#8a8f98", "#d55e00"  # Okabe and Ito
 _COLOURS = LinearSegmentedColormap.from_list("cost", (_CHEAP, _GREY, _DEAR))
 _POINTS = 400
-ISOLATED = re.compile("\u2068([^\u2068\u2069]*)\u2069")  # a name, kept from the text around it
 
 
-class Scale(NamedTuple):
+@dataclass(frozen=True)
+class Scale:
     """Expected costs as colours, around the cost of plain where there is one."""
 
     low: float
@@ -69,19 +69,9 @@ def frontier(choice: Choice) -> Figure:
     return figure
 
 
-def known(value: float | None) -> bool:
-    """Return whether a value is there and finite."""
-    return value is not None and math.isfinite(value)
-
-
-def ranged(score: Score) -> bool:
-    """Return whether both ends of the interval around a score are known."""
-    return known(score.low) and known(score.high)
-
-
-def bare(text: str) -> str:
-    """Return a text without the marks that isolate names in it."""
-    return ISOLATED.sub(r"\1", text)
+def percent(score: Interval) -> Interval:
+    """Return a score in percent."""
+    return Interval(*(100 * v for v in score))
 
 
 def kept(points: Sequence[Point]) -> list[Point]:
@@ -149,7 +139,7 @@ def _draw_line(axes: Axes, points: Sequence[Point]) -> None:
 
 def _draw_crosses(axes: Axes, points: Sequence[Point]) -> None:
     for p in points:
-        x, y = (Score(*(100 * v for v in score)) for score in (p.accuracy, p.recall[0]))
+        x, y = map(percent, (p.accuracy, p.recall[0]))
         thin = {"color": _GREY, "linewidth": 0.8, "alpha": 0.8, "zorder": 1}
         if ranged(x):
             axes.plot((x.low, x.high), (y.value, y.value), **thin)
@@ -164,7 +154,7 @@ def _draw_marks(figure: Figure, axes: Axes, points: Sequence[Point], scale: Scal
         reach = 1e-9 * max(abs(scale.low), abs(scale.high))  # the ends must differ from the middle
         low, high = min(scale.low, scale.middle - reach), max(scale.high, scale.middle + reach)
         norm = TwoSlopeNorm(scale.middle, low, high)
-        figure.colorbar(ScalarMappable(norm, _COLOURS), ax=axes, label="expected cost an example")
+        figure.colorbar(ScalarMappable(norm, _COLOURS), ax=axes, label="expected cost per example")
     for p in points:
         cost = p.expected_cost.value
         colour = _GREY if norm is None or not known(cost) else _COLOURS(float(norm(cost)))

@@ -2,42 +2,42 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
-import torch
-from jinja2 import Environment
 from markupsafe import Markup
 
 from funcloss._names import clean
-from funcloss.app.report.audit_page import (
-    About,
-    Axis,
-    environment,
-    log_axis,
-    render_page,
-    round_axis,
-    step_axis,
-    zero_axis,
-)
-from funcloss.app.report.choice import Ascent, Choice, Point, Score
+from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.choice import Ascent, Choice, Point
 from funcloss.app.report.choice_figures import (
-    ISOLATED,
     Scale,
-    bare,
     bounds_of,
     in_order,
     kept,
-    known,
     label_of,
+    percent,
     placed,
-    ranged,
     scale_of,
     title_of,
 )
+from funcloss.app.report.pages import (
+    MOST,
+    About,
+    Axis,
+    bare,
+    known,
+    log_axis,
+    path,
+    ranged,
+    round_axis,
+    step_axis,
+    templates,
+    thinned,
+    zero_axis,
+)
 from funcloss.audit.result import Audit
+from funcloss.decisions import Interval
 
-_MOST = 24  # rows in a figure
 _STEPS = 200  # of an ascent in its figure, a tenth of that in its table
 _COLOURS = 4
 
@@ -65,9 +65,8 @@ def render_choice_page(
     before = _render(choice, "" if choice.title == about.title else choice.title)
     if audit is not None:
         return render_page(audit, about, history=history, pictures=pictures, before=before)
-    return (
-        _templates().get_template("alone.html.j2").render(about=about, before=before, name_width=10)
-    )
+    alone = templates().get_template("alone.html.j2")
+    return alone.render(about=about, before=before, name_width=10)
 
 
 def render_choice(choice: Choice) -> Markup:
@@ -84,50 +83,21 @@ def render_choice(choice: Choice) -> Markup:
 
 
 def _render(choice: Choice, title: str) -> Markup:
-    html = (
-        _templates()
-        .get_template("choice.html.j2")
-        .render(
-            title=title,
-            choice=choice,
-            points=kept(choice.points),
-            lost=sum(0 < p.seeds <= p.diverged for p in choice.points),
-            frontier=_frontier(choice),
-            expected=_expected(choice),
-            ascent=_ascent(choice),
-            differences=_differences(choice),
-            slopes=_slopes(choice.gradient),
-        )
-    )
+    html = templates().get_template("choice.html.j2").render(
+        title=title,
+        choice=choice,
+        points=kept(choice.points),
+        lost=sum(0 < p.seeds <= p.diverged for p in choice.points),
+        frontier=_frontier(choice),
+        expected=_expected(choice),
+        ascent=_ascent(choice),
+        differences=_differences(choice),
+        slopes=_slopes(choice.gradient),
+    )  # fmt: skip
     return Markup(html)  # of a template that escapes
 
 
-@cache
-def _templates() -> Environment:
-    made = environment()
-    made.filters |= {
-        "said": _said,
-        "bare": bare,
-        "percent": lambda part: f"{100 * part + 0.0:.2f}" if known(part) else "–",
-        "four": lambda value: f"{value + 0.0:.4g}" if known(value) else "–",
-    }
-    made.tests |= {
-        "known": known,
-        "ranged": ranged,
-    }
-    return made
-
-
-def _said(text: str) -> Markup:
-    """Return a text as HTML; names between isolates keep their direction to themselves."""
-    found = ISOLATED.split(text)  # every other one a name
-    return Markup("").join(
-        Markup("<bdi>{}</bdi>" if k % 2 else "{}").format(clean(part))
-        for k, part in enumerate(found)
-    )
-
-
-def _axis(scores: Iterable[Score], *, also: Sequence[float] = (), least: float) -> Axis:
+def _axis(scores: Iterable[Interval], *, also: Sequence[float] = (), least: float) -> Axis:
     """Return an axis of scores; intervals as wide as many a spread between them are cut short."""
     scores = [s for s in scores if known(s.value)]
     values = [*(s.value for s in scores), *also]
@@ -139,15 +109,11 @@ def _axis(scores: Iterable[Score], *, also: Sequence[float] = (), least: float) 
     return round_axis(low - edge, high + edge)
 
 
-def _percent_axis(scores: Iterable[Score], bounds: Iterable[tuple[float, str]]) -> Axis:
+def _percent_axis(scores: Iterable[Interval], bounds: Iterable[tuple[float, str]]) -> Axis:
     """Return an axis of parts in percent, which ends at 0 and 100."""
-    axis = _axis(map(_scaled, scores), also=[100 * b for b, _ in bounds], least=0.2)
+    axis = _axis(map(percent, scores), also=[100 * b for b, _ in bounds], least=0.2)
     ticks = tuple(t for t in axis.ticks if 0 <= t <= 100)
     return Axis(max(axis.low, 0.0), min(axis.high, 100.0), ticks)
-
-
-def _scaled(score: Score) -> Score:
-    return Score(*(100 * v for v in score))
 
 
 def _frontier(choice: Choice) -> dict[str, Any] | None:
@@ -240,9 +206,9 @@ def _cross(point: Point, x: Axis, y: Axis) -> list[tuple[float, ...]]:
     return lines
 
 
-def _cut(score: Score, axis: Axis) -> bool:
+def _cut(score: Interval, axis: Axis) -> bool:
     # At 0 and 100 % there is nothing beyond the frame.
-    _, low, high = _scaled(score)
+    _, low, high = percent(score)
     return ranged(score) and (low < axis.low > 0 or high > axis.high < 100)
 
 
@@ -252,7 +218,7 @@ def _expected(choice: Choice) -> dict[str, Any] | None:
     if len(costed) < 2:
         return None
     ranked = sorted(costed, key=lambda p: (not (p.plain or p.chosen), p.expected_cost.value))
-    first = {id(p) for p in ranked[:_MOST]}
+    first = {id(p) for p in ranked[:MOST]}
     shown = [p for p in costed if id(p) in first]
     if len(choice.axes) == 1:
         shown.sort(key=lambda p: p.values.get(choice.axes[0], -math.inf))
@@ -282,36 +248,33 @@ def _ascent(choice: Choice) -> dict[str, Any] | None:
     """Return how weights and limits moved; None for less than two measurements."""
     if len(choice.ascent) < 2:
         return None
-    rows = _thinned(choice.ascent, _STEPS)
+    rows = thinned(choice.ascent, _STEPS)
     names = list(dict.fromkeys(name for row in choice.ascent for name in row.weights))
-    x = step_axis(torch.tensor([float(row.step) for row in rows]))
+    x = step_axis([float(row.step) for row in rows])
     return {
         "x": x,
-        "names": names[:_MOST],
+        "names": names[:MOST],
         "moved": len(names),
-        "table": _thinned(rows, _STEPS // 10),
+        "table": thinned(rows, _STEPS // 10),
         "weights": _weight_lines(rows, names, x),
         "reached": _reached(choice, rows, x),
     }
-
-
-def _thinned(rows: Sequence[Ascent], most: int) -> list[Ascent]:
-    every = -(-len(rows) // most)
-    return [row for k, row in enumerate(rows) if k % every == 0 or k == len(rows) - 1]
 
 
 def _weight_lines(rows: Sequence[Ascent], names: list[str], x: Axis) -> dict[str, Any] | None:
     if not names:
         return None
     lines = {name: [row.weights.get(name, 1.0) for row in rows] for name in names}
-    values = torch.tensor(list(lines.values()), dtype=torch.float64).flatten()
-    positive = values[values.isfinite() & (values > 0)]
-    y = log_axis(positive) if len(positive) else zero_axis(values)
+    values = [value for line in lines.values() for value in line]
+    positive = [value for value in values if known(value) and value > 0]
+    y = log_axis(positive) if positive else zero_axis(values)
     steps = [row.step for row in rows]
     lasting = sorted(names, key=lambda name: -abs(math.log(max(lines[name][-1], 1e-300))))
     keys = {name: k + 1 for k, name in enumerate(lasting[:_COLOURS])}
-    shown = lasting[:_MOST]
-    drawn = [(keys.get(name, 0), _path(steps, lines[name], x, y)) for name in shown]
+    shown = lasting[:MOST]
+    drawn = [
+        (keys.get(name, 0), path(zip(steps, lines[name], strict=True), x, y)) for name in shown
+    ]
     return {
         "y": y,
         "lines": sorted(drawn, key=lambda line: line[0] > 0),
@@ -326,24 +289,11 @@ def _reached(choice: Choice, rows: Sequence[Ascent], x: Axis) -> list[dict[str, 
     for k, limit in enumerate(choice.limits):
         values = [row.reached[k] for row in rows]
         if any(map(known, values)):
-            y = _axis(map(Score, values), also=[limit.bound], least=2e-3)
-            path = _path([row.step for row in rows], values, x, y)
+            y = _axis(map(Interval, values), also=[limit.bound], least=2e-3)
+            line = path(zip((row.step for row in rows), values, strict=True), x, y)
             bound = 1000 - 10 * y.at(limit.bound)
-            found.append({"text": limit.text, "y": y, "path": path, "bound": bound})
+            found.append({"text": limit.text, "y": y, "path": line, "bound": bound})
     return found[:_COLOURS]
-
-
-def _path(steps: Sequence[int], values: Sequence[float], x: Axis, y: Axis) -> str:
-    """Return a line on a canvas of 1000 by 1000, with a gap where a value is not known."""
-    drawn, pen = [], "M"
-    for step, value in zip(steps, values, strict=True):
-        if not known(value):
-            pen = "M"
-            continue
-        at = f"{10 * x.at(step):.0f} {1000 - 10 * y.at(value):.0f}"
-        drawn.append(f"{pen}{at}" + ("h0" if pen == "M" else ""))
-        pen = "L"
-    return "".join(drawn)
 
 
 def _differences(choice: Choice) -> dict[str, Any] | None:
@@ -353,7 +303,7 @@ def _differences(choice: Choice) -> dict[str, Any] | None:
     ends = [v for r in rows if r.difference for v in r.difference if known(v)]
     return {
         "rows": rows,
-        "axis": zero_axis(torch.tensor(ends, dtype=torch.float64)),
+        "axis": zero_axis(ends),
         "width": _width(r.name for r in rows),
     }
 
@@ -364,10 +314,10 @@ def _slopes(gradient: Mapping[str, float]) -> dict[str, Any] | None:
     if not slopes:
         return None
     ranked = sorted(slopes, key=lambda name: -abs(slopes[name]))
-    first = set(ranked[:_MOST])
+    first = set(ranked[:MOST])
     return {
         "rows": [(name, value) for name, value in slopes.items() if name in first],
-        "axis": zero_axis(torch.tensor(list(slopes.values()), dtype=torch.float64)),
+        "axis": zero_axis(slopes.values()),
         "largest": (ranked[0], slopes[ranked[0]]) if slopes[ranked[0]] else None,
         "width": _width(first),
     }

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from funcloss.app.report.choice import Point, Score
+from funcloss.app.report.choice import Point
 from funcloss.app.sweep.axes import Axis
 from funcloss.constraints.limits import Limit, held, violations
-from funcloss.decisions import seed_interval
+from funcloss.decisions import Interval, seed_interval
 
 Record = dict[str, Any]  # a member at the end of a seed's training: a line of members.jsonl
 _FADED = 0.001  # training error below which class weights have nothing left to weigh
@@ -116,7 +116,7 @@ def means(rows: Sequence[Sequence[float | None]]) -> list[float]:
     return [sum(_number(v) for v in column) / len(rows) for column in columns]
 
 
-def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
+def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Interval | None:
     """Return the training error where class weights are swept and nothing is left to weigh.
 
     Once no training example is wrong, class weights hardly move the boundary any more.
@@ -137,7 +137,7 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Score | None:
     if not errors or not any(axis.option == "class_weight" for axis in axes):
         return None
     mean = sum(errors) / len(errors)
-    return Score(mean, min(errors), max(errors)) if mean < _FADED else None
+    return Interval(mean, min(errors), max(errors)) if mean < _FADED else None
 
 
 def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> Point:
@@ -146,10 +146,10 @@ def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> 
     return Point(
         name=own[0]["name"],
         values=own[0]["values"],
-        accuracy=_score([r["accuracy"] for r in sound]),
-        expected_cost=_score([r["expected_cost"] for r in sound]),
-        rule_cost=_score([_number(r["rule_cost"]) for r in sound]),
-        recall=tuple(_score([_number(r["recall"][name]) for r in sound]) for name in focus),
+        accuracy=seed_interval([r["accuracy"] for r in sound]),
+        expected_cost=seed_interval([r["expected_cost"] for r in sound]),
+        rule_cost=seed_interval([_number(r["rule_cost"]) for r in sound]),
+        recall=tuple(seed_interval([_number(r["recall"][name]) for r in sound]) for name in focus),
         plain=own[0]["plain"],
         chosen=False,
         feasible=(bool(sound) and held(limits, values)) if limits else None,
@@ -160,10 +160,6 @@ def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> 
 
 def _tilt(weight: float) -> float:
     return abs(math.log(weight)) if weight > 0 else math.inf
-
-
-def _score(values: list[float]) -> Score:
-    return Score(*seed_interval(values))
 
 
 def _number(value: float | None) -> float:
