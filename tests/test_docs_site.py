@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import funcloss
 from funcloss import losses
+from funcloss.app.registry import ROWS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -130,6 +131,8 @@ def test_the_commands_speak_for_themselves(site):
         assert f"Usage: funcloss {command} " in said
     for option in ("--class-weight", "--floor", "--amp", "--checkpoint", "--cost-matrix"):
         assert option in said
+    for row in (row for option, rows in ROWS.items() if option != "loss" for row in rows.values()):
+        assert row.address in said  # in the tables of names
 
 
 @pytest.mark.slow

@@ -107,6 +107,60 @@ def assert_same(run, other, names=None):
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+# --- tensors ---
+
+SCALED = """
+    class Scaled(Net):
+        def __init__(self, shape=(3,), classes=2, scale=4.0):
+            super().__init__(shape, classes)
+            self.register_buffer("scale", torch.tensor(scale), persistent=False)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            if self.training:
+                self.steps += 1
+            return super().forward(self.scale * x)
+
+    def ten(shape, classes):
+        return Scaled(shape, classes, scale=10.0)
+"""
+
+
+def test_a_buffer_that_no_state_dict_keeps_goes_wherever_the_model_does(
+    own, fit, run_cli, tmp_path
+):
+    """It is kept beside the others: what is read is the tensor that was trained with."""
+    module = own(SCALED)
+    name, other = f"{module}:Scaled", f"{module}:ten"
+    features, labels = rows()
+    lines = [
+        "a,b,c,y",
+        *(",".join(map(str, [*x, y])) for x, y in zip(features, labels, strict=True)),
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    of_rows = ("--dataset", tmp_path / "rows.csv", "--target", "y")
+    run, (code, _, err) = fit("--model", name, *of_rows)
+    assert code == 0, err
+    kept = tensors(run)
+    assert float(kept["scale"]) == 4.0
+    assert int(kept["steps"]) == 8  # 32 examples by 4
+    loaded = runs.load(run, allow_import=True)
+    assert float(loaded.model.scale) == 4.0
+    for args in (
+        ("evaluate", run, "--allow-import"),
+        ("predict", run, tmp_path / "rows.csv", "--allow-import"),
+        ("audit", run, "--allow-import", "--out", tmp_path / "audit"),
+    ):
+        code, _, err = run_cli(*args)
+        assert code == 0, err
+    again, (code, _, err) = fit("--model", other, *of_rows, "--init", run / "model.safetensors")
+    assert code == 0, err
+    assert float(tensors(again)["scale"]) == 4.0  # of the file, not of the factory
+    floored, (code, _, err) = fit("--model", name, *of_rows, "--floor", "0=0.1", "--floor-every", 2)
+    assert code == 0, err
+    assert float(tensors(floored)["scale"]) == 4.0
+
+
 # --- factories ---
 
 GOOD = [
