@@ -477,7 +477,7 @@ def test_a_model_resumes_to_the_same_bits(kind, own, table, tmp_path):
 
 
 INPUTS = """
-from funcloss import data
+from funcloss.app import data
 from torch.utils.data import Dataset
 import numpy as np
 

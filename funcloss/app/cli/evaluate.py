@@ -8,7 +8,6 @@ import typer
 from funcloss.app.cli.parsing import pairs
 from funcloss.app.cli.table import AllowImport
 from funcloss.app.config import DATASETS, did_you_mean, make_config, names_own
-from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.errors import ConfigError
 
 _SPLITS = ("test", "validation", "train")
@@ -64,6 +63,8 @@ def evaluate(
         raise ConfigError(f"dataset must be one of {there}, or a path; got {dataset!r}{guess}")
     judge_by: dict[str, Any] = {}
     if cost_matrix is not None:
+        from funcloss.decisions import read_cost_matrix  # loads torch
+
         judge_by["cost_matrix"] = read_cost_matrix(cost_matrix)
     for name, texts in (("class_cost", class_cost), ("prior", prior)):
         if texts:

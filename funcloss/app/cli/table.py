@@ -9,7 +9,6 @@ import typer
 
 from funcloss.app.cli.parsing import as_number, pairs
 from funcloss.app.config import Field, fields, read_recipe, read_toml, recipe_names
-from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.errors import ConfigError
 
 AllowImport = Annotated[
@@ -36,6 +35,8 @@ def _texts(name: str, values: list[str]) -> list[str]:
 
 
 def _table(name: str, path: Path) -> dict[str, dict[str, float]]:
+    from funcloss.decisions import read_cost_matrix  # loads torch
+
     return read_cost_matrix(path)
 
 
