@@ -784,7 +784,7 @@ class Reads(TorchDispatchMode):
 
     def __init__(self, examples):
         super().__init__()
-        self.places = {t.untyped_storage().data_ptr(): n for n, t in examples._asdict().items()}
+        self.places = {t.untyped_storage().data_ptr(): n for n, t in vars(examples).items()}
         self.log = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import gzip
 import hashlib
+import io
 import shutil
 import socket
 import sys
@@ -633,6 +634,12 @@ def test_items_that_are_no_image_with_a_class_are_refused(pets, tmp_path):
     pets(__getitem__=lambda self, i: (Image.new("L", (5, 6)), torch.zeros(40)))
     with pytest.raises(ConfigError, match="number of its class, got Image and Tensor"):
         load("torchvision:CIFAR100", tmp_path)
+    content = io.BytesIO()
+    Image.new("RGB", (50, 60)).save(content, "png")
+    (tmp_path / "torn.png").write_bytes(content.getvalue()[:-40])  # found when it is decoded
+    pets(__getitem__=lambda self, i: (Image.open(tmp_path / "torn.png"), i % 3))
+    with pytest.raises(DataError, match="cannot read image 0: .*truncated"):
+        load("torchvision:CIFAR100", tmp_path, workers=0)
     pets(classes=KINDS[:2])
     with pytest.raises(DataError, match=r"labels must be in 0\.\.1, got 0\.\.2"):
         load("torchvision:CIFAR100", tmp_path)

@@ -109,8 +109,9 @@ class Pictures(Dataset[Any]):
             with open_image(self.items[i]) as picture:
                 yield picture, self.items[i], int(self.targets[i])
         else:
-            picture, label = self.item(i)
-            yield picture, f"image {i}", int(label)
+            (picture, label), name = self.item(i), f"image {i}"
+            with picture, reading(name, kind="an image", broken=(SyntaxError, ValueError)):
+                yield picture, name, int(label)
 
     def item(self, i: int) -> tuple[Any, Any]:
         """Return one item of a data set."""

@@ -312,6 +312,8 @@ def _pictures(address: str, data: Any) -> Pictures:
             f"{address}: an item must be an image and the number of its class, got "
             f"{type(picture).__name__} and {type(label).__name__}"
         )
+    with picture:  # closes its file, if there is one
+        pass
     for name in ("targets", "labels", "_labels"):  # else all items are read for them
         labels = np.asarray(getattr(data, name, ()))
         if labels.shape == (len(data),) and labels.dtype.kind in "iu" and labels[0] == label:
