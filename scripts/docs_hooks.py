@@ -1,4 +1,4 @@
-"""What the site holds beside ``docs/``: the notebooks, and what the commands say of themselves.
+"""What the site holds beside ``docs/``: notebooks, what commands say of themselves, names.
 
 mkdocs calls these functions by name; ``mkdocs.yml`` names this file.
 """
@@ -16,10 +16,14 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from names_table import losses_of, names_table  # noqa: E402 - beside this file
+
 NOTEBOOKS = "notebooks"
 # On disk the notebooks lie beside docs/, in the site beneath its root: one level less of "../".
 TO_NOTEBOOKS = re.compile(r"\]\(\.\./((?:\.\./)*notebooks/)")
-HELP = re.compile(r"^<!-- help: (.+) -->$", re.M)
+MADE = re.compile(r"^<!-- (help|names|losses): (.+) -->$", re.M)
 LINK = re.compile(r'(href|src)="(?!\w+:|#)([^"#]+)(#[^"]*)?"')
 HERE = re.compile(r'href="#([^"]+)"')
 # What the notebooks' template would fetch from other hosts; formulas are text here.
@@ -40,8 +44,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links at the notebooks of the site, and put the help of the commands in its place."""
-    return HELP.sub(lambda found: help_block(found[1]), TO_NOTEBOOKS.sub(r"](\1", markdown))
+    """Point links at the notebooks of the site, and put what is made in its place.
+
+    ``help``: of a command; ``names``: the table of an option's names; ``losses``: the reference of
+    a file of ``funcloss/losses``.
+    """
+    make = {"help": help_block, "names": names_table, "losses": reference_of}
+    return MADE.sub(lambda found: make[found[1]](found[2]), TO_NOTEBOOKS.sub(r"](\1", markdown))
+
+
+def reference_of(family: str) -> str:
+    """Return the directives that show the losses of a family."""
+    shown = "::: funcloss.losses.{}\n    options: {{heading_level: 3}}"
+    return "\n\n".join(shown.format(name) for name in losses_of(family))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

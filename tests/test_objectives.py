@@ -1,5 +1,7 @@
 """Objectives made of objectives: by hand, by finite differences, and inside the training step."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -380,6 +382,14 @@ def test_what_does_not_count_does_not_count(name):
     ours = objective(params, {}, MASKED, KEYS, HYPER)[0], slope(objective, params, {}, MASKED)
     theirs = objective(params, {}, few, KEYS[KEPT], HYPER)[0]
     assert_close(ours, (theirs, slope(objective, params, {}, few, KEYS[KEPT])))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_an_objective_is_the_same_after_a_pickle(name):
+    objective, state = MAKE[name](DROPPING.train()), start(name, DROPPING, optim.sgd())
+    again = pickle.loads(pickle.dumps(objective))
+    given = (state.params, state.buffers, BATCH, KEYS, HYPER)
+    assert_close(again(*given), objective(*given), rtol=0, atol=0)
 
 
 def test_costs_reach_the_loss_through_every_objective():

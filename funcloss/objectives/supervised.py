@@ -81,22 +81,29 @@ def make_forward(model: nn.Module) -> Forward:
         module writes to its own, in place or by assignment, is in them.
     """
     skeleton = copy.deepcopy(model).to("meta")
-    aliases = aliases_of(model)
-    written = {name for name, _ in model.named_buffers()}
+    return _ForwardOf(skeleton, aliases_of(model), {name for name, _ in model.named_buffers()})
 
-    def forward(params: Params, buffers: Buffers, inputs: Inputs) -> tuple[Tensor, Buffers]:
+
+@dataclass(frozen=True, eq=False)
+class _ForwardOf:
+    """What :func:`make_forward` returns."""
+
+    skeleton: nn.Module
+    aliases: dict[str, str]
+    written: set[str]  # names of the tensors that the module may write to
+
+    def __call__(self, params: Params, buffers: Buffers, inputs: Inputs) -> tuple[Tensor, Buffers]:
+        """Return ``(predictions, buffers)``."""
         # What the module may write to is cloned; frozen parameters are not.
-        fresh = {name: b.clone() if name in written else b for name, b in buffers.items()}
+        fresh = {name: b.clone() if name in self.written else b for name, b in buffers.items()}
         tensors = {**params, **fresh}
-        for alias, name in aliases.items():
+        for alias, name in self.aliases.items():
             tensors[alias] = tensors[name]
         # tie_weights=False: the aliases are above, and torch would write to a copy of the dict.
         named = inputs if isinstance(inputs, dict) else {}
         listed = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
-        predictions = functional_call(skeleton, tensors, listed, named, tie_weights=False)
+        predictions = functional_call(self.skeleton, tensors, listed, named, tie_weights=False)
         return predictions, {name: tensors[name] for name in buffers}
-
-    return forward
 
 
 def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False) -> Objective:
@@ -121,21 +128,29 @@ def supervised(model: nn.Module, criterion: Criterion, *, bfloat16: bool = False
         >>> loss
         tensor(1.0986)
     """
-    forward = make_forward(model)
+    return _Supervised(make_forward(model), criterion, bfloat16)
 
-    def objective(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+
+@dataclass(frozen=True, eq=False)
+class _Supervised:
+    """What :func:`supervised` returns."""
+
+    forward: Forward
+    criterion: Criterion
+    bfloat16: bool
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
+        """Return ``(loss, (buffers, metrics))``."""
         with keyed_randomness(keys):
-            if bfloat16:
+            if self.bfloat16:
                 with torch.autocast(batch.inputs.device.type, torch.bfloat16):
-                    predictions, buffers = forward(params, buffers, batch.inputs)
+                    predictions, buffers = self.forward(params, buffers, batch.inputs)
                 predictions = predictions.float()
             else:
-                predictions, buffers = forward(params, buffers, batch.inputs)
-        return criterion(predictions, batch, hyper), (buffers, {})
-
-    return objective
+                predictions, buffers = self.forward(params, buffers, batch.inputs)
+        return self.criterion(predictions, batch, hyper), (buffers, {})
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

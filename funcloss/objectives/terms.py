@@ -9,6 +9,7 @@ is a number, a scalar tensor, or the name of the entry of ``hyper`` that brings 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def l1(
     References:
         Tibshirani, "Regression shrinkage and selection via the lasso", 1996.
     """
-    return _penalised(objective, strength, select, "l1", torch.abs)
+    return _Penalised(objective, strength, select, "l1")
 
 
 def l2(
@@ -81,32 +82,54 @@ def l2(
     References:
         Hoerl and Kennard, "Ridge regression", 1970.
     """
-    return _penalised(objective, strength, select, "l2", torch.square)
+    return _Penalised(objective, strength, select, "l2")
 
 
-def _penalised(
-    objective: Objective,
-    strength: Factor,
-    select: Callable[[str], bool],
-    name: str,
-    size: Callable[[Tensor], Tensor],
-) -> Objective:
-    names = factor_names(strength)
+@dataclass(frozen=True, eq=False)
+class _Penalised:
+    """What :func:`l1` and :func:`l2` return."""
 
-    def regularised(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+    objective: Objective
+    strength: Factor
+    select: Callable[[str], bool]
+    name: str
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        chosen = [p for key, p in params.items() if select(key)]
+        """Return ``(loss, (buffers, metrics))``."""
+        chosen = [p for key, p in params.items() if self.select(key)]
         if not chosen:
-            raise ValueError(f"{name}: select chooses none of the parameters {sorted(params)}")
-        loss, (buffers, metrics) = objective(params, buffers, batch, keys, _less(hyper, names))
+            names = sorted(params)
+            raise ValueError(f"{self.name}: select chooses none of the parameters {names}")
+        own = _less(hyper, factor_names(self.strength))
+        loss, (buffers, metrics) = self.objective(params, buffers, batch, keys, own)
+        size = torch.abs if self.name == "l1" else torch.square
         penalty = torch.stack([size(p).sum() for p in chosen]).sum()
-        return loss + taken(strength, hyper, penalty) * penalty, (
-            buffers,
-            {**metrics, name: penalty},
-        )
+        loss = loss + taken(self.strength, hyper, penalty) * penalty
+        return loss, (buffers, {**metrics, self.name: penalty})
 
-    return regularised
+
+@dataclass(frozen=True, eq=False)
+class _Ascent:
+    """Signed gradient ascent of a function of inputs, within a cube around them."""
+
+    epsilon: float | Tensor
+    step_size: float | Tensor
+    steps: int
+    bounds: Bounds | None
+
+    def __call__(
+        self, of_inputs: Callable[[Tensor], Tensor], inputs: Tensor, start: Tensor
+    ) -> Tensor:
+        """Return where it leads from ``start``, as a constant."""
+        inputs = inputs.detach()
+        low, high = inputs - self.epsilon, inputs + self.epsilon
+        at = _bounded(start.detach(), self.bounds)
+        for _ in range(self.steps):
+            at = at + self.step_size * grad(of_inputs)(at).sign()
+            at = _bounded(torch.maximum(torch.minimum(at, high), low), self.bounds)
+        return at.detach()
 
 
 def fgsm(
@@ -137,20 +160,27 @@ def fgsm(
     """
     check_number("fgsm", "epsilon", epsilon, low=0)
     check_number("fgsm", "clean", clean, low=0, high=1)
+    return _Fgsm(objective, _Ascent(epsilon, epsilon, 1, bounds), clean)
 
-    def robust(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+
+@dataclass(frozen=True, eq=False)
+class _Fgsm:
+    """What :func:`fgsm` returns."""
+
+    objective: Objective
+    ascent: _Ascent
+    clean: float
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        def of_inputs(inputs: Tensor) -> Tensor:
-            return objective(_fixed(params), buffers, _with_inputs(batch, inputs), keys, hyper)[0]
-
-        inputs = _ascended(of_inputs, batch.inputs, batch.inputs, epsilon, epsilon, 1, bounds)
-        hard, _ = objective(params, buffers, _with_inputs(batch, inputs), keys, hyper)
-        plain, (buffers, metrics) = objective(params, buffers, batch, keys, hyper)
+        """Return ``(loss, (buffers, metrics))``."""
+        given = (self.objective, params, buffers, batch, keys, hyper)
+        inputs = self.ascent(_of_inputs(*given), batch.inputs, batch.inputs)
+        hard, _ = self.objective(params, buffers, _with_inputs(batch, inputs), keys, hyper)
+        plain, (buffers, metrics) = self.objective(params, buffers, batch, keys, hyper)
         metrics = {**metrics, "clean_loss": plain, "adversarial_loss": hard}
-        return clean * plain + (1 - clean) * hard, (buffers, metrics)
-
-    return robust
+        return self.clean * plain + (1 - self.clean) * hard, (buffers, metrics)
 
 
 def pgd(
@@ -184,19 +214,27 @@ def pgd(
         Madry, Makelov, Schmidt, Tsipras and Vladu, "Towards deep learning models resistant to
         adversarial attacks", 2018.
     """
-    _check_search("pgd", epsilon, step_size, steps)
+    check_number("pgd", "epsilon", epsilon, low=0)
+    check_number("pgd", "step_size", step_size, low=0)
+    check_number("pgd", "steps", steps, low=1)
+    return _Pgd(objective, _Ascent(epsilon, step_size, steps, bounds))
 
-    def robust(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+
+@dataclass(frozen=True, eq=False)
+class _Pgd:
+    """What :func:`pgd` returns."""
+
+    objective: Objective
+    ascent: _Ascent
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        def of_inputs(inputs: Tensor) -> Tensor:
-            return objective(_fixed(params), buffers, _with_inputs(batch, inputs), keys, hyper)[0]
-
-        start = _start(batch.inputs, keys, epsilon)
-        inputs = _ascended(of_inputs, batch.inputs, start, epsilon, step_size, steps, bounds)
-        return objective(params, buffers, _with_inputs(batch, inputs), keys, hyper)
-
-    return robust
+        """Return ``(loss, (buffers, metrics))``."""
+        start = _start(batch.inputs, keys, self.ascent.epsilon)
+        given = (self.objective, params, buffers, batch, keys, hyper)
+        inputs = self.ascent(_of_inputs(*given), batch.inputs, start)
+        return self.objective(params, buffers, _with_inputs(batch, inputs), keys, hyper)
 
 
 def multi_task(objectives: Mapping[str, Objective], factors: Mapping[str, Factor]) -> Objective:
@@ -228,17 +266,24 @@ def multi_task(objectives: Mapping[str, Objective], factors: Mapping[str, Factor
             f"{sorted(objectives)} and factors for {sorted(factors)}"
         )
     _check_names("multi_task", objectives)
-    names = factor_names(*factors.values())
+    return _MultiTask(dict(objectives), dict(factors))
 
-    def of_tasks(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+
+@dataclass(frozen=True, eq=False)
+class _MultiTask:
+    """What :func:`multi_task` returns."""
+
+    objectives: dict[str, Objective]
+    factors: dict[str, Factor]
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        own = _less(hyper, names)
-        losses, (buffers, metrics) = _each(objectives, params, buffers, batch, keys, own)
-        weighted = [taken(factors[name], hyper, loss) * loss for name, loss in losses.items()]
+        """Return ``(loss, (buffers, metrics))``."""
+        own = _less(hyper, factor_names(*self.factors.values()))
+        losses, (buffers, metrics) = _each(self.objectives, params, buffers, batch, keys, own)
+        weighted = [taken(self.factors[name], hyper, x) * x for name, x in losses.items()]
         return torch.stack(weighted).sum(), (buffers, {**metrics, **losses})
-
-    return of_tasks
 
 
 def uncertainty_weighted(objectives: Mapping[str, Objective]) -> Objective:
@@ -273,23 +318,30 @@ def uncertainty_weighted(objectives: Mapping[str, Objective]) -> Objective:
     if not objectives:
         raise ValueError("uncertainty_weighted: there must be an objective, got none")
     _check_names("uncertainty_weighted", objectives)
+    return _UncertaintyWeighted(dict(objectives))
 
-    def of_tasks(
-        params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+
+@dataclass(frozen=True, eq=False)
+class _UncertaintyWeighted:
+    """What :func:`uncertainty_weighted` returns."""
+
+    objectives: dict[str, Objective]
+
+    def __call__(
+        self, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> tuple[Tensor, tuple[Buffers, Metrics]]:
-        logs = params.get(LOG_VARIANCES)
-        if logs is None or logs.shape != (len(objectives),):
+        """Return ``(loss, (buffers, metrics))``."""
+        logs, tasks = params.get(LOG_VARIANCES), len(self.objectives)
+        if logs is None or logs.shape != (tasks,):
             got = "none" if logs is None else f"shape {tuple(logs.shape)}"
             raise ValueError(
                 f"uncertainty_weighted: params must hold {LOG_VARIANCES} of shape "
-                f"({len(objectives)},), got {got}"
+                f"({tasks},), got {got}"
             )
         own = _less(params, (LOG_VARIANCES,))
-        losses, (buffers, metrics) = _each(objectives, own, buffers, batch, keys, hyper)
+        losses, (buffers, metrics) = _each(self.objectives, own, buffers, batch, keys, hyper)
         total = (torch.exp(-logs) * torch.stack(list(losses.values())) + logs / 2).sum()
         return total, (buffers, {**metrics, **losses})
-
-    return of_tasks
 
 
 def _check_names(name: str, objectives: Mapping[str, Objective]) -> None:
@@ -322,16 +374,12 @@ def _with_inputs(batch: Batch, inputs: Tensor) -> Batch:
     return Batch(inputs, batch.targets, batch.where)  # torch 2.6 does not trace _replace
 
 
-def _fixed(params: Params) -> Params:
-    return {name: p.detach() for name, p in params.items()}
-
-
-def _check_search(
-    name: str, epsilon: float | Tensor, step_size: float | Tensor, steps: int
-) -> None:
-    check_number(name, "epsilon", epsilon, low=0)
-    check_number(name, "step_size", step_size, low=0)
-    check_number(name, "steps", steps, low=1)
+def _of_inputs(
+    objective: Objective, params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
+) -> Callable[[Tensor], Tensor]:
+    """Return the objective as a function of the inputs alone."""
+    fixed = {name: p.detach() for name, p in params.items()}
+    return lambda inputs: objective(fixed, buffers, _with_inputs(batch, inputs), keys, hyper)[0]
 
 
 def _start(inputs: Tensor, keys: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -340,24 +388,6 @@ def _start(inputs: Tensor, keys: Tensor, epsilon: float | Tensor) -> Tensor:
     words = fold_in(fold_in(keys, torch.tensor(_START, device=keys.device))[:, None], counters)
     uniform = words.to(wide_dtype(inputs)).reshape(inputs.shape) / 2**31 - 1
     return inputs + epsilon * uniform.to(inputs.dtype)
-
-
-def _ascended(
-    of_inputs: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    start: Tensor,
-    epsilon: float | Tensor,
-    step_size: float | Tensor,
-    steps: int,
-    bounds: Bounds | None,
-) -> Tensor:
-    """Return where signed gradient ascent leads within the cube, as a constant."""
-    inputs = inputs.detach()
-    at = _bounded(start.detach(), bounds)
-    for _ in range(steps):
-        at = at + step_size * grad(of_inputs)(at).sign()
-        at = _bounded(torch.maximum(torch.minimum(at, inputs + epsilon), inputs - epsilon), bounds)
-    return at.detach()
 
 
 def _bounded(inputs: Tensor, bounds: Bounds | None) -> Tensor:

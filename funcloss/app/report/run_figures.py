@@ -1,7 +1,8 @@
 """The figures of a run, drawn without a screen."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from funcloss._names import short
 _NAMED = 30  # classes whose names and counts are all written
 _CELLS, _TICKS = 500, 25  # of a larger matrix, along each side
 _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished run, as its figures need it."""
+
+    records: Sequence[dict[str, Any]]  # of metrics.jsonl
+    classes: Sequence[str]
+    confusion: Tensor  # of the test set by argmax, counts, (classes, classes)
+    images: Tensor | None  # a few of the test set, as ``predictions`` takes them; None: no images
+    truths: Sequence[str]  # of these images
+    guesses: Sequence[str]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -133,3 +146,13 @@ def _write_counts(axes: Axes, counts: np.ndarray, parts: np.ndarray) -> None:
         color = "white" if parts[row, column] > 0.5 else "black"
         text = f"{counts[row, column]:,}"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+
+
+# The figures of a run by name of the file; None: it has none of that kind.
+FIGURES: dict[str, Callable[[Drawn], Figure | None]] = {
+    "curves.png": lambda run: curves(run.records),
+    "confusion.png": lambda run: confusion(run.confusion, run.classes),
+    "predictions.png": lambda run: (
+        None if run.images is None else predictions(run.images, run.truths, run.guesses)
+    ),
+}

@@ -29,6 +29,7 @@ from funcloss.app.config import (
     read_toml,
     recorded_format,
 )
+from funcloss.app.report.run_figures import FIGURES
 from funcloss.errors import ConfigError, RunError
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -36,7 +37,7 @@ MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 # All that is ever written into the folder of a run or a sweep, and the folders in it.
 _WRITTEN = (
     *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT),
-    *("curves.png", "confusion.png", "predictions.png", "events.out.tfevents.*"),
+    *(*FIGURES, "events.out.tfevents.*"),
     *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
     *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),

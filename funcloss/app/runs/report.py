@@ -25,6 +25,7 @@ from funcloss.errors import ConfigError
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.step import TrainState
 
+_SHOWN = 6  # test images with what the model says
 _MATRICES = 100  # classes at most whose confusion matrices are in a summary
 
 
@@ -72,20 +73,18 @@ def sum_up(
     # Under floors and ceilings the loss itself changes with the class weights.
     losses = [] if config.floor or config.ceiling else _losses(records)
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
-    drawn = {
-        "curves.png": figures.curves(records),
-        "confusion.png": figures.confusion(evaluations["test"].argmax.confusion, classes),
-    }
-    if setup.dataset.has_images:
-        few = subset(test, torch.arange(min(6, len(test.labels)), device=test.labels.device))
-        guesses = evaluations["test"].logits[: len(few.labels)].argmax(-1).tolist()
-        drawn["predictions.png"] = figures.predictions(
-            as_pixels(few),
-            [classes[i] for i in few.labels.tolist()],
-            [classes[i] for i in guesses],
-        )
-    for name, figure in drawn.items():
-        figures.save_figure(figure, run_dir / name)
+    few = torch.arange(min(_SHOWN, len(test.labels)), device=test.labels.device)
+    drawn = figures.Drawn(
+        records=records,
+        classes=classes,
+        confusion=evaluations["test"].argmax.confusion,
+        images=as_pixels(subset(test, few)) if setup.dataset.has_images else None,
+        truths=[classes[i] for i in test.labels[few].tolist()],
+        guesses=[classes[i] for i in evaluations["test"].logits[: len(few)].argmax(-1).tolist()],
+    )
+    for name, draw in figures.FIGURES.items():
+        if figure := draw(drawn):
+            figures.save_figure(figure, run_dir / name)
     summary = {
         "dataset": config.dataset,
         "dataset_note": setup.dataset.note,
