@@ -1,13 +1,77 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Files: read with one error for all that can be wrong, and written whole or not at all."""
 
 import contextlib
+import csv
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from funcloss.errors import RunError
+from funcloss.errors import DataError, FunclossError, RunError
+
+_SNIFFED = 65_536  # characters in which the separator of a CSV file is looked for
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | Path,
+    error: type[FunclossError] = DataError,
+    *,
+    kind: str = "",
+    broken: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Turn what can go wrong in reading a file into one error that names it.
+
+    Args:
+        path: The file.
+        error: What is raised.
+        kind: What the file should be, ``"TOML"`` say.
+        broken: What its parser raises if it is not.
+
+    Raises:
+        error: the file cannot be read, is not text in UTF-8 or not of its kind.
+    """
+    try:
+        yield
+    except broken as failure:
+        raise error(f"{path} is not {kind}: {failure}") from None
+    except UnicodeDecodeError:
+        raise error(f"{path} is not text in UTF-8: save it in that encoding") from None
+    except OSError as failure:
+        raise error(f"cannot read {path}: {failure.strerror or failure}") from None
+
+
+@contextlib.contextmanager
+def csv_rows(
+    path: str | Path, error: type[FunclossError] = DataError
+) -> Iterator[Iterator[list[str]]]:
+    """Open a CSV file in UTF-8 and yield its rows, to be read within; empty lines are left out.
+
+    Cells are separated by commas, semicolons or tabs: what its first line has most of.
+
+    Raises:
+        error: the file cannot be read or is not CSV in UTF-8.
+    """
+    with (
+        reading(path, error, kind="CSV", broken=(csv.Error,)),
+        open(path, newline="", encoding="utf-8-sig") as file,
+    ):
+        text = re.sub('"[^"]*"', "", file.read(_SNIFFED))  # what is quoted separates nothing
+        first = re.search(r"[^\r\n]+", text)
+        separator = max(",;\t", key=first[0].count) if first else ","
+        file.seek(0)
+        yield (row for row in csv.reader(file, delimiter=separator) if row)
+
+
+def is_number(text: str) -> bool:
+    """Return whether the text of a cell is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from funcloss import losses, models
-from funcloss.app.data import load_dataset, take
+from funcloss.app.data import LoadOptions, get_batch, load_dataset
 from funcloss.app.runs.folder import environment
 
 QUANTITIES = ("share", "conflict", "norm", "alignment")
@@ -179,8 +179,8 @@ def data_of(case: Case, data_dir: str, examples: int) -> Data:
     """Return the first training images of MNIST, or random ones."""
     n = examples or case.examples
     if case.mnist:
-        dataset = load_dataset("mnist", data_dir, val_fraction=0.0)
-        batch = take(dataset, dataset.train, torch.arange(n))
+        dataset = load_dataset(LoadOptions("mnist", data_dir, val_fraction=0.0))
+        batch = get_batch(dataset, dataset.train, torch.arange(n))
         return Data(batch.inputs, batch.targets)
     return Data(torch.randn(n, 32, 32, 3).permute(0, 3, 1, 2), torch.randint(CLASSES, (n,)))
 

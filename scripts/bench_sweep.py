@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from funcloss.app.config import make_config
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.runs.setup import make_setup
 from funcloss.app.sweep import choose_width, init_members, make_groups, make_members_step
 from funcloss.training.loop import epoch_order
@@ -78,7 +78,7 @@ def _measured(
     hypers = [setup.hyper | {"class_weights": row} for row in weights]
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
-    batch_at = partial(take, setup.dataset, setup.dataset.train)
+    batch_at = partial(get_batch, setup.dataset, setup.dataset.train)
     width, _ = choose_width(setup.model, members)
     groups = make_groups(setup.train_step, hypers, width)
     step_on = make_members_step(groups)

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
 from funcloss import losses, optim
-from funcloss.app.data import Dataset, load_dataset, moved, normalised, take
+from funcloss.app.data import Dataset, LoadOptions, get_batch, load_dataset, moved, normalised
 from funcloss.app.registry import MODELS
 from funcloss.app.runs.run import folder
 from funcloss.objectives import mean_of, supervised
@@ -54,7 +54,7 @@ def main(
     ),
 ) -> None:
     """Time all loops and print a table of medians, spreads and ratios."""
-    dataset = moved(load_dataset("mnist", data_dir, val_fraction=0.0), device)
+    dataset = moved(load_dataset(LoadOptions("mnist", data_dir, val_fraction=0.0)), device)
     console = Console()
     console.print(f"{platform.processor() or platform.machine()}: {folder.environment()}")
     console.print(f"{torch.get_num_threads()} threads, device {device}")
@@ -169,7 +169,7 @@ def plain_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, lay
     device = dataset.train.inputs.device
     model = MODELS[name].load()((1, 28, 28), 10).to(device).to(memory_format=layout)
     optim_ = torch_optimizer(optimizer, model)
-    images, labels = dataset.train
+    images, labels = dataset.train.inputs, dataset.train.labels
     order = torch.randperm(len(labels), device=device)
 
     def run(count: int) -> None:
@@ -200,7 +200,7 @@ def our_loop(dataset: Dataset, name: str, batch_size: int, optimizer: str, *, co
     def run(count: int) -> None:
         for i in range(count):
             index = order[i * batch_size : (i + 1) * batch_size]
-            box[0], _ = step(box[0], take(dataset, dataset.train, index), hyper)
+            box[0], _ = step(box[0], get_batch(dataset, dataset.train, index), hyper)
 
     return run
 

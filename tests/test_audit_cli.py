@@ -23,7 +23,7 @@ from funcloss import class_weighted, losses, models, optim
 from funcloss.app import runs
 from funcloss.app.audits import audit_checkpoint, audit_run, observer, write_report
 from funcloss.app.config import make_config
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.options import AuditOptions
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs.setup import make_setup
@@ -231,7 +231,7 @@ def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(fini
     shares, errors, verdicts = [], [], []
     for seed in range(20):
         index = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:1024]
-        batches = [take(sample, sample.train, part) for part in index.split(128)]
+        batches = [get_batch(sample, sample.train, part) for part in index.split(128)]
         spec = LossSpec(losses.cross_entropy, weights)
         found = audit(model, None, spec, batches, settings=AuditSettings(per_example=False))
         told = " ".join(sentences(found))
@@ -346,7 +346,7 @@ def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported,
     run, _, _ = reported
     rows = rows_of(run / "audit_examples.csv")[:50]
     index = torch.tensor([int(row["index"]) for row in rows])
-    batch = take(sample, sample.train, index)
+    batch = get_batch(sample, sample.train, index)
     model = runs.load(run).model
     with torch.no_grad():
         logits = model(batch.inputs)
@@ -802,7 +802,7 @@ def test_a_log_that_is_no_text_is_one_line_at_most(run, run_cli, no_figures):
 
 
 def test_data_that_is_gone_is_one_line(run_cli, tmp_path, finished, monkeypatch):
-    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls: [])
+    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls, **how: [])
     run = shutil.copytree(finished, tmp_path / "run")
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace('"mnist-sample"', '"mnist"', 1))
@@ -965,7 +965,7 @@ def tutorial(finished, sample):
     torch.manual_seed(0)
     model = models.article_cnn().double().eval()
     order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
-    batches = [take(sample, sample.train, index) for index in order[:1600].split(32)]
+    batches = [get_batch(sample, sample.train, index) for index in order[:1600].split(32)]
     batches = [Batch(batch.inputs.double(), batch.targets) for batch in batches]
     fast = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in batches[:40]:

@@ -17,7 +17,7 @@ from funcloss.app import runs
 from funcloss.app.audits import observer
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.registry import LOSSES
 from funcloss.app.runs import folder
 from funcloss.app.runs.options import make_criterion
@@ -329,7 +329,7 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
     order = epoch_order(state.key, 0, len(setup.dataset.train.labels))
     for number in range(AUDITED[1]):
         index = order[100 * number : 100 * (number + 1)]
-        batch = take(setup.dataset, setup.dataset.train, index)
+        batch = get_batch(setup.dataset, setup.dataset.train, index)
         if number + 1 in AUDITED:
             loss = LossSpec(losses.cross_entropy, setup.hyper["class_weights"])
             step = StepSpec(optim.sgd(momentum=0.9), 0.05, optim.cosine(steps=40))
@@ -423,7 +423,7 @@ def test_every_loss_that_trains_is_audited_as_it_trains(loss):
     needed = {"equalization": {"threshold": 0.05}, "cross_entropy_with_cost": {"price": 0.5}}
     options = {"loss": loss, "model": "linear", "optimizer": "adam", "clip_norm": 0.5}
     setup = make_setup(config(**options, loss_option=needed.get(loss, {})))
-    batch = take(setup.dataset, setup.dataset.train, torch.arange(0, 4000, 40))
+    batch = get_batch(setup.dataset, setup.dataset.train, torch.arange(0, 4000, 40))
     rows = observer(setup)(setup.state, batch, setup.hyper)
     grads = []
     for c in range(10):

@@ -1,6 +1,7 @@
 """Floors and ceilings: what they name, how weights follow them, and trainings that keep them."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ from funcloss.app import runs, sweep
 from funcloss.app.audits import audit_run, observer
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
-from funcloss.app.data import normalised, take
+from funcloss.app.data import get_batch, normalised
 from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.report.choice import Ascent
 from funcloss.app.report.choice import Limit as Told
@@ -635,7 +636,7 @@ def replayed(made, bound, every):
             index = order[position * made.batch_size : (position + 1) * made.batch_size]
             weights = torch.ones(10)
             weights[8] = float(torch.tensor(multiplier, dtype=torch.float64).exp())
-            batch = take(setup.dataset, setup.dataset.train, index)
+            batch = get_batch(setup.dataset, setup.dataset.train, index)
             state, _ = setup.train_step(state, batch, setup.hyper | {"class_weights": weights})
     return rows, state
 
@@ -1055,7 +1056,7 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
     setup = make_setup(config(floor={"8": 0.9}))
     few = setup.dataset.validation
     few = type(few)(few.inputs[few.labels != 8], few.labels[few.labels != 8])
-    setup = setup._replace(dataset=setup.dataset._replace(validation=few))
+    setup = setup._replace(dataset=dataclasses.replace(setup.dataset, validation=few))
     with pytest.raises(ConfigError, match="there is no validation example of 8 to measure"):
         runs.constrained.limits_of(setup)
 
@@ -1092,7 +1093,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
         dataset = real(*args, **options)
         test = dataset.test
         images = torch.randint_like(test.inputs, 256)
-        return dataset._replace(test=type(test)(images, torch.zeros_like(test.labels)))
+        return dataclasses.replace(dataset, test=type(test)(images, torch.zeros_like(test.labels)))
 
     monkeypatch.setattr(room, "load_dataset", garbled)
     run = tmp_path / "run"
@@ -1118,7 +1119,7 @@ def test_a_moment_that_has_hardly_learnt_gives_way_to_a_later_one():
     setup = make_setup(config(epochs=4, floor={"9": 0.3}))
     steering, state = steer_by_limits(setup), setup.state
     order = training.epoch_order(state.key, 0, len(setup.dataset.train.labels))
-    for batch in setup.feed(order.split(setup.config.batch_size)[:10]):
+    for batch in setup.iter_batches(order.split(setup.config.batch_size)[:10]):
         state, _ = setup.train_step(state, batch, setup.hyper)
     half = setup.config.epochs * setup.per_epoch // 2
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from funcloss import class_weighted, losses, models, optim
 from funcloss._trees import flatten
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.objectives import make_forward, mean_of, supervised
 from funcloss.sensitivity import (
     CostGradient,
@@ -139,7 +139,7 @@ def make_problem(sample):
 
         def draw(part, n):
             index = torch.randint(len(part.labels), (n,), generator=generator)
-            return as_dtype(take(sample, part, index), dtype)
+            return as_dtype(get_batch(sample, part, index), dtype)
 
         net = MODELS[model]().to(dtype)
         update, rate, options = OPTIMIZERS[optimizer]

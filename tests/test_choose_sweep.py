@@ -1,5 +1,6 @@
 """A sweep: members train as they would alone, stop and go on, and the test set is read once."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -60,18 +61,20 @@ def state_of(made, seed, number):
 @pytest.fixture(scope="module")
 def tiny(sample):
     """Every tenth digit of the sample."""
-    parts = {
-        name: data.Examples(*(t[::10].clone() for t in getattr(sample, name)))
-        for name in ("train", "validation", "test")
+    splits = {
+        name: data.Examples(split.inputs[::10].clone(), split.labels[::10].clone())
+        for name, split in sample.splits.items()
     }
-    return sample._replace(**parts)
+    return dataclasses.replace(sample, **splits)
 
 
 def given(monkeypatch, dataset):
     """Let a data set be the sample, long-tailed where that is asked for."""
 
-    def load_dataset(name, data_dir, *, imbalance, **how):
-        return dataset if imbalance == 1 else data.long_tailed(dataset, imbalance)
+    def load_dataset(options, **more):
+        if options.imbalance == 1:
+            return dataset
+        return data.long_tailed(dataset, options.imbalance)
 
     monkeypatch.setattr(setup, "load_dataset", load_dataset)
 
@@ -146,7 +149,7 @@ class Trainings:
         alone = [setup.setup_on(replace(c, device="cpu"), first.dataset) for c in configs]
 
         def batch_at(index):
-            batch = data.take(first.dataset, first.dataset.train, index)
+            batch = data.get_batch(first.dataset, first.dataset.train, index)
             return batch._replace(inputs=batch.inputs.to(dtype))
 
         hypers = [{n: t.to(dtype) for n, t in s.hyper.items()} for s in alone]
@@ -254,7 +257,7 @@ def test_so_it_is_of_a_model_of_ones_own_with_batch_normalisation(sample, dtype,
     step = training.make_train_step(objective, optimizer, clip_norm=1.0)
 
     def batch_at(index):
-        batch = data.take(sample, sample.train, index)
+        batch = data.get_batch(sample, sample.train, index)
         return Batch(batch.inputs.to(dtype), batch.targets)
 
     hypers = []
@@ -270,15 +273,15 @@ def test_so_it_is_of_a_model_of_ones_own_with_batch_normalisation(sample, dtype,
 
 def indices(monkeypatch, asked):
     """Note which training examples are asked for."""
-    real = setup.feed
+    real = setup.iter_batches
 
-    def feed(dataset, examples, indices):
+    def iter_batches(dataset, examples, indices):
         indices = list(indices)
         if examples is dataset.train:
             asked.extend(indices)
         return real(dataset, examples, indices)
 
-    monkeypatch.setattr(setup, "feed", feed)
+    monkeypatch.setattr(setup, "iter_batches", iter_batches)
 
 
 def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, plain_files):
@@ -805,7 +808,7 @@ def garbage(dataset):
     labels = (
         dataset.test.labels + torch.randint(1, 10, dataset.test.labels.shape, generator=draw)
     ) % 10
-    return dataset._replace(test=data.Examples(images, labels))
+    return dataclasses.replace(dataset, test=data.Examples(images, labels))
 
 
 def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, tiny, plain_files):

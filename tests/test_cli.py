@@ -143,7 +143,7 @@ FAILING = [
 def test_a_failure_is_one_line_on_stderr_and_exit_code_1(run_cli, args, message, tmp_path,
                                                          monkeypatch):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls: [])
+    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls, **how: [])
     code, out, err = run_cli(*args)
     assert code == 1
     assert out == ""
@@ -213,7 +213,7 @@ def test_a_reader_that_closes_the_pipe_early_ends_it_quietly(made):
 
 
 def test_the_first_line_of_an_auto_run_without_network_says_so(run_cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls: [])
+    monkeypatch.setattr("funcloss.app.data.fetch.answering", lambda urls, **how: [])
     args = ["--model", "linear", "--epochs", 1, "--run-dir", tmp_path / "r", "--data-dir", tmp_path]
     code, _, err = run_cli(*args, program=shell.main_train)
     assert code == 0

@@ -479,7 +479,8 @@ def test_what_is_passed_in_python_needs_no_leave(place):
 
 def test_the_import_itself_is_barred(place):
     """Nothing is left to a look before: each use of a configuration meets the gate."""
-    from funcloss.app.data.own import How, load_own
+    from funcloss.app.data import LoadOptions
+    from funcloss.app.data.loading import load_own
     from funcloss.app.registry import loss_named
     from funcloss.app.runs.network import make_model
     from funcloss.app.runs.options import make_criterion
@@ -493,8 +494,8 @@ def test_the_import_itself_is_barred(place):
         lambda: loss_named(loss, refused=refused),
         lambda: make_criterion(loss, refused=refused),
         lambda: make_model(config, (3,), 2),
-        lambda: load_own(data, How(), refused=refused),
-        lambda: load_own(table, How(target="y", test=one), refused=refused),
+        lambda: load_own(LoadOptions(data), refused=refused),
+        lambda: load_own(LoadOptions(table, target="y", test_dataset=one), refused=refused),
         lambda: funcloss.app.data.load_dataset(data, refused_code=refused),
         lambda: runs.setup.load_data(config),
     ):

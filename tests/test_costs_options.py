@@ -445,7 +445,7 @@ def test_a_saved_model_is_audited_under_costs(tmp_path):
     found = audits.audit_checkpoint(
         tmp_path / "m.safetensors", config, AuditOptions(examples=300)
     ).audit
-    batch = data.take(setup.dataset, setup.dataset.train, torch.arange(4000))
+    batch = data.get_batch(setup.dataset, setup.dataset.train, torch.arange(4000))
     assert found.count.sum() == 300
     logits = batch.inputs.flatten(1) @ setup.state.params["fc.weight"].T
     p = (logits + setup.state.params["fc.bias"]).softmax(1)

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from funcloss import losses, models, optim
 from funcloss._trees import flatten
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.keys import make_key
 from funcloss.objectives import make_forward, mean_of, supervised
 from funcloss.training import (
@@ -25,7 +25,7 @@ def training(sample):
     step = make_train_step(supervised(model, mean_of(losses.cross_entropy)), optimizer)
 
     def step_on(state, index):
-        return step(state, take(sample, sample.train, index), HYPER)
+        return step(state, get_batch(sample, sample.train, index), HYPER)
 
     return init_state(model, optimizer), step_on
 
@@ -101,9 +101,9 @@ def test_an_evaluation_does_not_depend_on_the_size_of_its_batches(training, samp
     state, _ = training
     model = models.article_cnn().eval()
     n = 13 if batch_size == 1 else 500
-    batches = (take(sample, sample.train, i) for i in torch.arange(n).split(batch_size))
+    batches = (get_batch(sample, sample.train, i) for i in torch.arange(n).split(batch_size))
     made = evaluate(make_forward(model), state, batches, mean_of(losses.cross_entropy), HYPER)
-    batch = take(sample, sample.train, torch.arange(n))
+    batch = get_batch(sample, sample.train, torch.arange(n))
     logits, _ = make_forward(model)(state.params, state.buffers, batch.inputs)
     guesses = logits.argmax(-1)
     assert_close(made.logits, logits)

@@ -44,11 +44,11 @@ TWINS = {
 @pytest.fixture(scope="module")
 def digits():
     """A real net and real digits, in double precision."""
-    from funcloss.app.data import load_dataset, take
+    from funcloss.app.data import get_batch, load_dataset
 
     dataset = load_dataset("mnist-sample")
     index = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
-    batch = take(dataset, dataset.train, index[: 50 * 20])
+    batch = get_batch(dataset, dataset.train, index[: 50 * 20])
     return batch.inputs.double(), batch.targets
 
 

@@ -442,7 +442,7 @@ def test_tied_weights_are_trained_by_both_of_their_uses(own, fit, table):
     before, _ = fit(*args, "--epochs", 0)
     run, _ = fit(*args)
     given = data.load_dataset(str(table))
-    batch = data.take(given, given.train, torch.arange(32))  # all there are, in one step
+    batch = data.get_batch(given, given.train, torch.arange(32))  # all there are, in one step
     one = {name: t.clone().requires_grad_() for name, t in tensors(before).items()}
     hidden = (batch.inputs @ one["one.weight"].T + one["one.bias"]).tanh()
     hidden = hidden @ one["one.weight"].T + one["two.bias"]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from funcloss import class_weighted, losses, models, optim
 from funcloss._trees import flatten
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.registry import MODELS
 from funcloss.keys import example_keys
 from funcloss.objectives import make_forward, mean_of, sum_of, supervised, weighted_mean_of
@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture
 def batch(sample):
-    return take(sample, sample.train, torch.arange(0, 4000, 125))
+    return get_batch(sample, sample.train, torch.arange(0, 4000, 125))
 
 
 def copied(tree):
@@ -112,7 +112,7 @@ def test_a_net_without_dropout_takes_the_steps_of_plain_torch(sample):
     twin = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     rate = {"learning_rate": torch.tensor(0.1, dtype=torch.float64)}
     for i in range(5):
-        batch = take(sample, sample.train, torch.arange(i, 4000, 100))
+        batch = get_batch(sample, sample.train, torch.arange(i, 4000, 100))
         batch = batch._replace(inputs=batch.inputs.double())
         state, metrics = step(state, batch, rate)
         twin.zero_grad()

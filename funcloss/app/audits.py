@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, as_pixels, feed, subset
+from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
 from funcloss.app.options import AuditOptions
 from funcloss.app.registry import loss_named
 from funcloss.app.report.audit_figures import draw_all
@@ -168,7 +168,7 @@ def _audited(
 
     def batches(examples: Examples) -> Callable[[], Iterator[Batch]]:
         pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
-        return lambda: feed(dataset, examples, pieces)
+        return lambda: iter_batches(dataset, examples, pieces)
 
     if step is not None and held is not None and len(held.labels):
         step = replace(step, held_out=batches(held))

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from funcloss.app.addresses import final, final_path, is_address, refusal
+from funcloss.app.data.names import DATASETS as PUBLISHED
+from funcloss.app.data.names import TORCHVISION
 from funcloss.app.registry import (
     LOSSES,
     MODELS,
@@ -42,9 +44,7 @@ class Option:
 
 
 FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
-TORCHVISION = "torchvision:"  # what the models that torchvision has begin with
-TORCHVISION_DATASETS = ("mnist", "fashion-mnist", "kmnist", "cifar10")
-DATASETS = (*TORCHVISION_DATASETS, "mnist-sample")
+DATASETS = tuple(PUBLISHED)
 _DATA = ("dataset", "validation_dataset", "test_dataset")
 CODE = (*_DATA, "model", "loss")  # the options that may name it
 
@@ -62,9 +62,12 @@ class TrainConfig:
     dataset: Annotated[
         str,
         Option(
-            "Data set; auto: MNIST, else its 5,000-digit sample.",
+            "Data set. auto: mnist, else mnist-sample; "
+            + "; ".join(f"{name}: {row.summary}" for name, row in PUBLISHED.items())
+            + ".",
             ("auto", *DATASETS),
-            own="a folder of images, .npz, .safetensors or .csv of your own, or module:function",
+            own="torchvision:CIFAR100 and the like; a folder of images, .npz, .safetensors or .csv "
+            "of your own; or module:function",
         ),
     ] = "auto"
     target: Annotated[str, Option("Column of the classes, of a CSV table.", metavar="COLUMN")] = ""
@@ -72,22 +75,18 @@ class TrainConfig:
         tuple[str, ...],
         Option("Column of a CSV table to leave out; repeatable.", metavar="COLUMN"),
     ] = ()
-    validation_dataset: Annotated[
-        str, Option("Validation part of your own data, where it is apart.", metavar="PATH")
-    ] = ""
-    test_dataset: Annotated[
-        str, Option("Test part of your own data, where it is apart.", metavar="PATH")
-    ] = ""
+    validation_dataset: Annotated[str, Option("Separate validation data.", metavar="PATH")] = ""
+    test_dataset: Annotated[str, Option("Separate test data.", metavar="PATH")] = ""
     data_dir: Annotated[
         str, Option("Folder of the data; else $FUNCLOSS_DATA_DIR, else a cache folder.")
     ] = ""
     val_fraction: Annotated[
-        float, Option("Part of the training set held out for validation.", low=0, high=0.8)
+        float, Option("Fraction of the training set held out for validation.", low=0, high=0.8)
     ] = 0.1
     test_fraction: Annotated[
         float,
         Option(
-            "Part of your own data held out for the test, where it brings no test part.",
+            "Fraction of your own data held out for the test, if it brings no test split.",
             low=0,
             high=0.8,
             above=True,
@@ -96,8 +95,8 @@ class TrainConfig:
     imbalance: Annotated[
         float,
         Option(
-            "Largest over smallest class of the training part, made long-tailed (the other parts "
-            "stay as they are); 1: as it comes.",
+            "Subsample the training split to a long tail with this ratio of largest to smallest "
+            "class; 1: off.",
             low=1,
         ),
     ] = 1.0
@@ -398,7 +397,11 @@ def with_final_names(config: TrainConfig) -> TrainConfig:
         ConfigError: one is a path that there cannot be.
     """
     paths = {name: getattr(config, name) for name in _DATA}
-    paths = {n: value for n, value in paths.items() if value not in ("", "auto", *DATASETS)}
+    paths = {
+        name: value
+        for name, value in paths.items()
+        if value not in ("", "auto", *DATASETS) and not value.startswith(TORCHVISION)
+    }
     named = {
         name: final(text)
         for name, text in (paths | code_in(option_values(config))).items()
@@ -574,7 +577,7 @@ def code_in(options: Mapping[str, Any]) -> dict[str, str]:
         for name in CODE
         if isinstance(value := options.get(name), str)
         and is_address(value)
-        and not (name == "model" and value.startswith(TORCHVISION))
+        and not (name != "loss" and value.startswith(TORCHVISION))
     }
 
 

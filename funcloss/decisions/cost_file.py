@@ -1,11 +1,10 @@
 """The cost matrix that a user writes as a CSV file."""
 
-import csv
-import io
 import math
 import re
 from pathlib import Path
 
+from funcloss._files import csv_rows, is_number
 from funcloss.errors import ConfigError
 
 _TRUTH = {"true", "truth", "actual", "label"}
@@ -29,7 +28,12 @@ def read_cost_matrix(path: str | Path) -> dict[str, dict[str, float]]:
         ConfigError: the file cannot be read, is transposed or does not say whether it is, or a
             name or number is missing, given twice or none.
     """
-    header, *rows = _csv_rows(Path(path))
+    with csv_rows(path, ConfigError) as read:
+        stripped = ([cell.strip() for cell in row] for row in read)
+        filled = [row for row in stripped if any(row)]
+    if not filled:
+        raise ConfigError(f"{path} is empty")
+    header, *rows = filled
     _check_corner(path, header)
     decisions = _names(path, "row 1, the decisions,", header[1:])
     truths = _names(path, "column 1, the true classes,", [row[0] for row in rows])
@@ -42,26 +46,6 @@ def read_cost_matrix(path: str | Path) -> dict[str, dict[str, float]]:
     return costs
 
 
-def _csv_rows(path: Path) -> list[list[str]]:
-    """Return the cells of a CSV file, less its blank rows, with the separator that splits most."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        parsed = [
-            [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=by)]
-            for by in ",;\t"
-        ]
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8: save it as CSV in UTF-8") from None
-    except csv.Error as error:
-        raise ConfigError(f"{path} is not CSV: {error}") from None
-    filled = [[row for row in rows if any(row)] for rows in parsed]
-    if not filled[0]:
-        raise ConfigError(f"{path} is empty")
-    return max(filled, key=lambda rows: len(rows[0]) if rows else 0)
-
-
 def _check_corner(path: str | Path, header: list[str]) -> None:
     """Raise unless the first cell names the truth before the decision."""
     corner = header[0]
@@ -72,7 +56,7 @@ def _check_corner(path: str | Path, header: list[str]) -> None:
     )
     if truth is None or decision is None:
         why = f"does not say which axis is the truth: its first cell is {corner!r}"
-        why = "has no names: its first row is all numbers" if all(map(_is_number, header)) else why
+        why = "has no names: its first row is all numbers" if all(map(is_number, header)) else why
         raise ConfigError(
             f"{path} {why}; write true\\decided into the first cell, the decisions after it and "
             "a true class before each row"
@@ -100,17 +84,9 @@ def _names(path: str | Path, what: str, names: list[str]) -> list[str]:
 def _cost(where: str, cell: str) -> float:
     if not cell:
         raise ConfigError(f"{where}: the cost is missing")
-    if not _is_number(cell):
+    if not is_number(cell):
         comma = " (write a decimal point, not a comma)" if "," in cell else ""
         raise ConfigError(f"{where}: {cell!r} is not a number{comma}")
     if not math.isfinite(cost := float(cell)):
         raise ConfigError(f"{where}: the cost must be finite, got {cell}")
     return cost
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,32 +1,55 @@
-"""What can be trained on: published data sets and your own, in memory or streamed."""
+"""What can be trained on: published data sets and your own, in memory or streamed.
 
-from funcloss.app.data.dataset import (
-    Dataset,
-    Examples,
-    as_pixels,
-    feed,
-    moved,
-    normalised,
-    resized,
-    subset,
-    take,
-)
-from funcloss.app.data.images import read_image
-from funcloss.app.data.own import Known, short_name
-from funcloss.app.data.parts import class_counts, long_tailed, make_dataset, stratified_split
-from funcloss.app.data.sources import data_folder, load_dataset
-from funcloss.app.data.streaming import Stream
-from funcloss.app.data.table import read_features, read_table
+Names load when they are first asked for: the table of names alone loads no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from funcloss.app.data.dataset import (
+        Dataset,
+        Examples,
+        as_pixels,
+        get_batch,
+        iter_batches,
+        moved,
+        normalised,
+        resized,
+        subset,
+    )
+    from funcloss.app.data.images import read_image
+    from funcloss.app.data.loading import load_dataset, short_name
+    from funcloss.app.data.published import data_folder
+    from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+    from funcloss.app.data.splits import class_counts, long_tailed, make_dataset, stratified_split
+    from funcloss.app.data.streaming import Stream
+    from funcloss.app.data.table import read_features, read_table
+
+_HOMES = {
+    "dataset": "Dataset Examples as_pixels get_batch iter_batches moved normalised resized subset",
+    "images": "read_image",
+    "loading": "load_dataset short_name",
+    "published": "data_folder",
+    "records": "InputSchema LoadOptions RawSplit",
+    "splits": "class_counts long_tailed make_dataset stratified_split",
+    "streaming": "Stream",
+    "table": "read_features read_table",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Dataset",
     "Examples",
-    "Known",
+    "InputSchema",
+    "LoadOptions",
+    "RawSplit",
     "Stream",
     "as_pixels",
     "class_counts",
     "data_folder",
-    "feed",
+    "get_batch",
+    "iter_batches",
     "load_dataset",
     "long_tailed",
     "make_dataset",
@@ -39,5 +62,10 @@ __all__ = [
     "short_name",
     "stratified_split",
     "subset",
-    "take",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'funcloss.app.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"funcloss.app.data.{_HOME_OF[name]}"), name)

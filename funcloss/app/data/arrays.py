@@ -10,17 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from funcloss.app.data.raw import Raw, ordered, physical_memory
+from funcloss._files import reading
+from funcloss.app.data.records import RawSplit, ordered, physical_memory
 from funcloss.errors import DataError
 
-# name of a part, and what the names of its arrays may begin with
+# name of a split, and what the names of its arrays may begin with
 _PREFIXES = {"train": ("", "train_"), "validation": ("validation_", "val_"), "test": ("test_",)}
 _CHANNELS = (1, 3, 4)
 _HELD = 0.5  # of the machine's memory may go into the arrays of a file
 
 
-def read_arrays(path: Path) -> dict[str, Raw]:
-    """Read a file of arrays: ``images`` and ``labels``, perhaps ``classes``, and those of parts.
+def read_arrays(path: Path) -> dict[str, RawSplit]:
+    """Read a file of arrays: ``images`` and ``labels``, perhaps ``classes``, in several splits.
 
     Images are ``(n, height, width)`` or ``(n, height, width, channels)``, or features
     ``(n, features)``; labels are integers or, in ``.npz``, strings. A file may hold
@@ -30,23 +31,22 @@ def read_arrays(path: Path) -> dict[str, Raw]:
         path: An ``.npz`` or ``.safetensors`` file; no pickle in it is ever loaded.
 
     Returns:
-        The parts that are there, by name.
+        The splits that are there, by name.
 
     Raises:
         DataError: the file cannot be read, or its arrays are not of these forms.
     """
-    try:
+    with reading(path):
         read = _from_npz if path.suffix.lower() == ".npz" else _from_safetensors
-        return _parts(path, *read(path))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        return _splits(path, *read(path))
 
 
 Reader = Callable[[str], np.ndarray | Tensor]
 
 
 def _from_npz(path: Path) -> tuple[list[str], Reader]:
-    try:
+    broken = (zipfile.BadZipFile, ValueError, EOFError)
+    with reading(path, kind="an .npz file", broken=broken):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > _HELD * physical_memory():
@@ -55,8 +55,6 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
                 "folder of images, or module:function that returns a torch.utils.data.Dataset"
             )
         file = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, EOFError):
-        raise DataError(f"{path} is not an .npz file") from None
 
     def read(name: str) -> np.ndarray:
         try:
@@ -69,18 +67,18 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
                 ) from None
             raise DataError(f"{path}: {name} cannot be read: {error}") from None
         if not isinstance(found, np.ndarray):
-            raise DataError(f"{path}: {name} is no array")
+            raise DataError(f"{path}: {name} is not an array")
         return found
 
     return list(file.files), read
 
 
 def _from_safetensors(path: Path) -> tuple[list[str], Reader]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, header = list(file.keys()), file.metadata() or {}
-    except SafetensorError as error:
-        raise DataError(f"{path} is not a .safetensors file: {error}") from None
+    with (
+        reading(path, kind="a .safetensors file", broken=(SafetensorError,)),
+        safe_open(path, framework="pt") as file,
+    ):
+        names, header = list(file.keys()), file.metadata() or {}
     try:
         named = list(map(str, json.loads(header["classes"]))) if "classes" in header else None
     except (json.JSONDecodeError, TypeError):
@@ -98,12 +96,12 @@ def _from_safetensors(path: Path) -> tuple[list[str], Reader]:
     return names + ["classes"] * (named is not None), read
 
 
-def _parts(path: Path, names: list[str], read: Reader) -> dict[str, Raw]:
+def _splits(path: Path, names: list[str], read: Reader) -> dict[str, RawSplit]:
     classes = None
     if "classes" in names:
         classes = tuple(map(str, np.asarray(read("classes")).reshape(-1).tolist()))
     found = {}
-    for part, prefixes in _PREFIXES.items():
+    for split, prefixes in _PREFIXES.items():
         prefix = next((p for p in prefixes if f"{p}images" in names), None)
         if prefix is None:
             continue
@@ -111,7 +109,7 @@ def _parts(path: Path, names: list[str], read: Reader) -> dict[str, Raw]:
             raise DataError(f"{path} has {prefix}images but no {prefix}labels")
         inputs = as_inputs(f"{path}: {prefix}images", read(f"{prefix}images"))
         labels, own = as_labels(f"{path}: {prefix}labels", read(f"{prefix}labels"), classes)
-        found[part] = Raw(inputs, labels, own)
+        found[split] = RawSplit(inputs, labels, own)
     if "train" not in found:
         raise DataError(
             f"{path} must hold images and labels, or train_images and train_labels; it holds "
@@ -121,18 +119,10 @@ def _parts(path: Path, names: list[str], read: Reader) -> dict[str, Raw]:
 
 
 def as_inputs(what: str, array: np.ndarray | Tensor) -> Tensor:
-    """Return images or features as they are kept, the channels of an image last.
+    """Return images ``(n, height, width, channels)`` or features ``(n, features)``, as kept.
 
-    Args:
-        what: The array, for the error.
-        array: uint8 or floating, ``(n, height, width)``, ``(n, height, width, channels)`` or
-            ``(n, features)``.
-
-    Returns:
-        uint8 or float32, ``(n, height, width, channels)`` or ``(n, features)``.
-
-    Raises:
-        DataError: it is of another form, or holds NaN or infinities.
+    uint8 images stay so, all else becomes float32; ``what`` names the array in errors. Raises
+    ``DataError`` for another form, and for NaN and infinities.
     """
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
@@ -173,19 +163,14 @@ def as_labels(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return labels that count from 0, and the names that they stand for.
 
-    Args:
-        what: The array, for the error.
-        array: Whole numbers or strings, shape ``(n,)`` or ``(n, 1)``.
-        classes: Names by label; None: the distinct labels are the names.
-
-    Raises:
-        DataError: they are none, or out of the range of ``classes``.
+    The array holds whole numbers or strings, shape ``(n,)`` or ``(n, 1)``; without ``classes`` the
+    distinct labels are the names. Raises ``DataError`` if they are neither, or out of range.
     """
     if isinstance(array, Tensor):
         array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if array.ndim != 1:
-        raise DataError(f"{what} must have shape (n,), one label an example; got {array.shape}")
+        raise DataError(f"{what} must have shape (n,), one label per example; got {array.shape}")
     if array.dtype.kind == "f" and np.isfinite(array).all() and (array == array.round()).all():
         array = array.astype(np.int64)
     if array.dtype.kind not in "biuUS":

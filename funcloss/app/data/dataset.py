@@ -1,7 +1,7 @@
 """A data set: its types, and the way from an index to a batch."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from funcloss.errors import ConfigError
 from funcloss.typing import Batch
 
 
-class Examples(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
     """Inputs and their labels on one device; inputs too large to hold are a stream."""
 
     # images (n, height, width, channels), uint8 or float: a permuted view is channels-last;
@@ -24,8 +25,9 @@ class Examples(NamedTuple):
     labels: Int[Tensor, " n"]
 
 
-class Dataset(NamedTuple):
-    """The parts of a data set, and what is needed to read a prediction on it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """The splits of a data set, and what is needed to read a prediction on it."""
 
     name: str
     classes: tuple[str, ...]  # names, in the order of the labels
@@ -35,8 +37,13 @@ class Dataset(NamedTuple):
     # of a channel, pixels in 0..1 where they are uint8; of a feature; empty: inputs go as they are
     mean: Float[Tensor, " channels"]
     std: Float[Tensor, " channels"]
-    note: str = ""  # what whoever reads the results must know of the data
+    note: str = ""  # what readers of the results must know
     columns: tuple[str, ...] = ()  # names of the features of a table
+
+    @property
+    def splits(self) -> dict[str, Examples]:
+        """Training, validation and test examples by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -77,12 +84,12 @@ def normalised(
     return rearrange(scaled, "n h w c -> n c h w") if scaled.dim() == 4 else scaled
 
 
-def take(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> Batch:
-    """Return the batch of examples at ``index``, normalised as the data set says.
+def get_batch(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> Batch:
+    """Return the batch of examples at ``index``, normalised by the data set's mean and deviation.
 
     Args:
         dataset: The data set, for its mean and standard deviation.
-        examples: One of its parts.
+        examples: One of its splits.
         index: Which examples, shape ``(batch,)``, on their device.
 
     Returns:
@@ -93,49 +100,41 @@ def take(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]) -> 
         DataError: a streamed input cannot be read.
     """
     if isinstance(examples.inputs, Stream):
-        return next(feed(dataset, examples, [index]))
+        return next(iter_batches(dataset, examples, [index]))
     inputs = normalised(examples.inputs[index], dataset.mean, dataset.std)
     return Batch(inputs, examples.labels[index])
 
 
-def feed(
+def iter_batches(
     dataset: Dataset, examples: Examples, indices: Iterable[Int[Tensor, " batch"]]
 ) -> Iterator[Batch]:
-    """Give one batch after another, streamed ones read ahead of whoever takes them.
+    """Yield the batches at one index after another, as :func:`get_batch` returns them.
+
+    Streamed inputs are read ahead.
 
     Args:
         dataset: The data set, for its mean and standard deviation.
-        examples: One of its parts.
+        examples: One of its splits.
         indices: Of each batch, on the device of the labels.
-
-    Yields:
-        The batches, as :func:`take` has them.
 
     Raises:
         DataError: a streamed input cannot be read.
     """
-    inputs, labels = examples
+    inputs, labels = examples.inputs, examples.labels
     if isinstance(inputs, Tensor):
-        yield from (take(dataset, examples, index) for index in indices)
+        yield from (get_batch(dataset, examples, index) for index in indices)
         return
     indices, device = list(indices), labels.device
     read = inputs.batches(indices, pinned=device.type == "cuda")
-    for index, part in zip(indices, read, strict=True):
-        there = tree_map(lambda x: x.to(device, non_blocking=True), part)
+    for index, piece in zip(indices, read, strict=True):
+        there = tree_map(lambda x: x.to(device, non_blocking=True), piece)
         if isinstance(there, Tensor):
             there = normalised(there, dataset.mean, dataset.std)
         yield Batch(there, labels[index])
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:
-    """Return the data set with images of ``size`` by ``size``, by antialiased interpolation.
-
-    Args:
-        dataset: A data set of images of any size, in memory.
-        size: New height and width in pixels.
-
-    Returns:
-        The same examples, as images of the new size.
+    """Return the data set with images of ``size`` by ``size`` pixels, interpolated and antialiased.
 
     Raises:
         ConfigError: the inputs are not images in memory.
@@ -147,7 +146,7 @@ def resized(dataset: Dataset, size: int) -> Dataset:
         pieces = [_interpolated(piece, size) for piece in examples.inputs.split(4096)]
         return Examples(torch.cat(pieces), examples.labels)
 
-    return _with_parts(dataset, resize)
+    return _with_splits(dataset, resize)
 
 
 def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
@@ -158,16 +157,15 @@ def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
         there = inputs.to(device) if isinstance(inputs, Tensor) else inputs
         return Examples(there, examples.labels.to(device))
 
-    return _with_parts(dataset, move)._replace(
-        mean=dataset.mean.to(device), std=dataset.std.to(device)
-    )
+    scale = {"mean": dataset.mean.to(device), "std": dataset.std.to(device)}
+    return dataclasses.replace(_with_splits(dataset, move), **scale)
 
 
 def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
     """Return the examples at ``index``."""
-    inputs, labels = examples
+    inputs = examples.inputs
     chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
-    return Examples(chosen, labels[index])
+    return Examples(chosen, examples.labels[index])
 
 
 def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:
@@ -181,12 +179,9 @@ def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:
     return (255 * (inputs - low) / (high - low).clamp(min=1e-12)).round().to(torch.uint8).cpu()
 
 
-def _with_parts(dataset: Dataset, change: Callable[[Examples], Examples]) -> Dataset:
-    return dataset._replace(
-        train=change(dataset.train),
-        validation=change(dataset.validation),
-        test=change(dataset.test),
-    )
+def _with_splits(dataset: Dataset, change: Callable[[Examples], Examples]) -> Dataset:
+    changed = {name: change(examples) for name, examples in dataset.splits.items()}
+    return dataclasses.replace(dataset, **changed)
 
 
 def _interpolated(images: Tensor, size: int) -> Tensor:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
-from funcloss.app.data.files import check_md5
+from funcloss.app.data.idx import check_md5
 from funcloss.errors import DataError, UnavailableError
 
 _ANSWER_SECONDS = 3.0  # for the first sign of life of a mirror
@@ -17,10 +19,10 @@ _STALL_SECONDS = 20.0  # for the next bytes of a download
 
 
 def fetch(urls: list[str], md5: str, target: Path) -> None:
-    """Download the first of ``urls`` that answers to ``target``, whole and checked, or not at all.
+    """Download a file from the first mirror that answers, whole and checked, or not at all.
 
     Args:
-        urls: The same file on several mirrors, in order of preference.
+        urls: The file on several mirrors, in order of preference.
         md5: Its published checksum.
         target: Where it goes; the folder is made.
 
@@ -36,7 +38,7 @@ def fetch(urls: list[str], md5: str, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
-            with _stall_timeout():
+            with stall_timeout():
                 download_url(alive[0], folder, filename=target.name)
             check_md5(Path(folder) / target.name, md5)
             (Path(folder) / target.name).replace(target)
@@ -49,11 +51,20 @@ def fetch(urls: list[str], md5: str, target: Path) -> None:
         raise UnavailableError(f"cannot fetch {alive[0]} to {target.parent}: {reason}") from None
 
 
-def answering(urls: list[str], seconds: float = _ANSWER_SECONDS) -> list[str]:
+def check_network(urls: list[str]) -> None:
+    """Raise ``UnavailableError`` unless a host of these addresses answers, with an error even."""
+    hosts = list({urlsplit(url).netloc: url for url in urls}.values())
+    if hosts and not answering(hosts, refusals=True):
+        raise UnavailableError(f"there is no network: no answer from {' or '.join(hosts)}")
+
+
+def answering(
+    urls: list[str], seconds: float = _ANSWER_SECONDS, *, refusals: bool = False
+) -> list[str]:
     """Return those of ``urls`` that answer a HEAD request within ``seconds``, in their order.
 
     All are asked at once, in threads that nobody waits for: a resolver can hang far longer than
-    any time-out of a socket.
+    any time-out of a socket. ``refusals``: an error that the server reports is an answer, too.
     """
     alive: dict[str, bool] = {}
 
@@ -62,6 +73,8 @@ def answering(urls: list[str], seconds: float = _ANSWER_SECONDS) -> list[str]:
             request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 alive[url] = answer.status < 400
+        except HTTPError:
+            alive[url] = refusals
         except (OSError, ValueError, HTTPException):
             alive[url] = False
 
@@ -74,7 +87,7 @@ def answering(urls: list[str], seconds: float = _ANSWER_SECONDS) -> list[str]:
 
 
 @contextmanager
-def _stall_timeout() -> Iterator[None]:
+def stall_timeout() -> Iterator[None]:
     """Give torchvision's downloader, which sets no time-out, one for each read."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_STALL_SECONDS)

@@ -17,7 +17,7 @@ from funcloss.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What stands for a tensor of inputs: where each of them can be read."""
+    """Inputs that are read when they are needed, in place of a tensor of them."""
 
     source: Dataset[Any]  # map-style; its items are (inputs, label)
     positions: Int[Tensor, " n"]  # of the items in ``source``, on the CPU
@@ -33,7 +33,7 @@ class Stream:
         return dataclasses.replace(self, positions=self.positions[index.cpu()])
 
     def batches(self, indices: Sequence[Tensor], *, pinned: bool = False) -> Iterator[Any]:
-        """Read batches ahead of whoever takes them.
+        """Yield the inputs of one batch after another, read ahead.
 
         Args:
             indices: Of each batch, shape ``(batch,)``.
@@ -79,10 +79,16 @@ class Stream:
         except StopIteration:
             raise DataError("reading the data ended early, by a StopIteration") from None
         except Exception as error:  # the reading is the user's code, in a process of its own
-            raise _told(error) from error
+            raise _in_one_line(error) from error
         finally:
             # Left to the garbage collector, the processes outlive an error, or end with a noise.
             getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of what an error says, else its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def item_shape(inputs: Tensor | Stream) -> tuple[int, ...]:
@@ -103,15 +109,14 @@ def _as_inputs(inputs: Any) -> Any:
     return tree_map(lambda x: x.float() if x.dtype == torch.float64 else x, inputs)
 
 
-def _told(error: Exception) -> DataError:
-    """Return the last line of what a worker process said, which is the error itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
+def _in_one_line(error: Exception) -> DataError:
+    """Return the last line of a worker process's traceback, which is the error itself."""
+    last = last_line(error)
     said = last.partition("DataError: ")[2] or last
     if isinstance(error, DataError):
         return DataError(said)
     gone = "exited unexpectedly" in str(error) or "killed by signal" in str(error)
     if gone or isinstance(error, ConnectionError | EOFError):
         return DataError(f"a process that reads the data ended: {last}; try workers 0")
-    kind = "" if len(lines) > 1 else f"{type(error).__name__}: "
+    kind = "" if len(str(error).strip().splitlines()) > 1 else f"{type(error).__name__}: "
     return DataError(f"reading the data raised {kind}{said}")

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, feed
+from funcloss.app.data import Dataset, Examples, iter_batches
 from funcloss.app.registry import loss_named
 from funcloss.app.runs import folder
 from funcloss.app.runs.model import TrainedModel
@@ -189,7 +189,7 @@ def evaluate(
     """
     found = {}
     for name in ("validation", "test", "train"):
-        examples: Examples = getattr(dataset, name)
+        examples = dataset.splits[name]
         if name in splits and len(examples.labels):
             found[name] = evaluate_examples(model, dataset, examples)
     return found
@@ -208,7 +208,7 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
     """
     index = torch.arange(len(examples.labels), device=examples.labels.device)
     size = max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
-    batches = feed(dataset, examples, index.split(size))
+    batches = iter_batches(dataset, examples, index.split(size))
     return run_model(model.forward, model, batches, model.criterion, model.hyper, costs=model.costs)
 
 

@@ -52,7 +52,7 @@ class EpochReport(NamedTuple):
     epochs: int  # how many there will be
     loss: float  # mean over its steps
     seconds: float  # of its steps
-    evaluations: dict[str, Evaluation]  # by part of the data set
+    evaluations: dict[str, Evaluation]  # by split of the data set
 
 
 class Audited(NamedTuple):
@@ -383,7 +383,7 @@ def _run_from(
             state,
             take_step,
             n,
-            feed=setup.feed,
+            feed=setup.iter_batches,
             epochs=config.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,

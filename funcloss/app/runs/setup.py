@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,16 @@ from funcloss import optim
 from funcloss.app.config import TrainConfig, check_code, with_final_names
 from funcloss.app.data import (
     Dataset,
-    Known,
+    InputSchema,
+    LoadOptions,
     Stream,
     class_counts,
     data_folder,
-    feed,
+    get_batch,
+    iter_batches,
     load_dataset,
     moved,
     resized,
-    take,
 )
 from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
@@ -58,9 +59,9 @@ class Setup(NamedTuple):
     untrained: TrainedModel  # with its first weights
     notes: tuple[str, ...] = ()  # what the user should read
 
-    def feed(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """Give the training examples at one index after another."""
-        return feed(self.dataset, self.dataset.train, indices)
+    def iter_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """Yield the training examples at one index after another."""
+        return iter_batches(self.dataset, self.dataset.train, indices)
 
     def trained(self, state: HasTensors, hyper: Hyper | None = None) -> TrainedModel:
         """Return the model with the tensors of a state, and the class weights of ``hyper``."""
@@ -99,33 +100,21 @@ def make_setup(config: TrainConfig) -> Setup:
     return setup_on(config, moved(dataset, device))
 
 
-def load_data(config: TrainConfig, *, known: Known | None = None) -> Dataset:
+def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
     """Return the data set that a configuration names, as it describes it.
 
     Args:
         config: Its data options; of the others only ``model``, for the size that lenet5 takes.
-        known: As for :func:`funcloss.app.data.load_dataset`.
+        schema: As for :func:`funcloss.app.data.load_dataset`.
 
     Raises:
         ConfigError: the request does not fit the data.
         DataError: the data cannot be had.
     """
-    return load_dataset(
-        config.dataset,
-        config.data_dir,
-        val_fraction=config.val_fraction,
-        imbalance=config.imbalance,
-        target=config.target,
-        ignore=config.ignore,
-        test_fraction=config.test_fraction,
-        validation_dataset=config.validation_dataset,
-        test_dataset=config.test_dataset,
-        image_size=_image_size(config),
-        stream=config.stream,
-        workers=config.workers,
-        known=known,
-        refused_code=config.refused_code,
-    )
+    names = [field.name for field in dataclasses.fields(LoadOptions)]
+    asked: dict[str, Any] = {name: getattr(config, name) for name in names}
+    asked["image_size"] = _image_size(config)
+    return load_dataset(LoadOptions(**asked), schema=schema, refused_code=config.refused_code)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -160,7 +149,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         )
     model, note = first_model(config, dataset)
     size = min(config.batch_size, len(dataset.train.labels))
-    few = take(dataset, dataset.train, torch.arange(size, device=device))
+    few = get_batch(dataset, dataset.train, torch.arange(size, device=device))
     try_model(model, config.model, few.inputs, len(dataset.classes))
     weighted = "class_weights" in hyper
     criterion = make_criterion(
@@ -261,7 +250,7 @@ def trial_batch(setup: Setup) -> Batch:
     """
     n, size = len(setup.dataset.train.labels), setup.config.batch_size
     index = torch.arange(size, device=setup.config.device) * n // size
-    return take(setup.dataset, setup.dataset.train, index)
+    return get_batch(setup.dataset, setup.dataset.train, index)
 
 
 def resolve_device(name: str) -> str:
@@ -336,7 +325,7 @@ def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
     if not len(config.pixel_mean) == len(config.pixel_std) == channels:
         raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
     mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
-    return dataset._replace(mean=mean, std=std)
+    return dataclasses.replace(dataset, mean=mean, std=std)
 
 
 def _image_size(config: TrainConfig) -> int:

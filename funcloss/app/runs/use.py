@@ -14,14 +14,14 @@ from funcloss.app.config import TrainConfig, check_code, make_config
 from funcloss.app.data import (
     Dataset,
     Examples,
-    Known,
+    InputSchema,
     moved,
     normalised,
     read_features,
     read_image,
     resized,
 )
-from funcloss.app.data.own import TABLES
+from funcloss.app.data.loading import TABLES
 from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import evaluate, record_of, rule_caveat, with_fitted_rule
@@ -121,15 +121,15 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
     if own:
         return load_data(asked)
     shape = run.input_shape if run.images else ()
-    return load_data(_as_other_data(asked), known=Known(run.classes, run.columns, shape))
+    return load_data(_as_other_data(asked), schema=InputSchema(run.classes, run.columns, shape))
 
 
 def _as_other_data(config: TrainConfig) -> TrainConfig:
     """Return a configuration without what it says of reading and splitting the run's own data."""
-    parting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
+    splitting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
     plain = TrainConfig()
-    return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*parting, *reading)})
+    return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*splitting, *reading)})
 
 
 def _scored_by(
@@ -151,7 +151,7 @@ def split_of(dataset: Dataset, split: str) -> Examples:
     Raises:
         ConfigError: there is no such split, or nothing in it.
     """
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    splits = dataset.splits
     if split not in splits:
         raise ConfigError(f"split must be one of {', '.join(splits)}; got {split!r}")
     if not len(splits[split].labels):
@@ -174,7 +174,7 @@ def _fitted(data: Dataset, run: TrainedModel) -> Dataset:
             f"the model takes {_described(run.input_shape)}, {data.name} has "
             f"{_described(data.input_shape)}"
         )
-    return data._replace(mean=run.mean, std=run.std)
+    return dataclasses.replace(data, mean=run.mean, std=run.std)
 
 
 def _described(shape: tuple[int, ...]) -> str:

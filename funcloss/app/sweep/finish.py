@@ -15,7 +15,7 @@ import torch
 from funcloss._files import replacing, write_text
 from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
-from funcloss.app.data import take
+from funcloss.app.data import get_batch
 from funcloss.app.options import AuditOptions
 from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice_figures import frontier, placed
@@ -180,7 +180,7 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
     size = min(_BATCH, config.batch_size)
     pieces = [piece for piece in order.split(size)[:_HORIZON] if len(piece) == size]
     held = torch.arange(len(dataset.validation.labels), device=device)
-    batch = take(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
+    batch = get_batch(dataset, dataset.validation, held[:: math.ceil(len(held) / _VALIDATION)])
     support = batch.targets.bincount(minlength=len(dataset.classes)).cpu()
     prior = deployment_prior(config, dataset.classes, support)
     weights = None
@@ -193,7 +193,7 @@ def gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[str
         setup.costs.matrix.float().to(device),
         sample_weights=weights,
     )
-    batches = [take(dataset, dataset.train, piece) for piece in pieces]
+    batches = [get_batch(dataset, dataset.train, piece) for piece in pieces]
     found = cost_gradient(step, state, batches, cost, hyper)
     return dict(zip(dataset.classes, found.gradient.tolist(), strict=True)), len(batches)
 

@@ -205,7 +205,7 @@ def _trained(
         members,
         take_step,
         len(setup.dataset.train.labels),
-        feed=setup.feed,
+        feed=setup.iter_batches,
         epochs=config.epochs,
         batch_size=config.batch_size,
         log_every=config.log_every,

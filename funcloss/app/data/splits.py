@@ -1,63 +1,60 @@
-"""The parts of a data set: cut, counted, thinned out, measured."""
+"""The splits of a data set: cut, counted, thinned out, measured."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from funcloss.app.data.dataset import Dataset, Examples, subset
+from funcloss.app.data.records import RawSplit
 from funcloss.app.data.streaming import Stream
 from funcloss.errors import ConfigError, DataError
 
 _MEASURED = 1_000  # streamed inputs whose mean and standard deviation stand for all
 _VALUES_AT_ONCE = 2**17
+_IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def make_dataset(
     name: str,
-    classes: tuple[str, ...],
-    train: Examples,
-    test: Examples | None,
+    splits: Mapping[str, RawSplit],
     *,
-    validation: Examples | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     note: str = "",
-    columns: tuple[str, ...] = (),
 ) -> Dataset:
-    """Check examples, and part them into training, validation and test set.
+    """Check examples and split them into training, validation and test set.
 
     Args:
         name: Name of the data set.
-        classes: Names of the classes, in the order of the labels.
-        train: What is there to train on.
-        test: The test set; None cuts it from ``train``.
-        validation: The validation set; None cuts it from ``train``.
-        mean: Mean of each channel, pixels in 0..1; empty: inputs go to the model as they are; None:
-            measured on the training part.
-        std: Standard deviation of each channel; None: measured.
-        val_fraction: Part of each class of ``train`` that becomes validation.
-        test_fraction: Part of each class of ``train`` that becomes the test set, if it is cut.
-        note: What whoever reads the results must know of the data.
-        columns: Names of the features of a table.
+        splits: ``train``, and perhaps ``validation`` and ``test``, of the same classes and columns.
+            A split that is missing is cut from ``train``.
+        scale: Mean and standard deviation of each channel, pixels in 0..1; None: measured on the
+            training split, unless its inputs are what a model takes.
+        val_fraction: Fraction of each class of ``train`` that becomes validation, if it is cut.
+        test_fraction: Fraction of each class of ``train`` that becomes the test set, if it is cut.
+        note: What readers of the results must know of the data.
 
     Returns:
-        The data set. The parts depend on nothing but the labels, so every run sees the same.
+        The data set. The splits depend on nothing but the labels, so every run sees the same.
 
     Raises:
         ConfigError: the fractions leave nothing to train on, or nothing to test on.
         DataError: there are no examples, inputs and labels differ in number, or a label is out of
             range.
     """
-    for part, examples in (("training", train), ("validation", validation), ("test", test)):
-        if examples is not None:
-            _check_examples(f"{name}, {part} set", examples, len(classes))
+    first = splits["train"]
+    for split, raw in splits.items():
+        _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(first.classes))
+    given = {split: Examples(raw.inputs, raw.labels) for split, raw in splits.items()}
+    train = given["train"]
     fractions = (
-        val_fraction if validation is None else 0.0,
-        test_fraction if test is None else 0.0,
+        val_fraction if "validation" not in given else 0.0,
+        test_fraction if "test" not in given else 0.0,
     )
     if sum(fractions) >= 1.0:
         raise ConfigError(
@@ -65,42 +62,37 @@ def make_dataset(
             "train on"
         )
     kept, held, tested = stratified_split(train.labels, *fractions)
-    test = subset(train, tested) if test is None else test
+    test = given.get("test") or subset(train, tested)
     if not len(kept) or not len(test.labels):
         what = "train" if not len(kept) else "test"
         raise ConfigError(
             f"{name}: {len(train.labels):,} examples leave none to {what} on, at val_fraction "
             f"{val_fraction:g} and test_fraction {test_fraction:g}"
         )
-    validation = subset(train, held) if validation is None else validation
+    validation = given.get("validation") or subset(train, held)
     train = train if len(kept) == len(train.labels) else subset(train, kept)
-    if mean is None or std is None:
-        mean, std = measured_scale(train)
+    mean, std = ((), ()) if first.unscaled else scale or _measured_scale(train)
     return Dataset(
         name=name,
-        classes=classes,
+        classes=first.classes,
         train=train,
         validation=validation,
         test=test,
         mean=torch.tensor(mean),
         std=torch.tensor(std),
         note=note,
-        columns=columns,
+        columns=first.columns,
     )
 
 
-def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel or feature, the last axis.
+def _measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of each channel or feature, the last axis; of a stream some count.
 
-    Args:
-        examples: Images or features; of a stream some are read.
-
-    Returns:
-        Both, pixels of uint8 images in 0..1; a constant has the standard deviation 1.
+    uint8 pixels stand for 0..1; a constant has the standard deviation 1.
 
     Example:
         >>> features = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
-        >>> measured_scale(Examples(features, torch.tensor([0, 1])))
+        >>> _measured_scale(Examples(features, torch.tensor([0, 1])))
         ((1.0, 5.0), (1.0, 1.0))
     """
     inputs = examples.inputs
@@ -128,16 +120,16 @@ def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, 
 
 def stratified_split(
     labels: Int[Tensor, " n"], *fractions: float, seed: int = 0
-) -> tuple[Int[Tensor, " part"], ...]:
-    """Part examples at random, each class in the same proportions.
+) -> tuple[Int[Tensor, " some"], ...]:
+    """Split examples at random, each class in the same proportions.
 
     Args:
         labels: Class of each example, shape ``(n,)``.
-        fractions: Part of each class that goes into the second part, the third, and so on.
-        seed: Seed of the choice; the same seed gives the same parts.
+        fractions: Fraction of each class that goes into the second split, the third, and so on.
+        seed: Seed of the choice; the same seed gives the same splits.
 
     Returns:
-        Indices of each part, in ascending order: first what is left, then one part a fraction.
+        Indices of each split, in ascending order: first what is left, then one split per fraction.
 
     Raises:
         ValueError: the fractions are negative or reach 1 together.
@@ -153,19 +145,19 @@ def stratified_split(
     labels = labels.cpu()
     # A stable sort, so that thousands of classes take one pass.
     members = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
-    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
+    splits: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
     sizes = [_shares([len(m) for m in members], fraction) for fraction in fractions]
     for i, member in enumerate(members):
         shuffled = member[torch.randperm(len(member), generator=generator)]
-        taken, room = [], len(member) - 1  # one of each class stays in the first part
+        taken, left = [], len(member) - 1  # one of each class stays in the first split
         for size in sizes:
-            taken.append(min(size[i], room))
-            room -= taken[-1]
+            taken.append(min(size[i], left))
+            left -= taken[-1]
         pieces = shuffled.split([len(member) - sum(taken), *taken])
-        for part, piece in zip(parts, pieces, strict=True):
-            part.append(piece)
+        for split, piece in zip(splits, pieces, strict=True):
+            split.append(piece)
     empty = torch.zeros(0, dtype=torch.int64)
-    return tuple(torch.cat([empty, *part]).sort().values for part in parts)
+    return tuple(torch.cat([empty, *split]).sort().values for split in splits)
 
 
 def _shares(counts: list[int], fraction: float) -> list[int]:
@@ -190,7 +182,7 @@ def class_counts(examples: Examples, classes: int) -> Int[Tensor, " classes"]:
 
 
 def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
-    """Thin out the training part: ``n_c = n_max * factor^(-c / (C - 1))`` examples of class ``c``.
+    """Thin out the training split: ``n_c = n_max * factor^(-c / (C - 1))`` examples of class ``c``.
 
     The classes are taken in the order of their labels, so the last is the rarest. Validation and
     test set stay as they are: scores on them are of the classes as they came.
@@ -208,9 +200,9 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
         ConfigError: ``factor`` is below 1 or not finite, or there is but one class.
 
     Example:
-        >>> part = Examples(torch.zeros(20, 2, 2, 1, dtype=torch.uint8), torch.arange(20) % 2)
-        >>> even = make_dataset("even", ("a", "b"), part, part, mean=(0.0,), std=(1.0,),
-        ...                     val_fraction=0.0)
+        >>> images = torch.zeros(20, 2, 2, 1, dtype=torch.uint8)
+        >>> split = RawSplit(images, torch.arange(20) % 2, ("a", "b"))
+        >>> even = make_dataset("even", {"train": split, "test": split}, val_fraction=0.0)
         >>> class_counts(long_tailed(even, 5).train, 2)
         tensor([10,  2])
 
@@ -231,15 +223,14 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
     index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
-    return dataset._replace(train=subset(dataset.train, index))
+    return dataclasses.replace(dataset, train=subset(dataset.train, index))
 
 
-def _check_examples(what: str, examples: Examples, classes: int) -> None:
-    inputs, labels = examples
-    if len(inputs) != len(labels):
-        raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
-    if len(labels) == 0:
+def _check_examples(what: str, raw: RawSplit, classes: int) -> None:
+    if len(raw.inputs) != len(raw.labels):
+        raise DataError(f"{what}: {len(raw.inputs):,} inputs but {len(raw.labels):,} labels")
+    if not len(raw.labels):
         raise DataError(f"{what}: no examples")
-    low, high = int(labels.min()), int(labels.max())
+    low, high = int(raw.labels.min()), int(raw.labels.max())
     if low < 0 or high >= classes:
         raise DataError(f"{what}: labels must be in 0..{classes - 1}, got {low}..{high}")

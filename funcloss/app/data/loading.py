@@ -1,9 +1,11 @@
-"""Somebody's own data: a folder of images, arrays, a table, or what a function returns."""
+"""Loading a data set: a published one, a folder of images, arrays, a table, or code's."""
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +14,14 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
 from funcloss.app.addresses import imported, is_address
-from funcloss.app.config import did_you_mean
+from funcloss.app.config import did_you_mean, names_own
 from funcloss.app.data.arrays import as_inputs, as_labels, check_finite, read_arrays
 from funcloss.app.data.dataset import Dataset, Examples
 from funcloss.app.data.images import read_folder
-from funcloss.app.data.parts import make_dataset
-from funcloss.app.data.raw import Raw
+from funcloss.app.data.names import DATASETS, TORCHVISION
+from funcloss.app.data.published import read_published, read_torchvision, torchvision_name
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+from funcloss.app.data.splits import long_tailed, make_dataset
 from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.app.data.table import read_table
 from funcloss.errors import ConfigError, DataError, FunclossError
@@ -28,89 +32,113 @@ _FORMS = (
     "a folder of class folders, .npz, .safetensors, .csv (.tsv, .txt), or module:function that "
     "returns data"
 )
+_SPLITS = ("train", "validation", "test")
 
 
-class Known(NamedTuple):
-    """What a model that is there already knows of its data."""
-
-    classes: tuple[str, ...]
-    columns: tuple[str, ...] = ()
-    image_shape: tuple[int, ...] = ()  # channels, height, width; empty: it takes no images
-
-
-class How(NamedTuple):
-    """How to read somebody's data and to part it."""
-
-    target: str = ""  # the column of the classes, of a table
-    ignore: tuple[str, ...] = ()  # columns to leave out
-    validation: str = ""  # where the validation part is, if not in the data itself
-    test: str = ""
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    image_size: int = 0
-    stream: str = "auto"
-    workers: int = 2
-
-
-def load_own(
-    address: str, how: How, *, refused: Mapping[str, str], known: Known | None = None
+def load_dataset(
+    dataset: str | LoadOptions,
+    *,
+    schema: InputSchema | None = None,
+    refused_code: Mapping[str, str] = MappingProxyType({}),
 ) -> Dataset:
-    """Load data named by its path or as ``module:function``.
+    """Load a data set: a published one, or your own.
 
     Args:
-        address: Where it is.
-        how: How to read and to part it.
-        refused: Code that must not be imported, each with the file that names it.
-        known: The model that it is for, where it was trained on other data: what comes in one part
-            is its test set, all of it.
+        dataset: Which one, perhaps with options: ``mnist``, ``fashion-mnist``, ``kmnist``,
+            ``cifar10``, ``mnist-sample``, or ``auto``: MNIST if it can be had, else its sample,
+            with the reason in the data set's ``note``; ``torchvision:NAME``, with arguments as in
+            ``torchvision:EMNIST?split=letters``; or your own: a folder of class folders of images,
+            an ``.npz`` or ``.safetensors`` file of ``images`` and ``labels``, a CSV table, or
+            ``module:function`` that returns the tensors or a ``torch.utils.data.Dataset``.
+        schema: The classes and columns of a model, where other data is to be evaluated by it: data
+            in one split is then all test set. Data sets with a short name do not look at it.
+        refused_code: Code that must not be imported, each with the file that names it.
 
     Returns:
-        The data set on the CPU, its parts those that it brings or those that are cut.
+        The data set on the CPU.
 
     Raises:
-        ConfigError: the request does not fit the data, or its code is refused.
-        DataError: the data cannot be read, or cannot be learnt from.
+        ConfigError: there is no data set of that name, the request does not fit it, its code is
+            refused, or it cannot be made so long-tailed.
+        DataError: it cannot be had; the message says what was tried and the fixes.
     """
-    parts = _read(address, how, known, refused)
-    if isinstance(parts, Dataset):
-        if how.validation or how.test:
-            raise ConfigError(f"{address} has parts of its own: name no validation or test part")
-        return parts
-    for part, place in (("validation", how.validation), ("test", how.test)):
-        if place and part in parts:
-            raise ConfigError(f"{address} brings a {part} part: leave out {part}_dataset")
-        if place:
-            parts[part] = _one_part(place, part, how, parts["train"], refused)
-    if known is not None:
-        parts.setdefault("test", parts["train"])
-    name = short_name(address)
-    classes = parts["train"].classes if known is None else known.classes
-    _check_classes(name, classes, len(parts["train"].labels) if known is None else None)
-    _check_alike(name, parts)
-    examples = {
-        part: _examples(name if known else f"{name}, {part}", raw, classes)
-        for part, raw in parts.items()
-    }
-    scale = () if parts["train"].as_they_are else None
+    options = LoadOptions(dataset) if isinstance(dataset, str) else dataset
+    name = options.dataset
+    if name in ("auto", *DATASETS):
+        loaded = _load_published(options)
+    elif names_own(name):
+        loaded = load_own(options, refused=refused_code, schema=schema)
+    else:
+        there = ", ".join(("auto", *DATASETS))
+        guess = did_you_mean(name, ("auto", *DATASETS))
+        raise ConfigError(
+            f"no data set {name!r}{guess}; there are {there}, {TORCHVISION}NAME, and paths of your "
+            "own"
+        )
+    return loaded if options.imbalance == 1.0 else long_tailed(loaded, options.imbalance)
+
+
+def _load_published(options: LoadOptions) -> Dataset:
+    default = LoadOptions(options.dataset)
+    own = ("target", "ignore", "validation_dataset", "test_dataset", "test_fraction")
+    given = [option for option in own if getattr(options, option) != getattr(default, option)]
+    given += ["stream"] if options.stream == "on" else []
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for data of your own, and "
+            f"{options.dataset} comes as it is published"
+        )
+    name, splits, note = read_published(options)
     return make_dataset(
-        name,
-        classes,
-        examples["train"],
-        examples.get("test"),
-        validation=examples.get("validation"),
-        mean=scale,
-        std=scale,
-        val_fraction=how.val_fraction if known is None else 0.0,
-        test_fraction=how.test_fraction,
-        columns=parts["train"].columns,
+        name, splits, scale=DATASETS[name].scale, val_fraction=options.val_fraction, note=note
     )
 
 
-def _one_part(address: str, part: str, how: How, train: Raw, refused: Mapping[str, str]) -> Raw:
-    known = Known(train.classes, train.columns, _image_shape(train))
-    found = _read(address, how, known, refused)
+def load_own(
+    options: LoadOptions, *, refused: Mapping[str, str], schema: InputSchema | None = None
+) -> Dataset:
+    """Load data named by its path, as ``module:function`` or as ``torchvision:NAME``.
+
+    Arguments, errors and the data set are as for :func:`load_dataset`, but for the long tail.
+    """
+    address = options.dataset
+    splits = _read(address, options, schema, refused)
+    places = {"validation": options.validation_dataset, "test": options.test_dataset}
+    if isinstance(splits, Dataset):
+        if any(places.values()):
+            raise ConfigError(f"{address} has splits of its own: name no validation or test data")
+        return splits
+    for split, place in places.items():
+        if place and split in splits:
+            raise ConfigError(f"{address} brings a {split} split: leave out {split}_dataset")
+        if place:
+            splits[split] = _one_split(place, split, options, splits["train"], refused)
+    if schema is not None:
+        splits.setdefault("test", splits["train"])
+    name = torchvision_name(address) if address.startswith(TORCHVISION) else short_name(address)
+    classes = splits["train"].classes if schema is None else schema.classes
+    _check_classes(name, classes, len(splits["train"].labels) if schema is None else None)
+    _check_alike(name, splits)
+    return make_dataset(
+        name,
+        {
+            split: _relabelled(name if schema else f"{name}, {split}", raw, classes)
+            for split, raw in splits.items()
+        },
+        val_fraction=options.val_fraction if schema is None else 0.0,
+        test_fraction=options.test_fraction,
+    )
+
+
+def _one_split(
+    address: str, split: str, options: LoadOptions, train: RawSplit, refused: Mapping[str, str]
+) -> RawSplit:
+    shape = item_shape(train.inputs)
+    images = () if train.unscaled or len(shape) != 3 else (shape[2], *shape[:2])
+    schema = InputSchema(train.classes, train.columns, images)
+    found = _read(address, options, schema, refused)
     if isinstance(found, Dataset) or len(found) > 1:
-        raise ConfigError(f"{part}_dataset {address} has parts of its own: name one part")
+        raise ConfigError(f"{split}_dataset {address} has splits of its own: name one split")
     return found["train"]
 
 
@@ -128,36 +156,36 @@ def short_name(address: str) -> str:
 
 
 def _read(
-    address: str, how: How, known: Known | None, refused: Mapping[str, str]
-) -> dict[str, Raw] | Dataset:
-    if is_address(address):
-        return _from_code(address, how.workers, refused)
+    address: str, options: LoadOptions, schema: InputSchema | None, refused: Mapping[str, str]
+) -> dict[str, RawSplit] | Dataset:
+    torchvision = address.startswith(TORCHVISION)
+    if is_address(address) and not torchvision:
+        return _from_code(address, options.workers, refused)
     path = Path(address).expanduser()
-    if not path.exists():
-        raise DataError(f"there is no {path}: a data set is {_FORMS}")
     suffix = path.suffix.lower()
-    if (how.target or how.ignore) and (path.is_dir() or suffix not in TABLES):
-        raise ConfigError(f"target and ignore are for a CSV table, and {path} is none")
-    if how.stream == "on" and not path.is_dir():
+    if not torchvision and not path.exists():
+        raise DataError(f"there is no {path}: a data set is {_FORMS}")
+    pictures = torchvision or path.is_dir()
+    if (options.target or options.ignore) and (pictures or suffix not in TABLES):
+        raise ConfigError(f"target and ignore are for a CSV table, and {address} is none")
+    if options.stream == "on" and not pictures:
         raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
-    if path.is_dir():
-        return read_folder(
-            path,
-            image_size=how.image_size,
-            image_shape=() if known is None else known.image_shape,
-            stream=how.stream,
-            workers=how.workers,
-        )
+    if torchvision:
+        return read_torchvision(address, options, schema)
+    if pictures:
+        return read_folder(path, options, schema)
     if suffix in _ARRAYS:
         return read_arrays(path)
     if suffix in TABLES:
-        columns = () if known is None else known.columns
-        ignore = () if columns else how.ignore
-        return {"train": read_table(path, target=how.target, ignore=ignore, columns=columns)}
+        columns = () if schema is None else schema.columns
+        ignore = () if columns else options.ignore
+        return {"train": read_table(path, target=options.target, ignore=ignore, columns=columns)}
     raise DataError(f"{path} is of no form that can be read: a data set is {_FORMS}")
 
 
-def _from_code(address: str, workers: int, refused: Mapping[str, str]) -> dict[str, Raw] | Dataset:
+def _from_code(
+    address: str, workers: int, refused: Mapping[str, str]
+) -> dict[str, RawSplit] | Dataset:
     """Call the function of an address and take what it returns as data."""
     try:
         function = imported(address, what="data", refused=refused)
@@ -176,25 +204,25 @@ def _from_code(address: str, workers: int, refused: Mapping[str, str]) -> dict[s
     if isinstance(data, Dataset):
         return data
     if not isinstance(data, Mapping):
-        return {"train": _part(address, data, None, workers)}
+        return {"train": _split(address, data, None, workers)}
     classes = data.get("classes")
     names = None if classes is None else tuple(map(str, classes))
     for name in data:
-        if name not in ("train", "validation", "test", "classes"):
-            guess = did_you_mean(str(name), ("train", "validation", "test", "classes"))
+        if name not in (*_SPLITS, "classes"):
+            guess = did_you_mean(str(name), (*_SPLITS, "classes"))
             raise DataError(
                 f"{address}() may return train, validation, test and classes; got {name!r}{guess}"
             )
     if "train" not in data:
         raise DataError(f"{address}() must return train, or the data itself")
     return {
-        name: _part(f"{address}, {name}", part, names, workers)
-        for name, part in data.items()
+        name: _split(f"{address}, {name}", split, names, workers)
+        for name, split in data.items()
         if name != "classes"
     }
 
 
-def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -> Raw:
+def _split(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -> RawSplit:
     if isinstance(data, IterableDataset):
         raise DataError(
             f"{what}: an IterableDataset has no order to shuffle: return a Dataset with __len__ "
@@ -202,10 +230,12 @@ def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -
         )
     if isinstance(data, TorchDataset):
         return _streamed(what, data, classes, workers)
+    if isinstance(data, Examples):
+        data = (data.inputs, data.labels)
     if not isinstance(data, Sequence) or len(data) != 2:
         raise DataError(
             f"{what} must be (inputs, labels), a torch.utils.data.Dataset, or a dict of them by "
-            f"part; got {type(data).__name__}"
+            f"split; got {type(data).__name__}"
         )
     inputs, labels = data
     for name, value in (("inputs", inputs), ("labels", labels)):
@@ -213,7 +243,7 @@ def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -
             kind = type(value).__name__
             raise DataError(f"{what}: the {name} must be a tensor or an array, got {kind}")
         if not value.ndim:
-            raise DataError(f"{what}: the {name} must begin with the examples, got one number")
+            raise DataError(f"{what}: the {name} must begin with the examples, got a single number")
     if len(inputs) != len(labels):
         raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "buif":
@@ -223,15 +253,15 @@ def _part(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -
         raise DataError(f"{what}: the inputs must be dense, got {tensor.layout}: .to_dense()")
     found, names = as_labels(f"{what}: labels", labels, classes)
     if tensor.dtype == torch.uint8 and tensor.dim() in (3, 4):
-        return Raw(as_inputs(f"{what}: images", tensor), found, names)
+        return RawSplit(as_inputs(f"{what}: images", tensor), found, names)
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     check_finite(f"{what}: the inputs", tensor)
-    return Raw(tensor, found, names, as_they_are=True)
+    return RawSplit(tensor, found, names, unscaled=True)
 
 
 def _streamed(
     what: str, data: TorchDataset[Any], classes: tuple[str, ...] | None, workers: int
-) -> Raw:
+) -> RawSplit:
     if not hasattr(data, "__len__") or not len(data):  # pyright: ignore[reportArgumentType]
         raise DataError(f"{what}: no examples, or a Dataset without __len__")
     try:
@@ -260,27 +290,27 @@ def _streamed(
             f"the Dataset begin with {int(every[0])}: let them be the same"
         )
     labels, names = as_labels(f"{what}: labels", every, names)
-    return Raw(stream, labels, names, as_they_are=True)
+    return RawSplit(stream, labels, names, unscaled=True)
 
 
-def _examples(what: str, raw: Raw, classes: tuple[str, ...]) -> Examples:
-    """Return a part with its labels counted as ``classes`` are."""
+def _relabelled(what: str, raw: RawSplit, classes: tuple[str, ...]) -> RawSplit:
+    """Return a split with its labels counted as ``classes`` are."""
     if raw.classes == classes:
-        return Examples(raw.inputs, raw.labels)
+        return raw
     place_of = {name: i for i, name in enumerate(classes)}
     seen = set(raw.labels.unique().tolist())
     unknown = [n for i, n in enumerate(raw.classes) if i in seen and n not in place_of]
     if unknown:
         raise DataError(
-            f"{what}: class {unknown[0]!r} is not among those to tell apart, "
+            f"{what}: unknown class {unknown[0]!r}; the classes are "
             f"{', '.join(classes[:8])}{' ...' if len(classes) > 8 else ''}"
         )
     place = torch.tensor([place_of.get(name, -1) for name in raw.classes])
-    return Examples(raw.inputs, place[raw.labels])
+    return replace(raw, labels=place[raw.labels], classes=classes)
 
 
 def _check_classes(name: str, classes: tuple[str, ...], n: int | None) -> None:
-    """Raise unless these are classes to tell apart, in ``n`` examples to learn them from."""
+    """Raise unless these are two or more classes, in ``n`` examples to learn them from."""
     if len(classes) < 2:
         only = f"one class, {classes[0]!r}" if classes else "no class"
         raise DataError(f"{name} has {only}: there is nothing to tell apart")
@@ -297,18 +327,14 @@ def _check_classes(name: str, classes: tuple[str, ...], n: int | None) -> None:
         raise DataError(f"{name} has a class twice: {', '.join(classes[:8])}")
 
 
-def _check_alike(name: str, parts: dict[str, Raw]) -> None:
-    forms = {part: _form(raw.inputs) for part, raw in parts.items()}
-    for part, form in forms.items():
+def _check_alike(name: str, splits: Mapping[str, RawSplit]) -> None:
+    forms = {split: _form(raw.inputs) for split, raw in splits.items()}
+    for split, form in forms.items():
         if form != forms["train"]:
             raise DataError(
-                f"{name}: the {part} part has inputs of {form}, the training part {forms['train']}"
+                f"{name}: the {split} split has inputs of {form}, the training split "
+                f"{forms['train']}"
             )
-
-
-def _image_shape(raw: Raw) -> tuple[int, ...]:
-    shape = item_shape(raw.inputs)
-    return () if raw.as_they_are or len(shape) != 3 else (shape[2], *shape[:2])
 
 
 def _form(inputs: Tensor | Stream) -> str:
