@@ -58,6 +58,25 @@ class Reader(HTMLParser):
             self.words.append(data)
 
 
+def assert_offline(page: str) -> None:
+    """Assert that a page is well formed and asks nothing of a network."""
+    for tag, attrs in Reader(page).seen:
+        assert tag not in {"iframe", "object", "embed", "base", "form", "use", "audio", "video"}
+        assert tag != "script" or "src" not in attrs
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            if name in {"src", "href", "srcset", "action", "data", "poster", "background"}:
+                assert value.startswith("data:")
+    assert not re.search(r"url\(|@import|https?:|//", page[: page.index("</style>")])
+
+
+def assert_told(reader: Reader) -> None:
+    """Assert that every figure has a table, and every drawing a title."""
+    assert all("table" in inside for inside in reader.figures)
+    for attrs, inside in reader.svgs:
+        assert attrs.get("aria-hidden") == "true" or "title" in inside
+
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

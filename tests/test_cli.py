@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import typer.testing
 from PIL import Image
 
-from funcloss.app import config, data
+from funcloss import errors
+from funcloss.app import config, data, options
 from funcloss.app.cli import app as shell
 
 FAST = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1"]
@@ -124,7 +126,18 @@ def test_a_bad_request_is_one_line_on_stderr_and_exit_code_2(made, run_cli, args
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("args", [["train", "--epochs", "three"], ["train", "--bogus"], ["fly"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", "--epochs", "three"],
+        ["train", "--bogus"],
+        ["audit", "run", "--examples", "many"],
+        ["audit", "run", "another"],
+        ["evaluate"],
+        ["fly"],
+    ],
+    ids=" ".join,
+)
 def test_what_typer_refuses_is_exit_code_2_too(run_cli, args):
     code, _, err = run_cli(*args)
     assert code == 2
@@ -193,15 +206,52 @@ def test_versions_and_help(run_cli):
         assert f"--{field.name.replace('_', '-')}" in result.output
 
 
-def test_help_does_not_load_torch():
+RECORDS = {
+    "train": config.TrainConfig,
+    "audit": options.AuditOptions,
+    "check": options.CheckOptions,
+    "evaluate": options.EvaluateOptions,
+}
+
+
+@pytest.mark.parametrize("command", RECORDS)
+def test_help_has_an_option_for_every_row_of_a_record_and_loads_no_torch(command):
     code = (
-        "import sys; sys.argv = ['funcloss-train', '--help']\n"
-        "from funcloss.app.cli import main_train\n"
-        "try: main_train()\n"
+        f"import sys; sys.argv = ['funcloss', {command!r}, '--help']\n"
+        "from funcloss.app.cli import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=wide)
+    assert done.returncode == 0, done.stderr
+    for row in config.fields(RECORDS[command]):
+        assert (row.option.flag or f"--{row.name.replace('_', '-')}") in done.stdout
+        assert all(choice in done.stdout for choice in row.option.choices)
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "message"),
+    [
+        (options.AuditOptions, {"split": "all"}, "split must be one of train, validation, test"),
+        (options.AuditOptions, {"examples": 1}, "examples must be at least 2, got 1"),
+        (options.AuditOptions, {"memory": "much"}, "memory must be a number, got 'much'"),
+        (options.EvaluateOptions, {"dataset": "auto"}, "dataset must be one of mnist, .*a path"),
+        (
+            options.EvaluateOptions,
+            {"prior": {"9": 1.5}},
+            "prior 9 must be at least 0 and at most",
+        ),
+        (options.EvaluateOptions, {"class_cost": 5}, "class_cost must be a table of numbers"),
+        (options.CheckOptions, {"task": "speech"}, "task must be one of classification"),
+        (options.CheckOptions, {"batch_size": 1}, "batch_size must be at least 2"),
+    ],
+)
+def test_a_record_refuses_in_python_what_its_command_refuses(record, given, message):
+    assert record() == record()
+    with pytest.raises(errors.ConfigError, match=message):
+        record(**given)
 
 
 def test_a_reader_that_closes_the_pipe_early_ends_it_quietly(made):

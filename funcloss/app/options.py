@@ -32,7 +32,11 @@ class EvaluateOptions(_Checked):
 
     dataset: Annotated[
         str,
-        Option("Data set, or a path to your own; else the one trained on.", DATASETS, own="a path"),
+        Option(
+            "Data set, or a path to your own; else the one trained on.",
+            DATASETS,
+            own="torchvision:NAME, or a path",
+        ),
     ] = ""
     split: Annotated[str, Option("Split to evaluate.", ("test", "validation", "train"))] = "test"
     cost_matrix: Annotated[dict[str, dict[str, float]], _TRAINING["cost_matrix"]] = field(

@@ -152,7 +152,7 @@ def split_of(dataset: Dataset, split: str) -> Examples:
     Raises:
         ConfigError: there is no such split, or nothing in it.
     """
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    splits = dataset.splits
     if split not in splits:
         raise ConfigError(f"split must be one of {', '.join(splits)}; got {split!r}")
     if not len(splits[split].labels):
