@@ -1,6 +1,6 @@
-"""Sixteen members of a sweep against sixteen separate trainings, in one process.
+"""Sixteen trials of a sweep against sixteen separate trainings, in one process.
 
-Both take the same steps on the same data: the sweep as `funcloss sweep` runs it (members in one
+Both take the same steps on the same data: the sweep as `funcloss sweep` runs it (trials in one
 program, or in a loop if the model has convolutions and the device is not CUDA; the examples of a
 step read once), the separate trainings one after another as `funcloss-train` runs them. A round
 times a few steps of each in turn; the ratio is the median over the rounds of that within a round.
@@ -24,7 +24,7 @@ from rich.table import Table
 from funcloss.app.config import make_config
 from funcloss.app.data import get_batch
 from funcloss.app.runs.setup import make_setup
-from funcloss.app.sweep import choose_width, init_members, make_groups, make_members_step
+from funcloss.app.sweep import choose_width, init_trials, make_groups, make_trials_step
 from funcloss.training.loop import epoch_order
 
 
@@ -35,7 +35,7 @@ def main(
         "article-cnn",
         "fast-cnn",
     ],
-    members: Annotated[int, typer.Option(help="Members of the sweep.")] = 16,
+    trials: Annotated[int, typer.Option(help="Trials of the sweep.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 15,
     steps: Annotated[int, typer.Option(help="Steps of each in a round.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 128,
@@ -47,7 +47,7 @@ def main(
     table = Table("model", "the sweep runs", "sweep, ms a step", "separate, ms", "ratio", "spread")
     found = {}
     for name in model:
-        row = _measured(name, members, rounds, steps, batch_size, dataset, device)
+        row = _measured(name, trials, rounds, steps, batch_size, dataset, device)
         found[name] = row
         low, high = min(row["ratios"]), max(row["ratios"])
         table.add_row(
@@ -61,7 +61,7 @@ def main(
     Console(width=120).print(table)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(
-        f"{members} members, batches of {batch_size}, {rounds} rounds of {steps} steps; torch "
+        f"{trials} trials, batches of {batch_size}, {rounds} rounds of {steps} steps; torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads, {where or platform.machine()}"
     )
     if out is not None:
@@ -69,21 +69,21 @@ def main(
 
 
 def _measured(
-    name: str, members: int, rounds: int, steps: int, batch_size: int, dataset: str, device: str
+    name: str, trials: int, rounds: int, steps: int, batch_size: int, dataset: str, device: str
 ) -> dict:
     options = {"model": name, "dataset": dataset, "batch_size": batch_size, "device": device}
     setup = make_setup(make_config(options, {"class_weight": {"9": 1.0}}))
-    weights = torch.ones(members, 10, device=setup.config.device)
-    weights[:, 9] = torch.logspace(0, 2, members)
+    weights = torch.ones(trials, 10, device=setup.config.device)
+    weights[:, 9] = torch.logspace(0, 2, trials)
     hypers = [setup.hyper | {"class_weights": row} for row in weights]
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(get_batch, setup.dataset, setup.dataset.train)
-    width, _ = choose_width(setup.model, members)
+    width, _ = choose_width(setup.model, trials)
     groups = make_groups(setup.train_step, hypers, width)
-    step_on = make_members_step(groups)
-    together = init_members(setup.state, groups)
-    apart = [setup.state] * members
+    step_on = make_trials_step(groups)
+    together = init_trials(setup.state, groups)
+    apart = [setup.state] * trials
 
     def sweep() -> None:
         nonlocal together

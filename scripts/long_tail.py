@@ -2,7 +2,7 @@
 
 Fashion-MNIST, its training part cut to an exponential tail of factor 100; validation and test part
 stay even, so that accuracy on them is balanced accuracy. A mistake on one of the three rarest
-classes costs 5, any other 1. Each sweep is one of `funcloss sweep`: the member of least expected
+classes costs 5, any other 1. Each sweep is one of `funcloss sweep`: the trial of least expected
 cost on validation data is chosen, and the test set is read once, at the end.
 
     python scripts/long_tail.py --seeds 3 --out runs/long-tail
@@ -44,12 +44,12 @@ SWEEPS = {  # loss, what is swept, fixed options
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Seeds of each member.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds of each trial.")] = 3,
     epochs: Annotated[int, typer.Option(help="Epochs of each training.")] = 10,
     only: Annotated[str, typer.Option(help="One loss of the table; empty: all.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the sweeps.")] = Path("runs/long-tail"),
 ) -> None:
-    """Sweep each loss and print a table of the chosen members on the test set."""
+    """Sweep each loss and print a table of the chosen trials on the test set."""
     choices = {
         name: _swept(loss, axes, fixed, seeds, epochs, out / loss)
         for name, (loss, axes, fixed) in SWEEPS.items()

@@ -1,4 +1,4 @@
-"""What a sweep goes over, which member it chooses, and its rows on the test set."""
+"""What a sweep goes over, which trial it chooses, and its rows on the test set."""
 
 import dataclasses
 import math
@@ -22,9 +22,9 @@ from funcloss.app.sweep.axes import (
     by_name,
     describe,
     learning_rates,
-    member_config,
-    members_of,
-    plain_members,
+    plain_trials,
+    trial_config,
+    trials_of,
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
 from funcloss.constraints.limits import make_limits
@@ -145,20 +145,20 @@ def test_a_list_is_what_it_says(numbers):
 
 
 def test_the_grid_is_every_combination_the_last_axis_fastest():
-    grid = members_of([TAU, RATE, NINE])
+    grid = trials_of([TAU, RATE, NINE])
     assert len(grid) == 16
     assert grid[:5] == [
         *({"tau": 0.0, "learning_rate": 0.01, "class_weight 9": w} for w in NINE.values),
         {"tau": 0.0, "learning_rate": 0.1, "class_weight 9": 1.0},
     ]
-    assert len({describe(member) for member in grid}) == 16
+    assert len({describe(trial) for trial in grid}) == 16
     assert describe(grid[0]) == "tau=0, learning_rate=0.01, class_weight 9=1"
 
 
 BAD_AXES = [
     ([], "a sweep needs something to sweep: a class_weight, loss_option or learning_rate"),
     ([NINE, TAU, NINE], "class_weight 9 is swept twice"),
-    ([Axis("class_weight", str(i), tuple(range(17))) for i in range(3)], "4,913 members; at most"),
+    ([Axis("class_weight", str(i), tuple(range(17))) for i in range(3)], "4,913 trials; at most"),
     ([Axis("momentum", "", (0.5,))], "class_weight, loss_option, learning_rate; got 'momentum'"),
     ([Axis("class_weight", "", (1.0,))], "class_weight must be swept as CLASS=VALUES"),
     ([Axis("loss_option", "", (1.0,))], "loss_option must be swept as NAME=VALUES"),
@@ -170,7 +170,7 @@ BAD_AXES = [
 @pytest.mark.parametrize(("axes", "message"), BAD_AXES, ids=[m for _, m in BAD_AXES])
 def test_what_cannot_be_swept_is_refused(axes, message):
     with pytest.raises(ConfigError) as error:
-        members_of(axes)
+        trials_of(axes)
     assert message in str(error.value)
 
 
@@ -186,10 +186,10 @@ def test_classes_are_named_by_index_or_name_and_values_are_checked():
             by_name([axis], ("cat", "dog"))
 
 
-def test_a_member_is_the_shared_configuration_with_its_values():
+def test_a_trial_is_the_shared_configuration_with_its_values():
     shared = make_config({"loss": "softmax_focal", "class_weight": {"4": 2, "9": 3}})
     axes = [NINE, Axis("loss_option", "gamma", (2.0,)), RATE]
-    made = member_config(shared, axes, {"class_weight 9": 5.0, "gamma": 2.0, "learning_rate": 0.1})
+    made = trial_config(shared, axes, {"class_weight 9": 5.0, "gamma": 2.0, "learning_rate": 0.1})
     assert made == dataclasses.replace(
         shared,
         class_weight={"4": 2.0, "9": 5.0},
@@ -214,10 +214,10 @@ PLAIN_AT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "axes", "members"), PLAIN_AT)
-def test_plain_training_is_in_the_grid_or_beside_it(options, axes, members):
+@pytest.mark.parametrize(("options", "axes", "trials"), PLAIN_AT)
+def test_plain_training_is_in_the_grid_or_beside_it(options, axes, trials):
     config = make_config(options)
-    assert plain_members(axes, config) == members
+    assert plain_trials(axes, config) == trials
     beside = plain_config(config)
     assert (beside.loss, beside.class_weight, beside.loss_option) == ("cross_entropy", {}, {})
     assert (beside.learning_rate, beside.seed) == (config.learning_rate, config.seed)
@@ -234,10 +234,10 @@ FLOOR = make_limits({"9": 0.9}, {}, DIGITS)
 BOTH = make_limits({"9": 0.9}, {"9:4": 0.05}, DIGITS)
 
 
-def record(member, values, cost, reached=(), *, seed=0, diverged=False, plain=False, train=0.99):
+def record(trial, values, cost, reached=(), *, seed=0, diverged=False, plain=False, train=0.99):
     return {
         "seed": seed,
-        "member": member,
+        "trial": trial,
         "name": describe(values),
         "values": values,
         "plain": plain,
@@ -266,7 +266,7 @@ def grid(*rows):
 
 
 OUT = record(9, {}, 0.05, [1.0], plain=True)  # plain training outside of the grid
-NAN = None  # as members.jsonl has it
+NAN = None  # as trials.jsonl has it
 CHOICES = {
     "least cost": ([NINE], (), nines((1, 0.3), (2, 0.1), (5, 0.2)), 1),
     "least cost, a tie: the first": ([NINE], (), nines((1, 0.3), (2, 0.1), (5, 0.1)), 1),
@@ -385,7 +385,7 @@ def test_a_point_is_the_mean_over_its_sound_seeds():
     assert math.isnan(alone.accuracy.low)
 
 
-def test_how_far_a_member_is_from_its_limits_is_in_units_of_their_room():
+def test_how_far_a_trial_is_from_its_limits_is_in_units_of_their_room():
     records = nines((1, 0.1, 0.8, 0.0), (2, 0.1, 0.95, 0.1), (5, 0.1, 0.95, 0.05), (9, 0.1, NAN, 0))
     assert misses(records, BOTH) == pytest.approx([1.0, 1.0, 0.0, math.inf])
 
@@ -405,7 +405,7 @@ def sentences(records, axes, limits=()):
     return words.sweep_sentences(points, points[number], plain, reached, order_of(axes))
 
 
-def test_the_answer_names_the_member_and_the_reason():
+def test_the_answer_names_the_trial_and_the_reason():
     records = nines((1, 0.3, 0.8), (2, 0.1, 0.91), (5, 0.2, 0.95))
     records[0]["plain"] = True
     assert sentences(records, [NINE], FLOOR) == [
@@ -425,16 +425,16 @@ def test_the_answer_names_the_member_and_the_reason():
     cheap = [free[0] | {"expected_cost": 0.05}, *free[1:]]
     assert sentences(cheap, [NINE]) == [
         "class_weight 9=1 has the least expected cost on validation data, 0.0500 an example; no "
-        "member that was swept costs less."
+        "trial that was swept costs less."
     ]
     low = nines((1, 0.3, 0.7), (2, 0.1, 0.8))
     assert sentences(low, [NINE], FLOOR) == [
-        "No member keeps every limit on validation data; nearest is class_weight 9=2. "
+        "No trial keeps every limit on validation data; nearest is class_weight 9=2. "
         "recall of 9 at least 0.9: 0.8000."
     ]
     several = grid((1, 0, 0.3, 0.95), (5, 1, 0.2, 0.92))
     assert (
-        "is the member of least expected cost that keeps every limit"
+        "is the trial of least expected cost that keeps every limit"
         in (sentences(several, [NINE, TAU], FLOOR)[0])
     )
 

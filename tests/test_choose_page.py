@@ -353,11 +353,11 @@ def test_an_empty_choice_is_an_empty_answer():
         ("sweep", True, "95 % intervals from seed to seed, 3 seeds"),
         ("one seed", True, "One seed: how much another would differ is not known"),
         ("one point", False, "What was trained"),
-        ("all diverged", False, "The training of 7 of 7 members diverged"),
-        ("some diverged", True, "The training of 1 of 7 members diverged"),
+        ("all diverged", False, "The training of 7 of 7 trials diverged"),
+        ("some diverged", True, "The training of 1 of 7 trials diverged"),
         ("no focus", False, "What was trained"),
         ("all alike", True, "Accuracy against recall of 9"),
-        ("many points", True, "400 of 490 members"),
+        ("many points", True, "400 of 490 trials"),
     ],
 )
 def test_the_frontier_is_drawn_where_it_can_be(name, drawn, said):
@@ -416,14 +416,14 @@ def test_isolates_that_do_not_pair_make_no_elements():
 
 def test_the_numbers_are_those_of_the_choice():
     page = str(render_choice(SWEEP))
-    shown = tables(page, "frontier")["All members, on validation data"]
+    shown = tables(page, "frontier")["All trials, on validation data"]
     for cells, point in zip(shown, SWEEP.points, strict=True):
         scores = [ends(point.accuracy, 100), *(ends(r, 100) for r in point.recall)]
         near(cells[:-2], [[*point.values.values()], *scores, ends(point.expected_cost),
                           ends(point.rule_cost)])  # fmt: skip
         assert cells[-1] == [point.diverged, point.seeds]
     for cells, point in zip(
-        tables(page, "frontier")["Expected cost of each member"], SWEEP.points, strict=True
+        tables(page, "frontier")["Expected cost of each trial"], SWEEP.points, strict=True
     ):
         near(cells, [[point.expected_cost.value], [point.rule_cost.value]])
     for cells, row in zip(tables(page, "test")["Scores on the test set"], ROWS, strict=True):

@@ -1,4 +1,4 @@
-"""A sweep: members train as they would alone, stop and go on, and the test set is read once."""
+"""A sweep: trials train as they would alone, stop and go on, and the test set is read once."""
 
 import dataclasses
 import errno
@@ -29,9 +29,9 @@ from funcloss.app import data, report, runs, sweep
 from funcloss.app.choice import finish
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.runs import folder, setup
-from funcloss.app.sweep import Axis, SweepSpec, members, plan, seeds
-from funcloss.app.sweep.axes import member_config, members_of
-from funcloss.app.sweep.members import mapped, member_state
+from funcloss.app.sweep import Axis, SweepSpec, plan, seeds, trials
+from funcloss.app.sweep.axes import trial_config, trials_of
+from funcloss.app.sweep.trials import mapped, trial_state
 from funcloss.app.train import train
 from funcloss.combinators import class_weighted
 from funcloss.errors import ConfigError, RunError
@@ -56,8 +56,8 @@ def config(**options):
 
 
 def state_of(made, seed, number):
-    """The state of a member at the end of a seed's training."""
-    return member_state(seeds.restored(made, seed), made.groups, number)
+    """The state of a trial at the end of a seed's training."""
+    return trial_state(seeds.restored(made, seed), made.groups, number)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def tensors(path):
 
 def same(a, b):
     """Whether two sweeps ended in the same records, choice and model, to the bit."""
-    files = ("members.jsonl", "sweep.json", "sweep.csv")
+    files = ("trials.jsonl", "sweep.json", "sweep.csv")
     if any((a / file).read_bytes() != (b / file).read_bytes() for file in files):
         return False
     pairs = [[tensors(x / "chosen" / f"{n}.safetensors") for x in (a, b)]
@@ -150,11 +150,11 @@ def same(a, b):
                for x, y in pairs)  # fmt: skip
 
 
-# Every member's step is the step of that training alone.
+# Every trial's step is the step of that training alone.
 
 
 class Trainings:
-    """Members, each also as a training of its own, and a batch in a precision."""
+    """EnsembleState, each also as a training of its own, and a batch in a precision."""
 
     def __init__(self, steps, hypers, state, batch_at):
         self.steps, self.hypers, self.state, self.batch_at = steps, hypers, state, batch_at
@@ -162,7 +162,7 @@ class Trainings:
     @classmethod
     def of(cls, options, axis, dtype):
         made = make_config(SMALL, {"batch_size": 16, "learning_rate": 0.01}, options)
-        configs = [member_config(made, [axis], member) for member in members_of([axis])]
+        configs = [trial_config(made, [axis], trial) for trial in trials_of([axis])]
         first = setup.make_setup(configs[0])
         alone = [setup.setup_on(replace(c, device="cpu"), first.dataset) for c in configs]
 
@@ -183,17 +183,17 @@ def index_of(step):
 
 
 def gaps(trainings, width, steps=3):
-    """Return how far members and trainings alone are apart after a step, of what it moved."""
+    """Return how far trials and trainings alone are apart after a step, of what it moved."""
     groups = sweep.make_groups(trainings.steps[0], trainings.hypers, width)
-    step_on = sweep.make_members_step(groups)
-    state, found = sweep.init_members(trainings.state, groups), []
+    step_on = sweep.make_trials_step(groups)
+    state, found = sweep.init_trials(trainings.state, groups), []
     for i in range(steps):
         before = state
         state, metrics = step_on(state, trainings.batch_at(index_of(i)))
         for n, (alone, hyper) in enumerate(zip(trainings.steps, trainings.hypers, strict=True)):
-            own = member_state(before, groups, n)
+            own = trial_state(before, groups, n)
             expected, scores = alone(own, trainings.batch_at(index_of(i)), hyper)
-            got = member_state(state, groups, n)
+            got = trial_state(state, groups, n)
             assert int(got.step) == int(expected.step) == i + 1
             assert torch.equal(got.key, expected.key)
             found.append(float((metrics["losses"][n] - scores["loss"]).abs()))
@@ -246,7 +246,7 @@ DTYPES = [pytest.param(torch.float32, 1e-4, id="32"), pytest.param(torch.float64
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize(("options", "axis"), STEPS.values(), ids=STEPS)
-def test_a_members_step_is_that_of_its_training_alone(options, axis, dtype, tolerance):
+def test_a_trials_step_is_that_of_its_training_alone(options, axis, dtype, tolerance):
     trainings = Trainings.of(options, axis, dtype)
     assert max(gaps(trainings, 1)) == 0.0
     for width in (2, 5):  # two do not divide five
@@ -308,9 +308,9 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
     with monkeypatch.context() as patched:
         indices(patched, asked)
         made = started(shared, [NINE], tmp_path / "sweep", seeds=2, method="loop")
-        made = replace(made, entries=made.entries[1:], groups=made.groups[1:])  # plain apart
+        made = replace(made, trials=made.trials[1:], groups=made.groups[1:])  # plain apart
         # Scoring asks for training examples too, in order.
-        patched.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
+        patched.setattr(seeds, "score", lambda sweep, number, state: {"trial": number})
         run_seeds(made)
     orders = []
     for seed, (number, weight) in itertools.product(range(2), enumerate(NINE.values)):
@@ -324,7 +324,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], t) for name, t in expected.items())
         orders.append(torch.stack(order))
-    # One order a seed, each batch taken once for all members.
+    # One order a seed, each batch taken once for all trials.
     assert torch.equal(torch.stack(asked), torch.cat([orders[0], orders[2]]))
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
@@ -342,29 +342,29 @@ def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_pa
 
 
 def test_convolutions_off_cuda_go_in_a_loop_and_all_else_in_one_program():
-    assert members.choose_width(models.article_cnn(), 20) == members.Width(
-        1, "20 members in a loop: the model has convolutions")  # fmt: skip
-    linear = members.choose_width(models.linear(), 20)
-    assert linear == members.Width(20, "20 members in one program")
+    assert trials.choose_width(models.article_cnn(), 20) == trials.Width(
+        1, "20 trials in a loop: the model has convolutions")  # fmt: skip
+    linear = trials.choose_width(models.linear(), 20)
+    assert linear == trials.Width(20, "20 trials in one program")
     for model in (models.linear(), models.article_cnn()):
-        assert members.choose_width(model, 1) == members.Width(1, "one member")
+        assert trials.choose_width(model, 1) == trials.Width(1, "one trial")
 
     class OnCuda(torch.Tensor):
         device = property(lambda self: torch.device("cuda"))
 
     conv = nn.Sequential(nn.Conv1d(1, 1, 1))
-    assert members.choose_width(conv, 3).width == 1
+    assert trials.choose_width(conv, 3).width == 1
     conv.parameters = lambda: iter([torch.zeros(1).as_subclass(OnCuda)])
-    assert members.choose_width(conv, 3).width == 3
+    assert trials.choose_width(conv, 3).width == 3
 
 
 @pytest.mark.parametrize(("model", "width"), [("linear", 3), ("lenet5", 1)])
 def test_auto_goes_by_the_model_and_times_nothing(tmp_path, monkeypatch, model, width):
     notes, taken = [], []
-    monkeypatch.setattr(members, "make_members_step", taken.append)
+    monkeypatch.setattr(trials, "make_trials_step", taken.append)
     made = started(config(model=model), [NINE], tmp_path / "s", method="auto", show=notes.append)
     assert width_of(made) == width
-    assert notes[-1].text.startswith("3 members in ")
+    assert notes[-1].text.startswith("3 trials in ")
     assert not taken
 
 
@@ -401,7 +401,7 @@ def test_what_a_sweep_shows_on_its_way(whole):
     assert ended.finished
     started, *rest = [e for e in events if not isinstance(e, runs.Note)]
     assert isinstance(started, sweep.SweepStarted)
-    assert (started.members, started.seeds, started.steps, started.done) == (3, 2, 20, 0)
+    assert (started.trials, started.seeds, started.steps, started.done) == (3, 2, 20, 0)
     done = [e for e in rest if isinstance(e, sweep.SeedReport)]
     assert [(e.number, e.seeds, len(e.records)) for e in done] == [(1, 2, 3), (2, 2, 3)]
     steps = [e.step for e in rest if isinstance(e, training.Progress)]
@@ -426,7 +426,7 @@ LOST = {
 
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 @pytest.mark.parametrize(("options", "axis", "lost"), LOST.values(), ids=LOST)
-def test_a_member_that_diverges_leaves_the_others_alone(
+def test_a_trial_that_diverges_leaves_the_others_alone(
     tmp_path, plain_files, options, axis, lost, method
 ):
     records, states = {}, {}
@@ -434,7 +434,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(
         wide = replace(axis, values=values)
         made = started(config(epochs=1, **options), [wide], tmp_path / name, method=method)
         records[name] = {r["name"]: r for r in run_seeds(made)}
-        states[name] = {e.name: state_of(made, 0, n) for n, e in enumerate(made.entries)}
+        states[name] = {e.name: state_of(made, 0, n) for n, e in enumerate(made.trials)}
     diverged = {name for name, record in records["with"].items() if record["diverged"]}
     assert diverged == records["with"].keys() - records["without"].keys()
     assert len(diverged) == len(lost)
@@ -445,13 +445,13 @@ def test_a_member_that_diverges_leaves_the_others_alone(
         for path, tensor in flatten(state).items():
             if method == "loop":
                 assert torch.equal(found[path], tensor)
-            else:  # the products of fewer members may be rounded in another order
+            else:  # the products of fewer trials may be rounded in another order
                 assert_close(found[path], tensor, rtol=1e-4, atol=1e-6)
     text = (tmp_path / "with" / "steps.jsonl").read_text()
-    text += (tmp_path / "with" / "members.jsonl").read_text()
+    text += (tmp_path / "with" / "trials.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    # The loss that is shown is that of the members that have one.
+    # The loss that is shown is that of the trials that have one.
     assert json.loads(text.splitlines()[1])["loss"] is not None
 
 
@@ -473,7 +473,7 @@ def test_what_stands_in_for_a_plain_training_that_diverged_goes_by_its_own_name(
     real = seeds.score
 
     def score(sweep, number, state):
-        return real(sweep, number, state) | {"diverged": sweep.entries[number].plain}
+        return real(sweep, number, state) | {"diverged": sweep.trials[number].plain}
 
     monkeypatch.setattr(seeds, "score", score)
     ended = swept(config(epochs=1, batch_size=100), [NINE], tmp_path / "s")
@@ -491,7 +491,7 @@ def test_where_all_diverge_it_says_so_and_the_folder_can_be_used_again(
     for args in ((*lost, "--out", out), ("--resume", out)):
         code, _, err = run_cli("sweep", *args)
         assert code == 1
-        assert f"error: every member of {out} diverged: sweep smaller values, or lower" in err
+        assert f"error: every trial of {out} diverged: sweep smaller values, or lower" in err
         assert "Traceback" not in err
     assert not (out / "sweep.json").exists()
     code, said, _ = run_cli("sweep", *FAST, "--learning-rate", "0.01,0.1", "--out", out,
@@ -511,7 +511,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain
     assert not ended.finished
     assert ended.choice is None
     assert sorted(f.name for f in out.iterdir() if f.name[:4] != "seed") == (
-        ["members.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
+        ["trials.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
     )
     for more in at[1:]:
         assert not resume_sweep(out, should_stop=StopAt(more)).finished
@@ -532,7 +532,7 @@ def test_stopped_at_the_last_step_it_is_finished(tmp_path, whole, plain_files):
 
 
 def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(seeds, "score", lambda sweep, number, state: {"member": number})
+    monkeypatch.setattr(seeds, "score", lambda sweep, number, state: {"trial": number})
     made = config(model="article-cnn", epochs=1, imbalance=100, batch_size=100)
     states = []
     for name, stop in (("a", lambda: False), ("b", StopAt(3))):
@@ -674,7 +674,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_the_sweep_that_was_there(
 def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path, whole, plain_files):
     out = tmp_path / "s"
     swept(config(), [NINE], out, seeds=2, method="vmap", should_stop=StopAt(26))
-    for name in ("members.jsonl", "steps.jsonl"):
+    for name in ("trials.jsonl", "steps.jsonl"):
         text = (out / name).read_text()
         (out / name).write_text(text + '{"seed": 1, "step": 7, "lo')
     resume_sweep(out)
@@ -760,10 +760,10 @@ def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
     axes = [NINE, replace(RATES, values=(0.1, 0.2))]
     made = started(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
     again = taken_up(tmp_path / "s")
-    for name in ("config", "axes", "seeds", "entries", "limits"):
+    for name in ("config", "axes", "seeds", "trials", "limits"):
         assert getattr(again, name) == getattr(made, name), name
     assert width_of(again) == width_of(made)
-    assert [e.plain for e in made.entries] == [True, True, False, False, False, False]
+    assert [e.plain for e in made.trials] == [True, True, False, False, False, False]
     for a, b in zip(made.groups, again.groups, strict=True):
         assert a.hyper.keys() == b.hyper.keys()
         assert all(torch.equal(a.hyper[name], b.hyper[name]) for name in a.hyper)
@@ -815,7 +815,7 @@ def test_the_test_set_is_read_once_and_at_the_end(tmp_path, tiny, plain_files):
     # After it, at most warnings that the chosen one learned nothing.
     assert all(type(e) is runs.Note and e.warning for e, _ in marks[reading + 1 :])
     assert [row.name for row in ended.choice.rows][3] == "class_weight 9=10"
-    # Plain training and the chosen member, on each of two seeds, in one batch each; and what
+    # Plain training and the chosen trial, on each of two seeds, in one batch each; and what
     # the figure of the chosen run shows.
     passes = [where for where, func in reads.log if where == "inputs" and "aten.index." in func]
     assert len(passes) == 4 + 1
@@ -839,7 +839,7 @@ def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, ti
             ended[name] = swept(config(**FLOORED), [NINE], tmp_path / name, seeds=2,
                                        method="vmap")  # fmt: skip
     real, noise = (tmp_path / name for name in ended)
-    assert (real / "members.jsonl").read_bytes() == (noise / "members.jsonl").read_bytes()
+    assert (real / "trials.jsonl").read_bytes() == (noise / "trials.jsonl").read_bytes()
     assert (real / "sweep.csv").read_bytes() == (noise / "sweep.csv").read_bytes()
     a, b = (e.choice for e in ended.values())
     kept = [f for f in vars(a) if f not in ("rows", "lines")]
@@ -866,7 +866,7 @@ def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, ti
 def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     out, ended = full
     assert sorted(f.name for f in out.iterdir()) == [
-        "chosen", "frontier.png", "members.jsonl", "steps.jsonl", "sweep.csv", "sweep.html",
+        "chosen", "frontier.png", "trials.jsonl", "steps.jsonl", "sweep.csv", "sweep.html",
         "sweep.json", "sweep.toml",
     ]  # fmt: skip
     assert sorted(f.name for f in (out / "chosen").iterdir()) == [
@@ -876,8 +876,8 @@ def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     assert folder.foreign(out) == []
     assert ended.files[0] == out / "sweep.html"
     assert all(file.is_file() for file in ended.files)
-    records = folder.read_lines(out / "members.jsonl")
-    assert [(r["seed"], r["member"]) for r in records] == list(itertools.product((0, 1), range(3)))
+    records = folder.read_lines(out / "trials.jsonl")
+    assert [(r["seed"], r["trial"]) for r in records] == list(itertools.product((0, 1), range(3)))
     assert json.loads((out / "sweep.json").read_text())["seeds"] == 2
     summary = json.loads((out / "chosen" / "summary.json").read_text())
     taken = sum(
@@ -890,7 +890,7 @@ def test_a_sweep_leaves_all_of_it_in_its_folder(full):
 
 def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(full):
     out, ended = full
-    records = folder.read_lines(out / "members.jsonl")
+    records = folder.read_lines(out / "trials.jsonl")
     recall = {
         w: sum(r["recall"]["9"] for r in records if r["values"]["class_weight 9"] == w) / 2
         for w in (1.0, 3.0, 30.0)
@@ -950,13 +950,13 @@ def test_the_chosen_run_is_a_run_like_any_other(full, run_cli, tmp_path, sample)
     assert folder.read_summary(chosen) == summary
 
 
-def test_its_configuration_trains_that_member_alone(full, run_cli, tmp_path):
+def test_its_configuration_trains_that_trial_alone(full, run_cli, tmp_path):
     out, ended = full
     alone = tmp_path / "again"
     code, _, _ = run_cli("train", "--config", out / "chosen" / "config.toml", "--run-dir", alone)
     assert code == 0
     chosen = next(p for p in ended.choice.points if p.chosen)
-    found = [r for r in folder.read_lines(out / "members.jsonl") if r["name"] == chosen.name]
+    found = [r for r in folder.read_lines(out / "trials.jsonl") if r["name"] == chosen.name]
     spread = abs(found[0]["accuracy"] - found[1]["accuracy"])
     again, once = (folder.read_summary(r) for r in (alone, out / "chosen"))
     for part in ("validation", "test"):
@@ -1059,7 +1059,7 @@ REFUSED = [
     ([*SWEPT, "--config", "none.toml"], "cannot read none.toml"),
     ([*SWEPT, "--reduction", "weighted_mean", "--learning-rate", "0"], "learning_rate must be"),
     (["--reduction", "weighted_mean", "--learning-rate", "1,2"], "weighted_mean needs a class_w"),
-    (["--class-weight", "9=1:100:4096", "--learning-rate", "1,2"], "8,192 members; at most 4,096"),
+    (["--class-weight", "9=1:100:4096", "--learning-rate", "1,2"], "8,192 trials; at most 4,096"),
 ]  # fmt: skip
 
 
@@ -1162,7 +1162,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run_cli, tmp_path, monkeypatch, plai
     code, said, _ = run_cli(*shlex.split(last.partition("go on with: funcloss ")[2]))
     assert code == 0
     assert re.search(r"^class_weight 9=\d has the least expected cost on validation", said, re.M)
-    assert re.search(r"^training 2 members with 2 seeds each, 10 steps, into ", said, re.M)
+    assert re.search(r"^training 2 trials with 2 seeds each, 10 steps, into ", said, re.M)
     assert f"run folder: {out}/chosen" in said
     assert f"report: {out}/sweep.html" in said
     resolved = read_toml(out / "chosen" / "config.toml")
@@ -1189,8 +1189,8 @@ def test_a_file_gives_what_is_fixed_and_the_command_line_what_is_swept(
     spec = read_toml(tmp_path / "s" / "sweep.toml")
     assert spec["seed"] == 5
     assert spec["class_weight"]["4"] == 2.0
-    entries = taken_up(tmp_path / "s").entries
-    assert [(e.name, e.config.class_weight) for e in entries] == [
+    trials = taken_up(tmp_path / "s").trials
+    assert [(e.name, e.config.class_weight) for e in trials] == [
         ("class_weight 9=1", {"4": 2.0, "9": 1.0}),
         ("class_weight 9=5", {"4": 2.0, "9": 5.0}),
         ("plain", {}),

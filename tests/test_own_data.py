@@ -721,11 +721,11 @@ def of_code(text, *args, function="load"):
     return write
 
 
-def zipped(**members):
+def zipped(**trials):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        for name, member in members.items():
-            archive.writestr(f"{name}.npy", member)
+        for name, trial in trials.items():
+            archive.writestr(f"{name}.npy", trial)
     return content.getvalue()
 
 

@@ -18,7 +18,7 @@ def sweep_sentences(
     """Return what a sweep chose on validation data, and what must be known of it.
 
     Args:
-        points: Its members.
+        points: Its trials.
         chosen: The one that was chosen.
         plain: The plain training that it is compared with; None: it diverged.
         limits: What had to hold, and what it reaches.
@@ -40,7 +40,7 @@ def fading_sentence(error: Interval, *, even: bool) -> str:
     """Return what to know where no training example is wrong any more.
 
     Args:
-        error: The training error of the members.
+        error: The training error of the trials.
         even: All classes have as many training examples, so that adjusting by counts does nothing.
 
     Returns:
@@ -163,7 +163,7 @@ def slope_sentences(gradient: dict[str, float], steps: int) -> list[str]:
 def _answer(chosen: Point, plain: Point | None, limits: Sequence[Limit], by: str) -> str:
     if not limits:
         if plain is None or chosen.plain:
-            against = "no member that was swept costs less" if chosen.plain else "plain diverged"
+            against = "no trial that was swept costs less" if chosen.plain else "plain diverged"
         else:
             against = f"plain training costs {_four(plain.expected_cost.value)}"
         return (
@@ -172,7 +172,7 @@ def _answer(chosen: Point, plain: Point | None, limits: Sequence[Limit], by: str
         )
     told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
     if not chosen.feasible:
-        return f"No member keeps every limit on validation data; nearest is {chosen.name}. {told}."
+        return f"No trial keeps every limit on validation data; nearest is {chosen.name}. {told}."
     return f"{chosen.name} is {by} that keeps every limit on validation data. {told}."
 
 

@@ -94,13 +94,13 @@ class TrainingConsole:
                 self._audits, self._audit_seconds = [], 0.0
             case runs.Constrained(step, record):
                 self._print(f"step {step:,}  {_constrained(record)}")
-            case sweep.SweepStarted(folder, members, seeds, steps, done):
+            case sweep.SweepStarted(folder, trials, seeds, steps, done):
                 self._print(
-                    f"training {members} members with {_count(seeds, 'seed')} each, "
+                    f"training {trials} trials with {_count(seeds, 'seed')} each, "
                     f"{steps:,} steps, into {folder}"
                 )
                 self._before, self._of_seed = done, steps
-                self._begin(f"{members} members", seeds * steps, done)
+                self._begin(f"{trials} trials", seeds * steps, done)
             case sweep.SeedReport(number, seeds, seconds, records):
                 self._before += self._of_seed
                 lost = sum(record["diverged"] for record in records)
@@ -217,7 +217,7 @@ def _constrained(record: dict[str, Any]) -> str:
 
 
 def _points_table(choice: Choice) -> Table:
-    """Return a row per member of a sweep, on validation data."""
+    """Return a row per trial of a sweep, on validation data."""
     recalls = (f"recall {name}" for name in choice.focus)
     head = ("on validation data", "accuracy", *recalls, "expected cost", "by the rule", "note")
     rows = []

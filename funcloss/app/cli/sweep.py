@@ -31,11 +31,11 @@ def sweep(
     *,
     recipe: Recipe = "",
     config: ConfigFile = None,
-    seeds: Annotated[int, typer.Option(help="Seeds each member is trained with.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds each trial is trained with.", min=1)] = 1,
     method: Annotated[
         str,
         typer.Option(
-            help="All members in one program, or one after another; auto: a loop for "
+            help="All trials in one program, or one after another; auto: a loop for "
             "convolutions off CUDA, else one program.",
             metavar="auto|vmap|loop",
         ),
@@ -55,7 +55,7 @@ def sweep(
 
     --class-weight, --loss-option and --learning-rate take values to sweep: 9=1:100:log16 is sixteen
     from 1 to 100 in equal ratios, tau=0:2:5 five in equal steps, 0.01,0.1 a list. Under --floor and
-    --ceiling the weight nearest to 1 that keeps them is chosen, else the member of least expected
+    --ceiling the weight nearest to 1 that keeps them is chosen, else the trial of least expected
     cost.
     """
     given = given_of(options)

@@ -7,7 +7,7 @@ from funcloss.decisions import Interval
 
 @dataclass(frozen=True)
 class Point:
-    """A member of a sweep on validation data, intervals from seed to seed."""
+    """A trial of a sweep on validation data, intervals from seed to seed."""
 
     name: str  # "class_weight 9=5"
     values: dict[str, float]  # by axis: {"class_weight 9": 5.0}

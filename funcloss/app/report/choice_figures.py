@@ -36,7 +36,7 @@ def frontier(choice: Choice) -> Figure:
         choice: A choice with two points at least that :func:`placed` can place.
 
     Returns:
-        A mark for each member with its spread from seed to seed, hollow where it breaks a limit;
+        A mark for each trial with its spread from seed to seed, hollow where it breaks a limit;
         bounds on the two quantities are dashed.
 
     Raises:

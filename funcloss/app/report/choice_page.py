@@ -213,7 +213,7 @@ def _cut(score: Interval, axis: Axis) -> bool:
 
 
 def _expected(choice: Choice) -> dict[str, Any] | None:
-    """Return the expected cost of the members, those that cost least where there are many."""
+    """Return the expected cost of the trials, those that cost least where there are many."""
     costed = [p for p in choice.points if known(p.expected_cost.value)]
     if len(costed) < 2:
         return None

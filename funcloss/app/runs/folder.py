@@ -42,7 +42,7 @@ _WRITTEN = (
     *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
     *("floor.html", "floor.json", "frontier.png"),
-    *("sweep.toml", "sweep.html", "sweep.json", "sweep.csv", "steps.jsonl", "members.jsonl"),
+    *("sweep.toml", "sweep.html", "sweep.json", "sweep.csv", "steps.jsonl", "trials.jsonl"),
     "seed-[0-9]*.safetensors",
 )
 SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder

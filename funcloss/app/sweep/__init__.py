@@ -1,10 +1,10 @@
 """Many trainings with different values, one chosen by validation data."""
 
 from funcloss.app.sweep.axes import Axis, parse_values
-from funcloss.app.sweep.members import choose_width, init_members, make_groups, make_members_step
 from funcloss.app.sweep.plan import SweepSpec, read_spec
 from funcloss.app.sweep.run import sweep
 from funcloss.app.sweep.seeds import SeedReport, SweepStarted
+from funcloss.app.sweep.trials import choose_width, init_trials, make_groups, make_trials_step
 
 __all__ = [
     "Axis",
@@ -12,9 +12,9 @@ __all__ = [
     "SweepSpec",
     "SweepStarted",
     "choose_width",
-    "init_members",
+    "init_trials",
     "make_groups",
-    "make_members_step",
+    "make_trials_step",
     "parse_values",
     "read_spec",
     "sweep",

@@ -13,7 +13,7 @@ from funcloss.decisions import class_index
 from funcloss.errors import ConfigError
 from funcloss.typing import Hyper
 
-_MOST = 4096  # members
+_MOST = 4096  # trials
 _ROUNDING = 0.02  # of a step
 _KEYS = {"class_weight": "CLASS", "loss_option": "NAME", "learning_rate": ""}
 
@@ -34,7 +34,7 @@ class Axis:
         return self.key or self.option
 
 
-Member = dict[str, float]  # value by name of the axis
+TrialParams = dict[str, float]  # value by name of the axis
 
 
 def parse_values(name: str, text: str) -> tuple[float, ...]:
@@ -76,21 +76,21 @@ def parse_values(name: str, text: str) -> tuple[float, ...]:
     return _between(name, first, last, count, _in_ratios if log else _in_steps)
 
 
-def members_of(axes: Sequence[Axis]) -> list[Member]:
+def trials_of(axes: Sequence[Axis]) -> list[TrialParams]:
     """Return every combination of the axes' values.
 
     Args:
         axes: What is swept.
 
     Returns:
-        Values by name of the axis, one dict a member, the last axis changing fastest.
+        Values by name of the axis, one dict a trial, the last axis changing fastest.
 
     Raises:
         ConfigError: there is no axis, one is given twice or names nothing that can be swept, or
-            there are more than 4,096 members.
+            there are more than 4,096 trials.
 
     Example:
-        >>> members_of([Axis("class_weight", "9", (2.0, 4.0))])
+        >>> trials_of([Axis("class_weight", "9", (2.0, 4.0))])
         [{'class_weight 9': 2.0}, {'class_weight 9': 4.0}]
     """
     if not axes:
@@ -106,17 +106,17 @@ def members_of(axes: Sequence[Axis]) -> list[Member]:
         raise ConfigError(f"{twice} is swept twice")
     size = math.prod(len(axis.values) for axis in axes)
     if size > _MOST:
-        raise ConfigError(f"the sweep has {size:,} members; at most {_MOST:,} are taken")
+        raise ConfigError(f"the sweep has {size:,} trials; at most {_MOST:,} are taken")
     grid = itertools.product(*(axis.values for axis in axes))
     return [dict(zip(names, values, strict=True)) for values in grid]
 
 
-def plain_members(axes: Sequence[Axis], config: TrainConfig) -> list[Member]:
-    """Return the values at which a member is plain training: cross-entropy at costs of 1.
+def plain_trials(axes: Sequence[Axis], config: TrainConfig) -> list[TrialParams]:
+    """Return the values at which a trial is plain training: cross-entropy at costs of 1.
 
     Args:
         axes: What is swept.
-        config: The training that all members share, what is swept left out.
+        config: The training that all trials share, what is swept left out.
 
     Returns:
         Values by name of the axis, one for each learning rate that is swept; none where no value
@@ -127,7 +127,7 @@ def plain_members(axes: Sequence[Axis], config: TrainConfig) -> list[Member]:
     if config.loss != "cross_entropy" or weighted or options:
         return []
     ones = [replace(a, values=(1.0,)) if a.option == "class_weight" else a for a in axes]
-    return members_of(ones)
+    return trials_of(ones)
 
 
 def learning_rates(axes: Sequence[Axis], config: TrainConfig) -> tuple[float, ...]:
@@ -136,20 +136,20 @@ def learning_rates(axes: Sequence[Axis], config: TrainConfig) -> tuple[float, ..
     return swept[0] if swept else (config.learning_rate,)
 
 
-def member_config(config: TrainConfig, axes: Sequence[Axis], member: Member) -> TrainConfig:
-    """Return the configuration that trains a member alone.
+def trial_config(config: TrainConfig, axes: Sequence[Axis], trial: TrialParams) -> TrainConfig:
+    """Return the configuration that trains a trial alone.
 
     Args:
-        config: The training that all members share.
+        config: The training that all trials share.
         axes: What is swept.
-        member: The member's values.
+        trial: The trial's values.
 
     Returns:
         The configuration, the values in it.
     """
     weights, options = dict(config.class_weight), dict(config.loss_option)
     for axis in axes:
-        value = member[axis.name]
+        value = trial[axis.name]
         if axis.option == "class_weight":
             weights[axis.key] = value
         elif axis.option == "loss_option":
@@ -186,22 +186,22 @@ def by_name(axes: Sequence[Axis], classes: Sequence[str]) -> list[Axis]:
 
 
 def stacked_hypers(hypers: Sequence[Hyper]) -> Hyper:
-    """Return what members are given as one dict, a leading axis over the members.
+    """Return what trials are given as one dict, a leading axis over the trials.
 
     Args:
-        hypers: One a member, of the same names.
+        hypers: One a trial, of the same names.
 
     Returns:
-        Tensors of shape ``(members, ...)`` by name.
+        Tensors of shape ``(trials, ...)`` by name.
     """
     return {name: torch.stack([hyper[name] for hyper in hypers]) for name in hypers[0]}
 
 
-def describe(member: Mapping[str, float]) -> str:
-    """Return a member in words: ``class_weight 9=5, tau=0.5``.
+def describe(trial: Mapping[str, float]) -> str:
+    """Return a trial in words: ``class_weight 9=5, tau=0.5``.
 
     Args:
-        member: Value by name of the axis.
+        trial: Value by name of the axis.
 
     Returns:
         The words.
@@ -210,7 +210,7 @@ def describe(member: Mapping[str, float]) -> str:
         >>> describe({"class_weight 9": 5.0, "tau": 0.25})
         'class_weight 9=5, tau=0.25'
     """
-    return ", ".join(f"{name}={value:.6g}" for name, value in member.items())
+    return ", ".join(f"{name}={value:.6g}" for name, value in trial.items())
 
 
 def _check(axis: Axis) -> None:

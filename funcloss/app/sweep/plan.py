@@ -1,4 +1,4 @@
-"""What a sweep is: its members, how they are run, and the file that says so."""
+"""What a sweep is: its trials, how they are run, and the file that says so."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.setup import Setup, make_hyper, make_setup, setup_on
 from funcloss.app.sweep.axes import (
     Axis,
-    Member,
+    TrialParams,
     by_name,
     describe,
     learning_rates,
-    member_config,
-    members_of,
-    plain_members,
+    plain_trials,
+    trial_config,
+    trials_of,
 )
-from funcloss.app.sweep.members import Group, choose_width, make_groups
+from funcloss.app.sweep.trials import VmapGroup, choose_width, make_groups
 from funcloss.constraints.limits import Limit, make_limits
 from funcloss.errors import ConfigError, RunError
 from funcloss.typing import Hyper
@@ -37,21 +37,21 @@ _SEEDS = 2**63  # from 0 on
 class SweepSpec:
     """What a sweep is: ``sweep.toml``."""
 
-    config: TrainConfig  # what the members share; the choice must keep its floors and ceilings
+    config: TrainConfig  # what the trials share; the choice must keep its floors and ceilings
     axes: Sequence[Axis]
-    seeds: int = 1  # how many each member is trained with, from the configuration's on
-    # vmap: all members in one program; loop: one after another; auto: a loop for a model with
+    seeds: int = 1  # how many each trial is trained with, from the configuration's on
+    # vmap: all trials in one program; loop: one after another; auto: a loop for a model with
     # convolutions that is not on CUDA, else vmap.
     method: str = "auto"
-    width: int = 0  # members in one program; 0: by the method
+    width: int = 0  # trials in one program; 0: by the method
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A member of a sweep."""
+class Trial:
+    """A trial of a sweep."""
 
     name: str
-    values: Member  # by name of the axis; empty: plain training, outside of the grid
+    values: TrialParams  # by name of the axis; empty: plain training, outside of the grid
     config: TrainConfig  # that trains it alone
     plain: bool
 
@@ -61,17 +61,17 @@ class Sweep:
     """All that a sweep needs, made from its specification."""
 
     folder: Path
-    config: TrainConfig  # what the members share
+    config: TrainConfig  # what the trials share
     axes: tuple[Axis, ...]
     seeds: int
-    setup: Setup  # of the first member; data, model and schedule are those of all
-    entries: list[Entry]
-    groups: list[Group]
+    setup: Setup  # of the first trial; data, model and schedule are those of all
+    trials: list[Trial]
+    groups: list[VmapGroup]
     limits: tuple[Limit, ...]
 
     @property
     def steps(self) -> int:
-        """Return how many steps each member takes."""
+        """Return how many steps each trial takes."""
         return self.config.epochs * self.setup.per_epoch
 
 
@@ -112,9 +112,9 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
     for note in made.setup.notes:
         show(Note(note))
     width = _width(made, spec.method, show)
-    made = dataclasses.replace(made, groups=_groups(made.setup, made.entries, width))
+    made = dataclasses.replace(made, groups=_groups(made.setup, made.trials, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
-    shared = dataclasses.replace(made.config, class_weight=made.entries[0].config.class_weight)
+    shared = dataclasses.replace(made.config, class_weight=made.trials[0].config.class_weight)
     own = {
         "seeds": made.seeds,
         "width": width,
@@ -184,8 +184,8 @@ def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dic
 
 def _assembled(spec: SweepSpec, out: Path) -> Sweep:
     config, axes = spec.config, spec.axes
-    grid = members_of(axes)
-    first = member_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
+    grid = trials_of(axes)
+    first = trial_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
     setup = make_setup(first)
     classes = setup.dataset.classes
     if not len(setup.dataset.validation.labels):
@@ -195,7 +195,7 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
     axes = tuple(by_name(axes, classes))
     limits = make_limits(config.floor, config.ceiling, classes)
     check_measurable(limits, setup.dataset)
-    # What the first member resolved holds for all; what is swept, and the limits, do not.
+    # What the first trial resolved holds for all; what is swept, and the limits, do not.
     swept = {axis.key for axis in axes if axis.option == "class_weight"}
     options = {axis.key for axis in axes if axis.option == "loss_option"}
     base = dataclasses.replace(
@@ -206,47 +206,47 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
         floor=config.floor,
         ceiling=config.ceiling,
     )
-    entries = _entries(base, axes)
-    groups = _groups(setup, entries, spec.width or 1)
-    return Sweep(out, base, axes, spec.seeds, setup, entries, groups, limits)
+    trials = _trials(base, axes)
+    groups = _groups(setup, trials, spec.width or 1)
+    return Sweep(out, base, axes, spec.seeds, setup, trials, groups, limits)
 
 
-def _entries(config: TrainConfig, axes: Sequence[Axis]) -> list[Entry]:
-    """Return the members, plain training among them or, if it is none of the grid, at the end."""
+def _trials(config: TrainConfig, axes: Sequence[Axis]) -> list[Trial]:
+    """Return the trials, plain training among them or, if it is none of the grid, at the end."""
     alone = dataclasses.replace(config, floor={}, ceiling={})
-    grid, plain = members_of(axes), plain_members(axes, config)
+    grid, plain = trials_of(axes), plain_trials(axes, config)
     grid = [m for m in plain if m not in grid] + grid
-    entries = [Entry(describe(m), m, member_config(alone, axes, m), plain=m in plain) for m in grid]
+    trials = [Trial(describe(m), m, trial_config(alone, axes, m), plain=m in plain) for m in grid]
     if plain:
-        return entries
+        return trials
     rates = learning_rates(axes, config)
     for rate in rates:
         name = "plain" if len(rates) == 1 else f"plain at learning_rate={rate:g}"
         own = plain_config(dataclasses.replace(config, learning_rate=rate))
-        entries.append(Entry(name, {}, own, plain=True))
-    return entries
+        trials.append(Trial(name, {}, own, plain=True))
+    return trials
 
 
-def _groups(setup: Setup, entries: Sequence[Entry], width: int) -> list[Group]:
-    """Return the programs of the members; plain training outside of the grid has its own."""
-    groups = make_groups(setup.train_step, _hypers(setup, entries), width)
-    for entry in entries:
-        if not entry.values:
-            own = setup_on(entry.config, setup.dataset)
-            groups.append(Group(own.train_step, own.hyper, 1, False))
+def _groups(setup: Setup, trials: Sequence[Trial], width: int) -> list[VmapGroup]:
+    """Return the programs of the trials; plain training outside of the grid has its own."""
+    groups = make_groups(setup.train_step, _hypers(setup, trials), width)
+    for trial in trials:
+        if not trial.values:
+            own = setup_on(trial.config, setup.dataset)
+            groups.append(VmapGroup(own.train_step, own.hyper, 1, False))
     return groups
 
 
-def _hypers(setup: Setup, entries: Sequence[Entry]) -> list[Hyper]:
-    """Return what each member of the grid is given."""
+def _hypers(setup: Setup, trials: Sequence[Trial]) -> list[Hyper]:
+    """Return what each trial of the grid is given."""
     device = setup.config.device
-    return [make_hyper(e.config, setup.costs, setup.counts, device) for e in entries if e.values]
+    return [make_hyper(e.config, setup.costs, setup.counts, device) for e in trials if e.values]
 
 
 def _width(sweep: Sweep, method: str, show: Show) -> int:
-    members = len(_hypers(sweep.setup, sweep.entries))
+    trials = len(_hypers(sweep.setup, sweep.trials))
     if method == "auto":
-        chosen = choose_width(sweep.setup.model, members)
+        chosen = choose_width(sweep.setup.model, trials)
         show(Note(chosen.note))
         return chosen.width
-    return members if method == "vmap" else 1
+    return trials if method == "vmap" else 1

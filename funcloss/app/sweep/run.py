@@ -1,4 +1,4 @@
-"""A sweep from start to report: its members trained, one chosen, the test set read."""
+"""A sweep from start to report: its trials trained, one chosen, the test set read."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,7 +15,6 @@ from funcloss.app.runs.events import Note, Show, Watcher
 from funcloss.app.runs.lifecycle import Outcome, write_run
 from funcloss.app.runs.setup import Setup, setup_on
 from funcloss.app.sweep.axes import describe
-from funcloss.app.sweep.members import member_hyper, member_state
 from funcloss.app.sweep.plan import Sweep, SweepSpec, seed_file, start, taken_up
 from funcloss.app.sweep.seeds import STEPS, prepared, restored, run_seeds
 from funcloss.app.sweep.select import (
@@ -28,6 +27,7 @@ from funcloss.app.sweep.select import (
     order_of,
     points_of,
 )
+from funcloss.app.sweep.trials import trial_hyper, trial_state
 from funcloss.constraints.limits import held
 from funcloss.decisions import Evaluation
 from funcloss.errors import ConfigError, RunError
@@ -45,7 +45,7 @@ def sweep(
     show: Callable[[Any], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train every member of a sweep, choose one by validation data, and report on the test set.
+    """Train every trial of a sweep, choose one by validation data, and report on the test set.
 
     Args:
         spec: What is swept; to resume, what :func:`read_spec` reads from the folder, perhaps with
@@ -57,12 +57,12 @@ def sweep(
         should_stop: Asked after every step; True saves and ends.
 
     Returns:
-        The folder, with the run folder of the chosen member in it, and the choice.
+        The folder, with the run folder of the chosen trial in it, and the choice.
 
     Raises:
         ConfigError: the request makes no sense on this machine or data, or the folder is in use.
         DataError: the data cannot be had.
-        RunError: the folder cannot be written, every member diverged, or a sweep that is to be
+        RunError: the folder cannot be written, every trial diverged, or a sweep that is to be
             resumed is finished.
     """
     watcher = Watcher(show, should_stop)
@@ -95,7 +95,7 @@ def _check_unfinished(spec: SweepSpec, path: Path) -> None:
 
 
 def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
-    """Choose a member, read the test set, and write the chosen run and the report."""
+    """Choose a trial, read the test set, and write the chosen run and the report."""
     classes = made.setup.dataset.classes
     swept = [axis.key for axis in made.axes if axis.option == "class_weight"]
     focus = [classes[c] for c in focus_of(made.setup.costs, made.limits, swept)]
@@ -103,16 +103,16 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
     number = chosen_of(points, made.axes, made.limits, misses(records, made.limits))
     if number is None:
         raise RunError(
-            f"every member of {made.folder} diverged: sweep smaller values, or lower learning_rate"
+            f"every trial of {made.folder} diverged: sweep smaller values, or lower learning_rate"
         )
     points[number] = dataclasses.replace(points[number], chosen=True)
-    own = [r for r in records if r["member"] == number]
+    own = [r for r in records if r["trial"] == number]
     show(Note("reading the test set"))
-    # Where every plain training diverged, the chosen member stands alone, under its own name.
+    # Where every plain training diverged, the chosen trial stands alone, under its own name.
     plain = baseline_of(points)
     base = number if plain is None else plain
     found = [_evaluated(made, s, {base, number}) for s in range(made.seeds)]
-    entry = made.entries[number]
+    trial = made.trials[number]
     run_dir = made.folder / "chosen"
     seed = _best_seed(made, own)
     setup, state, summary = _write_chosen(made, seed, number, found[seed][number], run_dir)
@@ -121,8 +121,8 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
     candidates = Candidates(
         plain=[of_seed[base] for of_seed in found],
         chosen=None if number == base else [of_seed[number] for of_seed in found],
-        name=entry.name,
-        plain_name=entry.name if plain is None else "plain",
+        name=trial.name,
+        plain_name=trial.name if plain is None else "plain",
     )
     choice = report_on(setup, candidates, made.limits, swept, (state, setup.hyper))
     rows = limit_rows(made.limits, means([r["reached"] for r in own]), classes)
@@ -140,13 +140,13 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
         limits=rows,
     )
     files = written(choice, made.folder / REPORT, run_dir, setup)
-    for s in range(made.seeds):  # every member of every seed: nothing reads them any more
+    for s in range(made.seeds):  # every trial of every seed: nothing reads them any more
         seed_file(made.folder, s).unlink(missing_ok=True)
     return Outcome(made.folder, True, made.config, summary, choice, tuple(files), run_dir)
 
 
 def _best_seed(made: Sweep, own: list[Record]) -> int:
-    """Return the seed of a member that keeps the limits at the least cost."""
+    """Return the seed of a trial that keeps the limits at the least cost."""
 
     def order(record: Record) -> tuple[bool, float]:
         return not held(made.limits, means([record["reached"]])), record["expected_cost"]
@@ -155,14 +155,14 @@ def _best_seed(made: Sweep, own: list[Record]) -> int:
 
 
 def _evaluated(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, dict[str, Evaluation]]:
-    """Evaluate members of a seed, whose file is read once."""
-    members, found = restored(made, seed), {}
+    """Evaluate trials of a seed, whose file is read once."""
+    trials, found = restored(made, seed), {}
     for number in numbers:
-        entry, state = made.entries[number], member_state(members, made.groups, number)
-        # The network, its optimiser and its data are those of every member; the loss may differ.
-        own = dataclasses.replace(made.setup, config=entry.config)
-        setup = own if entry.values else setup_on(entry.config, made.setup.dataset)
-        hyper = member_hyper(made.groups, number)
+        trial, state = made.trials[number], trial_state(trials, made.groups, number)
+        # The network, its optimiser and its data are those of every trial; the loss may differ.
+        own = dataclasses.replace(made.setup, config=trial.config)
+        setup = own if trial.values else setup_on(trial.config, made.setup.dataset)
+        hyper = trial_hyper(made.groups, number)
         found[number] = evaluated(setup.trained(state, hyper), setup.dataset)
     return found
 
@@ -170,13 +170,13 @@ def _evaluated(made: Sweep, seed: int, numbers: Iterable[int]) -> dict[int, dict
 def _write_chosen(
     made: Sweep, seed: int, number: int, evaluations: dict[str, Evaluation], run_dir: Path
 ) -> tuple[Setup, TrainState, dict[str, Any]]:
-    """Write the run folder of a member, as its training alone would have."""
-    entry = made.entries[number]
+    """Write the run folder of a trial, as its training alone would have."""
+    trial = made.trials[number]
     config = dataclasses.replace(
-        entry.config, seed=made.config.seed + seed, compile=made.config.compile
+        trial.config, seed=made.config.seed + seed, compile=made.config.compile
     )
     setup = setup_on(config, made.setup.dataset)
-    state = member_state(restored(made, seed), made.groups, number)
+    state = trial_state(restored(made, seed), made.groups, number)
     records = []
     for line in folder.read_lines(made.folder / STEPS):
         if line["seed"] == seed:
@@ -186,7 +186,7 @@ def _write_chosen(
     about = {
         "command": folder.command_line(),
         "dataset_note": setup.dataset.note,
-        "sweep": f"{describe(entry.values) or 'plain'}, beside {len(made.entries) - 1} others",
+        "sweep": f"{describe(trial.values) or 'plain'}, beside {len(made.trials) - 1} others",
         "environment": folder.environment(),
     }
     return setup, state, write_run(run_dir, setup, state, records, evaluations, about)

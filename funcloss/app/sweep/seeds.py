@@ -1,4 +1,4 @@
-"""A sweep at work: its members side by side, each seed in turn, kept so that it can be resumed."""
+"""A sweep at work: its trials side by side, each seed in turn, kept so that it can be resumed."""
 
 import dataclasses
 import math
@@ -24,25 +24,25 @@ from funcloss.app.runs.evaluation import (
 )
 from funcloss.app.runs.events import Note, Show, Watcher
 from funcloss.app.runs.setup import seeded_state, trial_batch
-from funcloss.app.sweep.members import (
-    Members,
-    init_members,
-    make_members_step,
-    member_hyper,
-    member_state,
-)
 from funcloss.app.sweep.plan import Sweep, seed_file
+from funcloss.app.sweep.trials import (
+    EnsembleState,
+    init_trials,
+    make_trials_step,
+    trial_hyper,
+    trial_state,
+)
 from funcloss.constraints.limits import reached
 from funcloss.training import Compiled, Progress, TrainState, fit, prepare
 from funcloss.typing import Batch
 
-MEMBERS, STEPS = "members.jsonl", "steps.jsonl"
+TRIALS, STEPS = "trials.jsonl", "steps.jsonl"
 _TRAINING_EXAMPLES = 10_000  # that tell the training error
 
 
 @dataclass(frozen=True)
 class SeedReport:
-    """A seed is trained, and its members are scored on validation data."""
+    """A seed is trained, and its trials are scored on validation data."""
 
     number: int  # from 1
     seeds: int
@@ -55,7 +55,7 @@ class SweepStarted:
     """Training begins, or goes on."""
 
     folder: Path
-    members: int
+    trials: int
     seeds: int
     steps: int  # of each seed
     done: int  # of all seeds together
@@ -73,7 +73,7 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
     """
     setup, mode = sweep.setup, sweep.config.compile if sweep.steps else "off"
     batch = trial_batch(setup)
-    begun = init_members(setup.state, sweep.groups)
+    begun = init_trials(setup.state, sweep.groups)
     made: dict[int, Compiled] = {}
     for group, state in zip(sweep.groups, begun.groups.values(), strict=True):
         key = id(group.train_step)
@@ -90,50 +90,50 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
 
 
 def run_seeds(sweep: Sweep, watcher: Watcher) -> list[dict[str, Any]] | None:
-    """Train every member with every seed, from where the folder's files are.
+    """Train every trial with every seed, from where the folder's files are.
 
     Args:
         sweep: The sweep.
         watcher: Its callbacks.
 
     Returns:
-        A record a member and seed, scored on validation data; None if it was told to stop.
+        A record a trial and seed, scored on validation data; None if it was told to stop.
     """
-    records = folder.read_lines(sweep.folder / MEMBERS)
-    step_on = make_members_step(sweep.groups)
+    records = folder.read_lines(sweep.folder / TRIALS)
+    step_on = make_trials_step(sweep.groups)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
-    watcher.show(SweepStarted(sweep.folder, len(sweep.entries), sweep.seeds, sweep.steps, done))
+    watcher.show(SweepStarted(sweep.folder, len(sweep.trials), sweep.seeds, sweep.steps, done))
     for seed in range(sweep.seeds):
         if _scored(records, seed):
             continue
         began = time.perf_counter()
-        members = _trained(sweep, seed, step_on, watcher)
-        if members is None:
+        trials = _trained(sweep, seed, step_on, watcher)
+        if trials is None:
             return None
         new = [
-            {"seed": seed} | score(sweep, number, member_state(members, sweep.groups, number))
-            for number in range(len(sweep.entries))
+            {"seed": seed} | score(sweep, number, trial_state(trials, sweep.groups, number))
+            for number in range(len(sweep.trials))
         ]
         records = records + new
-        folder.write_lines(sweep.folder / MEMBERS, records)
+        folder.write_lines(sweep.folder / TRIALS, records)
         watcher.show(SeedReport(seed + 1, sweep.seeds, time.perf_counter() - began, new))
     return records
 
 
 def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
-    """Return what a member does on validation data, and its training error.
+    """Return what a trial does on validation data, and its training error.
 
     Args:
         sweep: The sweep.
-        number: Which member.
+        number: Which trial.
         state: Its state.
 
     Returns:
         A record, None for what is not defined.
     """
-    entry, setup = sweep.entries[number], sweep.setup
-    dataset, hyper = setup.dataset, member_hyper(sweep.groups, number)
-    model = dataclasses.replace(setup, config=entry.config).trained(state, hyper)
+    trial, setup = sweep.trials[number], sweep.setup
+    dataset, hyper = setup.dataset, trial_hyper(sweep.groups, number)
+    model = dataclasses.replace(setup, config=trial.config).trained(state, hyper)
     found = evaluate(model, dataset, ("validation",))
     judged = with_fitted_rule(model, found)["validation"]
     scores, train = judged.argmax, evaluate_examples(model, dataset, few_of(dataset.train))
@@ -141,15 +141,15 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     finite = all(t.isfinite().all() for t in flatten(state).values())
     return jsonable(
         {
-            "member": number,
-            "name": entry.name,
-            "values": entry.values,
-            "plain": entry.plain,
+            "trial": number,
+            "name": trial.name,
+            "values": trial.values,
+            "plain": trial.plain,
             "diverged": not (finite and bool(judged.logits.isfinite().all())),
             "accuracy": scores.accuracy.value,
             "expected_cost": scores.expected_cost.value,
             "rule_cost": judged.min_cost.expected_cost.value
-            if rule_fits(entry.config)
+            if rule_fits(trial.config)
             else math.nan,
             "temperature": judged.rule.temperature,
             "calibration_error": judged.calibration_error,
@@ -169,15 +169,15 @@ def few_of(examples: Examples) -> Examples:
     return subset(examples, torch.arange(0, n, stride, device=examples.labels.device))
 
 
-def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> Members | None:
-    """Train all members with one seed, saving at the end of every epoch and when told to stop."""
+def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> EnsembleState | None:
+    """Train all trials with one seed, saving at the end of every epoch and when told to stop."""
     config, setup = sweep.config, sweep.setup
     path = seed_file(sweep.folder, seed)
     if path.exists():
-        members = restored(sweep, seed)
+        trials = restored(sweep, seed)
     else:
-        members = init_members(seeded_state(setup, config.seed + seed), sweep.groups)
-    up_to = int(members.step)
+        trials = init_trials(seeded_state(setup, config.seed + seed), sweep.groups)
+    up_to = int(trials.step)
     lines = [
         line
         for line in folder.read_lines(sweep.folder / STEPS)
@@ -186,10 +186,10 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> Me
     folder.write_lines(sweep.folder / STEPS, lines)
     recent: list[Tensor] = []
 
-    def take_step(members: Members, batch: Batch):
-        members, metrics = step_on(members, batch)
+    def take_step(trials: EnsembleState, batch: Batch):
+        trials, metrics = step_on(trials, batch)
         recent.append(metrics["losses"])
-        return members, metrics
+        return trials, metrics
 
     def on_progress(progress: Progress) -> None:
         losses = torch.stack(recent).mean(0).tolist()
@@ -199,7 +199,7 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> Me
         watcher.show(progress)
 
     for epoch in fit(
-        members,
+        trials,
         take_step,
         len(setup.dataset.train.labels),
         feed=setup.iter_batches,
@@ -209,26 +209,26 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> Me
         on_progress=on_progress,
         should_stop=watcher.should_stop,
     ):
-        members = epoch.state
-        save_tensors(path, flatten({"members": members}), {"step": epoch.step, "seed": seed})
+        trials = epoch.state
+        save_tensors(path, flatten({"trials": trials}), {"step": epoch.step, "seed": seed})
     if not path.exists():  # an empty training
-        save_tensors(path, flatten({"members": members}), {"step": 0, "seed": seed})
-    return members if int(members.step) == sweep.steps else None
+        save_tensors(path, flatten({"trials": trials}), {"step": 0, "seed": seed})
+    return trials if int(trials.step) == sweep.steps else None
 
 
-def restored(sweep: Sweep, seed: int) -> Members:
-    """Return the states of all members as a seed's file has them.
+def restored(sweep: Sweep, seed: int) -> EnsembleState:
+    """Return the states of all trials as a seed's file has them.
 
     Args:
         sweep: The sweep.
         seed: Which seed, from 0.
 
     Returns:
-        The states; :func:`funcloss.app.sweep.members.member_state` gives that of one.
+        The states; :func:`funcloss.app.sweep.trials.trial_state` gives that of one.
     """
-    template = init_members(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
+    template = init_trials(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
     tensors, _ = load_tensors(seed_file(sweep.folder, seed))
-    return restore(template, beneath(tensors, "members"))
+    return restore(template, beneath(tensors, "trials"))
 
 
 def _scored(records: Sequence[dict[str, Any]], seed: int) -> bool:

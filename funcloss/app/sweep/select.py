@@ -1,4 +1,4 @@
-"""From the members' scores on validation data to the one that is chosen, and why."""
+"""From the trials' scores on validation data to the one that is chosen, and why."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from funcloss.app.sweep.axes import Axis
 from funcloss.constraints.limits import Limit, held, violations
 from funcloss.decisions import Interval, seed_interval
 
-Record = dict[str, Any]  # a member at the end of a seed's training: a line of members.jsonl
+Record = dict[str, Any]  # a trial at the end of a seed's training: a line of trials.jsonl
 _FADED = 0.001  # training error below which class weights have nothing left to weigh
 
 
@@ -20,18 +20,18 @@ def points_of(
     limits: Sequence[Limit],
     focus: Sequence[str],
 ) -> list[Point]:
-    """Return the members of a sweep on validation data, over their seeds, none chosen yet.
+    """Return the trials of a sweep on validation data, over their seeds, none chosen yet.
 
     Args:
-        records: The members at the end of each seed's training.
+        records: The trials at the end of each seed's training.
         limits: What is to hold; it does where it holds of the mean over the seeds.
         focus: Classes whose recall is told.
 
     Returns:
-        A point a member, in their order.
+        A point a trial, in their order.
     """
-    numbers = sorted({record["member"] for record in records})
-    return [_point([r for r in records if r["member"] == n], limits, focus) for n in numbers]
+    numbers = sorted({record["trial"] for record in records})
+    return [_point([r for r in records if r["trial"] == n], limits, focus) for n in numbers]
 
 
 def chosen_of(
@@ -40,18 +40,18 @@ def chosen_of(
     limits: Sequence[Limit],
     missed: Sequence[float],
 ) -> int | None:
-    """Return which member to choose, by validation data alone.
+    """Return which trial to choose, by validation data alone.
 
     Under limits the one that keeps them with the class weight nearest to 1, or, where more than one
     option or another is swept, with the least expected cost; if none keeps them, the one that comes
-    nearest. Without limits the one of least expected cost. Plain training is a member as any other;
+    nearest. Without limits the one of least expected cost. Plain training is a trial as any other;
     one that diverged on a seed is out.
 
     Args:
-        points: The members.
+        points: The trials.
         axes: What was swept.
         limits: What is to hold.
-        missed: How far each member is from its limits: :func:`misses`.
+        missed: How far each trial is from its limits: :func:`misses`.
 
     Returns:
         Its position among the points; None if all diverged.
@@ -70,9 +70,9 @@ def chosen_of(
 
 
 def order_of(axes: Sequence[Axis]) -> str:
-    """Return what :func:`chosen_of` takes among the members that keep the limits, in words."""
+    """Return what :func:`chosen_of` takes among the trials that keep the limits, in words."""
     if len(axes) > 1 or axes[0].option != "class_weight":
-        return "the member of least expected cost"
+        return "the trial of least expected cost"
     return "the smallest weight" if min(axes[0].values) >= 1 else "the weight nearest to 1"
 
 
@@ -80,7 +80,7 @@ def baseline_of(points: Sequence[Point]) -> int | None:
     """Return which plain training to compare with: that of least expected cost on validation data.
 
     Args:
-        points: The members; plain training is there once for each learning rate.
+        points: The trials; plain training is there once for each learning rate.
 
     Returns:
         Its position among the points; None if all plain trainings diverged.
@@ -90,18 +90,18 @@ def baseline_of(points: Sequence[Point]) -> int | None:
 
 
 def misses(records: Sequence[Record], limits: Sequence[Limit]) -> list[float]:
-    """Return how far each member is from keeping the limits, the worst of them, over its seeds.
+    """Return how far each trial is from keeping the limits, the worst of them, over its seeds.
 
     Args:
-        records: The members at the end of each seed's training.
+        records: The trials at the end of each seed's training.
         limits: What is to hold.
 
     Returns:
-        A number a member, in the units of :func:`funcloss.constraints.limits.violations`.
+        A number a trial, in the units of :func:`funcloss.constraints.limits.violations`.
     """
     worst = []
-    for number in sorted({record["member"] for record in records}):
-        own = [r for r in records if r["member"] == number]
+    for number in sorted({record["trial"] for record in records}):
+        own = [r for r in records if r["trial"] == number]
         values = means([r["reached"] for r in own])
         support = torch.tensor(own[0]["support"])
         far = violations(limits, values, support) if limits else torch.zeros(1)
@@ -122,7 +122,7 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Interval | None:
     Once no training example is wrong, class weights hardly move the boundary any more.
 
     Args:
-        records: The members at the end of each seed's training.
+        records: The trials at the end of each seed's training.
         axes: What was swept.
 
     Returns:
