@@ -47,14 +47,16 @@ def main() -> None:
         argmax = twice["rules"]["argmax"]
         meant_scores = (argmax["recall"][name][0], argmax["accuracy"][0])
         here["class weight 2, the loss that was meant"] = meant_scores
-        reached.append(found.limits[0])
+        reached.append(found.constraints[0])
         weights = next(a.weights for a in reversed(found.ascent))
         print(f"seed {seed}: {found.lines[0]} last weights {weights}", flush=True)
-        seeds.append({"seed": seed, "validation": found.limits[0].reached, "lines": found.lines})
+        seeds.append(
+            {"seed": seed, "validation": found.constraints[0].reached, "lines": found.lines}
+        )
         for title, numbers in here.items():
             rows.setdefault(title, []).append(numbers)
         seeds[-1]["test"] = here
-    held = sum(limit.held for limit in reached)
+    held = sum(constraint.held for constraint in reached)
     print(f"{reached[0].text} on validation data: {held} of {asked.seeds} seeds")
     print(
         f"| on the test set, mean over seeds [95 %] | recall of {name} | accuracy |\n|---|---|---|"

@@ -15,7 +15,7 @@ from scipy import stats
 from funcloss.app.choice import words
 from funcloss.app.choice.tested import part_interval, row_of
 from funcloss.app.config import make_config, plain_config
-from funcloss.app.report.choice import Limit as Reached
+from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice import Row
 from funcloss.app.sweep import Axis, parse_values
 from funcloss.app.sweep.axes import (
@@ -27,7 +27,7 @@ from funcloss.app.sweep.axes import (
     trials_of,
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
-from funcloss.constraints.limits import make_limits
+from funcloss.constraints.bounds import make_constraints
 from funcloss.decisions import DecisionRule, Interval, make_costs, score
 from funcloss.errors import ConfigError
 
@@ -230,8 +230,8 @@ def test_plain_training_has_the_learning_rates_of_the_others(axes, rates):
 
 # The choice, on records made by hand.
 
-FLOOR = make_limits({"9": 0.9}, {}, DIGITS)
-BOTH = make_limits({"9": 0.9}, {"9:4": 0.05}, DIGITS)
+FLOOR = make_constraints({"9": 0.9}, {}, DIGITS)
+BOTH = make_constraints({"9": 0.9}, {"9:4": 0.05}, DIGITS)
 
 
 def record(trial, values, cost, reached=(), *, seed=0, diverged=False, plain=False, train=0.99):
@@ -296,12 +296,12 @@ CHOICES = {
     "none keeps it, a tie: the first": (
         [NINE], FLOOR, nines((1, 0.3, 0.8), (2, 0.1, 0.8), (5, 0.1, 0.7)), 0,
     ),
-    "two limits, the worst counts": (
+    "two constraints, the worst counts": (
         # Missed by 0.5 and kept; by 0.1 and 0.6 of the room; by 0.3 and 0.2.
         [NINE], BOTH,
         nines((1, 0.1, 0.85, 0.0), (2, 0.1, 0.89, 0.08), (5, 0.1, 0.87, 0.06)), 2,
     ),
-    "what is not defined does not keep a limit": (
+    "what is not defined does not keep a constraint": (
         [NINE], FLOOR, nines((1, 0.1, NAN), (2, 0.2, 0.95)), 1,
     ),
     "nor comes near it": ([NINE], FLOOR, nines((1, 0.1, NAN), (2, 0.2, 0.1)), 1),
@@ -346,10 +346,12 @@ CHOICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("axes", "limits", "records", "chosen"), CHOICES.values(), ids=CHOICES)
-def test_the_choice_follows_from_the_records(axes, limits, records, chosen):
-    points = points_of(records, limits, ("9",))
-    assert chosen_of(points, axes, limits, misses(records, limits)) == chosen
+@pytest.mark.parametrize(
+    ("axes", "constraints", "records", "chosen"), CHOICES.values(), ids=CHOICES
+)
+def test_the_choice_follows_from_the_records(axes, constraints, records, chosen):
+    points = points_of(records, constraints, ("9",))
+    assert chosen_of(points, axes, constraints, misses(records, constraints)) == chosen
 
 
 BASELINES = {
@@ -393,13 +395,13 @@ def test_how_far_a_trial_is_from_its_limits_is_in_units_of_their_room():
 # What is said of it.
 
 
-def sentences(records, axes, limits=()):
-    points = points_of(records, limits, ("9",))
-    number = chosen_of(points, axes, limits, misses(records, limits))
+def sentences(records, axes, constraints=()):
+    points = points_of(records, constraints, ("9",))
+    number = chosen_of(points, axes, constraints, misses(records, constraints))
     baseline = baseline_of(points)
     reached = tuple(
         Reached("recall of 9 at least 0.9", x.bound, v, v >= x.bound)
-        for x, v in zip(limits, records[number]["reached"], strict=True)
+        for x, v in zip(constraints, records[number]["reached"], strict=True)
     )
     plain = None if baseline is None else points[baseline]
     return words.sweep_sentences(points, points[number], plain, reached, order_of(axes))
@@ -409,7 +411,7 @@ def test_the_answer_names_the_trial_and_the_reason():
     records = nines((1, 0.3, 0.8), (2, 0.1, 0.91), (5, 0.2, 0.95))
     records[0]["plain"] = True
     assert sentences(records, [NINE], FLOOR) == [
-        "class_weight 9=2 is the smallest weight that keeps every limit on validation data. "
+        "class_weight 9=2 is the smallest weight that keeps every constraint on validation data. "
         "recall of 9 at least 0.9: 0.9100."
     ]
     both_ways = replace(NINE, values=(0.5, 2.0))
@@ -429,12 +431,12 @@ def test_the_answer_names_the_trial_and_the_reason():
     ]
     low = nines((1, 0.3, 0.7), (2, 0.1, 0.8))
     assert sentences(low, [NINE], FLOOR) == [
-        "No trial keeps every limit on validation data; nearest is class_weight 9=2. "
+        "No trial keeps every constraint on validation data; nearest is class_weight 9=2. "
         "recall of 9 at least 0.9: 0.8000."
     ]
     several = grid((1, 0, 0.3, 0.95), (5, 1, 0.2, 0.92))
     assert (
-        "is the trial of least expected cost that keeps every limit"
+        "is the trial of least expected cost that keeps every constraint"
         in (sentences(several, [NINE, TAU], FLOOR)[0])
     )
 
@@ -607,15 +609,15 @@ CHOSEN = row("class_weight 9=5", 0.1, Interval(-0.1, -0.11, 0.01))
     ],
 )  # fmt: skip
 def test_the_costs_in_training_are_held_against_the_decision_rule(gap, said):
-    limits = [("recall of 9 at least 0.9", 0.875)]
-    lines = words.tested_sentences(PLAIN, CHOSEN, RULE, gap, limits, ("9",))
+    constraints = [("recall of 9 at least 0.9", 0.875)]
+    lines = words.tested_sentences(PLAIN, CHOSEN, RULE, gap, constraints, ("9",))
     scores = "accuracy 90.00 [88.00, 92.00] %, recall of 9 90.00 [88.00, 92.00] %, expected cost"
     assert lines == [
         f"On the test set, read once: {scores} 0.1000 [0.0900, 0.1100]; plain: {scores} 0.2000 "
         "[0.1900, 0.2100].",
         "Expected cost of class_weight 9=5 against plain: -0.1000 an example [-0.1100, +0.0100], "
         "which may be chance.",
-        "The limits on the test set: recall of 9 at least 0.9: 0.8750.",
+        "The constraints on the test set: recall of 9 at least 0.9: 0.8750.",
         f"Without training anew, plain, thresholds moved: {scores} 0.1200 [0.1100, 0.1300]; "
         "-0.0800 an example [-0.0900, -0.0700].",
         said,

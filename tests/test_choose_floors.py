@@ -22,13 +22,13 @@ from funcloss import training
 from funcloss._json import jsonable
 from funcloss.app import runs
 from funcloss.app.audits import audit_run
-from funcloss.app.choice.words import limit_sentences
+from funcloss.app.choice.words import constraint_sentences
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config
 from funcloss.app.data import get_batch, normalised
 from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.report.choice import Ascent
-from funcloss.app.report.choice import Limit as Told
+from funcloss.app.report.choice import Constraint as Told
 from funcloss.app.runs import evaluation, folder
 from funcloss.app.runs.constrained import make_controller
 from funcloss.app.runs.setup import make_setup
@@ -43,12 +43,12 @@ from funcloss.constraints.ascent import (
     snapshot_of,
     weights_of,
 )
-from funcloss.constraints.limits import (
-    Limit,
+from funcloss.constraints.bounds import (
+    Constraint,
+    constraint_text,
     directions,
     held,
-    limit_text,
-    make_limits,
+    make_constraints,
     reached,
     violations,
 )
@@ -87,55 +87,55 @@ def _no_figures(monkeypatch):
 # What they name.
 
 FLOORS = [
-    ("9", DIGITS, Limit(RECALL, 0.9, 9)),
-    ("recall:9", DIGITS, Limit(RECALL, 0.9, 9)),
-    ("precision:9", DIGITS, Limit(PRECISION, 0.9, 9)),
-    ("dog", NAMES, Limit(RECALL, 0.9, 1)),
-    ("1", NAMES, Limit(RECALL, 0.9, 1)),
-    ("precision:0", NAMES, Limit(PRECISION, 0.9, 0)),
-    ("a:b", NAMES, Limit(RECALL, 0.9, 2)),
-    ("precision:a:b", NAMES, Limit(PRECISION, 0.9, 2)),
-    ("precision:x", NAMES, Limit(RECALL, 0.9, 3)),  # that is a class
-    ("recall:precision:x", NAMES, Limit(RECALL, 0.9, 3)),
-    ("precision:precision:x", NAMES, Limit(PRECISION, 0.9, 3)),
-    ("cost", NAMES, Limit(RECALL, 0.9, 4)),
+    ("9", DIGITS, Constraint(RECALL, 0.9, 9)),
+    ("recall:9", DIGITS, Constraint(RECALL, 0.9, 9)),
+    ("precision:9", DIGITS, Constraint(PRECISION, 0.9, 9)),
+    ("dog", NAMES, Constraint(RECALL, 0.9, 1)),
+    ("1", NAMES, Constraint(RECALL, 0.9, 1)),
+    ("precision:0", NAMES, Constraint(PRECISION, 0.9, 0)),
+    ("a:b", NAMES, Constraint(RECALL, 0.9, 2)),
+    ("precision:a:b", NAMES, Constraint(PRECISION, 0.9, 2)),
+    ("precision:x", NAMES, Constraint(RECALL, 0.9, 3)),  # that is a class
+    ("recall:precision:x", NAMES, Constraint(RECALL, 0.9, 3)),
+    ("precision:precision:x", NAMES, Constraint(PRECISION, 0.9, 3)),
+    ("cost", NAMES, Constraint(RECALL, 0.9, 4)),
 ]
 
 
-@pytest.mark.parametrize(("key", "classes", "limit"), FLOORS)
-def test_a_floor_names_the_recall_or_the_precision_of_a_class(key, classes, limit):
-    assert make_limits({key: 0.9}, {}, classes) == (limit,)
+@pytest.mark.parametrize(("key", "classes", "constraint"), FLOORS)
+def test_a_floor_names_the_recall_or_the_precision_of_a_class(key, classes, constraint):
+    assert make_constraints({key: 0.9}, {}, classes) == (constraint,)
 
 
 CEILINGS = [
-    ("9:4", DIGITS, Limit(PAIR, 0.1, 9, 4)),
-    ("cost", DIGITS, Limit(COST, 0.1)),
-    ("cost", NAMES, Limit(COST, 0.1)),
-    ("dog:cat", NAMES, Limit(PAIR, 0.1, 1, 0)),
-    ("1:0", NAMES, Limit(PAIR, 0.1, 1, 0)),
-    ("cost:dog", NAMES, Limit(PAIR, 0.1, 4, 1)),
-    ("a:b:dog", NAMES, Limit(PAIR, 0.1, 2, 1)),
-    ("precision:x:a:b", NAMES, Limit(PAIR, 0.1, 3, 2)),
-    ("dog:precision:x", NAMES, Limit(PAIR, 0.1, 1, 3)),
+    ("9:4", DIGITS, Constraint(PAIR, 0.1, 9, 4)),
+    ("cost", DIGITS, Constraint(COST, 0.1)),
+    ("cost", NAMES, Constraint(COST, 0.1)),
+    ("dog:cat", NAMES, Constraint(PAIR, 0.1, 1, 0)),
+    ("1:0", NAMES, Constraint(PAIR, 0.1, 1, 0)),
+    ("cost:dog", NAMES, Constraint(PAIR, 0.1, 4, 1)),
+    ("a:b:dog", NAMES, Constraint(PAIR, 0.1, 2, 1)),
+    ("precision:x:a:b", NAMES, Constraint(PAIR, 0.1, 3, 2)),
+    ("dog:precision:x", NAMES, Constraint(PAIR, 0.1, 1, 3)),
 ]
 
 
-@pytest.mark.parametrize(("key", "classes", "limit"), CEILINGS)
-def test_a_ceiling_names_a_pair_of_classes_or_the_cost(key, classes, limit):
-    assert make_limits({}, {key: 0.1}, classes) == (limit,)
+@pytest.mark.parametrize(("key", "classes", "constraint"), CEILINGS)
+def test_a_ceiling_names_a_pair_of_classes_or_the_cost(key, classes, constraint):
+    assert make_constraints({}, {key: 0.1}, classes) == (constraint,)
 
 
 def test_floors_come_first_and_their_ends_count():
-    made = make_limits({"9": 1.0, "precision:9": 1e-6}, {"9:4": 0, "cost": -2.5}, DIGITS)
-    assert [limit.bound for limit in made] == [1.0, 1e-6, 0.0, -2.5]
-    assert [limit.is_floor for limit in made] == [True, True, False, False]
-    assert [limit_text(limit, DIGITS) for limit in made] == [
+    made = make_constraints({"9": 1.0, "precision:9": 1e-6}, {"9:4": 0, "cost": -2.5}, DIGITS)
+    assert [constraint.bound for constraint in made] == [1.0, 1e-6, 0.0, -2.5]
+    assert [constraint.is_floor for constraint in made] == [True, True, False, False]
+    assert [constraint_text(constraint, DIGITS) for constraint in made] == [
         "recall of 9 at least 1",
         "precision of 9 at least 1e-06",
         "part of the true 9 called 4 at most 0",
         "expected cost an example at most -2.5",
     ]
-    assert make_limits({}, {}, DIGITS) == ()
+    assert make_constraints({}, {}, DIGITS) == ()
 
 
 AMBIGUOUS = ("a", "b", "a:b", "b:a")
@@ -172,20 +172,20 @@ REFUSED = [
 @pytest.mark.parametrize(("floor", "ceiling", "classes", "message"), REFUSED)
 def test_what_names_no_limit_is_refused(floor, ceiling, classes, message):
     with pytest.raises(ConfigError, match=message):
-        make_limits(floor, ceiling, classes)
+        make_constraints(floor, ceiling, classes)
 
 
 def test_two_readings_of_a_pair_are_told_apart_by_index():
-    assert make_limits({}, {"0:3": 0.1}, AMBIGUOUS) == (Limit(PAIR, 0.1, 0, 3),)
+    assert make_constraints({}, {"0:3": 0.1}, AMBIGUOUS) == (Constraint(PAIR, 0.1, 0, 3),)
 
 
 # What is measured, against loops.
 
 ABC = make_costs(("a", "b", "c"), class_cost={"b": 4.0})
 EVERY = tuple(
-    [Limit(kind, 0.6, c) for kind in (RECALL, PRECISION) for c in range(3)]
-    + [Limit(PAIR, 0.2, t, d) for t, d in itertools.permutations(range(3), 2)]
-    + [Limit(COST, 0.1), Limit(COST, 3.0)]
+    [Constraint(kind, 0.6, c) for kind in (RECALL, PRECISION) for c in range(3)]
+    + [Constraint(PAIR, 0.2, t, d) for t, d in itertools.permutations(range(3), 2)]
+    + [Constraint(COST, 0.1), Constraint(COST, 3.0)]
 )
 
 
@@ -196,16 +196,16 @@ def decided(seed, n=60):
     return torch.where(torch.rand(n, generator=g) < 0.5, labels, random), labels
 
 
-def by_loops(limit, decisions, labels, matrix):
-    """The rate that a limit is about, and the examples it is measured on."""
+def by_loops(constraint, decisions, labels, matrix):
+    """The rate that a constraint is about, and the examples it is measured on."""
     pairs = list(zip(labels.tolist(), decisions.tolist(), strict=True))
-    of_truth = [d for t, d in pairs if t == limit.truth]
-    if limit.kind == COST:
+    of_truth = [d for t, d in pairs if t == constraint.truth]
+    if constraint.kind == COST:
         return sum(float(matrix[t, d]) for t, d in pairs) / len(pairs), len(pairs)
-    if limit.kind == PRECISION:
-        truths = [t for t, d in pairs if d == limit.truth]
-        return truths.count(limit.truth) / len(truths), len(of_truth)
-    wanted = limit.truth if limit.kind == RECALL else limit.decided
+    if constraint.kind == PRECISION:
+        truths = [t for t, d in pairs if d == constraint.truth]
+        return truths.count(constraint.truth) / len(truths), len(of_truth)
+    wanted = constraint.truth if constraint.kind == RECALL else constraint.decided
     return of_truth.count(wanted) / len(of_truth), len(of_truth)
 
 
@@ -215,45 +215,47 @@ def test_what_is_reached_and_missed_is_that_of_loops(seed):
     scores = score_decisions(decisions, labels, ABC)
     values = reached(EVERY, scores)
     missed = violations(EVERY, values, scores.confusion.sum(1))
-    for limit, value, miss in zip(EVERY, values, missed.tolist(), strict=True):
-        rate, n = by_loops(limit, decisions, labels, ABC.matrix)
+    for constraint, value, miss in zip(EVERY, values, missed.tolist(), strict=True):
+        rate, n = by_loops(constraint, decisions, labels, ABC.matrix)
         assert value == pytest.approx(rate, abs=1e-12)
-        if limit.is_floor:
-            gap, room = limit.bound - rate, 1 - limit.bound
+        if constraint.is_floor:
+            gap, room = constraint.bound - rate, 1 - constraint.bound
         else:
-            gap, room = rate - limit.bound, limit.bound
-        one = rate / n if limit.kind == COST else 1 / n  # an example's part of it
+            gap, room = rate - constraint.bound, constraint.bound
+        one = rate / n if constraint.kind == COST else 1 / n  # an example's part of it
         assert miss == pytest.approx(gap / max(room, one), abs=1e-10)
-        assert held([limit], [value]) == (gap <= 0)
+        assert held([constraint], [value]) == (gap <= 0)
     assert held(EVERY, values) == all(held([e], [v]) for e, v in zip(EVERY, values, strict=True))
     assert len({held([e], [v]) for e, v in zip(EVERY, values, strict=True)}) == 2
 
 
 def test_what_is_not_defined_is_not_held_and_moves_nothing():
     scores = score_decisions(torch.tensor([0, 0, 0]), torch.tensor([0, 0, 1]), ABC)
-    limits = make_limits({"precision:b": 0.1, "c": 0.1}, {"c:a": 0.5}, ABC.classes)
-    values = reached(limits, scores)  # b is never decided, c never occurs
+    constraints = make_constraints({"precision:b": 0.1, "c": 0.1}, {"c:a": 0.5}, ABC.classes)
+    values = reached(constraints, scores)  # b is never decided, c never occurs
     assert all(map(math.isnan, values))
-    assert not any(held([limit], [v]) for limit, v in zip(limits, values, strict=True))
-    missed = violations(limits, values, scores.confusion.sum(1))
+    assert not any(
+        held([constraint], [v]) for constraint, v in zip(constraints, values, strict=True)
+    )
+    missed = violations(constraints, values, scores.confusion.sum(1))
     assert missed.tolist() == [0.0, 0.0, 0.0]
-    assert snapshot_of(limits, scores) == Snapshot(False, -math.inf, pytest.approx(-4 / 3))
-    before = init_dual(limits, 3)._replace(multipliers=torch.ones(3, dtype=torch.float64))
-    assert ascend(before, limits, scores, ABC).multipliers.tolist() == [1.0, 1.0, 1.0]
+    assert snapshot_of(constraints, scores) == Snapshot(False, -math.inf, pytest.approx(-4 / 3))
+    before = init_dual(constraints, 3)._replace(multipliers=torch.ones(3, dtype=torch.float64))
+    assert ascend(before, constraints, scores, ABC).multipliers.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_bound_without_room_leaves_that_of_one_example():
     labels = torch.arange(2).repeat_interleave(10)
     decisions = torch.where(torch.arange(20) == 0, 1, labels)  # one a of ten is called b
     scores = score_decisions(decisions, labels, make_costs(("a", "b")))
-    limits = make_limits({"a": 1.0, "b": 1.0}, {"a:b": 0.0, "cost": 0.0}, ("a", "b"))
-    values = reached(limits, scores)
+    constraints = make_constraints({"a": 1.0, "b": 1.0}, {"a:b": 0.0, "cost": 0.0}, ("a", "b"))
+    values = reached(constraints, scores)
     assert values == pytest.approx((0.9, 1.0, 0.1, 0.05))
     assert_close(
-        violations(limits, values, scores.confusion.sum(1)),
+        violations(constraints, values, scores.confusion.sum(1)),
         torch.tensor([1.0, 0.0, 1.0, 20.0], dtype=torch.float64),
     )
-    assert [held([e], [v]) for e, v in zip(limits, values, strict=True)] == [
+    assert [held([e], [v]) for e, v in zip(constraints, values, strict=True)] == [
         False, True, False, False,
     ]  # fmt: skip
 
@@ -264,8 +266,8 @@ def test_a_cost_is_missed_by_as_much_in_any_unit():
     for unit in (1.0, 1e6, 1e-6):
         costs = dataclasses.replace(ABC, matrix=ABC.matrix * unit)
         scores = score_decisions(decisions, labels, costs)
-        limits = tuple(Limit(COST, bound * unit) for bound in (0.3, 0.0, -1.0))
-        found.append(violations(limits, reached(limits, scores), scores.confusion.sum(1)))
+        constraints = tuple(Constraint(COST, bound * unit) for bound in (0.3, 0.0, -1.0))
+        found.append(violations(constraints, reached(constraints, scores), scores.confusion.sum(1)))
     assert_close(found[1], found[0])
     assert_close(found[2], found[0])
     assert (found[0] > 0).all()
@@ -281,11 +283,11 @@ def test_a_rate_that_is_met_exactly_is_held_whatever_the_rounding():
         decisions[50 : 50 + trials - hits] = 0
         scores = score_decisions(decisions, labels, make_costs(("a", "b")))
         cost = (50 - hits + trials - hits) / 100
-        limits = make_limits({"precision:a": hits / trials}, {"cost": cost}, ("a", "b"))
-        values = reached(limits, scores)
-        assert held(limits, values)
-        assert not held(limits, (values[0] - 1e-6, values[1]))
-        assert not held(limits, (values[0], values[1] + 1e-6))
+        constraints = make_constraints({"precision:a": hits / trials}, {"cost": cost}, ("a", "b"))
+        values = reached(constraints, scores)
+        assert held(constraints, values)
+        assert not held(constraints, (values[0] - 1e-6, values[1]))
+        assert not held(constraints, (values[0], values[1] + 1e-6))
         off += [values[0] != hits / trials, values[1] != cost]
     assert any(off)
 
@@ -293,8 +295,10 @@ def test_a_rate_that_is_met_exactly_is_held_whatever_the_rounding():
 def test_an_abstention_is_a_decision_of_its_own():
     costs = make_costs(("a", "b"), {"a": {"a": 0, "b": 1, "ask": 0.2}, "b": {"a": 5, "b": 0, "ask": 0.2}})  # noqa: E501  # fmt: skip
     decisions, labels = torch.tensor([0, 2, 1, 2, 1]), torch.tensor([0, 0, 1, 1, 0])
-    limits = make_limits({"a": 0.5, "precision:b": 0.5}, {"a:b": 0.5, "cost": 1}, costs.classes)
-    values = reached(limits, score_decisions(decisions, labels, costs))
+    constraints = make_constraints(
+        {"a": 0.5, "precision:b": 0.5}, {"a:b": 0.5, "cost": 1}, costs.classes
+    )
+    values = reached(constraints, score_decisions(decisions, labels, costs))
     assert values == pytest.approx((1 / 3, 1 / 2, 1 / 3, (0.2 + 0.2 + 1) / 5))
 
 
@@ -305,8 +309,8 @@ def test_a_limit_moves_the_classes_that_it_names():
     decisions, labels = decided(0)
     scores = score_decisions(decisions, labels, ABC)
     rows = directions(EVERY, scores, ABC)
-    for limit, row in zip(EVERY, rows.tolist(), strict=True):
-        if limit.kind == COST:
+    for constraint, row in zip(EVERY, rows.tolist(), strict=True):
+        if constraint.kind == COST:
             paid = [0.0, 0.0, 0.0]
             for truth, decision in zip(labels.tolist(), decisions.tolist(), strict=True):
                 paid[truth] += float(ABC.matrix[truth, decision])
@@ -315,18 +319,18 @@ def test_a_limit_moves_the_classes_that_it_names():
             # The mean weight of the examples stays: else all would learn faster, no more.
             assert sum(row[truth] for truth in labels.tolist()) == pytest.approx(0, abs=1e-12)
         else:
-            sign = -1.0 if limit.kind == PRECISION else 1.0
-            assert row == [sign if c == limit.truth else 0.0 for c in range(3)]
+            sign = -1.0 if constraint.kind == PRECISION else 1.0
+            assert row == [sign if c == constraint.truth else 0.0 for c in range(3)]
 
 
 def test_a_cost_is_that_of_the_prior():
     """What is dear here and does not come there is not raised."""
     labels = torch.arange(3).repeat_interleave(10)
     decisions = torch.where(torch.arange(30) % 10 < 4, (labels + 1) % 3, labels)
-    limits = make_limits({}, {"cost": 0.1}, ABC.classes)
-    here = directions(limits, score_decisions(decisions, labels, ABC), ABC)[0]
+    constraints = make_constraints({}, {"cost": 0.1}, ABC.classes)
+    here = directions(constraints, score_decisions(decisions, labels, ABC), ABC)[0]
     prior = torch.tensor([0.9, 0.0, 0.1])
-    there = directions(limits, score_decisions(decisions, labels, ABC, prior=prior), ABC)[0]
+    there = directions(constraints, score_decisions(decisions, labels, ABC, prior=prior), ABC)[0]
     assert here.tolist() == pytest.approx([-0.25, 0.5, -0.25])
     assert there.argmax() == 0
     assert there[1] == there.min()
@@ -334,10 +338,10 @@ def test_a_cost_is_that_of_the_prior():
 
 def test_benefits_and_no_cost_at_all_move_nothing():
     labels = torch.tensor([0, 1])
-    limits = make_limits({}, {"cost": -0.5}, ("a", "b"))
+    constraints = make_constraints({}, {"cost": -0.5}, ("a", "b"))
     for table in ({"a": {"a": -1, "b": -0.5}, "b": {"a": -0.5, "b": -1}}, None):
         costs = make_costs(("a", "b"), table)
-        assert directions(limits, score_decisions(labels, labels, costs), costs).tolist() == [
+        assert directions(constraints, score_decisions(labels, labels, costs), costs).tolist() == [
             [0, 0]
         ]
 
@@ -354,27 +358,27 @@ def test_benefits_and_no_cost_at_all_move_nothing():
 )
 def test_a_missed_limit_raises_or_lowers_its_class(floor, ceiling, signs):
     scores = score_decisions(*decided(1), ABC)
-    limits = make_limits(floor, ceiling, ABC.classes)
-    dual = ascend(init_dual(limits, 3), limits, scores, ABC)
+    constraints = make_constraints(floor, ceiling, ABC.classes)
+    dual = ascend(init_dual(constraints, 3), constraints, scores, ABC)
     assert dual.log_weights.sign().tolist() == list(signs)
     assert float(dual.multipliers.max()) == (RATE if any(signs) else 0.0)  # missed by far
-    assert_close(dual.log_weights, dual.multipliers @ directions(limits, scores, ABC))
+    assert_close(dual.log_weights, dual.multipliers @ directions(constraints, scores, ABC))
     assert dual.total.tolist() == [0.0, 0.0, 0.0]  # what was in force until now
-    again = ascend(dual, limits, scores, ABC)
+    again = ascend(dual, constraints, scores, ABC)
     assert torch.equal(again.total, dual.log_weights)
     assert again.measured == 2
 
 
 def test_multipliers_stay_between_0_and_the_cap():
-    limits = make_limits({"a": 0.99, "b": 0.01}, {}, ABC.classes)
+    constraints = make_constraints({"a": 0.99, "b": 0.01}, {}, ABC.classes)
     scores = score_decisions(*decided(1), ABC)
-    dual = init_dual(limits, 3)
+    dual = init_dual(constraints, 3)
     for _ in range(60):
-        dual = ascend(dual, limits, scores, ABC)
+        dual = ascend(dual, constraints, scores, ABC)
     assert dual.multipliers.tolist() == [CAP, 0.0]
     assert weights_of(dual.log_weights) == {0: 1000.0}
     assert dual.measured == 60
-    both = make_limits({"a": 0.99}, {"a:b": 0.0, "a:c": 0.0}, ABC.classes)
+    both = make_constraints({"a": 0.99}, {"a:b": 0.0, "a:c": 0.0}, ABC.classes)
     dual = init_dual(both, 3)._replace(multipliers=torch.full((3,), CAP, dtype=torch.float64))
     dual = ascend(dual, both, scores, ABC)  # three that move one class
     assert float(dual.log_weights[0]) == CAP
@@ -413,11 +417,11 @@ def responding(kind, log_weights):
     ],
 )
 def test_the_ascent_finds_the_smallest_weight_that_keeps_a_limit(kind, bound, weight, start):
-    limits = (Limit(kind, bound, -1 if kind == COST else 0, 1 if kind == PAIR else -1),)
-    dual = init_dual(limits, 3)
+    constraints = (Constraint(kind, bound, -1 if kind == COST else 0, 1 if kind == PAIR else -1),)
+    dual = init_dual(constraints, 3)
     dual = dual._replace(multipliers=dual.multipliers + start)
     for _ in range(300):
-        dual = ascend(dual, limits, responding(kind, dual.log_weights), ABC)
+        dual = ascend(dual, constraints, responding(kind, dual.log_weights), ABC)
     assert float(dual.log_weights[0]) == pytest.approx(weight, abs=1e-3)
     # Around the mean of 4, 1 and 0 the others are two and five sevenths below, as a is above.
     others = [-2 / 7, -5 / 7] if kind == COST else [0.0, 0.0]
@@ -433,13 +437,13 @@ def test_weights_are_told_to_four_digits_without_those_of_1():
 
 def test_a_moment_that_keeps_all_is_better_than_a_cheap_one():
     labels = torch.arange(2).repeat_interleave(10)
-    limits = make_limits({"a": 0.9}, {}, ("a", "b"))
+    constraints = make_constraints({"a": 0.9}, {}, ("a", "b"))
 
     def moment(a, b):
         """Of ten each, so many are right."""
         wrong = (torch.arange(20) < 10 - a) | (torch.arange(20) >= 10 + b)
         scores = score_decisions(torch.where(wrong, 1 - labels, labels), labels, costs)
-        return snapshot_of(limits, scores)
+        return snapshot_of(constraints, scores)
 
     costs = make_costs(("a", "b"))
     worst_first = [moment(0, 10), moment(7, 10), moment(8, 2), moment(8, 9), moment(9, 1),
@@ -468,7 +472,7 @@ def precision_of(c, decisions, labels):
 
 
 def best_by_hand(log_probs, labels, classes, points, keeps):
-    """The best accuracy of all weights of some classes, of those that keep the limits."""
+    """The best accuracy of all weights of some classes, of those that keep the constraints."""
     best = -math.inf
     for point in itertools.product(points, repeat=len(classes)):
         moved = log_probs.clone()
@@ -496,9 +500,9 @@ ONE = [
 @pytest.mark.parametrize(("floor", "ceiling", "keeps"), ONE, ids=range(len(ONE)))
 def test_moved_thresholds_are_near_the_best_of_one_class(floor, ceiling, keeps, seed):
     log_probs, labels = fixed(seed)
-    limits = make_limits(floor, ceiling, ABC.classes)
+    constraints = make_constraints(floor, ceiling, ABC.classes)
     scored = partial(score_decisions, labels=labels, costs=ABC)
-    log_weights, all_held = decision_weights(log_probs, limits, ABC, scored)
+    log_weights, all_held = decision_weights(log_probs, constraints, ABC, scored)
     decisions = (log_probs + log_weights).argmax(-1)
     assert all_held
     assert keeps(decisions, labels)
@@ -527,9 +531,9 @@ TWO = [
 @pytest.mark.parametrize(("floor", "keeps"), TWO, ids=["two recalls", "recall and precision"])
 def test_moved_thresholds_are_near_the_best_of_two_classes(floor, keeps, seed):
     log_probs, labels = fixed(seed)
-    limits = make_limits(floor, {}, ABC.classes)
+    constraints = make_constraints(floor, {}, ABC.classes)
     scored = partial(score_decisions, labels=labels, costs=ABC)
-    log_weights, all_held = decision_weights(log_probs, limits, ABC, scored)
+    log_weights, all_held = decision_weights(log_probs, constraints, ABC, scored)
     decisions = (log_probs + log_weights).argmax(-1)
     assert all_held
     assert keeps(decisions, labels)
@@ -541,14 +545,15 @@ def test_moved_thresholds_are_near_the_best_of_two_classes(floor, keeps, seed):
 
 def test_where_no_threshold_keeps_a_limit_the_nearest_is_told_as_missed():
     log_probs, labels = fixed(0)
-    limits = make_limits({"a": 0.95, "b": 0.95}, {}, ABC.classes)
+    constraints = make_constraints({"a": 0.95, "b": 0.95}, {}, ABC.classes)
     scored = partial(score_decisions, labels=labels, costs=ABC)
-    log_weights, all_held = decision_weights(log_probs, limits, ABC, scored)
+    log_weights, all_held = decision_weights(log_probs, constraints, ABC, scored)
     assert not all_held
     values, at_one = (
-        reached(limits, scored((log_probs + w).argmax(-1))) for w in (log_weights, 0 * log_weights)
+        reached(constraints, scored((log_probs + w).argmax(-1)))
+        for w in (log_weights, 0 * log_weights)
     )
-    assert not held(limits, values)
+    assert not held(constraints, values)
     assert min(values) >= min(at_one)
 
 
@@ -563,8 +568,8 @@ def argmax_of(outcome, part="validation"):
     return outcome.summary[part]["rules"]["argmax"]
 
 
-def steered(run):
-    return [r for r in folder.read_records(run) if r["kind"] == "steering"]
+def measurements(run):
+    return [r for r in folder.read_records(run) if r["kind"] == "constraints"]
 
 
 def tensors(run, file):
@@ -645,7 +650,7 @@ def replayed(made, bound, every):
 def test_every_measurement_is_that_of_the_pure_steps_and_the_best_is_kept(floored):
     run = floored.folder
     rows, last = replayed(folder.read_config(run), 0.93, every=4)
-    records = steered(run)
+    records = measurements(run)
     assert [r["step"] for r in records] == [row[0] for row in rows] == list(range(4, 161, 4))
     for record, (_, weight, recall, accuracy, _) in zip(records, rows, strict=True):
         assert record["weights"].get("8", 1.0) == pytest.approx(weight, rel=1e-3)
@@ -657,8 +662,8 @@ def test_every_measurement_is_that_of_the_pure_steps_and_the_best_is_kept(floore
     assert best[2] >= 0.93
     assert summary["best_step"] == best[0]
     assert summary["feasible"] is True
-    assert summary["limits"] == [
-        {"limit": "recall of 8 at least 0.93", "bound": 0.93, "reached": best[2], "held": True}
+    assert summary["constraints"] == [
+        {"constraint": "recall of 8 at least 0.93", "bound": 0.93, "reached": best[2], "held": True}
     ]
     kept = tensors(run, "model.safetensors")
     assert kept.keys() == best[4].params.keys()
@@ -694,7 +699,7 @@ def test_what_was_found_used_plainly_is_near_the_floor(floored, plain, tmp_path)
 def test_an_audit_sees_the_weights_of_the_last_steps(floored):
     run = floored.folder
     weights = tensors(run, "checkpoint.safetensors")["hyper/class_weights"]
-    assert float(weights[8]) == pytest.approx(steered(run)[-1]["weights"]["8"], rel=1e-3)
+    assert float(weights[8]) == pytest.approx(measurements(run)[-1]["weights"]["8"], rel=1e-3)
     assert weights[:8].tolist() == [1.0] * 8
     found = audit_run(run, AuditOptions(examples=500)).audit
     assert_close(found.class_weights.float(), weights)
@@ -713,7 +718,9 @@ def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
     made = config(floor={"8": 0.99}, epochs=1, batch_size=250, floor_every=3, audit_every=3)
     train(made, tmp_path / "run")
     records = folder.read_records(tmp_path / "run")
-    weight_at = {r["step"]: r["weights"].get("8", 1.0) for r in records if r["kind"] == "steering"}
+    weight_at = {
+        r["step"]: r["weights"].get("8", 1.0) for r in records if r["kind"] == "constraints"
+    }
     counts = make_setup(made).dataset.train.labels
     audits = [r for r in records if r["kind"] == "audit" and r["class"] == "8"]
     assert [r["step"] for r in audits] == [1, 4, 7, 10, 13, 16]
@@ -730,19 +737,19 @@ def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
 def test_a_floor_that_plain_training_keeps_needs_no_weights(tmp_path):
     bare = trained(tmp_path / "bare", floor={"0": 0.01}, ceiling={"0:1": 0.99})
     assert bare.summary["weights_found"] == bare.summary["weights_at_best"] == {}
-    assert all(r["feasible"] and r["weights"] == {} for r in steered(bare.folder))
+    assert all(r["feasible"] and r["weights"] == {} for r in measurements(bare.folder))
     assert bare.summary["best_step"] == max(
-        steered(bare.folder), key=lambda r: (r["accuracy"], -r["step"])
+        measurements(bare.folder), key=lambda r: (r["accuracy"], -r["step"])
     )["step"]  # fmt: skip
-    unsteered = trained(tmp_path / "plain")
-    state = [tensors(o.folder, "checkpoint.safetensors") for o in (bare, unsteered)]
+    alone = trained(tmp_path / "plain")
+    state = [tensors(o.folder, "checkpoint.safetensors") for o in (bare, alone)]
     assert all(torch.equal(state[0][k], t) for k, t in state[1].items())
 
 
 def test_weights_of_the_configuration_go_into_those_that_are_told(tmp_path):
     """They replace those of the configuration, where they are used plainly."""
     run = trained(tmp_path / "run", class_weight={"8": 3.0, "1": 2.0}, floor={"8": 0.99})
-    first, *_, last = steered(run.folder)
+    first, *_, last = measurements(run.folder)
     assert first["weights"] == {"1": 2.0, "8": 3.0}
     assert last["weights"]["8"] > 3.0
     assert last["weights"]["1"] == run.summary["weights_found"]["1"] == 2.0
@@ -806,7 +813,7 @@ def test_weights_that_change_compile_nothing_anew(tmp_path, monkeypatch):
 
     made = config(compile="on", floor={"8": 0.99}, epochs=2, batch_size=400, floor_every=2)
     runs.run(made, tmp_path / "run", watcher=runs.Watcher(show))
-    assert len({json.dumps(r["weights"]) for r in steered(tmp_path / "run")}) > 5
+    assert len({json.dumps(r["weights"]) for r in measurements(tmp_path / "run")}) > 5
     assert seen == [counter.frame_count]
     assert counter.frame_count >= 1
 
@@ -836,27 +843,31 @@ def test_floors_that_cannot_be_kept_are_said_first_how_near_and_at_what_price(mi
     assert code == 0
     summary = json.loads((run / "summary.json").read_text())
     first, *rest = out.splitlines()
-    assert first.startswith("Not every limit could be kept on validation data. Nearest after ")
+    assert first.startswith("Not every constraint could be kept on validation data. Nearest after ")
     assert summary["feasible"] is False
-    for limit in summary["limits"]:
-        if limit["held"]:
-            assert limit["limit"] not in first
+    for constraint in summary["constraints"]:
+        if constraint["held"]:
+            assert constraint["constraint"] not in first
         else:
-            by = 1 - limit["reached"]
-            assert f"{limit['limit']} is missed by {by:.4f}, at {limit['reached']:.4f}" in first
-    assert not all(limit["held"] for limit in summary["limits"])
-    measured = len(steered(run))
+            by = 1 - constraint["reached"]
+            assert (
+                f"{constraint['constraint']} is missed by {by:.4f}, at {constraint['reached']:.4f}"
+                in first
+            )
+    assert not all(constraint["held"] for constraint in summary["constraints"])
+    measured = len(measurements(run))
     assert f"after {summary['best_step']} steps, the best of {measured} measurements, at 0" in first
-    weights = "Weights that it came to, which keep not every limit: --class-weight 3="
+    weights = "Weights that it came to, which keep not every constraint: --class-weight 3="
     assert any(line.startswith(weights) for line in rest)
-    price = r"Expected cost of the model under limits against plain: [+-]\d"
+    price = r"Expected cost of the model under constraints against plain: [+-]\d"
     assert any(re.match(price, line) for line in rest)
     tested = (
-        r"The limits on the test set: recall of 3 at least 1: \d\.\d{4}; recall of 8 at least 1"
+        r"The constraints on the test set: recall of 3 at least 1: \d\.\d{4}; "
+        "recall of 8 at least 1"
     )
     assert any(re.match(tested, line) for line in rest)
     nearest = max(
-        steered(run), key=lambda r: (min(r["reached"].values()), r["accuracy"], -r["step"])
+        measurements(run), key=lambda r: (min(r["reached"].values()), r["accuracy"], -r["step"])
     )
     assert nearest["step"] == summary["best_step"]
 
@@ -881,10 +892,10 @@ def test_its_run_folder_serves_every_command(missed, run_cli):
     assert code == 0
     assert folder.foreign(run) == ["audit/"]
     report = json.loads((run / "floor.json").read_text())
-    assert [limit["text"] for limit in report["limits"]] == [
+    assert [constraint["text"] for constraint in report["constraints"]] == [
         "recall of 3 at least 1", "recall of 8 at least 1",
     ]  # fmt: skip
-    assert len(report["ascent"]) == len(steered(run))
+    assert len(report["ascent"]) == len(measurements(run))
     assert "<html" in (run / "floor.html").read_text()
 
 
@@ -892,17 +903,17 @@ def test_words_of_what_is_kept_and_of_what_is_missed():
     kept = Told("recall of 9 at least 0.9", 0.9, 0.95, True)
     lost = Told("precision of 4 at least 0.9", 0.9, math.nan, False)
     moments = [Ascent(10, {}, (0.5,), 0.9, False), Ascent(1234, {"9": 2.5}, (0.95,), 0.9, True)]
-    assert limit_sentences([kept], moments, moments[1], {"a b": 2.5}, plain_keeps=False) == [
-        "Every limit is kept on validation data after 1,234 steps, the best of 2 measurements, "
-        "at 1 of which every limit held. recall of 9 at least 0.9: 0.9500.",
+    assert constraint_sentences([kept], moments, moments[1], {"a b": 2.5}, plain_keeps=False) == [
+        "Every constraint is kept on validation data after 1,234 steps, the best of 2 "
+        "measurements, at 1 of which every constraint held. recall of 9 at least 0.9: 0.9500.",
         "Weights found, to be used plainly: --class-weight 'a b=2.5'",
     ]
-    lines = limit_sentences([kept, lost], moments, moments[0], {}, plain_keeps=False)
+    lines = constraint_sentences([kept, lost], moments, moments[0], {}, plain_keeps=False)
     assert len(lines) == 1
     assert "precision of 4 at least 0.9 is missed: it is not defined" in lines[0]
     assert "recall of 9" not in lines[0]
-    lines = limit_sentences([kept], moments, moments[1], {}, plain_keeps=True)
-    assert lines[1:] == ["Plain training keeps every limit on validation data as it is."]
+    lines = constraint_sentences([kept], moments, moments[1], {}, plain_keeps=True)
+    assert lines[1:] == ["Plain training keeps every constraint on validation data as it is."]
 
 
 # Stops and kills.
@@ -929,7 +940,7 @@ def whole(tmp_path, no_report):
 
 
 def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_path, whole):
-    steps = [r["step"] for r in steered(whole)]
+    steps = [r["step"] for r in measurements(whole)]
     assert steps == [3, 6, 9, 12, 15, 16]
     for at in (1, 3, 8, 9, 15, 16, 17, 24, 30):  # 16 of each
         run = tmp_path / "run"
@@ -943,7 +954,7 @@ def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_
         assert ended.finished
         assert same(run, whole)
         assert same(run / "plain", whole / "plain")
-        assert told(run, "steering", "epoch") == told(whole, "steering", "epoch")
+        assert told(run, "constraints", "epoch") == told(whole, "constraints", "epoch")
         assert (run / "floor.json").read_text() == (whole / "floor.json").read_text()
         run.rename(tmp_path / f"run{at}")
 
@@ -967,7 +978,7 @@ def killing(monkeypatch, at):
 
     def dying_append(run, record):
         append(run, record)
-        if record["kind"] == "steering":
+        if record["kind"] == "constraints":
             count()
 
     monkeypatch.setattr(Path, "replace", dying_replace)
@@ -1047,7 +1058,7 @@ def test_a_limit_on_a_class_that_is_not_held_out_is_refused(sample):
     few = type(few)(few.inputs[few.labels != 8], few.labels[few.labels != 8])
     setup = dataclasses.replace(setup, dataset=dataclasses.replace(setup.dataset, validation=few))
     with pytest.raises(ConfigError, match="there is no validation example of 8 to measure"):
-        runs.constrained.limits_of(setup)
+        runs.constrained.constraints_of(setup)
 
 
 def test_the_test_set_is_read_once_after_the_last_measurement(tmp_path, monkeypatch, no_report):
@@ -1091,7 +1102,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
     assert same(run / "plain", whole / "plain")
     assert told(run) == told(whole)
     summaries = [json.loads((p / "summary.json").read_text()) for p in (run, whole)]
-    for name in ("limits", "best_step", "weights_found", "validation"):
+    for name in ("constraints", "best_step", "weights_found", "validation"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[0]["validation"] == summaries[1]["validation"]
     assert summaries[0]["test"] != summaries[1]["test"]

@@ -21,7 +21,7 @@ from test_audit_page import HOSTILE, about
 
 from funcloss.app.report import choice_figures as figures
 from funcloss.app.report.audit_page import render_page
-from funcloss.app.report.choice import Ascent, Choice, Limit, Point, Row
+from funcloss.app.report.choice import Ascent, Choice, Constraint, Point, Row
 from funcloss.app.report.choice_page import render_choice, render_choice_page
 from funcloss.app.report.run_figures import save_figure
 from funcloss.decisions import Interval
@@ -89,7 +89,7 @@ SWEEP = Choice(
     focus=("9", "4"),
     axes=(AXIS,),
     points=make_points(),
-    limits=(Limit("recall of 9 at least 0.99", 0.99, 0.9916, True),),
+    constraints=(Constraint("recall of 9 at least 0.99", 0.99, 0.9916, True),),
     ascent=(),
     rows=ROWS,
     gradient=GRADIENT,
@@ -123,9 +123,9 @@ FLOORS = replace(
         replace(make_points(1)[k], name=name, values={}, chosen=name != "plain")
         for k, name in ((1, "plain"), (3, "under floors"))
     ),
-    limits=(
-        *SWEEP.limits,
-        Limit("4 called a 9 at most 0.01", 0.01, 0.0151, False),
+    constraints=(
+        *SWEEP.constraints,
+        Constraint("4 called a 9 at most 0.01", 0.01, 0.0151, False),
     ),
     ascent=make_ascent(),
     gradient={},
@@ -136,7 +136,7 @@ FLOORS = replace(
 AUDIT = make_audit(weights={9: 5.0})
 PLAIN_PAGE = render_page(AUDIT, about())
 EMPTY = replace(SWEEP,
-    lines=(), costs=(), focus=(), axes=(), points=(), limits=(), rows=(), gradient={},
+    lines=(), costs=(), focus=(), axes=(), points=(), constraints=(), rows=(), gradient={},
     gradient_steps=0, seeds=0,
 )  # fmt: skip
 
@@ -168,7 +168,7 @@ def renamed(choice: Choice, names: tuple[str, str]) -> Choice:
         focus=names,
         axes=(axis,) * bool(choice.axes),
         points=make_points(axis=axis),
-        limits=(Limit(f"recall of {first} at least 0.99", 0.99, 0.9916, True),),
+        constraints=(Constraint(f"recall of {first} at least 0.99", 0.99, 0.9916, True),),
         ascent=tuple(replace(row, reached=row.reached[:1]) for row in make_ascent(names)),
         rows=(*ROWS, replace(ROWS[-1], name=f"floor on {first}")),
         gradient={first: -0.003, second: 0.001},
@@ -185,7 +185,7 @@ CHOICES = {
     "some diverged": replace(SWEEP, points=(lost(SWEEP.points[0]), *SWEEP.points[1:])),
     "all alike": replace(SWEEP, points=tuple(map(alike, make_points(1)))),
     "no focus": replace(SWEEP,
-        focus=(), points=tuple(replace(p, recall=()) for p in SWEEP.points), limits=(),
+        focus=(), points=tuple(replace(p, recall=()) for p in SWEEP.points), constraints=(),
         rows=tuple(replace(r, recall=()) for r in ROWS),
     ),
     "two axes": replace(SWEEP,
@@ -305,7 +305,7 @@ def test_every_figure_has_its_numbers_in_words(choice):
 
 def test_the_sections_stand_before_those_of_the_audit():
     page = render_choice_page(SWEEP, AUDIT, about())
-    own = ["choice", "costs", "limits", "frontier", "test", "gradient"]
+    own = ["choice", "costs", "constraints", "frontier", "test", "gradient"]
     assert sections(page) == own + sections(PLAIN_PAGE)
     audit_alone = PLAIN_PAGE[PLAIN_PAGE.index('<section id="words"') :]
     assert page.endswith(audit_alone)
@@ -318,7 +318,15 @@ def test_the_sections_stand_before_those_of_the_audit():
 
 def test_a_page_without_an_audit_tells_how_it_was_made():
     page = render_choice_page(FLOORS, None, about())
-    assert sections(page) == ["choice", "costs", "limits", "frontier", "ascent", "test", "made"]
+    assert sections(page) == [
+        "choice",
+        "costs",
+        "constraints",
+        "frontier",
+        "ascent",
+        "test",
+        "made",
+    ]
     assert "The chosen model was not audited" in page
     assert "funcloss audit runs/&lt;one&gt; &amp; &#39;two&#39;" in page
 
@@ -327,7 +335,7 @@ def test_a_page_without_an_audit_tells_how_it_was_made():
     ("part", "section"),
     [
         ({"costs": ()}, "costs"),
-        ({"limits": ()}, "limits"),
+        ({"constraints": ()}, "constraints"),
         ({"points": ()}, "frontier"),
         ({"ascent": ()}, "ascent"),
         ({"ascent": FLOORS.ascent[:1]}, "ascent"),
@@ -384,7 +392,7 @@ def test_a_page_of_many_classes_is_bounded_and_says_what_it_draws():
         said = words_of(page)
         assert ("those not drawn stay at 1" in said) == (classes == 20)
         assert ("the 24 that end furthest from 1, of 1,000 that moved" in said) == (classes == 1000)
-        assert page.count('class="line c') == min(classes, 24) + len(FLOORS.limits)
+        assert page.count('class="line c') == min(classes, 24) + len(FLOORS.constraints)
     assert sizes[1000] < 1.1 * sizes[300]
 
 
@@ -433,8 +441,8 @@ def test_the_numbers_are_those_of_the_choice():
     near([row[0] for row in differences], [ends(row.difference) for row in ROWS[1:]])
     (slopes,) = tables(page, "gradient").values()
     near([row[0] for row in slopes], [[value] for value in GRADIENT.values()])
-    (limits,) = tables(page, "limits").values()
-    assert limits == [[[0.99], [0.9916], [0.0016]]]
+    (constraints,) = tables(page, "constraints").values()
+    assert constraints == [[[0.99], [0.9916], [0.0016]]]
 
 
 def test_the_ascent_is_told_in_numbers_too():
@@ -506,7 +514,7 @@ def test_the_legend_tells_what_the_colours_cost():
     ],
 )
 def test_only_limits_on_what_is_drawn_are_drawn(text, line):
-    page = str(render_choice(replace(SWEEP, limits=(Limit(text, 0.97, 0.98, True),))))
+    page = str(render_choice(replace(SWEEP, constraints=(Constraint(text, 0.97, 0.98, True),))))
     assert ('<line class="bound"' in page) == bool(line)
 
 

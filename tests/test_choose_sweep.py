@@ -760,7 +760,7 @@ def test_a_sweep_is_taken_up_as_it_was_started(tmp_path):
     axes = [NINE, replace(RATES, values=(0.1, 0.2))]
     made = started(config(**options), axes, tmp_path / "s", seeds=3, method="vmap")
     again = taken_up(tmp_path / "s")
-    for name in ("config", "axes", "seeds", "trials", "limits"):
+    for name in ("config", "axes", "seeds", "trials", "constraints"):
         assert getattr(again, name) == getattr(made, name), name
     assert width_of(again) == width_of(made)
     assert [e.plain for e in made.trials] == [True, True, False, False, False, False]
@@ -899,8 +899,11 @@ def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(ful
     smallest = min(w for w, r in recall.items() if r >= 0.93)
     chosen = next(p for p in ended.choice.points if p.chosen)
     assert chosen.values == {"class_weight 9": smallest}
-    assert ended.choice.limits[0].reached == pytest.approx(recall[smallest])
-    assert f"9={smallest:g} is the smallest weight that keeps every limit" in ended.choice.lines[0]
+    assert ended.choice.constraints[0].reached == pytest.approx(recall[smallest])
+    assert (
+        f"9={smallest:g} is the smallest weight that keeps every constraint"
+        in ended.choice.lines[0]
+    )
     # Of its seeds one that keeps the floor itself, of least expected cost.
     own = [r for r in records if r["name"] == chosen.name and r["recall"]["9"] >= 0.93]
     best = min(own, key=lambda r: r["expected_cost"])

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from funcloss.app.choice.finish import Candidates, limit_rows, report_on, written
-from funcloss.app.choice.words import limit_sentences
+from funcloss.app.choice.finish import Candidates, constraint_rows, report_on, written
+from funcloss.app.choice.words import constraint_sentences
 from funcloss.app.config import TrainConfig, plain_config
 from funcloss.app.report.choice import Ascent
 from funcloss.app.runs import folder
-from funcloss.app.runs.constrained import limits_of
+from funcloss.app.runs.constrained import constraints_of
 from funcloss.app.runs.evaluation import evaluated
 from funcloss.app.runs.events import Note, Watcher
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
-from funcloss.constraints.limits import held, reached
+from funcloss.constraints.bounds import held, reached
 from funcloss.errors import RunError
 
 REPORT = "floor.html"
@@ -74,7 +74,7 @@ def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
     run_dir, config = outcome.folder / "plain", outcome.config
     if (summary := folder.read_summary(run_dir)) is not None:
         return Outcome(run_dir, True, config, summary)
-    watcher.show(Note(f"training once more without limits, to compare with, into {run_dir}"))
+    watcher.show(Note(f"training once more without constraints, to compare with, into {run_dir}"))
     # What the nested folder names is not looked at: it is the same training, less its constraints.
     there = (run_dir / folder.CONFIG).is_file()
     return run(plain_config(config), run_dir, resume=there, test_once=True, watcher=watcher)
@@ -83,32 +83,32 @@ def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
 def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:
     """Report on a run within constraints beside its baseline."""
     run_dir, summary = outcome.folder, outcome.summary
-    limits = limits_of(setup)
+    constraints = constraints_of(setup)
     plain = setup_on(plain_config(setup.config), setup.dataset)
     as_plain = evaluated(kept_model(plain_dir, plain), setup.dataset)
     found = evaluated(kept_model(run_dir, setup), setup.dataset)
     ascent = _ascent(run_dir)
     best = next((a for a in ascent if a.step == summary["best_step"]), None)
-    values = [_number(row["reached"]) for row in summary["limits"]]
-    rows = limit_rows(limits, values, setup.dataset.classes)
-    plain_keeps = held(limits, reached(limits, as_plain["validation"].argmax))
+    values = [_number(row["reached"]) for row in summary["constraints"]]
+    rows = constraint_rows(constraints, values, setup.dataset.classes)
+    plain_keeps = held(constraints, reached(constraints, as_plain["validation"].argmax))
     weights = summary["weights_found"]
-    candidates = Candidates([as_plain], [found], "the model under limits")
+    candidates = Candidates([as_plain], [found], "the model under constraints")
     choice = report_on(
         setup,
         candidates,
-        limits,
+        constraints,
         list(weights),
         load_checkpoint(run_dir, setup),
     )
     choice = dataclasses.replace(
         choice,
-        title=f"Limits of {run_dir.name}",
+        title=f"Constraints of {run_dir.name}",
         lines=(
-            *limit_sentences(rows, ascent, best, weights, plain_keeps=plain_keeps),
+            *constraint_sentences(rows, ascent, best, weights, plain_keeps=plain_keeps),
             *choice.lines,
         ),
-        limits=rows,
+        constraints=rows,
         ascent=ascent,
     )
     files = written(choice, run_dir / REPORT, run_dir, setup)
@@ -116,7 +116,7 @@ def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:
 
 
 def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
-    """Return the measurements of a training under limits."""
+    """Return the measurements of a training under constraints."""
     return tuple(
         Ascent(
             step=r["step"],
@@ -126,7 +126,7 @@ def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
             feasible=r["feasible"],
         )
         for r in folder.read_records(run_dir)
-        if r["kind"] == "steering"
+        if r["kind"] == "constraints"
     )
 
 

@@ -20,7 +20,7 @@ from funcloss.app.choice.words import slope_sentences, tested_sentences
 from funcloss.app.data import get_batch
 from funcloss.app.options import AuditOptions
 from funcloss.app.report.choice import Choice, Row
-from funcloss.app.report.choice import Limit as Reached
+from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
 from funcloss.app.report.run_figures import save_figure
@@ -30,7 +30,7 @@ from funcloss.app.runs.evaluation import (
 )
 from funcloss.app.runs.setup import Setup, make_optimizer
 from funcloss.constraints.ascent import decision_weights
-from funcloss.constraints.limits import Limit, held, limit_text, reached
+from funcloss.constraints.bounds import Constraint, constraint_text, held, reached
 from funcloss.decisions import Costs, DecisionScores, Evaluation, cost_sentences, log_posterior
 from funcloss.errors import AuditError
 from funcloss.objectives import supervised
@@ -55,7 +55,7 @@ class Candidates:
 def report_on(
     setup: Setup,
     candidates: Candidates,
-    limits: Sequence[Limit],
+    constraints: Sequence[Constraint],
     swept: Sequence[str],
     end: tuple[TrainState, Hyper],
 ) -> Choice:
@@ -64,19 +64,19 @@ def report_on(
     Args:
         setup: The training of the chosen model.
         candidates: The models.
-        limits: What has to hold.
+        constraints: What has to hold.
         swept: Classes whose weight was looked for.
         end: The state of the chosen model's training, and what its next step would be given.
 
     Returns:
         A choice with everything that the test set says. Its rows: the baseline by argmax, by
-        minimum expected cost and, under limits, by moved thresholds; then the chosen model by
+        minimum expected cost and, under constraints, by moved thresholds; then the chosen model by
         argmax and, where its loss makes probabilities of logits, by minimum expected cost.
     """
     costs = setup.costs
-    focus = focus_of(costs, limits, swept)
+    focus = focus_of(costs, constraints, swept)
     names = [costs.classes[c] for c in focus]
-    rows, lines = _on_test(setup, candidates, limits, focus)
+    rows, lines = _on_test(setup, candidates, constraints, focus)
     gradient, horizon = _gradient_of(setup, *end)
     return Choice(
         title="",
@@ -85,7 +85,7 @@ def report_on(
         focus=tuple(names),
         axes=(),
         points=(),
-        limits=(),
+        constraints=(),
         ascent=(),
         rows=rows,
         gradient=gradient,
@@ -94,26 +94,31 @@ def report_on(
     )
 
 
-def limit_rows(
-    limits: Sequence[Limit], values: Sequence[float], classes: Sequence[str]
+def constraint_rows(
+    constraints: Sequence[Constraint], values: Sequence[float], classes: Sequence[str]
 ) -> tuple[Reached, ...]:
-    """Return the limits, and what was reached of them, as a report shows them."""
+    """Return the constraints, and what was reached of them, as a report shows them."""
     return tuple(
-        Reached(limit_text(limit, classes), limit.bound, value, held([limit], [value]))
-        for limit, value in zip(limits, values, strict=True)
+        Reached(
+            constraint_text(constraint, classes),
+            constraint.bound,
+            value,
+            held([constraint], [value]),
+        )
+        for constraint, value in zip(constraints, values, strict=True)
     )
 
 
 def _on_test(
-    setup: Setup, candidates: Candidates, limits: Sequence[Limit], focus: Sequence[int]
+    setup: Setup, candidates: Candidates, constraints: Sequence[Constraint], focus: Sequence[int]
 ) -> tuple[tuple[Row, ...], list[str]]:
     """Return the rows of the test set, and sentences on them."""
     plain, chosen = candidates.plain, candidates.chosen
     name, plain_name, rule = candidates.name, candidates.plain_name, "minimum expected cost"
     base = [found["test"].argmax for found in plain]
     scores = {plain_name: base, f"{plain_name}, {rule}": [f["test"].min_cost for f in plain]}
-    if limits:
-        scores[f"{plain_name}, thresholds moved"] = [_moved(found, limits) for found in plain]
+    if constraints:
+        scores[f"{plain_name}, thresholds moved"] = [_moved(found, constraints) for found in plain]
     cheap = list(scores)[-1]
     best = base
     if chosen is not None:
@@ -127,8 +132,8 @@ def _on_test(
     }
     gap = compare(name, best, plain=scores[cheap]).difference if chosen is not None else None
     classes = setup.costs.classes
-    reaches = zip(*(reached(limits, s) for s in best), strict=True)
-    texts = [limit_text(limit, classes) for limit in limits]
+    reaches = zip(*(reached(constraints, s) for s in best), strict=True)
+    texts = [constraint_text(constraint, classes) for constraint in constraints]
     held_out = [(text, sum(v) / len(v)) for text, v in zip(texts, reaches, strict=True)]
     trained = None if chosen is None else rows[name]
     lines = tested_sentences(
@@ -137,30 +142,30 @@ def _on_test(
     return tuple(rows.values()), lines
 
 
-def _moved(plain: Mapping[str, Evaluation], limits: Sequence[Limit]) -> DecisionScores:
-    """Move the thresholds of plain training to the limits on validation, and judge the test."""
+def _moved(plain: Mapping[str, Evaluation], constraints: Sequence[Constraint]) -> DecisionScores:
+    """Move the thresholds of plain training to the constraints on validation; score the test."""
     held_out, test = plain["validation"], plain["test"]
 
     log_probs = log_posterior(held_out.logits)
-    log_weights, _ = decision_weights(log_probs, limits, held_out.rule.costs, held_out.scored)
+    log_weights, _ = decision_weights(log_probs, constraints, held_out.rule.costs, held_out.scored)
     return test.scored((log_posterior(test.logits) + log_weights).argmax(-1))
 
 
 def focus_of(
-    costs: Costs, limits: Sequence[Limit], swept: Sequence[str], most: int = 3
+    costs: Costs, constraints: Sequence[Constraint], swept: Sequence[str], most: int = 3
 ) -> list[int]:
     """Return the classes that a report speaks of.
 
     Args:
         costs: What each mistake costs.
-        limits: What has to hold.
+        constraints: What has to hold.
         swept: Classes whose weight was looked for.
         most: How many are taken.
 
     Returns:
         Limited ones first, then swept ones; else the costliest, else the last.
     """
-    named = [limit.truth for limit in limits if limit.truth >= 0]
+    named = [constraint.truth for constraint in constraints if constraint.truth >= 0]
     named += [costs.classes.index(name) for name in swept]
     rows = costs.matrix.clamp(min=0).sum(1)
     if not named and float(rows.max()) > float(rows.min()):

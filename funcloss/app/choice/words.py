@@ -1,10 +1,10 @@
-"""What a sweep or a training under limits came to, in plain words."""
+"""What a sweep or a training under constraints came to, in plain words."""
 
 import math
 import shlex
 from collections.abc import Sequence
 
-from funcloss.app.report.choice import Ascent, Limit, Point, Row
+from funcloss.app.report.choice import Ascent, Constraint, Point, Row
 from funcloss.decisions import Interval
 
 
@@ -12,7 +12,7 @@ def sweep_sentences(
     points: Sequence[Point],
     chosen: Point,
     plain: Point | None,
-    limits: Sequence[Limit],
+    constraints: Sequence[Constraint],
     by: str,
 ) -> list[str]:
     """Return what a sweep chose on validation data, and what must be known of it.
@@ -21,13 +21,13 @@ def sweep_sentences(
         points: Its trials.
         chosen: The one that was chosen.
         plain: The plain training that it is compared with; None: it diverged.
-        limits: What had to hold, and what it reaches.
-        by: What the chosen one is among those that keep the limits: "the smallest weight".
+        constraints: What had to hold, and what it reaches.
+        by: What the chosen one is among those that keep the constraints: "the smallest weight".
 
     Returns:
         Sentences, the answer first.
     """
-    lines = [_answer(chosen, plain, limits, by)]
+    lines = [_answer(chosen, plain, constraints, by)]
     lost = [p for p in points if p.diverged]
     if lost:
         names = ", ".join(f"{p.name} on {p.diverged} of {p.seeds} seeds" for p in lost[:5])
@@ -58,43 +58,47 @@ def fading_sentence(error: Interval, *, even: bool) -> str:
     )
 
 
-def limit_sentences(
-    limits: Sequence[Limit],
+def constraint_sentences(
+    constraints: Sequence[Constraint],
     ascent: Sequence[Ascent],
     best: Ascent | None,
     found: dict[str, float],
     *,
     plain_keeps: bool,
 ) -> list[str]:
-    """Return what a training under limits came to on validation data.
+    """Return what a training under constraints came to on validation data.
 
     Args:
-        limits: What had to hold, and what was reached at the best moment.
+        constraints: What had to hold, and what was reached at the best moment.
         ascent: All measurements.
         best: The one whose model is kept.
         found: The class weights found, those that are not 1.
-        plain_keeps: Plain training keeps every limit on validation data.
+        plain_keeps: Plain training keeps every constraint on validation data.
 
     Returns:
         Sentences, the answer first.
     """
-    missed = [limit for limit in limits if not limit.held]
+    missed = [constraint for constraint in constraints if not constraint.held]
     at = f" after {best.step:,} steps" if best else ""
     kept = sum(a.feasible for a in ascent)
-    of = f"the best of {len(ascent)} measurements, at {kept} of which every limit held"
+    of = f"the best of {len(ascent)} measurements, at {kept} of which every constraint held"
     if not missed:
-        told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
-        lines = [f"Every limit is kept on validation data{at}, {of}. {told}."]
+        told = "; ".join(
+            f"{constraint.text}: {_four(constraint.reached)}" for constraint in constraints
+        )
+        lines = [f"Every constraint is kept on validation data{at}, {of}. {told}."]
     else:
         told = "; ".join(map(_missed, missed))
-        lines = [f"Not every limit could be kept on validation data. Nearest{at}, {of}: {told}."]
+        lines = [
+            f"Not every constraint could be kept on validation data. Nearest{at}, {of}: {told}."
+        ]
     if plain_keeps:
-        lines.append("Plain training keeps every limit on validation data as it is.")
+        lines.append("Plain training keeps every constraint on validation data as it is.")
     weights = " ".join(
         f"--class-weight {shlex.quote(f'{name}={w:g}')}" for name, w in found.items()
     )
     if weights and missed:
-        lines.append(f"Weights that it came to, which keep not every limit: {weights}")
+        lines.append(f"Weights that it came to, which keep not every constraint: {weights}")
     elif weights:
         lines.append(f"Weights found, to be used plainly: {weights}")
     return lines
@@ -115,7 +119,7 @@ def tested_sentences(
         chosen: The chosen model by argmax; None: it is plain training.
         cheap: What needs no training: plain training under another rule.
         gap: Expected cost of the chosen model less that of ``cheap``, paired.
-        reached: Each limit in words, and what the chosen model reaches of it on the test set.
+        reached: Each constraint in words, and what the chosen model reaches of it on the test set.
         focus: Classes whose recall is told.
 
     Returns:
@@ -132,7 +136,7 @@ def tested_sentences(
         )
     if reached:
         told = "; ".join(f"{text}: {_four(value)}" for text, value in reached)
-        lines.append(f"The limits on the test set: {told}.")
+        lines.append(f"The constraints on the test set: {told}.")
     told = f"{_row(cheap, focus)}; {_difference(cheap.difference)}"
     lines.append(f"Without training anew, {cheap.name}: {told}.")
     if gap is not None and not math.isnan(gap.low):
@@ -160,8 +164,8 @@ def slope_sentences(gradient: dict[str, float], steps: int) -> list[str]:
     ]
 
 
-def _answer(chosen: Point, plain: Point | None, limits: Sequence[Limit], by: str) -> str:
-    if not limits:
+def _answer(chosen: Point, plain: Point | None, constraints: Sequence[Constraint], by: str) -> str:
+    if not constraints:
         if plain is None or chosen.plain:
             against = "no trial that was swept costs less" if chosen.plain else "plain diverged"
         else:
@@ -170,17 +174,21 @@ def _answer(chosen: Point, plain: Point | None, limits: Sequence[Limit], by: str
             f"{chosen.name} has the least expected cost on validation data, "
             f"{_four(chosen.expected_cost.value)} an example; {against}."
         )
-    told = "; ".join(f"{limit.text}: {_four(limit.reached)}" for limit in limits)
+    told = "; ".join(
+        f"{constraint.text}: {_four(constraint.reached)}" for constraint in constraints
+    )
     if not chosen.feasible:
-        return f"No trial keeps every limit on validation data; nearest is {chosen.name}. {told}."
-    return f"{chosen.name} is {by} that keeps every limit on validation data. {told}."
+        return (
+            f"No trial keeps every constraint on validation data; nearest is {chosen.name}. {told}."
+        )
+    return f"{chosen.name} is {by} that keeps every constraint on validation data. {told}."
 
 
-def _missed(limit: Limit) -> str:
-    if math.isnan(limit.reached):
-        return f"{limit.text} is missed: it is not defined, as the class is never decided"
-    gap = abs(limit.bound - limit.reached)
-    return f"{limit.text} is missed by {_four(gap)}, at {_four(limit.reached)}"
+def _missed(constraint: Constraint) -> str:
+    if math.isnan(constraint.reached):
+        return f"{constraint.text} is missed: it is not defined, as the class is never decided"
+    gap = abs(constraint.bound - constraint.reached)
+    return f"{constraint.text} is missed by {_four(gap)}, at {_four(constraint.reached)}"
 
 
 def _verdict(gap: Interval) -> str:

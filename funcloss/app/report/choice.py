@@ -17,7 +17,7 @@ class Point:
     recall: tuple[Interval, ...]  # of each class in focus
     plain: bool  # every weight at 1, every option at its default: the baseline
     chosen: bool
-    feasible: bool | None  # whether every limit holds; None: there is no limit
+    feasible: bool | None  # whether every constraint holds; None: there is no constraint
     seeds: int
     diverged: int  # of the seeds
 
@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Limit:
+class Constraint:
     """A floor or ceiling, and what was reached on validation data by the chosen model."""
 
     text: str  # "recall of 9 at least 0.99"
@@ -50,7 +50,7 @@ class Ascent:
 
     step: int  # steps done
     weights: dict[str, float]  # class weights that differ from 1, by class
-    reached: tuple[float, ...]  # of each limit
+    reached: tuple[float, ...]  # of each constraint
     accuracy: float
     feasible: bool
 
@@ -65,7 +65,7 @@ class Choice:
     focus: tuple[str, ...]  # classes whose recall is shown; the first spans the frontier
     axes: tuple[str, ...]  # what was swept; empty under floors
     points: tuple[Point, ...]
-    limits: tuple[Limit, ...]
+    constraints: tuple[Constraint, ...]
     ascent: tuple[Ascent, ...]  # empty for a sweep
     rows: tuple[Row, ...]
     gradient: dict[str, float]  # by class: change of validation cost per unit of its weight

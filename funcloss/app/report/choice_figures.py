@@ -36,8 +36,8 @@ def frontier(choice: Choice) -> Figure:
         choice: A choice with two points at least that :func:`placed` can place.
 
     Returns:
-        A mark for each trial with its spread from seed to seed, hollow where it breaks a limit;
-        bounds on the two quantities are dashed.
+        A mark for each trial with its spread from seed to seed, hollow where it breaks a
+        constraint; bounds on the two quantities are dashed.
 
     Raises:
         ValueError: there are fewer points.
@@ -112,13 +112,13 @@ def title_of(point: Point, axes: Sequence[str]) -> str:
 
 
 def bounds_of(choice: Choice, what: str) -> list[tuple[float, str]]:
-    """Return the bounds of a quantity and how they are said, told by the text of the limits."""
+    """Return the bounds of a quantity and how they are said, by the text of the constraints."""
     kinds = ("at least", "at most")
     return [
-        (limit.bound, f"{kind} {limit.bound:g}")
-        for limit in choice.limits
+        (constraint.bound, f"{kind} {constraint.bound:g}")
+        for constraint in choice.constraints
         for kind in kinds
-        if bare(limit.text).startswith(f"{what} {kind} ")
+        if bare(constraint.text).startswith(f"{what} {kind} ")
     ]
 
 
@@ -148,7 +148,7 @@ def _draw_crosses(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _draw_marks(figure: Figure, axes: Axes, points: Sequence[Point], scale: Scale | None) -> None:
-    """Draw squares for plain, rings around chosen, all else as dots; hollow: breaks a limit."""
+    """Draw squares for plain, rings around chosen, others as dots; hollow: breaks a constraint."""
     norm = None
     if scale is not None:
         reach = 1e-9 * max(abs(scale.low), abs(scale.high))  # the ends must differ from the middle
@@ -183,5 +183,5 @@ def _notes(choice: Choice) -> str:
     if any(ranged(p.accuracy) for p in choice.points):
         notes.append("thin lines: 95 % from seed to seed")
     if any(p.feasible is False for p in choice.points):
-        notes.append("hollow: breaks a limit")
+        notes.append("hollow: breaks a constraint")
     return "; ".join(notes)

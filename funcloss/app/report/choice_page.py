@@ -70,7 +70,7 @@ def render_choice_page(
 
 
 def render_choice(choice: Choice) -> Markup:
-    """Return the sections of a choice: the answer, the limits, the frontier, the test.
+    """Return the sections of a choice: the answer, the constraints, the frontier, the test.
 
     Args:
         choice: What was tried and what was chosen. What it lacks is left out.
@@ -245,7 +245,7 @@ def _width(names: Iterable[str]) -> int:
 
 
 def _ascent(choice: Choice) -> dict[str, Any] | None:
-    """Return how weights and limits moved; None for less than two measurements."""
+    """Return how weights and constraints moved; None for less than two measurements."""
     if len(choice.ascent) < 2:
         return None
     rows = thinned(choice.ascent, _STEPS)
@@ -284,15 +284,15 @@ def _weight_lines(rows: Sequence[Ascent], names: list[str], x: Axis) -> dict[str
 
 
 def _reached(choice: Choice, rows: Sequence[Ascent], x: Axis) -> list[dict[str, Any]]:
-    """Return a figure for each limit: recalls and rates need axes of their own."""
+    """Return a figure for each constraint: recalls and rates need axes of their own."""
     found = []
-    for k, limit in enumerate(choice.limits):
+    for k, constraint in enumerate(choice.constraints):
         values = [row.reached[k] for row in rows]
         if any(map(known, values)):
-            y = _axis(map(Interval, values), also=[limit.bound], least=2e-3)
+            y = _axis(map(Interval, values), also=[constraint.bound], least=2e-3)
             line = path(zip((row.step for row in rows), values, strict=True), x, y)
-            bound = 1000 - 10 * y.at(limit.bound)
-            found.append({"text": limit.text, "y": y, "path": line, "bound": bound})
+            bound = 1000 - 10 * y.at(constraint.bound)
+            found.append({"text": constraint.text, "y": y, "path": line, "bound": bound})
     return found[:_COLOURS]
 
 

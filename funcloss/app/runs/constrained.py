@@ -14,7 +14,7 @@ from funcloss.app.runs.evaluation import deployment_prior, evaluate
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.setup import Setup
 from funcloss.constraints.ascent import Dual, Snapshot, ascend, init_dual, snapshot_of, weights_of
-from funcloss.constraints.limits import Limit, held, limit_text, make_limits, reached
+from funcloss.constraints.bounds import Constraint, constraint_text, held, make_constraints, reached
 from funcloss.decisions import DecisionScores, score
 from funcloss.errors import ConfigError
 from funcloss.training import TrainState
@@ -24,21 +24,21 @@ _PER_EPOCH = 5  # measurements
 
 
 class Held(NamedTuple):
-    """What a training under limits remembers: its multipliers, and the best moment so far."""
+    """What a training under constraints remembers: its multipliers, and the best moment so far."""
 
     dual: Dual
     params: Params  # of the best moment
     buffers: Buffers
     log_weights: Float[Tensor, " classes"]  # at it
-    reached: Float[Tensor, " limits"]
-    feasible: Float[Tensor, ""]  # 1 where every limit holds
+    reached: Float[Tensor, " constraints"]
+    feasible: Float[Tensor, ""]  # 1 where every constraint holds
     margin: Float[Tensor, ""]
     worth: Float[Tensor, ""]  # less the expected cost
     step: Int[Tensor, ""]
 
 
-def limits_of(setup: Setup) -> tuple[Limit, ...]:
-    """Return the limits of a training.
+def constraints_of(setup: Setup) -> tuple[Constraint, ...]:
+    """Return the constraints of a training.
 
     Args:
         setup: The training.
@@ -50,12 +50,12 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
         ConfigError: one makes no sense, or nothing is held out to measure it on.
     """
     config, dataset = setup.config, setup.dataset
-    limits = make_limits(config.floor, config.ceiling, dataset.classes)
-    check_measurable(limits, dataset)
+    constraints = make_constraints(config.floor, config.ceiling, dataset.classes)
+    check_measurable(constraints, dataset)
     weightless = [
-        dataset.classes[limit.truth]
-        for limit in limits
-        if limit.truth >= 0 and config.class_weight.get(dataset.classes[limit.truth]) == 0
+        dataset.classes[constraint.truth]
+        for constraint in constraints
+        if constraint.truth >= 0 and config.class_weight.get(dataset.classes[constraint.truth]) == 0
     ]
     if weightless:
         raise ConfigError(
@@ -66,25 +66,25 @@ def limits_of(setup: Setup) -> tuple[Limit, ...]:
             f"floors and ceilings set class weights, which reduction {config.reduction} divides "
             "by again: use reduction mean"
         )
-    return limits
+    return constraints
 
 
 @dataclass(frozen=True)
 class Controller:
     """Keeps a training run within its floors and ceilings: dual ascent on class weights.
 
-    Every so many steps the model decides on the validation data, a multiplier per limit moves by
-    how far it is missed (:func:`funcloss.constraints.ascent.ascend`), and the multipliers make the
+    Every so many steps the model decides on the validation data, a multiplier per constraint moves
+    by how far it is missed (:func:`funcloss.constraints.ascent.ascend`), and the multipliers make the
     class weights that the next steps are given in ``hyper``, times those of the configuration. The
-    best moment is kept: one at which every limit holds before one at which some does not, then one
-    of the second half of the training, then by expected cost.
+    best moment is kept: one at which every constraint holds before one at which some does not, then
+    one of the second half of the training, then by expected cost.
 
     All methods are pure: what is remembered travels in ``memory``, which checkpoints keep, so that
     a resumed training goes on to the same bits.
     """
 
     setup: Setup
-    limits: tuple[Limit, ...]
+    constraints: tuple[Constraint, ...]
 
     @property
     def every(self) -> int:
@@ -93,22 +93,22 @@ class Controller:
 
     def init(self, state: TrainState) -> Held:
         """Return the memory before the first step."""
-        dual = init_dual(self.limits, len(self.setup.dataset.classes))
+        dual = init_dual(self.constraints, len(self.setup.dataset.classes))
         worst = torch.tensor(-math.inf, dtype=torch.float64)
-        none = torch.full((len(self.limits),), math.nan, dtype=torch.float64)
+        none = torch.full((len(self.constraints),), math.nan, dtype=torch.float64)
         return Held(
             dual, state.params, state.buffers, dual.log_weights, none,
             feasible=torch.zeros_like(worst), margin=worst, worth=worst, step=state.step.cpu(),
         )  # fmt: skip
 
     def update(self, memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
-        """Measure the limits at a state; return the memory after it, and a record of it."""
-        setup, limits = self.setup, self.limits
+        """Measure the constraints at a state; return the memory after it, and a record of it."""
+        setup, constraints = self.setup, self.constraints
         classes, half = setup.dataset.classes, setup.config.epochs * setup.per_epoch // 2
         scores = self._measured(state)
-        now, values = snapshot_of(limits, scores), reached(limits, scores)
+        now, values = snapshot_of(constraints, scores), reached(constraints, scores)
         best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.worth))
-        # Early on a limit may hold by chance, of a model that has hardly learnt.
+        # Early on a constraint may hold by chance, of a model that has hardly learnt.
         late, was_late = int(state.step) > half, int(memory.step) > half
         if (now.feasible, late, *now[1:]) > (best.feasible, was_late, *best[1:]):
             feasible, margin, worth = (torch.tensor(v, dtype=torch.float64) for v in now)
@@ -120,13 +120,13 @@ class Controller:
         record = {
             "weights": self._weights(memory.dual.log_weights),
             "reached": {
-                limit_text(limit, classes): None if math.isnan(v) else v
-                for limit, v in zip(limits, values, strict=True)
+                constraint_text(constraint, classes): None if math.isnan(v) else v
+                for constraint, v in zip(constraints, values, strict=True)
             },
             "accuracy": scores.accuracy.value,
             "feasible": now.feasible,
         }
-        dual = ascend(memory.dual, limits, scores, setup.costs)
+        dual = ascend(memory.dual, constraints, scores, setup.costs)
         if int(state.step) <= half:  # the weights found are a mean over the second half
             dual = dual._replace(total=0 * dual.total, measured=0 * dual.measured)
         return memory._replace(dual=dual), record
@@ -140,14 +140,14 @@ class Controller:
         return self.setup.trained(memory, self._given(memory.log_weights))
 
     def summary(self, memory: Held) -> dict[str, Any]:
-        """Return what ``summary.json`` says of the limits."""
+        """Return what ``summary.json`` says of the constraints."""
         values, classes = memory.reached.tolist(), self.setup.dataset.classes
         mean = memory.dual.total / memory.dual.measured.clamp(min=1)
         return {
-            "limits": [
-                {"limit": limit_text(limit, classes), "bound": limit.bound,
-                 "reached": None if math.isnan(v) else v, "held": held([limit], [v])}
-                for limit, v in zip(self.limits, values, strict=True)
+            "constraints": [
+                {"constraint": constraint_text(constraint, classes), "bound": constraint.bound,
+                 "reached": None if math.isnan(v) else v, "held": held([constraint], [v])}
+                for constraint, v in zip(self.constraints, values, strict=True)
             ],
             "feasible": bool(memory.feasible),
             "best_step": int(memory.step),
@@ -172,30 +172,32 @@ class Controller:
 
 
 def make_controller(setup: Setup) -> Controller | None:
-    """Return what keeps a training run within its limits; None if it has none.
+    """Return what keeps a training run within its constraints; None if it has none.
 
     Raises:
-        ConfigError: the limits make no sense, or nothing is held out to measure them on.
+        ConfigError: the constraints make no sense, or nothing is held out to measure them on.
     """
     if not (setup.config.floor or setup.config.ceiling):
         return None
-    return Controller(setup, limits_of(setup))
+    return Controller(setup, constraints_of(setup))
 
 
-def check_measurable(limits: Sequence[Limit], dataset: Dataset) -> None:
-    """Raise ``ConfigError`` unless validation data has what limits are measured on.
+def check_measurable(constraints: Sequence[Constraint], dataset: Dataset) -> None:
+    """Raise ``ConfigError`` unless validation data has what constraints are measured on.
 
     Args:
-        limits: The limits.
+        constraints: The constraints.
         dataset: The data.
     """
     labels = dataset.validation.labels
-    if limits and not len(labels):
+    if constraints and not len(labels):
         raise ConfigError(
             "floors and ceilings are measured on validation data, and none is held out: set "
             "val_fraction, to 0.1 say"
         )
-    for limit in limits:
-        if limit.truth >= 0 and not (labels == limit.truth).any():
-            name = dataset.classes[limit.truth]
-            raise ConfigError(f"there is no validation example of {name} to measure its limit on")
+    for constraint in constraints:
+        if constraint.truth >= 0 and not (labels == constraint.truth).any():
+            name = dataset.classes[constraint.truth]
+            raise ConfigError(
+                f"there is no validation example of {name} to measure its constraint on"
+            )

@@ -210,8 +210,8 @@ def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[st
     records = read_lines(folder / METRICS)
     if up_to_step is None:
         return records
-    # What steers a step measures before it: at the step of a checkpoint, not yet.
-    return [r for r in records if r["step"] + (r["kind"] == "steering") <= up_to_step]
+    # A step's constraints are measured before it: at the step of a checkpoint, not yet.
+    return [r for r in records if r["step"] + (r["kind"] == "constraints") <= up_to_step]
 
 
 def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:

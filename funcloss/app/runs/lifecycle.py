@@ -149,7 +149,7 @@ def _taken_up(
     controller, memory = make_controller(setup), None
     state = restore(setup.state, beneath(tensors, "state"))
     if controller is not None:
-        memory = restore(controller.init(setup.state), beneath(tensors, "steering"))
+        memory = restore(controller.init(setup.state), beneath(tensors, "constraints"))
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
@@ -213,7 +213,7 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
         RunError: the checkpoint cannot be read, or is of another model.
     """
     tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    given = beneath(tensors, "hyper").items()  # where something steers
+    given = beneath(tensors, "hyper").items()  # under constraints
     hyper = setup.hyper | {name: t.to(setup.config.device) for name, t in given}
     return restore(setup.state, beneath(tensors, "state")), hyper
 
@@ -292,7 +292,7 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
             if controller is None or memory is None:
                 return None
             memory, line = controller.update(memory, state)
-            log.record({"kind": "steering"} | job.place(done) | line)
+            log.record({"kind": "constraints"} | job.place(done) | line)
             watcher.show(Constrained(done, line))
             return memory
 
@@ -371,7 +371,7 @@ def _save(
     kept: dict[str, Any] = {"state": state}
     if job.controller is not None and memory is not None:
         # What the next step is given: an audit of the checkpoint needs it.
-        kept |= {"steering": memory, "hyper": _hyper(job, memory)}
+        kept |= {"constraints": memory, "hyper": _hyper(job, memory)}
         model = model or job.controller.model(memory)
     header = {
         "step": step,

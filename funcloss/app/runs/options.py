@@ -71,7 +71,7 @@ def make_hyper(
     """
     data = data_options(config, costs, counts)
     numbers: dict = {"learning_rate": config.learning_rate, **config.loss_option}
-    if config.class_weight or config.floor or config.ceiling:  # limits act on the weights
+    if config.class_weight or config.floor or config.ceiling:  # constraints act on the weights
         numbers["class_weights"] = [config.class_weight.get(name, 1.0) for name in costs.classes]
     hyper = {name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()} | data
     if large := [name for name, value in hyper.items() if not value.isfinite().all()]:

@@ -24,7 +24,7 @@ from funcloss.app.sweep.axes import (
     trials_of,
 )
 from funcloss.app.sweep.trials import VmapGroup, choose_width, make_groups
-from funcloss.constraints.limits import Limit, make_limits
+from funcloss.constraints.bounds import Constraint, make_constraints
 from funcloss.errors import ConfigError, RunError
 from funcloss.typing import Hyper
 
@@ -67,7 +67,7 @@ class Sweep:
     setup: Setup  # of the first trial; data, model and schedule are those of all
     trials: list[Trial]
     groups: list[VmapGroup]
-    limits: tuple[Limit, ...]
+    constraints: tuple[Constraint, ...]
 
     @property
     def steps(self) -> int:
@@ -193,9 +193,9 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
             "a sweep chooses by validation data, and none is held out: set val_fraction, to 0.1 say"
         )
     axes = tuple(by_name(axes, classes))
-    limits = make_limits(config.floor, config.ceiling, classes)
-    check_measurable(limits, setup.dataset)
-    # What the first trial resolved holds for all; what is swept, and the limits, do not.
+    constraints = make_constraints(config.floor, config.ceiling, classes)
+    check_measurable(constraints, setup.dataset)
+    # What the first trial resolved holds for all; what is swept, and the constraints, do not.
     swept = {axis.key for axis in axes if axis.option == "class_weight"}
     options = {axis.key for axis in axes if axis.option == "loss_option"}
     base = dataclasses.replace(
@@ -208,7 +208,7 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
     )
     trials = _trials(base, axes)
     groups = _groups(setup, trials, spec.width or 1)
-    return Sweep(out, base, axes, spec.seeds, setup, trials, groups, limits)
+    return Sweep(out, base, axes, spec.seeds, setup, trials, groups, constraints)
 
 
 def _trials(config: TrainConfig, axes: Sequence[Axis]) -> list[Trial]:

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from funcloss.app.choice.finish import Candidates, focus_of, limit_rows, report_on, written
+from funcloss.app.choice.finish import Candidates, constraint_rows, focus_of, report_on, written
 from funcloss.app.choice.words import fading_sentence, sweep_sentences
 from funcloss.app.data import short_name
 from funcloss.app.runs import folder
@@ -28,7 +28,7 @@ from funcloss.app.sweep.select import (
     points_of,
 )
 from funcloss.app.sweep.trials import trial_hyper, trial_state
-from funcloss.constraints.limits import held
+from funcloss.constraints.bounds import held
 from funcloss.decisions import Evaluation
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
@@ -98,9 +98,9 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
     """Choose a trial, read the test set, and write the chosen run and the report."""
     classes = made.setup.dataset.classes
     swept = [axis.key for axis in made.axes if axis.option == "class_weight"]
-    focus = [classes[c] for c in focus_of(made.setup.costs, made.limits, swept)]
-    points = points_of(records, made.limits, focus)
-    number = chosen_of(points, made.axes, made.limits, misses(records, made.limits))
+    focus = [classes[c] for c in focus_of(made.setup.costs, made.constraints, swept)]
+    points = points_of(records, made.constraints, focus)
+    number = chosen_of(points, made.axes, made.constraints, misses(records, made.constraints))
     if number is None:
         raise RunError(
             f"every trial of {made.folder} diverged: sweep smaller values, or lower learning_rate"
@@ -124,8 +124,8 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
         name=trial.name,
         plain_name=trial.name if plain is None else "plain",
     )
-    choice = report_on(setup, candidates, made.limits, swept, (state, setup.hyper))
-    rows = limit_rows(made.limits, means([r["reached"] for r in own]), classes)
+    choice = report_on(setup, candidates, made.constraints, swept, (state, setup.hyper))
+    rows = constraint_rows(made.constraints, means([r["reached"] for r in own]), classes)
     compared = None if plain is None else points[plain]
     lines = sweep_sentences(points, points[number], compared, rows, order_of(made.axes))
     if (error := faded(records, made.axes)) is not None:
@@ -137,7 +137,7 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
         lines=(*lines, *choice.lines),
         axes=tuple(axis.name for axis in made.axes),
         points=tuple(points),
-        limits=rows,
+        constraints=rows,
     )
     files = written(choice, made.folder / REPORT, run_dir, setup)
     for s in range(made.seeds):  # every trial of every seed: nothing reads them any more
@@ -146,10 +146,10 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
 
 
 def _best_seed(made: Sweep, own: list[Record]) -> int:
-    """Return the seed of a trial that keeps the limits at the least cost."""
+    """Return the seed of a trial that keeps the constraints at the least cost."""
 
     def order(record: Record) -> tuple[bool, float]:
-        return not held(made.limits, means([record["reached"]])), record["expected_cost"]
+        return not held(made.constraints, means([record["reached"]])), record["expected_cost"]
 
     return min(own, key=order)["seed"]
 

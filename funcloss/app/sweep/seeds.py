@@ -32,7 +32,7 @@ from funcloss.app.sweep.trials import (
     trial_hyper,
     trial_state,
 )
-from funcloss.constraints.limits import reached
+from funcloss.constraints.bounds import reached
 from funcloss.training import Compiled, Progress, TrainState, fit, prepare
 from funcloss.typing import Batch
 
@@ -155,7 +155,7 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
             "calibration_error": judged.calibration_error,
             "recall": dict(zip(dataset.classes, scores.recall.value.tolist(), strict=True)),
             "precision": dict(zip(dataset.classes, scores.precision.value.tolist(), strict=True)),
-            "reached": list(reached(sweep.limits, scores)),
+            "reached": list(reached(sweep.constraints, scores)),
             "support": scores.confusion.sum(1).tolist(),
             "train_accuracy": train.argmax.accuracy.value,
         }

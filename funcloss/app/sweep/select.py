@@ -8,7 +8,7 @@ import torch
 
 from funcloss.app.report.choice import Point
 from funcloss.app.sweep.axes import Axis
-from funcloss.constraints.limits import Limit, held, violations
+from funcloss.constraints.bounds import Constraint, held, violations
 from funcloss.decisions import Interval, seed_interval
 
 Record = dict[str, Any]  # a trial at the end of a seed's training: a line of trials.jsonl
@@ -17,41 +17,41 @@ _FADED = 0.001  # training error below which class weights have nothing left to 
 
 def points_of(
     records: Sequence[Record],
-    limits: Sequence[Limit],
+    constraints: Sequence[Constraint],
     focus: Sequence[str],
 ) -> list[Point]:
     """Return the trials of a sweep on validation data, over their seeds, none chosen yet.
 
     Args:
         records: The trials at the end of each seed's training.
-        limits: What is to hold; it does where it holds of the mean over the seeds.
+        constraints: What is to hold; it does where it holds of the mean over the seeds.
         focus: Classes whose recall is told.
 
     Returns:
         A point a trial, in their order.
     """
     numbers = sorted({record["trial"] for record in records})
-    return [_point([r for r in records if r["trial"] == n], limits, focus) for n in numbers]
+    return [_point([r for r in records if r["trial"] == n], constraints, focus) for n in numbers]
 
 
 def chosen_of(
     points: Sequence[Point],
     axes: Sequence[Axis],
-    limits: Sequence[Limit],
+    constraints: Sequence[Constraint],
     missed: Sequence[float],
 ) -> int | None:
     """Return which trial to choose, by validation data alone.
 
-    Under limits the one that keeps them with the class weight nearest to 1, or, where more than one
-    option or another is swept, with the least expected cost; if none keeps them, the one that comes
-    nearest. Without limits the one of least expected cost. Plain training is a trial as any other;
-    one that diverged on a seed is out.
+    Under constraints the one that keeps them with the class weight nearest to 1, or, where more than
+    one option or another is swept, with the least expected cost; if none keeps them, the one that comes
+    nearest. Without constraints the one of least expected cost. Plain training is a trial as any
+    other; one that diverged on a seed is out.
 
     Args:
         points: The trials.
         axes: What was swept.
-        limits: What is to hold.
-        missed: How far each trial is from its limits: :func:`misses`.
+        constraints: What is to hold.
+        missed: How far each trial is from its constraints: :func:`misses`.
 
     Returns:
         Its position among the points; None if all diverged.
@@ -59,7 +59,7 @@ def chosen_of(
     sound = [i for i, p in enumerate(points) if not p.diverged]
     if not sound:
         return None
-    if not limits:
+    if not constraints:
         return min(sound, key=lambda i: points[i].expected_cost.value)
     feasible = [i for i in sound if points[i].feasible]
     if not feasible:
@@ -70,7 +70,7 @@ def chosen_of(
 
 
 def order_of(axes: Sequence[Axis]) -> str:
-    """Return what :func:`chosen_of` takes among the trials that keep the limits, in words."""
+    """Return what :func:`chosen_of` takes among the trials that keep the constraints, in words."""
     if len(axes) > 1 or axes[0].option != "class_weight":
         return "the trial of least expected cost"
     return "the smallest weight" if min(axes[0].values) >= 1 else "the weight nearest to 1"
@@ -89,22 +89,22 @@ def baseline_of(points: Sequence[Point]) -> int | None:
     return min(plain, key=lambda i: points[i].expected_cost.value, default=None)
 
 
-def misses(records: Sequence[Record], limits: Sequence[Limit]) -> list[float]:
-    """Return how far each trial is from keeping the limits, the worst of them, over its seeds.
+def misses(records: Sequence[Record], constraints: Sequence[Constraint]) -> list[float]:
+    """Return how far each trial is from keeping the constraints, the worst of them, over its seeds.
 
     Args:
         records: The trials at the end of each seed's training.
-        limits: What is to hold.
+        constraints: What is to hold.
 
     Returns:
-        A number a trial, in the units of :func:`funcloss.constraints.limits.violations`.
+        A number a trial, in the units of :func:`funcloss.constraints.bounds.violations`.
     """
     worst = []
     for number in sorted({record["trial"] for record in records}):
         own = [r for r in records if r["trial"] == number]
         values = means([r["reached"] for r in own])
         support = torch.tensor(own[0]["support"])
-        far = violations(limits, values, support) if limits else torch.zeros(1)
+        far = violations(constraints, values, support) if constraints else torch.zeros(1)
         undefined = any(math.isnan(v) for v in values)
         worst.append(math.inf if undefined else float(far.max()))
     return worst
@@ -140,7 +140,7 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Interval | None:
     return Interval(mean, min(errors), max(errors)) if mean < _FADED else None
 
 
-def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> Point:
+def _point(own: list[Record], constraints: Sequence[Constraint], focus: Sequence[str]) -> Point:
     sound = [r for r in own if not r["diverged"]]
     values = means([r["reached"] for r in sound])
     return Point(
@@ -152,7 +152,7 @@ def _point(own: list[Record], limits: Sequence[Limit], focus: Sequence[str]) -> 
         recall=tuple(seed_interval([_number(r["recall"][name]) for r in sound]) for name in focus),
         plain=own[0]["plain"],
         chosen=False,
-        feasible=(bool(sound) and held(limits, values)) if limits else None,
+        feasible=(bool(sound) and held(constraints, values)) if constraints else None,
         seeds=len(own),
         diverged=len(own) - len(sound),
     )

@@ -16,7 +16,7 @@ _PAIRS = "TRUE:DECIDED as in 9:4, or cost"
 _ROUNDING = 1e-9  # of rates and costs, which are sums of float64
 
 
-class Limit(NamedTuple):
+class Constraint(NamedTuple):
     """A floor or a ceiling on what a model does."""
 
     kind: str  # "recall", "precision", "pair" or "cost"
@@ -30,10 +30,10 @@ class Limit(NamedTuple):
         return self.kind in ("recall", "precision")
 
 
-def make_limits(
+def make_constraints(
     floor: Mapping[str, float], ceiling: Mapping[str, float], classes: Sequence[str]
-) -> tuple[Limit, ...]:
-    """Return the limits that floors and ceilings name.
+) -> tuple[Constraint, ...]:
+    """Return the constraints that floors and ceilings name.
 
     Args:
         floor: ``9`` or ``recall:9`` for the recall of a class, ``precision:9`` for its precision.
@@ -42,83 +42,88 @@ def make_limits(
         classes: Names of the classes, in the order of the labels.
 
     Returns:
-        The limits, floors first.
+        The constraints, floors first.
 
     Raises:
-        ConfigError: a key names no such thing, a bound is out of range, or a limit is named twice.
+        ConfigError: a key names no such thing, a bound is out of range, or one is named twice.
 
     Example:
-        >>> make_limits({"dog": 0.9}, {"dog:cat": 0.05}, ("cat", "dog"))[1]
-        Limit(kind='pair', bound=0.05, truth=1, decided=0)
+        >>> make_constraints({"dog": 0.9}, {"dog:cat": 0.05}, ("cat", "dog"))[1]
+        Constraint(kind='pair', bound=0.05, truth=1, decided=0)
     """
-    limits = [_floor(key, bound, classes) for key, bound in floor.items()]
-    limits += [_ceiling(key, bound, classes) for key, bound in ceiling.items()]
-    for i, limit in enumerate(limits):
-        if any(limit._replace(bound=0.0) == other._replace(bound=0.0) for other in limits[:i]):
-            raise ConfigError(f"{limit_text(limit, classes)} is named twice")
-    return tuple(limits)
+    constraints = [_floor(key, bound, classes) for key, bound in floor.items()]
+    constraints += [_ceiling(key, bound, classes) for key, bound in ceiling.items()]
+    for i, constraint in enumerate(constraints):
+        if any(
+            constraint._replace(bound=0.0) == other._replace(bound=0.0) for other in constraints[:i]
+        ):
+            raise ConfigError(f"{constraint_text(constraint, classes)} is named twice")
+    return tuple(constraints)
 
 
-def limit_text(limit: Limit, classes: Sequence[str]) -> str:
-    """Return a limit in words.
+def constraint_text(constraint: Constraint, classes: Sequence[str]) -> str:
+    """Return a constraint in words.
 
     Args:
-        limit: The limit.
+        constraint: The constraint.
         classes: Names of the classes, in the order of the labels.
 
     Returns:
         Words such as ``recall of 9 at least 0.99``.
     """
     what = {
-        "recall": lambda: f"recall of {classes[limit.truth]}",
-        "precision": lambda: f"precision of {classes[limit.truth]}",
-        "pair": lambda: f"part of the true {classes[limit.truth]} called {classes[limit.decided]}",
+        "recall": lambda: f"recall of {classes[constraint.truth]}",
+        "precision": lambda: f"precision of {classes[constraint.truth]}",
+        "pair": lambda: (
+            f"part of the true {classes[constraint.truth]} called {classes[constraint.decided]}"
+        ),
         "cost": lambda: "expected cost an example",
-    }[limit.kind]()
-    return f"{what} {'at least' if limit.is_floor else 'at most'} {limit.bound:g}"
+    }[constraint.kind]()
+    return f"{what} {'at least' if constraint.is_floor else 'at most'} {constraint.bound:g}"
 
 
-def reached(limits: Sequence[Limit], scores: DecisionScores) -> tuple[float, ...]:
-    """Return what a model reaches of each limit.
+def reached(constraints: Sequence[Constraint], scores: DecisionScores) -> tuple[float, ...]:
+    """Return what a model reaches of each constraint.
 
     Args:
-        limits: The limits.
+        constraints: The constraints.
         scores: Its decisions, judged.
 
     Returns:
-        One number a limit; NaN where it is not defined, as the precision of a class never decided.
+        One number a constraint; NaN where it is not defined, as the precision of a class never
+        decided.
     """
-    return tuple(_reached(limit, scores) for limit in limits)
+    return tuple(_reached(constraint, scores) for constraint in constraints)
 
 
-def held(limits: Sequence[Limit], values: Sequence[float]) -> bool:
-    """Return whether every limit is kept, to rounding; what is not defined is not.
+def held(constraints: Sequence[Constraint], values: Sequence[float]) -> bool:
+    """Return whether every constraint is kept, to rounding; what is not defined is not.
 
     Args:
-        limits: The limits.
+        constraints: The constraints.
         values: What was reached of each.
 
     Returns:
         Whether all hold.
     """
     return all(
-        (limit.bound - v if limit.is_floor else v - limit.bound)
-        <= _ROUNDING * max(1.0, abs(limit.bound))
-        for limit, v in zip(limits, values, strict=True)
+        (constraint.bound - v if constraint.is_floor else v - constraint.bound)
+        <= _ROUNDING * max(1.0, abs(constraint.bound))
+        for constraint, v in zip(constraints, values, strict=True)
     )
 
 
 def violations(
-    limits: Sequence[Limit], values: Sequence[float], support: Float[Tensor, " classes"]
-) -> Float[Tensor, " limits"]:
-    """Return how far each limit is missed, in units of what it leaves room for; negative: kept.
+    constraints: Sequence[Constraint], values: Sequence[float], support: Float[Tensor, " classes"]
+) -> Float[Tensor, " constraints"]:
+    """Return how far each constraint is missed, in units of what it leaves; negative: kept.
 
     ``(bound - value) / (1 - bound)`` of a floor, ``(value - bound) / bound`` of a ceiling, the room
     being no less than one example of the class: so 0.98 under a floor of 0.99 is 1, as is a rate of
     0.002 under a ceiling of 0.001.
 
     Args:
-        limits: The limits.
+        constraints: The constraints.
         values: What was reached of each.
         support: Examples of each true class that it was measured on.
 
@@ -126,75 +131,77 @@ def violations(
         Violations, 0 where a value is not defined.
     """
     missed = []
-    for limit, value in zip(limits, values, strict=True):
-        room = 1.0 - limit.bound if limit.is_floor else limit.bound
-        least = 1.0 / max(float(support[limit.truth] if limit.truth >= 0 else support.sum()), 1.0)
-        gap = limit.bound - value if limit.is_floor else value - limit.bound
-        if limit.kind == "cost":  # in units of the costs, whatever they are
-            room, least = abs(limit.bound), max(abs(value) * least, 1e-300)
+    for constraint, value in zip(constraints, values, strict=True):
+        room = 1.0 - constraint.bound if constraint.is_floor else constraint.bound
+        least = 1.0 / max(
+            float(support[constraint.truth] if constraint.truth >= 0 else support.sum()), 1.0
+        )
+        gap = constraint.bound - value if constraint.is_floor else value - constraint.bound
+        if constraint.kind == "cost":  # in units of the costs, whatever they are
+            room, least = abs(constraint.bound), max(abs(value) * least, 1e-300)
         missed.append(gap / max(room, least))
     return torch.tensor(missed, dtype=torch.float64).nan_to_num(0.0)
 
 
 def directions(
-    limits: Sequence[Limit], scores: DecisionScores, costs: Costs
-) -> Float[Tensor, "limits classes"]:
-    """Return which classes' log-weights each limit's multiplier moves.
+    constraints: Sequence[Constraint], scores: DecisionScores, costs: Costs
+) -> Float[Tensor, "constraints classes"]:
+    """Return which classes' log-weights each constraint's multiplier moves.
 
     A recall and a pair raise their true class; a precision lowers its class, so that fewer examples
     are taken for it; a cost raises the classes in which it arises and lowers the others, so that
     the mean over the examples stays: all together would only be a larger learning rate.
 
     Args:
-        limits: The limits.
+        constraints: The constraints.
         scores: The model's decisions, judged.
         costs: What decisions cost.
 
     Returns:
-        A row a limit, entries in [-1, 1].
+        A row a constraint, entries in [-1, 1].
     """
-    rows = torch.zeros(len(limits), len(costs.classes), dtype=torch.float64)
-    for row, limit in zip(rows, limits, strict=True):
-        if limit.kind == "cost":
+    rows = torch.zeros(len(constraints), len(costs.classes), dtype=torch.float64)
+    for row, constraint in zip(rows, constraints, strict=True):
+        if constraint.kind == "cost":
             arises, part = scores.class_cost.clamp(min=0), scores.confusion.sum(1).double()
             relative = arises / arises.max().clamp(min=1e-300)
             row += relative - (part * relative).sum() / part.sum()
         else:
-            row[limit.truth] = -1.0 if limit.kind == "precision" else 1.0
+            row[constraint.truth] = -1.0 if constraint.kind == "precision" else 1.0
     return rows
 
 
-def _reached(limit: Limit, scores: DecisionScores) -> float:
-    if limit.kind == "cost":
+def _reached(constraint: Constraint, scores: DecisionScores) -> float:
+    if constraint.kind == "cost":
         return scores.expected_cost.value
-    if limit.kind == "pair":
-        row = scores.confusion[limit.truth].double()
-        return float(row[limit.decided] / row.sum())
-    found = scores.recall if limit.kind == "recall" else scores.precision
-    return float(found.value[limit.truth])
+    if constraint.kind == "pair":
+        row = scores.confusion[constraint.truth].double()
+        return float(row[constraint.decided] / row.sum())
+    found = scores.recall if constraint.kind == "recall" else scores.precision
+    return float(found.value[constraint.truth])
 
 
-def _floor(key: str, bound: float, classes: Sequence[str]) -> Limit:
+def _floor(key: str, bound: float, classes: Sequence[str]) -> Constraint:
     kind, colon, name = key.partition(":")
     if key in classes or not colon or kind not in ("recall", "precision"):
         kind, name = "recall", key
     index = class_index("floor", name, classes)
     if not 0.0 < bound <= 1.0:
         raise ConfigError(f"floor {key} must be a {kind} above 0 and at most 1, got {bound:g}")
-    return Limit(kind, bound, index)
+    return Constraint(kind, bound, index)
 
 
-def _ceiling(key: str, bound: float, classes: Sequence[str]) -> Limit:
+def _ceiling(key: str, bound: float, classes: Sequence[str]) -> Constraint:
     if key == "cost":
         if not math.isfinite(bound):
             raise ConfigError(f"ceiling cost must be a number, got {bound:g}")
-        return Limit("cost", bound)
+        return Constraint("cost", bound)
     truth, decided = _pair(key, classes)
     if truth == decided:
         raise ConfigError(f"ceiling {key}: a {classes[truth]} called itself is no mistake")
     if not 0.0 <= bound < 1.0:
         raise ConfigError(f"ceiling {key} must be a rate of at least 0 and below 1, got {bound:g}")
-    return Limit("pair", bound, truth, decided)
+    return Constraint("pair", bound, truth, decided)
 
 
 def _pair(key: str, classes: Sequence[str]) -> tuple[int, int]:
