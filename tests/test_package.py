@@ -21,7 +21,17 @@ PACKAGE = ROOT / "funcloss"
 
 # Each room may import from those before it, and from its own; the application from all.
 LIBRARY = [
-    {"errors", "typing", "_checks", "_names", "_precision", "_trees", "_files", "__init__"},
+    {
+        "errors",
+        "typing",
+        "_checks",
+        "_names",
+        "_precision",
+        "_trees",
+        "_files",
+        "_json",
+        "__init__",
+    },
     {"losses", "reduction"},
     {"combinators", "keys"},
     {"modules", "objectives", "_custom_vjp", "transforms"},
