@@ -1,5 +1,6 @@
 """What a sweep goes over, which member it chooses, and its rows on the test set."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -188,8 +189,8 @@ def test_a_member_is_the_shared_configuration_with_its_values():
     shared = make_config({"loss": "softmax_focal", "class_weight": {"4": 2, "9": 3}})
     axes = [NINE, Axis("loss_option", "gamma", (2.0,)), RATE]
     made = member_config(shared, axes, {"class_weight 9": 5.0, "gamma": 2.0, "learning_rate": 0.1})
-    assert made == shared._replace(
-        class_weight={"4": 2.0, "9": 5.0}, loss_option={"gamma": 2.0}, learning_rate=0.1
+    assert made == dataclasses.replace(
+        shared, class_weight={"4": 2.0, "9": 5.0}, loss_option={"gamma": 2.0}, learning_rate=0.1
     )
     assert shared.class_weight == {"4": 2.0, "9": 3.0}
 
