@@ -1321,6 +1321,18 @@ def test_a_request_that_makes_no_sense_is_refused(make, says):
         make()
 
 
+def test_a_gradient_that_is_given_is_compared_with_the_parts():
+    case = simple(**WEIGHTED)
+    total = case.objective().total()
+    grads = torch.autograd.grad(total, list(case.model.parameters()))
+    given = dict(zip(dict(case.model.named_parameters()), grads, strict=True))
+    (check,) = (c for c in case.audited(gradient=given).checks if c.name == "step")
+    assert check.error < 1e-10
+    twice = {name: 2 * g for name, g in given.items()}
+    with pytest.raises(FunclossError, match="the check 'step' does not hold.* error 0.5, "):
+        case.audited(gradient=twice)
+
+
 def test_class_weights_may_be_an_option_and_are_as_elastic_as_shares():
     case = simple(
         loss=class_weighted(losses.cross_entropy), options={"class_weights": UNEVEN}, where=WHERE

@@ -228,6 +228,25 @@ def test_a_changed_batch_size_and_changed_options_are_seen():
         assert_close(findings.balance.share, whole.balance.share, rtol=1e-9, atol=1e-12)
 
 
+def test_weights_and_options_of_the_loss_hold_where_hyper_has_none():
+    model, optimizer, batch = make_model(), optim.sgd(), batch_of(0)
+    gamma = {"gamma": torch.tensor(2.0)}
+    spec = LossSpec(losses.softmax_focal, WEIGHTS, gamma)
+    bare, rate = LossSpec(losses.softmax_focal), {"learning_rate": torch.tensor(RATE).double()}
+    state = init_state(model, optimizer)
+    own, given, over = (
+        make_audit_step(model, loss, optimizer, classes=NAMES)(state, batch, rate | hyper, None)[0]
+        for loss, hyper in (
+            (spec, {}),
+            (bare, {"class_weights": WEIGHTS, **gamma}),
+            (spec, {"class_weights": EVEN}),
+        )
+    )
+    assert torch.equal(own.balance.share, given.balance.share)
+    assert torch.equal(over.balance.class_weights, EVEN)
+    assert not torch.equal(own.balance.share, over.balance.share)
+
+
 def test_a_model_that_couples_its_examples_is_refused_at_once():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     with pytest.raises(AuditError, match="BatchNorm1d"):

@@ -729,7 +729,7 @@ def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
         weight = weight_at[before + 3] if before < 15 else weight_at[16]  # used from here on
         assert weight > weight_at[before]
         part = (counts[order[before * 250 : (before + 1) * 250]] == 8).sum().item()
-        assert row["budget"] == pytest.approx(
+        assert row["expected_share"] == pytest.approx(
             weight * part / (weight * part + 250 - part), rel=1e-3
         )
 

@@ -433,7 +433,7 @@ def all_that_is_said(loss, options, weights):
     return (
         {split: record_of(evaluation) for split, evaluation in found.items()},
         {name: value.tolist() for name, value in hyper.items()},
-        rule_caveat(config).replace(loss, "LOSS"),
+        rule_caveat(config).replace(config.loss, "LOSS"),
         rule_fits(config),
     )
 

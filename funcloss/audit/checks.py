@@ -1,5 +1,7 @@
 """Identities that hold in every audit, each computed another way than what it checks."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -72,14 +74,14 @@ def check_update(before: Params, after: Params, parts: Params) -> Check:
     return Check("update", distance(parts, moved) / length, tolerance, says)
 
 
-def require(check: Check, *, dropout: bool) -> None:
+def require(checks: Iterable[Check], *, dropout: bool) -> None:
     """Raise ``AuditError`` with the likely cause if a check does not hold."""
-    if check.holds:
-        return
-    raise AuditError(
-        f"audit: the check {check.name!r} does not hold ({check.says}): off by "
-        f"{check.error:.2g}, at most {check.tolerance:.2g}; {_cause(check, dropout)}"
-    )
+    for check in checks:
+        if not check.holds:
+            raise AuditError(
+                f"audit: the check {check.name!r} does not hold ({check.says}): relative error "
+                f"{check.error:.2g}, tolerance {check.tolerance:.2g}; {_cause(check, dropout)}"
+            )
 
 
 def _cause(check: Check, dropout: bool) -> str:

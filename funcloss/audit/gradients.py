@@ -35,6 +35,7 @@ class AuditContext:
     state: ModelState
     loss: LossSpec  # of which the values are taken at weight 1
     coupled: bool  # whether the loss couples examples
+    names: tuple[str, ...]  # of the classes
     weights: Tensor  # of the classes, (classes,)
     method: str
     chunk: int  # examples at a time
@@ -44,7 +45,7 @@ class AuditContext:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return len(self.weights)
+        return len(self.names)
 
     @property
     def layers(self) -> Layers:

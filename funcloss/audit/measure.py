@@ -128,73 +128,87 @@ def audit(
     References:
         ``docs/audit.md`` has the derivations.
     """
-    started = time.perf_counter()
-    spec, settings, notes = as_spec(loss), settings or AuditSettings(), []
+    started, settings, notes = time.perf_counter(), settings or AuditSettings(), []
+    batching = {"batch_size": settings.batch_size, "group_by": settings.group_by}
     with torch.no_grad():
         at = make_model_state(model, state, settings.key)
-        batching = {"batch_size": settings.batch_size, "group_by": settings.group_by}
         make_batches = reiterable(data, at, **batching)
         number, probe = _probe(make_batches)
-        few = probe.some(COUPLING)
-        predictions = at.predict(at.params, few.inputs, few.keys)
-        names = _class_names(settings, predictions, make_batches)
-        check_labels(few.groups, len(names))
-        spec, coupled = inspected(spec, predictions, few.targets)
-        weights = _weights(spec.class_weights, len(names), predictions)
-        plan = plan_for(at, spec, few, norms=settings.norms, method=settings.method)
-        chunk, blocks = _fit(plan, at, len(names), settings.memory, with_step=step is not None)
-        context = AuditContext(
-            at, spec, coupled, weights, plan.method, chunk, blocks, settings.norms
+        context, plan = _prepare(
+            at, as_spec(loss), make_batches, probe, settings, with_step=step is not None
         )
         gradients = class_gradients(context, make_batches, number, settings.memory * 2**16)
         examples, gradient_norm = gradients.examples, gradients.gradient_norm
         if gradients.standard_errors is None and len(examples.label) > settings.batch_size:
             notes.append("no standard errors: too few batches, or memory= too small")
         checks, elasticities = [check_gradient(context, probe, gradients)], {}
-        if settings.per_example or tensor_options(spec):
+        if settings.per_example or tensor_options(context.loss):
             forward = has_forward_mode(at, probe.some(_PROBE))
             found = directional_derivatives(context, make_batches, gradients, forward=forward)
             examples, elasticities = replace(examples, slope=found.slope), found.elasticities
             checks.append(check_slopes(context, gradients, found.slope))
-            if not forward and tensor_options(spec):
+            if not forward and tensor_options(context.loss):
                 notes.append(
                     "the model has an operation without forward mode: no elasticity of the options"
                 )
         if settings.gradient is not None:
             checks.append(check_given(context, gradients, settings.gradient))
-        taken, impact, dropout = None, {}, has_dropout(model)
-        for check in checks:
-            require(check, dropout=dropout)
+        require(checks, dropout=has_dropout(model))
+        taken, impact = None, {}
         if step is not None:
             parts = {"train": make_batches}
             if step.held_out is not None:
                 parts["held_out"] = reiterable(step.held_out, at, **batching)
-            taken, impact, more, why_not = step_and_impact(context, gradients, step, parts, names)
-            for check in more:
-                require(check, dropout=dropout)
+            taken, impact, more, why_not = step_and_impact(context, gradients, step, parts)
+            require(more, dropout=has_dropout(model))
             checks += more
             notes += [why_not] if why_not else []
-    sizes = (sum(at.params[name].numel() for name in inside) for inside in context.layers.values())
+    layers = context.layers
+    sizes = (sum(at.params[name].numel() for name in inside) for inside in layers.values())
     return Audit(
-        classes=names,
-        reduction=spec.reduction,
-        linear_in_weights=not coupled,
-        class_weights=weights.cpu().double(),
+        classes=context.names,
+        reduction=context.loss.reduction,
+        linear_in_weights=not context.coupled,
+        class_weights=context.weights.cpu().double(),
         count=gradients.counts,
         gram=gradients.grams.sum(0),
-        layers=tuple(context.layers),
+        layers=tuple(layers),
         layer_sizes=tuple(sizes),
         layer_gram=gradients.grams,
-        **class_statistics(examples, len(names), gradient_norm),
+        **class_statistics(examples, context.classes, gradient_norm),
         standard_errors=gradients.standard_errors,
         examples=examples if settings.per_example else None,
         step=taken,
         impact=impact,
         elasticities=elasticities,
-        method=Method(plan.method, plan.why, plan.costs, chunk, time.perf_counter() - started),
+        method=Method(
+            plan.method, plan.why, plan.costs, context.chunk, time.perf_counter() - started
+        ),
         checks=tuple(checks),
         notes=tuple(notes),
     )
+
+
+def _prepare(
+    state: ModelState,
+    spec: LossSpec,
+    make_batches: MakeBatches,
+    probe: MaskedBatch,
+    settings: AuditSettings,
+    *,
+    with_step: bool,
+) -> tuple[AuditContext, Plan]:
+    """Try model and loss on a few examples, and choose how to measure them."""
+    few = probe.some(COUPLING)
+    predictions = state.predict(state.params, few.inputs, few.keys)
+    names = _class_names(settings, predictions, make_batches)
+    check_labels(few.groups, len(names))
+    spec, coupled = inspected(spec, predictions, few.targets)
+    weights = _weights(spec.class_weights, len(names), predictions)
+    plan = plan_for(state, spec, few, norms=settings.norms, method=settings.method)
+    chunk, blocks = _fit(plan, state, len(names), settings.memory, with_step=with_step)
+    how = {"method": plan.method, "chunk": chunk, "blocks": blocks, "norms": settings.norms}
+    return AuditContext(state, spec, coupled, names, weights, **how), plan
 
 
 def _probe(make_batches: MakeBatches) -> tuple[int, MaskedBatch]:

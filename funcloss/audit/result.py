@@ -62,7 +62,7 @@ class StepAudit:
 
 @dataclass(frozen=True, eq=False)
 class Impact:
-    """The change of each class's mean loss by each part of the step: to first order, measured."""
+    """The change of each class's mean loss by the step, to first order by row, and measured."""
 
     matrix: Float[Tensor, "classes rows"]  # M[k, r] = <grad L_k, u_r>; below 0: r helps k
     before: Float[Tensor, " classes"]  # L_k at the params

@@ -147,7 +147,6 @@ def step_and_impact(
     gradients: ClassGradients,
     spec: StepSpec,
     data: Mapping[str, MakeBatches],
-    names: tuple[str, ...],
 ) -> tuple[StepAudit | None, dict[str, Impact], list[Check], str]:
     """Split the step, predict its impact on every class in ``data``, by name, and take it.
 
@@ -194,7 +193,7 @@ def step_and_impact(
     says = "predicted change of each class's loss against the change that the step makes"
     error = float((predicted - changed).norm() / changed.norm().clamp(min=1e-300))
     checks.append(Check("impact", error, None, says))
-    return split.audited(names, gram), impact, checks, ""
+    return split.audited(context.names, gram), impact, checks, ""
 
 
 def _row_products(

@@ -153,8 +153,8 @@ def make_batch_audit(spec: LossSpec, classes: tuple[str, ...]) -> BatchAudit:
         weights = like.new_ones(len(classes)) if weights is None else weights.to(like)
         every = range(len(classes))
         context = AuditContext(
-            state, replace(inner, class_weights=None, options=options), coupled, weights, method,
-            chunk=len(valid), blocks=(every,),
+            state, replace(inner, class_weights=None, options=options), coupled, classes, weights,
+            method, chunk=len(valid), blocks=(every,),
         )  # fmt: skip
         seen = next(batch_gradients(context, lambda: iter([valid]), every))
         groups, n = seen.batch.groups, len(seen.loss)

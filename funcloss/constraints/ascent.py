@@ -52,8 +52,8 @@ def ascend(
     ``multiplier <- clamp(multiplier + rate * clamp(violation, -1, 1), 0, log 1000)``, projected
     ascent on the multipliers of ``minimise loss subject to the constraints``; ``log_weights =
     multipliers @ directions``. A constraint that is kept lets its multiplier fall, so the weights
-    found are the smallest that keep it. What is measured is the true rate, which has no gradient; the
-    loss only carries the weights (a proxy Lagrangian).
+    found are the smallest that keep it. What is measured is the true rate, which has no
+    gradient; the loss only carries the weights (a proxy Lagrangian).
 
     Args:
         dual: The multipliers.
@@ -138,7 +138,7 @@ def decision_weights(
         rounds: Steps of the ascent.
 
     Returns:
-        Log-weights of the best moment, shape ``(classes,)``, and whether all constraints hold there.
+        Log-weights of the best moment, shape ``(classes,)``, and whether all constraints hold.
     """
     dual = init_dual(constraints, log_probs.shape[-1])
     best, chosen = None, dual.log_weights
