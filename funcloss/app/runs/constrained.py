@@ -76,8 +76,8 @@ class Controller:
     Every so many steps the model decides on the validation data, a multiplier per constraint moves
     by how far it is missed (:func:`funcloss.constraints.ascent.ascend`), and the multipliers make
     the class weights that the next steps are given in ``hyper``, times those of the configuration.
-    The best moment is kept: one at which every constraint holds before one at which some does not, then
-    one of the second half of the training, then by expected cost.
+    The best moment is kept: one at which every constraint holds before one at which some does not,
+    then one of the second half of the training, then by expected cost.
 
     All methods are pure: what is remembered travels in ``memory``, which checkpoints keep, so that
     a resumed training goes on to the same bits.

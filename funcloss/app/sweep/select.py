@@ -44,8 +44,8 @@ def chosen_of(
 
     Under constraints the one that keeps them with the class weight nearest to 1, or, where more
     than one option or another is swept, with the least expected cost; if none keeps them, the one
-    that comes nearest. Without constraints the one of least expected cost. Plain training is a trial as any
-    other; one that diverged on a seed is out.
+    that comes nearest. Without constraints the one of least expected cost. Plain training is a
+    trial as any other; one that diverged on a seed is out.
 
     Args:
         points: The trials.
