@@ -317,7 +317,7 @@ def test_a_sweep_in_a_loop_is_its_trainings_to_the_bit(tmp_path, monkeypatch, pl
         alone, order = tmp_path / f"{seed}{number}", []
         with monkeypatch.context() as patched:
             indices(patched, order)
-            train(shared._replace(seed=seed, class_weight={"9": weight}), alone)
+            train(replace(shared, seed=seed, class_weight={"9": weight}), alone)
         state = state_of(made, seed, number)
         expected = runs.beneath(tensors(alone / "checkpoint.safetensors"), "state")
         found = flatten(state)
@@ -511,7 +511,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain
     assert not ended.finished
     assert ended.choice is None
     assert sorted(f.name for f in out.iterdir() if f.name[:4] != "seed") == (
-        ["trials.jsonl"] * (at[0] >= 20) + ["steps.jsonl", "sweep.toml"]
+        ["steps.jsonl", "sweep.toml"] + ["trials.jsonl"] * (at[0] >= 20)
     )
     for more in at[1:]:
         assert not resume_sweep(out, should_stop=StopAt(more)).finished
@@ -615,7 +615,7 @@ def test_killed_while_finishing_twice_it_still_ends_well(tmp_path, monkeypatch, 
     out = tmp_path / "s"
     assert not swept(config(), [NINE], out, seeds=2, method="vmap",
                             should_stop=StopAt(39)).finished  # fmt: skip
-    for at in (14, 12):  # after the chosen run is written, then where it is written over
+    for at in (13, 7):  # before the last file, then between the old chosen run and the new one
         with monkeypatch.context() as patched:
             killing(patched, at)
             with pytest.raises(Killed):
@@ -866,8 +866,8 @@ def test_another_test_set_changes_nothing_but_its_rows(tmp_path, monkeypatch, ti
 def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     out, ended = full
     assert sorted(f.name for f in out.iterdir()) == [
-        "chosen", "frontier.png", "trials.jsonl", "steps.jsonl", "sweep.csv", "sweep.html",
-        "sweep.json", "sweep.toml",
+        "chosen", "frontier.png", "steps.jsonl", "sweep.csv", "sweep.html", "sweep.json",
+        "sweep.toml", "trials.jsonl",
     ]  # fmt: skip
     assert sorted(f.name for f in (out / "chosen").iterdir()) == [
         "checkpoint.safetensors", "config.toml", "confusion.png", "curves.png", "metrics.jsonl",

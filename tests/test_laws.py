@@ -218,11 +218,11 @@ def with_alpha(z, y):
 
 
 def test_inductor_is_broken_by_what_it_compiles_wrongly_behind_a_linear_layer():
-    finding = try_law("inductor", adapt(with_alpha, classes=3).subject)
+    finding = try_law("inductor", adapt(with_alpha, classes=3).case)
     assert finding.verdict == "fail"
     assert finding.detail.startswith("compiled a linear layer, against eager: ")
     assert "c * b" in finding.advice
-    assert try_law("compile", adapt(with_alpha, classes=3).subject).verdict == "pass"
+    assert try_law("compile", adapt(with_alpha, classes=3).case).verdict == "pass"
 
 
 def test_inductor_is_a_law_of_its_own():

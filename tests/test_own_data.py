@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -1086,7 +1087,7 @@ def test_a_streamed_data_set_is_swept_as_a_held_one(form, tmp_path, module):
         ("held", "streamed"), in_two_forms(form, tmp_path, module), strict=True
     ):
         ended = swept(make_config(OPTIONS, options), axes, tmp_path / name)
-        found.append([p._replace(chosen=False) for p in ended.choice.points])
+        found.append([replace(p, chosen=False) for p in ended.choice.points])
     assert found[0] == found[1]
     assert_same(tmp_path / "held" / "chosen", tmp_path / "streamed" / "chosen")
     assert none_left()

@@ -12,7 +12,8 @@ from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import check_measurable
 from funcloss.app.runs.events import Note, Show
 from funcloss.app.runs.lawful import check_loss
-from funcloss.app.runs.setup import Setup, make_hyper, make_setup, setup_on
+from funcloss.app.runs.options import check_loss_options, make_hyper
+from funcloss.app.runs.setup import Setup, make_setup, setup_on
 from funcloss.app.sweep.axes import (
     Axis,
     TrialParams,
@@ -238,9 +239,14 @@ def _groups(setup: Setup, trials: Sequence[Trial], width: int) -> list[VmapGroup
 
 
 def _hypers(setup: Setup, trials: Sequence[Trial]) -> list[Hyper]:
-    """Return what each trial of the grid is given."""
-    device = setup.config.device
-    return [make_hyper(e.config, setup.costs, setup.counts, device) for e in trials if e.values]
+    """Return what each trial of the grid is given, its options checked."""
+    given = []
+    for trial in trials:
+        if trial.values:
+            check_loss_options(trial.config, setup.costs, setup.counts)
+            hyper = make_hyper(trial.config, setup.costs, setup.counts, setup.config.device)
+            given.append(hyper)
+    return given
 
 
 def _width(sweep: Sweep, method: str, show: Show) -> int:
