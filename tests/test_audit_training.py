@@ -1,6 +1,7 @@
 """The audit that travels with a training: step by step, and through the command."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -366,10 +367,8 @@ def test_the_lines_are_what_an_audit_of_the_state_before_the_step_says(audited, 
 def test_the_weights_are_the_same_to_the_bit_without_audits(audited, tmp_path):
     run, _ = audited
     train(config(audit_every=0), tmp_path / "none")
-    train(config(), tmp_path / "nobody looks")
-    assert audits(tmp_path / "none") == audits(tmp_path / "nobody looks") == []
+    assert audits(tmp_path / "none") == []
     assert same(run, tmp_path / "none")
-    assert same(run, tmp_path / "nobody looks")
     assert json.loads((tmp_path / "none" / "summary.json").read_text())["audits"] == 0
 
 
@@ -483,7 +482,7 @@ def test_a_training_that_diverges_goes_on_as_it_does_without_audits(tmp_path):
     assert "NaN" not in text
     assert "Infinity" not in text
     assert [r["share"] for r in audits(tmp_path / "run") if r["step"] == 4] in ([], [None] * 10)
-    train(made._replace(audit_every=0), tmp_path / "plain")
+    train(dataclasses.replace(made, audit_every=0), tmp_path / "plain")
     finals = [folder.read_records(tmp_path / name)[-1]["test"] for name in ("run", "plain")]
     assert finals[0] == finals[1]
 

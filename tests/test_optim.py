@@ -388,7 +388,7 @@ def test_weight_decay_is_through_the_gradient_or_beside_it_and_never_both():
 
 def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
     from funcloss import losses, objectives, training
-    from funcloss.audit import audit, make_audit_step
+    from funcloss.audit import StepSpec, audit, make_audit_step
     from funcloss.typing import Batch
 
     def update(grads, state, params, learning_rate):
@@ -406,7 +406,7 @@ def test_an_optimiser_that_does_not_say_how_it_splits_is_usable(digits):
     state = training.init_state(net, own)
     after, _ = step(state, batch, hyper)
     assert after.step == 1
-    found = audit(net, state, losses.cross_entropy, [batch], optimizer=own, learning_rate=0.01)
+    found = audit(net, state, losses.cross_entropy, [batch], step=StepSpec(own, 0.01))
     assert found.step is None
     assert any("does not say how its step is made up" in note for note in found.notes)
     audit_step = make_audit_step(net, losses.cross_entropy, own, classes=tuple("0123456789"))

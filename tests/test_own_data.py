@@ -1307,7 +1307,7 @@ MEASURE = """
 import sys, time
 import torch
 from pathlib import Path
-from funcloss.app import data
+from funcloss.app.data import LoadOptions, load_dataset
 
 def resident(name):
     status = Path("/proc/self/status").read_text()
