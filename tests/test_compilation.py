@@ -249,7 +249,7 @@ def test_a_run_whose_compiled_step_is_wrong_warns_and_is_the_eager_run(tmp_path,
         "epochs": 1, "batch_size": 200, "audit_every": 0, "class_weight": {"9": 5.0},
     }  # fmt: skip
     monkeypatch.setattr(torch, "compile", compiled_to(of_velocity(1 / 0.9)))
-    runs = {}
+    found = {}
     for compile in ("on", "off"):
         events = []
         out = train(make_config(small, {"compile": compile}), tmp_path / compile,
@@ -257,9 +257,9 @@ def test_a_run_whose_compiled_step_is_wrong_warns_and_is_the_eager_run(tmp_path,
         warned = [e.text for e in events if isinstance(e, runs.Note) and e.warning
                   and e.text.startswith("step: ")]  # fmt: skip
         tensors, _ = runs.load_tensors(tmp_path / compile / "model.safetensors")
-        runs[compile] = warned, out.summary["compile"], tensors
-    (text,), *_ = runs["on"]
+        found[compile] = warned, out.summary["compile"], tensors
+    (text,), *_ = found["on"]
     assert text.startswith("step: eager, since compiled step 2 is wrong: ")
-    assert runs["off"][0] == []
-    assert runs["on"][1] == runs["off"][1] == "off"
-    assert_close(runs["on"][2], runs["off"][2], rtol=0, atol=0)
+    assert found["off"][0] == []
+    assert found["on"][1] == found["off"][1] == "off"
+    assert_close(found["on"][2], found["off"][2], rtol=0, atol=0)
