@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_map
 
 from funcloss import class_weighted, losses, optim
 from funcloss._trees import flatten
+from funcloss.app import runs
 from funcloss.app.config import make_config
 from funcloss.app.train import train
 from funcloss.errors import RunError

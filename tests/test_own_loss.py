@@ -518,7 +518,7 @@ def test_a_file_called_as_the_code_does_not_open_the_door(marked, run_cli, tmp_p
     there.unlink()
 
 
-UNKNOWN = "torchvision has no classification set"
+UNKNOWN = "torchvision has no data set"
 TORCHVISION = [
     pytest.param("dataset", "torchvision:datasets.mnist.os.getcwd", UNKNOWN, id="data"),
     pytest.param("dataset", "torchvision:get_image_backend", UNKNOWN, id="data of its own"),
