@@ -18,6 +18,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it 
     torch.set_num_threads(1)
 
 
+QUICK = {
+    *("choose_axes", "combinators", "config", "decisions_calibration", "decisions_costs"),
+    *("decisions_evaluation", "decisions_intervals", "decisions_rules", "keys", "learned"),
+    *("losses", "models", "modules", "objectives", "reduction", "transforms"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _first_jvp():
     """Torch's first forward-mode derivative of a process warns of torch's own code."""
