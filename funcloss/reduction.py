@@ -20,12 +20,7 @@ class Fraction(NamedTuple):
     """What a reduction divides, and what by."""
 
     numerator: Float[Tensor, ""]  # float32 at least: half precision would overflow in the sum
-    denominator: Tensor | float
-
-    @property
-    def value(self) -> Float[Tensor, ""]:
-        """The numerator over the denominator, NaN for 0 over 0."""
-        return self.numerator / self.denominator
+    denominator: Tensor | float  # of no examples 0: the quotient is then NaN
 
 
 def divisor(reduction: str, count: Tensor | float, weight_sum: Tensor | float) -> Tensor | float:
@@ -75,8 +70,8 @@ def fraction(
 
     Example:
         >>> values, weights = torch.tensor([2.0, 4.0]), torch.tensor([2.0, 1.0])
-        >>> fraction("weighted_mean", values, weights=weights).value
-        tensor(2.)
+        >>> fraction("weighted_mean", values, weights=weights)
+        Fraction(numerator=tensor(6.), denominator=tensor(3.))
     """
     if where is not None:
         values = torch.where(where, values, 0.0)
@@ -109,7 +104,8 @@ def mean(
     """
     check_floating("mean", "values", values)
     check_where("mean", where, tuple(values.shape))
-    return fraction("mean", values, where=where).value.to(values.dtype)
+    numerator, denominator = fraction("mean", values, where=where)
+    return (numerator / denominator).to(values.dtype)
 
 
 def weighted_mean(
@@ -148,4 +144,5 @@ def weighted_mean(
         values, weights = torch.where(where, values, 0.0), torch.where(where, weights, 0.0)
     wide = wide_dtype(values)
     weighted = weights.to(wide) * values.to(wide)
-    return fraction("weighted_mean", weighted, weights=weights).value.to(values.dtype)
+    numerator, denominator = fraction("weighted_mean", weighted, weights=weights)
+    return (numerator / denominator).to(values.dtype)

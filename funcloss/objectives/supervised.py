@@ -36,8 +36,10 @@ class Reduced:
             loss = class_weighted(loss)
             weights = class_weights_of(options["class_weights"], batch.targets, batch.where)
         values = loss(predictions, batch.targets, **masking(batch.where), **options)
-        reduced = fraction(self.reduction, values, weights=weights, where=batch.where)
-        return reduced.value.to(values.dtype)
+        numerator, denominator = fraction(
+            self.reduction, values, weights=weights, where=batch.where
+        )
+        return (numerator / denominator).to(values.dtype)
 
 
 def mean_of(loss: LossFn) -> Reduced:
