@@ -149,10 +149,15 @@ def test_every_public_name_has_its_place_on_a_page(site):
 
 def public_names() -> set[str]:
     """Return the names that the reference must have, each by its one public path."""
-    rooms = ("audit", "choose", "data", "decisions", "laws", "losses", "optim", "training")
+    rooms = ("audit", "decisions", "laws", "losses", "objectives", "optim", "training")
     names = {f"funcloss.{r}.{n}" for r in rooms for n in getattr(funcloss, r).__all__}
+    names |= {f"funcloss.app.{r}.{n}" for r in ("data", "sweep") for n in _all_of(r)}
     own = {n for n in funcloss.__all__ if type(getattr(funcloss, n)) is not type(funcloss)}
     return (names | {f"funcloss.{n}" for n in own}) - ELSEWHERE
+
+
+def _all_of(room: str) -> list[str]:
+    return getattr(funcloss.app, room).__all__
 
 
 # A module of its own, and the names of things in another room that this one hands on.
