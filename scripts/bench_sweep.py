@@ -79,8 +79,8 @@ def _measured(
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(get_batch, setup.dataset, setup.dataset.train)
-    width, _ = choose_width(setup.model, trials)
-    groups = make_groups(setup.train_step, hypers, width)
+    width = choose_width(setup.model, trials)
+    groups = make_groups(setup.train_step, hypers, width.width)
     step_on = make_trials_step(groups)
     together = init_trials(setup.state, groups)
     apart = [setup.state] * trials
@@ -105,7 +105,7 @@ def _measured(
             times[run.__name__].append((time.perf_counter() - began) / steps)
     ratios = [a / b for a, b in zip(times["sweep"][1:], times["separate"][1:], strict=True)]
     return {
-        "width": "a loop" if width == 1 else "one program",
+        "width": "a loop" if width.width == 1 else "one program",
         "sweep": statistics.median(times["sweep"][1:]),
         "separate": statistics.median(times["separate"][1:]),
         "ratio": statistics.median(ratios),
