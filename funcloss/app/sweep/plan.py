@@ -107,13 +107,13 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
         raise ConfigError(
             f"seeds count up from seed {spec.config.seed}, which leaves no room for {spec.seeds}"
         )
-    made = _assembled(spec, out)
+    made, hypers = _assembled(spec, out)
     for note in filter(None, (made.setup.dataset.note, *check_loss(made.setup))):
         show(Note(note, warning=True))
     for note in made.setup.notes:
         show(Note(note))
-    width = _width(made, spec.method, show)
-    made = dataclasses.replace(made, groups=_groups(made.setup, made.trials, width))
+    width = _width(made.setup, len(hypers), spec.method, show)
+    made = dataclasses.replace(made, groups=_groups(made, hypers, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
     shared = dataclasses.replace(made.config, class_weight=made.trials[0].config.class_weight)
     own = {
@@ -171,7 +171,8 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     _, tables = _read(out)
     for line in folder.differences(tables["run"]["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
-    return _assembled(spec, out)
+    made, hypers = _assembled(spec, out)
+    return dataclasses.replace(made, groups=_groups(made, hypers, spec.width or 1))
 
 
 def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,7 +184,8 @@ def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dic
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
 
 
-def _assembled(spec: SweepSpec, out: Path) -> Sweep:
+def _assembled(spec: SweepSpec, out: Path) -> tuple[Sweep, list[Hyper]]:
+    """Return a sweep that has no programs yet, and what each trial of its grid is given."""
     config, axes = spec.config, spec.axes
     grid = trials_of(axes)
     first = trial_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
@@ -208,8 +210,8 @@ def _assembled(spec: SweepSpec, out: Path) -> Sweep:
         ceiling=config.ceiling,
     )
     trials = _trials(base, axes)
-    groups = _groups(setup, trials, spec.width or 1)
-    return Sweep(out, base, axes, spec.seeds, setup, trials, groups, constraints)
+    made = Sweep(out, base, axes, spec.seeds, setup, trials, [], constraints)
+    return made, _hypers(setup, trials)
 
 
 def _trials(config: TrainConfig, axes: Sequence[Axis]) -> list[Trial]:
@@ -228,12 +230,12 @@ def _trials(config: TrainConfig, axes: Sequence[Axis]) -> list[Trial]:
     return trials
 
 
-def _groups(setup: Setup, trials: Sequence[Trial], width: int) -> list[VmapGroup]:
+def _groups(sweep: Sweep, hypers: Sequence[Hyper], width: int) -> list[VmapGroup]:
     """Return the programs of the trials; plain training outside of the grid has its own."""
-    groups = make_groups(setup.train_step, _hypers(setup, trials), width)
-    for trial in trials:
+    groups = make_groups(sweep.setup.train_step, hypers, width)
+    for trial in sweep.trials:
         if not trial.values:
-            own = setup_on(trial.config, setup.dataset)
+            own = setup_on(trial.config, sweep.setup.dataset)
             groups.append(VmapGroup(own.train_step, own.hyper, 1, False))
     return groups
 
@@ -249,10 +251,9 @@ def _hypers(setup: Setup, trials: Sequence[Trial]) -> list[Hyper]:
     return given
 
 
-def _width(sweep: Sweep, method: str, show: Show) -> int:
-    trials = len(_hypers(sweep.setup, sweep.trials))
+def _width(setup: Setup, trials: int, method: str, show: Show) -> int:
     if method == "auto":
-        chosen = choose_width(sweep.setup.model, trials)
+        chosen = choose_width(setup.model, trials)
         show(Note(chosen.note))
         return chosen.width
     return trials if method == "vmap" else 1
