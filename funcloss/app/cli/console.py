@@ -2,14 +2,16 @@
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from funcloss import decisions, training
 from funcloss.app import runs, sweep
+from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.tables import between, make_console, make_table, number
 from funcloss.app.config import DATASETS, code_in, option_values
 from funcloss.app.data import short_name
@@ -23,6 +25,26 @@ _SHARES = {
     "update_share": "share of the step",
     "expected_share": "weight x count",
 }
+
+
+def watched(start: Callable[..., runs.Outcome], *, again: str, quiet: bool) -> None:
+    """Run a training or a sweep to its end, or to the signal that stops it, and show it.
+
+    Args:
+        start: What is run, with ``show`` and ``should_stop``.
+        again: The command that goes on with it.
+        quiet: Whether the result alone is printed.
+
+    Raises:
+        Exit: it was told to stop.
+    """
+    stop = StopOnSignal()
+    with TrainingConsole(quiet=quiet) as console, stop:
+        outcome = start(show=console.show, should_stop=stop.asked)
+    if not outcome.finished:
+        print(f"stopped and saved; go on with: {again} --resume {shlex.quote(str(outcome.folder))}")
+        raise typer.Exit(INTERRUPTED)
+    console.result(outcome)
 
 
 class TrainingConsole:

@@ -1,16 +1,14 @@
 """``funcloss sweep``: many trainings side by side, and the one to choose."""
 
 import dataclasses
-import shlex
 from collections import ChainMap
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from funcloss.app.cli.parsing import as_number
-from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.table import (
     AllowImport,
     ConfigFile,
@@ -67,7 +65,7 @@ def sweep(
     chosen = make_config(*layers, _swept_weights(layers, swept))
 
     from funcloss.app import sweep  # torch, from here on
-    from funcloss.app.cli.console import TrainingConsole
+    from funcloss.app.cli.console import watched
 
     if resume is None:
         axes = [
@@ -78,22 +76,10 @@ def sweep(
     else:
         spec = sweep.read_spec(resume.expanduser(), allow_import=allow_import)
         moved = dataclasses.replace(spec.config, data_dir=chosen.data_dir or spec.config.data_dir)
-        spec = replace(spec, config=moved)
-    stop = StopOnSignal()
-    with TrainingConsole(quiet=quiet) as console, stop:
-        ended = sweep.sweep(
-            spec,
-            out if resume is None else resume,
-            resume=resume is not None,
-            overwrite=overwrite,
-            show=console.show,
-            should_stop=stop.asked,
-        )
-    if not ended.finished:
-        folder = shlex.quote(str(ended.folder))
-        print(f"stopped and saved; go on with: funcloss sweep --resume {folder}")
-        raise typer.Exit(INTERRUPTED)
-    console.result(ended)
+        spec = dataclasses.replace(spec, config=moved)
+    place = out if resume is None else resume
+    start = partial(sweep.sweep, spec, place, resume=resume is not None, overwrite=overwrite)
+    watched(start, again="funcloss sweep", quiet=quiet)
 
 
 def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:

@@ -1,13 +1,12 @@
 """``funcloss train``, which is also ``funcloss-train``."""
 
 import dataclasses
-import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.table import (
     AllowImport,
     ConfigFile,
@@ -50,27 +49,14 @@ def train(
     chosen = make_config(*layers, parsed(given))
 
     from funcloss.app import runs, train  # torch, from here on
-    from funcloss.app.cli.console import TrainingConsole
+    from funcloss.app.cli.console import watched
 
     place = run_dir
     if resume is not None:
         kept = runs.folder.read_config(resume, allow_import=allow_import)
         place, chosen = resume, dataclasses.replace(kept, data_dir=chosen.data_dir or kept.data_dir)
-    stop = StopOnSignal()
-    with TrainingConsole(quiet=quiet) as console, stop:
-        outcome = train.train(
-            chosen,
-            place,
-            resume=resume is not None,
-            overwrite=overwrite,
-            show=console.show,
-            should_stop=stop.asked,
-        )
-    if not outcome.finished:
-        folder = shlex.quote(str(outcome.folder))
-        print(f"stopped and saved; go on with: funcloss-train --resume {folder}")
-        raise typer.Exit(INTERRUPTED)
-    console.result(outcome)
+    start = partial(train.train, chosen, place, resume=resume is not None, overwrite=overwrite)
+    watched(start, again="funcloss-train", quiet=quiet)
 
 
 with_table(train)
