@@ -7,6 +7,11 @@ from typing import Any
 from torch import Tensor
 
 
+def or_nan(value: float | None) -> float:
+    """Return a number that JSON had, NaN for what is not defined."""
+    return math.nan if value is None else value
+
+
 def jsonable(value: Any) -> Any:
     """Return a value as JSON has it: records as dicts, numbers that are not finite as None.
 

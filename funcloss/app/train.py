@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from funcloss._json import or_nan
 from funcloss.app.choice.finish import Candidates, constraint_rows, report_on, written
 from funcloss.app.choice.words import constraint_sentences
 from funcloss.app.config import TrainConfig, plain_config
@@ -89,7 +90,7 @@ def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:
     found = evaluated(kept_model(run_dir, setup), setup.dataset)
     ascent = _ascent(run_dir)
     best = next((a for a in ascent if a.step == summary["best_step"]), None)
-    values = [_number(row["reached"]) for row in summary["constraints"]]
+    values = [or_nan(row["reached"]) for row in summary["constraints"]]
     rows = constraint_rows(constraints, values, setup.dataset.classes)
     plain_keeps = held(constraints, reached(constraints, as_plain["validation"].argmax))
     weights = summary["weights_found"]
@@ -121,14 +122,10 @@ def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
         Ascent(
             step=r["step"],
             weights=r["weights"],
-            reached=tuple(map(_number, r["reached"].values())),
+            reached=tuple(map(or_nan, r["reached"].values())),
             accuracy=r["accuracy"],
             feasible=r["feasible"],
         )
         for r in folder.read_records(run_dir)
         if r["kind"] == "constraints"
     )
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from funcloss.app.registry import loss_named
 from funcloss.app.runs.events import Audited, Note, Show
+from funcloss.app.runs.options import chosen_loss
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
 from funcloss.audit import LossSpec, make_audit_step
 from funcloss.combinators import class_weighted
@@ -65,5 +65,5 @@ def step_auditor(setup: Setup, show: Show) -> Audit | None:
 
 def loss_of(setup: Setup) -> LossFn:
     """Return the loss of a training, class-weighted if it has class weights."""
-    loss = loss_named(setup.config.loss, refused=setup.config.refused_code)
+    loss = chosen_loss(setup.config)
     return class_weighted(loss) if "class_weights" in setup.hyper else loss

@@ -12,8 +12,8 @@ from torch import Tensor
 from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, iter_batches
-from funcloss.app.registry import loss_named
 from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.options import chosen_loss
 from funcloss.combinators import (
     Combined,
     correction_of,
@@ -67,7 +67,7 @@ def rule_caveat(config: TrainConfig) -> str:
             "minimum expected cost rest on a temperature alone"
         )
     if stated is None:
-        name = _unstated(loss_named(loss, refused=config.refused_code), loss.rpartition(":")[2])
+        name = _unstated(chosen_loss(config), loss.rpartition(":")[2])
         return (
             f"{loss} does not state how its scores become probabilities; their softmax is used, "
             f'as for cross_entropy: set {name}.probabilities = "softmax" where it is defined if '
@@ -86,7 +86,7 @@ def _unstated(loss: Callable[..., Any], name: str) -> str:
 
 
 def _statement(config: TrainConfig) -> Probabilities | None:
-    loss = loss_named(config.loss, refused=config.refused_code)
+    loss = chosen_loss(config)
     stated = probabilities_of(loss)
     return "costs" if stated is None and "cost_matrix" in options_of(loss) else stated
 
@@ -146,9 +146,7 @@ def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Cor
     options = {"class_counts": counted, "class_prior": counted / counted.sum()}
     if costs is not None:
         options["cost_matrix"] = costs.matrix.cpu().double()
-    return correction_of(
-        loss_named(config.loss, refused=config.refused_code), options | config.loss_option
-    )
+    return correction_of(chosen_loss(config), options | config.loss_option)
 
 
 def deployment_prior(

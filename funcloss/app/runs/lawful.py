@@ -6,7 +6,8 @@ import sys
 import warnings
 
 from funcloss import laws
-from funcloss.app.registry import LOSSES, loss_named
+from funcloss.app.registry import LOSSES
+from funcloss.app.runs.options import chosen_loss
 from funcloss.app.runs.setup import Setup
 from funcloss.combinators import options_of
 from funcloss.errors import ConfigError
@@ -28,7 +29,7 @@ def check_loss(setup: Setup) -> tuple[str, ...]:
         return ()
     if not config.check:
         return (f"the laws were not tried on the loss {config.loss}",)
-    loss = loss_named(config.loss, refused=config.refused_code)
+    loss = chosen_loss(config)
     takes = options_of(loss)
     given = {name: t.cpu() for name, t in setup.hyper.items() if name in takes}
     given.pop("class_weights", None)  # put on its values from outside

@@ -1,5 +1,6 @@
 """A trained model, and the file that keeps it."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class TrainedModel:
     columns: tuple[str, ...]  # names of the features of a table
     images: bool  # whether the inputs are images
 
-    @property
+    @functools.cached_property
     def costs(self) -> Costs:
         """What decisions cost."""
         return make_costs(self.classes, self.config.cost_matrix, self.config.class_cost)

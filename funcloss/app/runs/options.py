@@ -23,7 +23,7 @@ from funcloss.combinators import (
 from funcloss.decisions import Costs, class_index
 from funcloss.errors import ConfigError
 from funcloss.objectives.supervised import Reduced
-from funcloss.typing import Hyper
+from funcloss.typing import Hyper, LossFn
 
 _ROUNDING = 1e-6  # of fractions that add up to 1
 
@@ -50,6 +50,11 @@ def make_criterion(
     if weighted and reduction != "weighted_mean":
         chosen = class_weighted(chosen)
     return REDUCTIONS[reduction].load()(chosen)
+
+
+def chosen_loss(config: TrainConfig) -> LossFn:
+    """Return the loss that a configuration names, without class weights."""
+    return loss_named(config.loss, refused=config.refused_code)
 
 
 def make_hyper(
@@ -82,7 +87,7 @@ def make_hyper(
 def data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
     """Return those options of a loss that the data and the costs decide."""
     loss = config.loss
-    takes = options_of(loss_named(loss, refused=config.refused_code))
+    takes = options_of(chosen_loss(config))
     if takes & {"class_counts", "class_prior"} and not counts.all():
         missing = [name for name, n in zip(costs.classes, counts.tolist(), strict=True) if not n]
         raise ConfigError(
@@ -147,7 +152,7 @@ def check_loss_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Non
     """
     loss, given, classes = config.loss, config.loss_option, len(costs.classes)
     data = data_options(config, costs, counts)
-    function = loss_named(loss, refused=config.refused_code)
+    function = chosen_loss(config)
     known = number_options(function)
     for name in given:
         if name not in known:
@@ -178,7 +183,7 @@ def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> No
     """Raise ``ConfigError`` unless what a loss states of its scores can be used after training."""
     loss = config.loss
     try:
-        function = loss_named(loss, refused=config.refused_code)
+        function = chosen_loss(config)
         scale, offset = correction_of(function, options)
         shape = tuple((scale * torch.zeros(classes) + offset).shape)
     except Exception as error:  # somebody's own

@@ -31,7 +31,6 @@ from funcloss.app.runs.network import make_model, resolve_model, try_model, with
 from funcloss.app.runs.options import (
     by_name,
     check_loss_options,
-    make_criterion,
     make_hyper,
     resolved_costs,
 )
@@ -159,18 +158,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     size = min(config.batch_size, len(dataset.train.labels))
     few = get_batch(dataset, dataset.train, torch.arange(size, device=device))
     try_model(model, config.model, few.inputs, len(dataset.classes))
-    weighted = "class_weights" in hyper
-    criterion = make_criterion(
-        config.loss, config.reduction, weighted=weighted, refused=config.refused_code
-    )
     optimizer = make_optimizer(config)
-    per_epoch = len(dataset.train.labels) // config.batch_size
-    train_step = make_train_step(
-        supervised(model, criterion, bfloat16=config.amp == "bf16"),
-        optimizer,
-        schedule=make_schedule(config, per_epoch),
-        clip_norm=config.clip_norm,
-    )
     state = init_state(model, optimizer, seed=config.seed)
     network = copy.deepcopy(model).eval()
     untrained = TrainedModel(
@@ -187,6 +175,13 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         input_shape=dataset.input_shape,
         columns=dataset.columns,
         images=dataset.has_images,
+    )
+    per_epoch = len(dataset.train.labels) // config.batch_size
+    train_step = make_train_step(
+        supervised(model, untrained.criterion, bfloat16=config.amp == "bf16"),
+        optimizer,
+        schedule=make_schedule(config, per_epoch),
+        clip_norm=config.clip_norm,
     )
     return Setup(
         config=config,

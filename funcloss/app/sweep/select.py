@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from funcloss._json import or_nan
 from funcloss.app.report.choice import Point
 from funcloss.app.sweep.axes import Axis
 from funcloss.constraints.bounds import Constraint, held, violations
@@ -113,7 +114,7 @@ def misses(records: Sequence[Record], constraints: Sequence[Constraint]) -> list
 def means(rows: Sequence[Sequence[float | None]]) -> list[float]:
     """Return the mean of each column; NaN where a value of it is not defined."""
     columns = zip(*rows, strict=True)
-    return [sum(_number(v) for v in column) / len(rows) for column in columns]
+    return [sum(or_nan(v) for v in column) / len(rows) for column in columns]
 
 
 def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Interval | None:
@@ -148,8 +149,8 @@ def _point(own: list[Record], constraints: Sequence[Constraint], focus: Sequence
         values=own[0]["values"],
         accuracy=seed_interval([r["accuracy"] for r in sound]),
         expected_cost=seed_interval([r["expected_cost"] for r in sound]),
-        rule_cost=seed_interval([_number(r["rule_cost"]) for r in sound]),
-        recall=tuple(seed_interval([_number(r["recall"][name]) for r in sound]) for name in focus),
+        rule_cost=seed_interval([or_nan(r["rule_cost"]) for r in sound]),
+        recall=tuple(seed_interval([or_nan(r["recall"][name]) for r in sound]) for name in focus),
         plain=own[0]["plain"],
         chosen=False,
         feasible=(bool(sound) and held(constraints, values)) if constraints else None,
@@ -160,7 +161,3 @@ def _point(own: list[Record], constraints: Sequence[Constraint], focus: Sequence
 
 def _tilt(weight: float) -> float:
     return abs(math.log(weight)) if weight > 0 else math.inf
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
