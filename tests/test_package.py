@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_docs_site import SELF_CONTAINED
 
 import funcloss
 from funcloss.app.cli import app as shell
@@ -100,10 +102,31 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+ROOMS_ALONE = """
+import importlib, json, os, sys
+import torch, numpy, jaxtyping  # once: each room then in a process that has nothing else
+for room in sys.argv[1:]:
+    if not (child := os.fork()):
+        importlib.import_module(f"funcloss.{room}")
+        print(json.dumps([room, list(sys.modules)]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_by_room() -> dict[str, list[str]]:
+    """All that is imported when a room is, and nothing of ours before it."""
+    command = [sys.executable, "-c", ROOMS_ALONE, *PUBLIC_ROOMS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize("room", PUBLIC_ROOMS)
-def test_a_room_of_the_library_loads_torch_and_library_rooms_only(room):
+def test_a_room_of_the_library_loads_torch_and_library_rooms_only(room, loaded_by_room):
     heavy = ["torchvision", "matplotlib", "PIL", "jinja2", "rich", "typer", "safetensors", "einops"]
-    modules = loaded_by(f"import funcloss.{room}")
+    modules = loaded_by_room[room]
+    assert f"funcloss.{room}" in modules
     assert not {m.partition(".")[0] for m in modules} & set(heavy)
     assert not [m for m in modules if m.startswith("funcloss.app")]
 
@@ -141,7 +164,12 @@ def test_what_is_public_is_documented(name):
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-SHOWING = [page for page in PAGES if re.search("^```(bash|python)$", page.read_text(), re.M)]
+ALONE = [ROOT / "docs" / page for page in SELF_CONTAINED]  # whose Python has a test of its own
+SHOWING = [
+    page
+    for page in PAGES
+    if re.search("^```bash$" if page in ALONE else "^```(bash|python)$", page.read_text(), re.M)
+]
 
 
 def blocks(language: str, text: str = README) -> list[str]:

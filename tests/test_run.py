@@ -662,16 +662,16 @@ def wait_for(process, word):
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
-    process = start(run, "--epochs", "3")
+    process = start(run, "--epochs", "1")
     wait_for(process, "step 20 ")
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"go on with: funcloss-train --resume {run}" in rest
     assert "Traceback" not in rest
-    assert 20 <= int(weights(run)["state/step"]) < 600
+    assert 20 <= int(weights(run)["state/step"]) < 200
     resume(run)
-    train(config(batch_size=20, epochs=3, log_every=5), tmp_path / "whole")
+    train(config(batch_size=20, epochs=1, log_every=5), tmp_path / "whole")
     assert same(run, tmp_path / "whole")
 
 

@@ -119,11 +119,12 @@ def audit(
 
     Example:
         >>> from funcloss import losses, models
+        >>> _ = torch.manual_seed(0)
         >>> model = models.linear((1, 2, 2), 3)
         >>> images, labels = torch.rand(12, 1, 2, 2), torch.arange(12) % 3
         >>> loss = LossSpec(losses.cross_entropy, class_weights=torch.tensor([1.0, 1.0, 5.0]))
-        >>> audit(model, None, loss, (images, labels)).balance.share.sum()
-        tensor(1., dtype=torch.float64)
+        >>> audit(model, None, loss, (images, labels)).balance.share
+        tensor([-0.0365, -0.1445,  1.1810], dtype=torch.float64)
 
     References:
         ``docs/audit.md`` has the derivations.

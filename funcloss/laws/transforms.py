@@ -150,7 +150,9 @@ def one_graph(backend: str) -> Callable[[LossCase, Batch], None]:
         # Each row a weighted mean of the predictions, which a loss takes as it takes them.
         n = len(batch[0])
         mixes = tuple(0.7 * torch.eye(n, dtype=p.dtype) + 0.3 / n for p in batch[:k])
-        forms = {"the value": value, "grad": gradient, "a linear layer": layer}
+        forms: dict[str, Callable] = {"the value": value, "grad": gradient}
+        if backend == "inductor":  # which alone fuses the loss with what is before it
+            forms["a linear layer"] = layer
         if not couples_examples(loss):
             forms["vmap(grad)"] = vmap(grad(of_one, tuple(range(k))))
 

