@@ -12,7 +12,7 @@ from funcloss.app.train import train
 from funcloss.errors import RunError
 from funcloss.models import linear
 from funcloss.objectives import mean_of, supervised
-from funcloss.training import compilation, init_state, make_train_step, prepare
+from funcloss.training import Compiled, compilation, init_state, make_train_step, prepare
 from funcloss.typing import Batch
 
 INDEX = torch.arange(4)
@@ -130,7 +130,7 @@ OPTIMIZERS = [optim.sgd(momentum=0.9), optim.adam(), optim.adamw(betas=(0.5, 0.9
 def test_auto_compiles_on_cuda_alone(state, monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     made = prepare(step_on, "auto", state, (INDEX,))
-    assert made == (step_on, False, "eager", 0.0, False)
+    assert made == Compiled(step_on, False, "eager", 0.0)
     monkeypatch.setattr(torch, "compile", compiled_to(lambda step: lambda *given: step(*given)))
     made = prepare(step_on, "auto", state._replace(key=state.key.as_subclass(OnCuda)), (INDEX,))
     assert made.on
@@ -140,7 +140,7 @@ def test_auto_compiles_on_cuda_alone(state, monkeypatch):
 
 def test_off_is_off(state, monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert prepare(step_on, "off", state, (INDEX,)) == (step_on, False, "eager", 0.0, False)
+    assert prepare(step_on, "off", state, (INDEX,)) == Compiled(step_on, False, "eager", 0.0)
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,8 @@ _PAIRS = "TRUE:DECIDED as in 9:4, or cost"
 _ROUNDING = 1e-9  # of rates and costs, which are sums of float64
 
 
-class Constraint(NamedTuple):
+@dataclass(frozen=True)
+class Constraint:
     """A floor or a ceiling on what a model does."""
 
     kind: str  # "recall", "precision", "pair" or "cost"
@@ -55,7 +56,7 @@ def make_constraints(
     constraints += [_ceiling(key, bound, classes) for key, bound in ceiling.items()]
     for i, constraint in enumerate(constraints):
         if any(
-            constraint._replace(bound=0.0) == other._replace(bound=0.0) for other in constraints[:i]
+            replace(constraint, bound=0.0) == replace(other, bound=0.0) for other in constraints[:i]
         ):
             raise ConfigError(f"{constraint_text(constraint, classes)} is named twice")
     return tuple(constraints)

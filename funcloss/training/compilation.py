@@ -6,7 +6,8 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ _NUDGES = 3  # of the weights, at each of these
 _ROOM = 6.0  # times what a nudge changes
 
 
-class Compiled(NamedTuple):
+@dataclass(frozen=True)
+class Compiled:
     """A step ready to run, and how it was made so."""
 
     step_on: AnyStep
