@@ -8,6 +8,7 @@ a second run gives a small difference. An error of a cell ends it, and the noteb
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -51,6 +52,8 @@ def executed(notebook: NotebookNode, *, timeout: float) -> NotebookNode:
     Raises:
         NotebookError: a cell fails, takes longer than ``timeout`` seconds or ends its kernel.
     """
+    # A message that is on its way when the kernel ends is logged by its transport.
+    logging.getLogger("tornado").setLevel(logging.CRITICAL)
     begun: list[NotebookNode] = []
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
