@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(name: str, what: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        raise TypeError(f"{name}: {what} must be a tensor, got {got}; torch.as_tensor makes one")
+
+
 def check_floating(name: str, what: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` unless ``tensor`` is floating point."""
+    """Raise ``TypeError`` unless ``tensor`` is a floating-point tensor."""
+    check_tensor(name, what, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: {what} must be floating point, got {tensor.dtype}")
 
@@ -26,13 +34,15 @@ def check_where(name: str, where: Tensor | None, shape: tuple[int, ...]) -> None
     """Raise unless ``where`` is None or a boolean tensor with one entry an example."""
     if where is None:
         return
+    check_tensor(name, "where", where)
     if where.dtype != torch.bool:
         raise TypeError(f"{name}: where must be boolean, got {where.dtype}")
     check_shape(name, "where", where, shape, "one entry an example")
 
 
 def check_labels(name: str, what: str, labels: Tensor) -> None:
-    """Raise ``TypeError`` unless ``labels`` holds integers."""
+    """Raise ``TypeError`` unless ``labels`` is a tensor of integers."""
+    check_tensor(name, what, labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name}: {what} must hold integer classes, got {labels.dtype}")
 
@@ -46,6 +56,20 @@ def check_class_labels(name: str, logits: Tensor, labels: Tensor, where: Tensor 
     shape = tuple(logits.shape)
     check_shape(name, "labels", labels, shape[:-1], f"logits {shape}")
     check_where(name, where, shape[:-1])
+
+
+def check_range(name: str, labels: Tensor, classes: int) -> None:
+    """Raise ``IndexError`` unless labels lie in ``[0, classes)``; not for what is compiled.
+
+    By a lookup, which refuses a label under ``vmap`` too, where no value can be asked for.
+    """
+    try:
+        torch.empty(classes, device=labels.device).gather(0, labels.reshape(-1))
+    except RuntimeError as error:
+        raise IndexError(
+            f"{name}: labels must be in [0, {classes}); {str(error).splitlines()[0]}; leave an "
+            "example out by where=labels != ..."
+        ) from None
 
 
 def check_number(
@@ -63,6 +87,9 @@ def check_number(
     """
     if isinstance(value, Tensor):
         return
+    if not isinstance(value, (int, float)):
+        got = type(value).__name__
+        raise TypeError(f"{name}: {what} must be a number or a tensor, got {got}")
     if not low <= value <= high or (above and value == low):
         first = "(" if above or low == -math.inf else "["
         last = ")" if high == math.inf else "]"
@@ -81,13 +108,43 @@ def check_signs(name: str, signs: Tensor) -> None:
         raise TypeError(f"{name}: signs must hold -1 and +1, got {signs.dtype}")
 
 
-def check_broadcasts(
-    name: str, what: str, tensor: Tensor, shape: tuple[int, ...], match: str
-) -> None:
-    """Raise ``ValueError`` unless ``tensor`` broadcasts against the last axes of ``shape``."""
-    got = tuple(tensor.shape)
-    last = shape[max(0, len(shape) - len(got)) :]
-    if len(got) != len(last) or any(
-        size not in (1, axis) for size, axis in zip(got, last, strict=True)
-    ):
-        raise ValueError(f"{name}: {what} must broadcast to {match} {shape}, got {got}")
+def option_of(
+    name: str,
+    what: str,
+    value: "float | Tensor",
+    examples: tuple[int, ...] | None,
+    *,
+    axes: int = 0,
+    columns: int | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+) -> "float | Tensor":
+    """Return an option as it meets ``examples`` and ``axes`` more axes of an example.
+
+    Args:
+        name: Who asks.
+        what: The option.
+        value: A number, a scalar tensor, or a tensor with one entry per example.
+        examples: Shape of the values of the loss; None: the option is one for all of them.
+        axes: How many axes an example has where the option is used.
+        columns: Entries of the last axis, if the option may have one for each of them.
+        low: Least number allowed; ``above``: more than it.
+        high: Largest number allowed.
+        above: Whether ``low`` itself is refused.
+
+    Raises:
+        TypeError: it is no number and no tensor.
+        ValueError: a number is out of range, or a tensor has another shape.
+    """
+    check_number(name, what, value, low=low, high=high, above=above)
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    shape = tuple(value.shape)
+    if shape == examples:
+        return value.reshape(shape + (1,) * axes)
+    if columns is not None and shape == (columns,):
+        return value
+    shapes = "" if examples is None else f" or one entry per example, {examples}"
+    shapes += "" if columns is None else f" or per column, ({columns},)"
+    raise ValueError(f"{name}: {what} must be a number or scalar tensor{shapes}; got {shape}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from funcloss._checks import (
     check_class_labels,
     check_floating,
+    check_range,
     check_shape,
     check_signs,
     check_where,
@@ -32,13 +33,34 @@ def masked(tensor: Tensor, where: Tensor | None) -> Tensor:
 
 
 def class_inputs(
-    name: str, logits: Tensor, labels: Tensor, where: Tensor | None, *, dim: int = -1
+    name: str,
+    logits: Tensor,
+    labels: Tensor,
+    where: Tensor | None,
+    *,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Check logits and labels; return them masked and wide, the axis ``dim`` of classes last."""
-    if dim != -1 and logits.dim() > 0:
-        logits = logits.movedim(dim, -1)
+    """Check logits and labels; return them masked and wide.
+
+    ``classes`` is how many there are, where it is not the number of columns. A label out of range
+    is refused; compiled, the scores of its example become NaN, and so its loss.
+    """
     check_class_labels(name, logits, labels, where)
-    return masked(logits, where).to(wide_dtype(logits)), masked(labels, where).long()
+    scores = masked(logits, where).to(wide_dtype(logits))
+    labels, spoiled = known_labels(
+        name, masked(labels, where), scores.shape[-1] if classes is None else classes
+    )
+    return scores if spoiled is None else scores + spoiled.unsqueeze(-1), labels
+
+
+def known_labels(name: str, labels: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
+    """Refuse a label out of range; compiled, return 0 for it, and NaN to add to its example."""
+    labels = labels.long()
+    if not torch.compiler.is_compiling():
+        check_range(name, labels, classes)
+        return labels, None
+    known = (labels >= 0) & (labels < classes)
+    return torch.where(known, labels, 0), torch.where(known, 0.0, torch.nan)
 
 
 def paired_inputs(
@@ -91,13 +113,23 @@ def finished(values: Tensor, where: Tensor | None, like: Tensor) -> Tensor:
 def of_label(scores: Tensor, labels: Tensor) -> Tensor:
     """Return ``scores[..., label]``; never by indexing, which fails under ``vmap(grad)``."""
     if torch.compiler.is_compiling():
-        # The compiler fuses this sum; the gradient of a gather it writes through memory. A label
-        # out of range, which gather refuses, is NaN.
-        classes = scores.shape[-1]
-        known = (labels >= 0) & (labels < classes)
-        picked = torch.where(one_hot(labels, classes), scores, 0).sum(-1)
-        return torch.where(known, picked, torch.nan)
+        # The compiler fuses this sum; the gradient of a gather it writes through memory.
+        return torch.where(one_hot(labels, scores.shape[-1]), scores, 0).sum(-1)
     return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def product(weights: float | Tensor, values: Tensor) -> Tensor:
+    """Return ``weights * values``, 0 where a weight is 0, of an infinite value too."""
+    if not isinstance(weights, Tensor):
+        return weights * values if weights else torch.zeros_like(values)
+    lost = (weights == 0) & ~values.isfinite()
+    return weights * torch.where(lost, 0, values)
+
+
+def finite_at_zero(logs: Tensor, probs: Tensor) -> Tensor:
+    """Return ``logs`` without ``-inf`` where ``probs`` is 0: there ``0 * -inf`` would be NaN."""
+    # Half of the least number: the difference of two of these is finite too.
+    return torch.where(probs == 0, logs.clamp(min=torch.finfo(logs.dtype).min / 2), logs)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -116,6 +148,19 @@ def mark_probabilities(probabilities: Probabilities) -> Callable[[_Loss], _Loss]
 
     def mark(loss: _Loss) -> _Loss:
         loss.probabilities = probabilities  # pyright: ignore[reportFunctionMemberAccess]
+        return loss
+
+    return mark
+
+
+def mark_classes(classes: Callable[..., int]) -> Callable[[_Loss], _Loss]:
+    """Return a decorator that states how many classes a loss has, ``classes(logits, **options)``.
+
+    It is the number of columns where nothing else is stated.
+    """
+
+    def mark(loss: _Loss) -> _Loss:
+        loss.classes = classes  # pyright: ignore[reportFunctionMemberAccess]
         return loss
 
     return mark

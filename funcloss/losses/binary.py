@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_broadcasts, check_number, check_per_class
+from funcloss._checks import check_number, check_per_class, option_of
 from funcloss.losses._shared import finished, paired_inputs, signed_inputs
 
 _NAMES = ("logits", "targets")
@@ -104,10 +104,9 @@ def binary_cross_entropy_with_logits(
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90.
     """
     name = "binary_cross_entropy_with_logits"
-    check_number(name, "pos_weight", pos_weight, low=0)
     z, t = paired_inputs(name, logits, targets, where, names=_NAMES)
-    if isinstance(pos_weight, Tensor):
-        check_broadcasts(name, "pos_weight", pos_weight, tuple(logits.shape), "logits")
+    columns = logits.shape[-1] if logits.dim() else None
+    pos_weight = option_of(name, "pos_weight", pos_weight, tuple(z.shape), columns=columns, low=0)
     loss = -pos_weight * t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
     return finished(loss, where, logits)
 

@@ -4,14 +4,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from funcloss._checks import check_number, check_per_class
+from funcloss._checks import check_number, check_per_class, option_of
 from funcloss.losses._shared import (
     class_inputs,
     finished,
+    finite_at_zero,
     mark_probabilities,
     of_label,
     one_hot,
     paired_inputs,
+    product,
 )
 
 
@@ -20,7 +22,6 @@ def cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
     *,
-    dim: int = -1,
     label_smoothing: float | Tensor = 0.0,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
@@ -34,7 +35,6 @@ def cross_entropy(
         logits: Unnormalised log-probabilities, shape ``(*batch, classes)``. Log-probabilities
             are logits too: the softmax leaves them as they are.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
-        dim: Axis of the classes in ``logits``; 1 for torch's images ``(N, C, H, W)``.
         label_smoothing: Part of the target spread over all classes, in ``[0, 1]``.
         where: Examples that count. The others give 0, with zero gradient.
 
@@ -54,13 +54,15 @@ def cross_entropy(
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108; smoothing: Szegedy et
         al., "Rethinking the inception architecture for computer vision", 2016.
     """
-    check_number("cross_entropy", "label_smoothing", label_smoothing, low=0, high=1)
-    scores, labels = class_inputs("cross_entropy", logits, labels, where, dim=dim)
+    scores, labels = class_inputs("cross_entropy", logits, labels, where)
+    label_smoothing = option_of(
+        "cross_entropy", "label_smoothing", label_smoothing, tuple(labels.shape), low=0, high=1
+    )
     log_probs, log_sum = _unnormalised(scores)
     loss = log_sum - of_label(log_probs, labels)
     if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
         even = log_sum - log_probs.mean(-1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * even
+        loss = product(1 - label_smoothing, loss) + product(label_smoothing, even)
     return finished(loss, where, logits)
 
 
@@ -78,19 +80,17 @@ def soft_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],
     *,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Cross-entropy of ``softmax(logits)`` and a distribution, ``-sum(targets * log_softmax)``.
 
     In nats. Its gradient with respect to the logits is ``softmax(logits) * sum(targets) -
-    targets``; at a one-hot target it is :func:`cross_entropy`. A logit of ``-inf`` may stand where
-    the target is 0.
+    targets``; at a one-hot target it is :func:`cross_entropy`. A logit of ``-inf`` adds 0
+    where its target is 0; elsewhere the loss is infinite.
 
     Args:
         logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
         targets: Probabilities, the shape of ``logits``.
-        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -107,12 +107,9 @@ def soft_cross_entropy(
     References:
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
-    if dim != -1:
-        logits, targets = logits.movedim(dim, -1), targets.movedim(dim, -1)
     names = ("logits", "targets")
     scores, probs = paired_inputs("soft_cross_entropy", logits, targets, where, axes=1, names=names)
-    # 0 * -inf is NaN; 0 times the least number is 0.
-    log_probs = scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
+    log_probs = finite_at_zero(scores.log_softmax(-1), probs)
     return finished(-(probs * log_probs).sum(-1), where, logits)
 
 
@@ -121,7 +118,6 @@ def nll(
     log_probs: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
     *,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Negative log-likelihood of the labels, ``-log_probs[label]``, in nats.
@@ -132,7 +128,6 @@ def nll(
         log_probs: Log-probabilities, shape ``(*batch, classes)``. They are taken as they are: for
             unnormalised scores use :func:`cross_entropy`.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
-        dim: Axis of the classes in ``log_probs``; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -150,7 +145,7 @@ def nll(
     References:
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
-    scores, labels = class_inputs("nll", log_probs, labels, where, dim=dim)
+    scores, labels = class_inputs("nll", log_probs, labels, where)
     # One entry a row is all that is read: a sum over the classes, even fused, would read them all.
     loss = -scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return finished(loss, where, log_probs)
@@ -158,13 +153,8 @@ def nll(
 
 def _log_of_others(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Return ``log(1 - p_label)`` as the sum of the others, which does not round to ``-inf``."""
-    label = one_hot(labels, log_probs.shape[-1])
-    return torch.where(label, torch.finfo(log_probs.dtype).min, log_probs).logsumexp(-1)
-
-
-def _finite_log_softmax(scores: Tensor) -> Tensor:
-    """Return ``log_softmax`` with the least number in place of ``-inf``."""
-    return scores.log_softmax(-1).clamp(min=torch.finfo(scores.dtype).min)
+    label, least = one_hot(labels, log_probs.shape[-1]), torch.finfo(log_probs.dtype).min
+    return torch.where(label, least, log_probs.clamp(min=least)).logsumexp(-1)
 
 
 @mark_probabilities("softmax")
@@ -173,7 +163,7 @@ def softmax_focal(
     labels: Int[Tensor, "*batch"],
     *,
     gamma: float | Tensor = 2.0,
-    alpha: Float[Tensor, " classes"] | None = None,
+    alpha: float | Float[Tensor, " classes"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Focal loss of ``p = softmax(logits)``, ``-alpha_y * (1 - p_y)^gamma * log(p_y)``, in nats.
@@ -186,7 +176,8 @@ def softmax_focal(
         logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
         gamma: Focus on what is hard, not negative.
-        alpha: Cost of each true class, shape ``(classes,)``; None: all 1.
+        alpha: Weight of each true class, shape ``(classes,)``, or one number for all of them;
+            None: all 1.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -204,14 +195,18 @@ def softmax_focal(
     References:
         Lin et al., "Focal loss for dense object detection", 2017.
     """
-    check_number("softmax_focal", "gamma", gamma, low=0)
     scores, labels = class_inputs("softmax_focal", logits, labels, where)
-    log_probs = _finite_log_softmax(scores)
+    gamma = option_of("softmax_focal", "gamma", gamma, tuple(labels.shape), low=0)
+    log_probs = scores.log_softmax(-1)
     # As a power, (1 - p)^gamma has no finite derivative where p rounds to 1.
     loss = (gamma * _log_of_others(log_probs, labels)).exp() * -of_label(log_probs, labels)
     if alpha is not None:
-        check_per_class("softmax_focal", "alpha", alpha, logits)
-        loss = of_label(alpha.expand(scores.shape), labels) * loss
+        if isinstance(alpha, Tensor) and alpha.dim():
+            check_per_class("softmax_focal", "alpha", alpha, logits)
+            alpha = of_label(alpha.expand(scores.shape), labels)
+        else:
+            check_number("softmax_focal", "alpha", alpha, low=0)
+        loss = product(alpha, loss)
     return finished(loss, where, logits)
 
 
@@ -251,8 +246,8 @@ def poly1(
         Leng et al., "PolyLoss: a polynomial expansion perspective of classification loss
         functions", 2022.
     """
-    check_number("poly1", "epsilon", epsilon, low=-1)
     scores, labels = class_inputs("poly1", logits, labels, where)
+    epsilon = option_of("poly1", "epsilon", epsilon, tuple(labels.shape), low=-1)
     log_prob = of_label(scores.log_softmax(-1), labels)
     return finished(-log_prob - epsilon * log_prob.expm1(), where, logits)
 
@@ -299,13 +294,18 @@ def asymmetric_single_label(
         form of its code.
     """
     name = "asymmetric_single_label"
-    check_number(name, "gamma_pos", gamma_pos, low=0)
-    check_number(name, "gamma_neg", gamma_neg, low=0)
-    check_number(name, "label_smoothing", label_smoothing, low=0, high=1)
     scores, labels = class_inputs(name, logits, labels, where)
-    log_probs, classes = _finite_log_softmax(scores), scores.shape[-1]
+    examples = tuple(labels.shape)
+    gamma_pos = option_of(name, "gamma_pos", gamma_pos, examples, axes=1, low=0)
+    gamma_neg = option_of(name, "gamma_neg", gamma_neg, examples, axes=1, low=0)
+    label_smoothing = option_of(
+        name, "label_smoothing", label_smoothing, examples, axes=1, low=0, high=1
+    )
+    log_probs, classes = scores.log_softmax(-1), scores.shape[-1]
     label = one_hot(labels, classes)
     log_others = _log_of_others(log_probs, labels).unsqueeze(-1)
-    weights = torch.where(label, gamma_pos * log_others, gamma_neg * log_probs).exp()
+    finite = log_probs.clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.where(label, gamma_pos * log_others, gamma_neg * finite).exp()
     targets = (1 - label_smoothing) * label.to(scores.dtype) + label_smoothing / classes
-    return finished(-(targets * weights * log_probs).sum(-1), where, logits)
+    weights = targets * weights
+    return finished(-(weights * finite_at_zero(log_probs, weights)).sum(-1), where, logits)

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_number
-from funcloss.losses._shared import finished, paired_inputs
+from funcloss._checks import option_of
+from funcloss.losses._shared import finished, finite_at_zero, paired_inputs
 
 
 def kl_div(
@@ -16,7 +16,6 @@ def kl_div(
     targets: Float[Tensor, "*batch classes"],
     *,
     log_target: bool = False,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Kullback-Leibler divergence, ``sum(targets * (log(targets) - log_probs))``, in nats.
@@ -31,7 +30,6 @@ def kl_div(
         log_probs: Log-probabilities, shape ``(*batch, classes)``. They are taken as they are.
         targets: Probabilities, the shape of ``log_probs``; not negative.
         log_target: Whether ``targets`` are the logs of the probabilities.
-        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -48,8 +46,6 @@ def kl_div(
     References:
         Kullback and Leibler, "On information and sufficiency", 1951.
     """
-    if dim != -1:
-        log_probs, targets = log_probs.movedim(dim, -1), targets.movedim(dim, -1)
     names = ("log_probs", "targets")
     scores, given = paired_inputs("kl_div", log_probs, targets, where, axes=1, names=names)
     support = given != -math.inf if log_target else given != 0
@@ -64,7 +60,6 @@ def generalized_kl(
     log_predictions: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],
     *,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Kullback-Leibler divergence of masses, ``sum(t * log(t / p) - t + p)``, in nats.
@@ -77,7 +72,6 @@ def generalized_kl(
     Args:
         log_predictions: Logs of what is predicted, shape ``(*batch, classes)``.
         targets: Counts, rates or other masses, the shape of ``log_predictions``; not negative.
-        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -95,8 +89,6 @@ def generalized_kl(
     References:
         Csiszar, "Why least squares and maximum entropy?", 1991.
     """
-    if dim != -1:
-        log_predictions, targets = log_predictions.movedim(dim, -1), targets.movedim(dim, -1)
     logs, masses = paired_inputs(
         "generalized_kl",
         log_predictions,
@@ -118,7 +110,6 @@ def jensen_shannon(
     logits: Float[Tensor, "*batch classes"],
     other_logits: Float[Tensor, "*batch classes"],
     *,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Jensen-Shannon divergence of two softmaxes, ``(KL(p || m) + KL(q || m)) / 2``, in nats.
@@ -132,7 +123,6 @@ def jensen_shannon(
         logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
         other_logits: Those of the other distribution, the shape of ``logits``; differentiated as
             well.
-        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -150,9 +140,11 @@ def jensen_shannon(
     References:
         Lin, "Divergence measures based on the Shannon entropy", 1991.
     """
-    first, second = _log_softmaxes(
-        "jensen_shannon", logits, other_logits, where, dim, ("logits", "other_logits")
-    )
+    names = ("logits", "other_logits")
+    pair = paired_inputs("jensen_shannon", logits, other_logits, where, axes=1, names=names)
+    # 0 * -inf is NaN; 0 times the least number is 0, and half of it may be subtracted.
+    least = torch.finfo(pair[0].dtype).min / 2
+    first, second = (z.log_softmax(-1).clamp(min=least) for z in pair)
     # log(p / m) = log(2) + log(sigmoid(log p - log q)), which never forms log m.
     terms = first.exp() * (math.log(2) + F.logsigmoid(first - second))
     terms = terms + second.exp() * (math.log(2) + F.logsigmoid(second - first))
@@ -164,7 +156,6 @@ def distillation(
     teacher_logits: Float[Tensor, "*batch classes"],
     *,
     temperature: float | Tensor = 2.0,
-    dim: int = -1,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Knowledge distillation, ``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, in nats.
@@ -179,7 +170,6 @@ def distillation(
         student_logits: Unnormalised log-probabilities, shape ``(*batch, classes)``.
         teacher_logits: Those to learn from, the shape of ``student_logits``.
         temperature: Divisor of both logits, above 0; 1 leaves them as they are.
-        dim: Axis of the classes; 1 for torch's images ``(N, C, H, W)``.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -199,34 +189,13 @@ def distillation(
     References:
         Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
     """
-    check_number("distillation", "temperature", temperature, low=0, above=True)
-    student, teacher = _log_softmaxes(
-        "distillation",
-        student_logits,
-        teacher_logits,
-        where,
-        dim,
-        ("student_logits", "teacher_logits"),
-        temperature,
-    )
-    loss = temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
-    return finished(loss, where, student_logits)
-
-
-def _log_softmaxes(
-    name: str,
-    logits: Tensor,
-    other_logits: Tensor,
-    where: Tensor | None,
-    dim: int,
-    names: tuple[str, str],
-    temperature: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of two tensors of logits, none of them ``-inf``."""
-    if dim != -1:
-        logits, other_logits = logits.movedim(dim, -1), other_logits.movedim(dim, -1)
-    pair = paired_inputs(name, logits, other_logits, where, axes=1, names=names)
-    # 0 * -inf is NaN; 0 times the least number is 0, and half of it may be subtracted.
-    least = torch.finfo(pair[0].dtype).min / 2
-    first, second = ((z / temperature).log_softmax(-1).clamp(min=least) for z in pair)
-    return first, second
+    names = ("student_logits", "teacher_logits")
+    pair = paired_inputs("distillation", student_logits, teacher_logits, where, axes=1, names=names)
+    temperature = option_of(
+        "distillation", "temperature", temperature, tuple(student_logits.shape[:-1]), axes=1, low=0,
+        above=True,
+    )  # fmt: skip
+    student, teacher = ((z / temperature).log_softmax(-1) for z in pair)
+    probs = teacher.exp()
+    gap = finite_at_zero(teacher, probs) - finite_at_zero(student, probs)
+    return finished((temperature**2 * probs * gap).sum(-1), where, student_logits)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from funcloss._checks import check_labels, check_number, check_shape, check_signs
+from funcloss._checks import check_labels, check_shape, check_signs, option_of
 from funcloss.losses._shared import (
     alike_inputs,
     finished,
@@ -56,6 +56,7 @@ def hinge_embedding(
         2006 (there of squares).
     """
     (near,), like = _pairs("hinge_embedding", where, signs, 0, distances=distances)
+    margin = option_of("hinge_embedding", "margin", margin, tuple(near.shape))
     loss = torch.where(like > 0, near, (margin - near).clamp(min=0))
     return finished(loss, where, distances)
 
@@ -98,6 +99,7 @@ def margin_ranking(
         2000.
     """
     (high, low), order = _pairs("margin_ranking", where, signs, 0, first=first, second=second)
+    margin = option_of("margin_ranking", "margin", margin, tuple(high.shape))
     return finished((margin - order * (high - low)).clamp(min=0), where, first)
 
 
@@ -150,10 +152,12 @@ def triplet_margin(
         Schroff, Kalenichenko and Philbin, "FaceNet", 2015; swap: Balntas et al., "Learning local
         feature descriptors with triplets and shallow convolutional neural networks", 2016.
     """
-    check_number("triplet_margin", "margin", margin, low=0, above=True)
-    check_number("triplet_margin", "p", p, low=0, above=True)
     vectors = {"anchor": anchor, "positive": positive, "negative": negative}
     points = alike_inputs("triplet_margin", where, 1, **vectors)
+    triplets = tuple(anchor.shape[:-1])
+    margin = option_of("triplet_margin", "margin", margin, triplets, low=0, above=True)
+    p = option_of("triplet_margin", "p", p, triplets, axes=1, low=0, above=True)
+    eps = option_of("triplet_margin", "eps", eps, triplets, axes=1)
 
     def between(one: Tensor, other: Tensor) -> Tensor:
         if distance is None:
@@ -206,9 +210,10 @@ def cosine_embedding(
     References:
         Bromley et al., "Signature verification using a siamese time delay neural network", 1993.
     """
-    check_number("cosine_embedding", "margin", margin, low=-1, high=1)
-    (one, other), like = _pairs("cosine_embedding", where, signs, 1, first=first, second=second)
-    sizes = (one.square().sum(-1) + _EPS) * (other.square().sum(-1) + _EPS)
+    pair, like = _pairs("cosine_embedding", where, signs, 1, first=first, second=second)
+    margin = option_of("cosine_embedding", "margin", margin, tuple(like.shape), low=-1, high=1)
+    (one, a), (other, b) = (_bounded(vectors) for vectors in pair)
+    sizes = (one.square().sum(-1) + _EPS / a**2) * (other.square().sum(-1) + _EPS / b**2)
     cosine = (one * other).sum(-1) / sizes.sqrt()
     loss = torch.where(like > 0, 1 - cosine, (cosine - margin).clamp(min=0))
     return finished(loss, where, first)
@@ -249,8 +254,10 @@ def cosine_distance(
     References:
         Salton, Wong and Yang, "A vector space model for automatic indexing", 1975.
     """
-    check_number("cosine_distance", "eps", eps, low=0, above=True)
     one, other = paired_inputs("cosine_distance", predictions, targets, where, axes=1)
+    eps = option_of(
+        "cosine_distance", "eps", eps, tuple(predictions.shape[:-1]), axes=1, low=0, above=True
+    )
     cosine = (_unit(one, eps) * _unit(other, eps)).sum(-1)
     return finished(1 - cosine, where, predictions)
 
@@ -293,7 +300,7 @@ def nt_xent(
     References:
         Chen et al., "A simple framework for contrastive learning of visual representations", 2020.
     """
-    check_number("nt_xent", "temperature", temperature, low=0, above=True)
+    temperature = option_of("nt_xent", "temperature", temperature, None, low=0, above=True)
     _check_one_batch_axis("nt_xent", "first", first)
     pair = paired_inputs("nt_xent", first, second, where, axes=1, names=("first", "second"))
     n = first.shape[0]
@@ -349,7 +356,7 @@ def supervised_contrastive(
         Khosla et al., "Supervised contrastive learning", 2020, eq. 2.
     """
     name = "supervised_contrastive"
-    check_number(name, "temperature", temperature, low=0, above=True)
+    temperature = option_of(name, "temperature", temperature, None, low=0, above=True)
     _check_one_batch_axis(name, "embeddings", embeddings)
     check_labels(name, "labels", labels)
     check_shape(name, "labels", labels, embeddings.shape[:1], f"embeddings {(*embeddings.shape,)}")
@@ -386,9 +393,10 @@ def _check_one_batch_axis(name: str, what: str, vectors: Tensor) -> None:
 def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
     """Return the ``p``-norm of each vector; that of a zero vector has gradient 0."""
     if not isinstance(p, Tensor) and p == 2:
+        vectors, unit = _bounded(vectors)
         squares = vectors.square().sum(-1)
         some = squares > 0
-        return torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
+        return unit * torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
     sizes = vectors.abs()
     if not isinstance(p, Tensor) and p == math.inf:
         return sizes.amax(-1)
@@ -399,13 +407,25 @@ def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
     unit = torch.where(some, largest, 1.0)
     shares = sizes / unit.unsqueeze(-1)
     powers = torch.where(shares > 0, torch.where(shares > 0, shares, 1.0) ** p, 0.0).sum(-1)
-    return torch.where(some, unit * torch.where(some, powers, 1.0) ** (1 / p), 0.0)
+    root = 1 / (p.squeeze(-1) if isinstance(p, Tensor) and p.dim() else p)
+    return torch.where(some, unit * torch.where(some, powers, 1.0) ** root, 0.0)
+
+
+def _bounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors without an entry above 1, and what each was divided by: 1 or its largest.
+
+    Their squares do not overflow. The divisor is constant in a derivative: a norm in its units,
+    times the divisor, does not depend on it.
+    """
+    unit = vectors.detach().abs().amax(-1, keepdim=True).clamp(min=1)
+    return vectors / unit, unit.squeeze(-1)
 
 
 def _unit(vectors: Tensor, eps: float | Tensor = 1e-8) -> Tensor:
     """Return each vector divided by its norm, or by ``eps`` if that is larger."""
+    vectors, unit = _bounded(vectors)
     squares = vectors.square().sum(-1, keepdim=True)
-    return vectors * squares.clamp(min=eps**2).rsqrt()
+    return vectors * torch.maximum(squares, (eps / unit.unsqueeze(-1)) ** 2).rsqrt()
 
 
 def _log_shares(units: Tensor, allowed: Tensor, temperature: float | Tensor) -> Tensor:

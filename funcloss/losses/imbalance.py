@@ -5,9 +5,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_floating, check_number, check_per_class
+from funcloss._checks import check_floating, check_per_class, option_of
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import class_inputs, finished, mark_probabilities, of_label, one_hot
+from funcloss.losses._shared import (
+    class_inputs,
+    finished,
+    mark_probabilities,
+    of_label,
+    one_hot,
+    product,
+)
 from funcloss.typing import Correction
 
 # What a count of 0 is taken as, in every dtype: the least normal number of float32.
@@ -42,19 +49,24 @@ def effective_number_weights(
         Cui et al., "Class-balanced loss based on effective number of samples", 2019.
     """
     name = "effective_number_weights"
-    check_number(name, "beta", beta, low=0, high=1)
+    beta = option_of(name, "beta", beta, None, low=0, high=1)
     check_floating(name, "class_counts", class_counts)
     if class_counts.dim() != 1:
         got = tuple(class_counts.shape)
         raise ValueError(f"{name}: class_counts must have shape (classes,), got {got}")
     counts = class_counts.to(wide_dtype(class_counts))
+    return _effective_weights(counts, beta).to(class_counts.dtype)
+
+
+def _effective_weights(counts: Tensor, beta: float | Tensor) -> Tensor:
+    """Return the weights of the classes; ``beta`` may have one entry per example, ``(n, 1)``."""
     # In float32 the 1 - beta of a plain 0.9999 would be off by 2e-4, so take its logarithm before.
     base = beta if isinstance(beta, Tensor) else torch.tensor(beta, dtype=torch.float64)
     # A logarithm of 0 would be 0 / 0; this close to it the quotient is the limit to the last bit.
     log_beta = base.log().to(counts).clamp(max=-1e-30)
     weights = log_beta.expm1() / (log_beta * torch.where(counts > 0, counts, 1)).expm1()
     weights = torch.where(counts > 0, weights, 0)
-    return (weights * (counts.shape[0] / weights.sum())).to(class_counts.dtype)
+    return weights * (counts.shape[0] / weights.sum(-1, keepdim=True))
 
 
 def _of_effective_number(*, class_counts: Tensor, beta: float | Tensor = 0.9999) -> Correction:
@@ -101,14 +113,14 @@ def class_balanced(
     References:
         Cui et al., "Class-balanced loss based on effective number of samples", 2019.
     """
-    check_number("class_balanced", "beta", beta, low=0, high=1)
     scores, labels = class_inputs("class_balanced", logits, labels, where)
     check_per_class("class_balanced", "class_counts", class_counts, logits)
+    beta = option_of("class_balanced", "beta", beta, tuple(labels.shape), axes=1, low=0, high=1)
     counts = class_counts.to(scores.dtype)
-    weights = effective_number_weights(counts, beta=beta)
-    weights = weights * (counts.sum() / (weights * counts).sum())
+    weights = _effective_weights(counts, beta)
+    weights = weights * (counts.sum() / (weights * counts).sum(-1, keepdim=True))
     of_class = of_label(weights.expand_as(scores), labels)
-    return finished(of_class * _nll(scores, labels), where, logits)
+    return finished(product(of_class, _nll(scores, labels)), where, logits)
 
 
 def _of_counts(*, class_counts: Tensor) -> Correction:
@@ -203,8 +215,8 @@ def logit_adjusted(
     References:
         Menon et al., "Long-tail learning via logit adjustment", 2021, eq. 10.
     """
-    check_number("logit_adjusted", "tau", tau, low=0)
     scores, labels = class_inputs("logit_adjusted", logits, labels, where)
+    tau = option_of("logit_adjusted", "tau", tau, tuple(labels.shape), axes=1, low=0)
     check_per_class("logit_adjusted", "class_prior", class_prior, logits)
     return finished(_nll(scores + tau * _log(class_prior, scores.dtype), labels), where, logits)
 
@@ -253,9 +265,10 @@ def ldam(
     References:
         Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", 2019.
     """
-    check_number("ldam", "max_margin", max_margin, low=0)
-    check_number("ldam", "scale", scale, low=0, above=True)
     scores, labels = class_inputs("ldam", logits, labels, where)
+    examples = tuple(labels.shape)
+    max_margin = option_of("ldam", "max_margin", max_margin, examples, axes=1, low=0)
+    scale = option_of("ldam", "scale", scale, examples, axes=1, low=0, above=True)
     check_per_class("ldam", "class_counts", class_counts, logits)
     counts = class_counts.to(scores.dtype)
     rarest = torch.where(counts > 0, counts, torch.inf).amin()
@@ -318,9 +331,10 @@ def vector_scaling(
         overparameterization", 2021; Ye et al., "Identifying and compensating for feature deviation
         in imbalanced deep learning", 2020.
     """
-    check_number("vector_scaling", "gamma", gamma, low=0)
-    check_number("vector_scaling", "tau", tau, low=0)
     scores, labels = class_inputs("vector_scaling", logits, labels, where)
+    examples = tuple(labels.shape)
+    gamma = option_of("vector_scaling", "gamma", gamma, examples, axes=1, low=0)
+    tau = option_of("vector_scaling", "tau", tau, examples, axes=1, low=0)
     check_per_class("vector_scaling", "class_counts", class_counts, logits)
     counts = class_counts.to(scores.dtype)
     scale, offset = _of_vector_scaling(class_counts=counts, gamma=gamma, tau=tau)
@@ -371,8 +385,10 @@ def equalization(
     References:
         Tan et al., "Equalization loss for long-tailed object recognition", 2020.
     """
-    check_number("equalization", "threshold", threshold, low=0, high=1)
     scores, labels = class_inputs("equalization", logits, labels, where)
+    threshold = option_of(
+        "equalization", "threshold", threshold, tuple(labels.shape), axes=1, low=0, high=1
+    )
     check_per_class("equalization", "class_counts", class_counts, logits)
     counts = class_counts.to(scores.dtype)
     is_label = one_hot(labels, scores.shape[-1])

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from funcloss._checks import check_number, check_per_class
+from funcloss._checks import check_per_class, option_of
 from funcloss.losses._shared import (
     class_inputs,
     finished,
@@ -12,6 +12,7 @@ from funcloss.losses._shared import (
     of_label,
     one_hot,
     paired_inputs,
+    product,
     signed_inputs,
 )
 
@@ -155,8 +156,8 @@ def multiclass_hinge(
         Crammer and Singer, "On the algorithmic implementation of multiclass kernel-based vector
         machines", 2001.
     """
-    check_number("multiclass_hinge", "margin", margin, low=0)
     scores, labels = class_inputs("multiclass_hinge", logits, labels, where)
+    margin = option_of("multiclass_hinge", "margin", margin, tuple(labels.shape), low=0)
     label = one_hot(labels, scores.shape[-1])
     best_wrong = torch.where(label, torch.finfo(scores.dtype).min, scores).amax(-1)
     return finished((margin + best_wrong - of_label(scores, labels)).relu(), where, logits)
@@ -200,16 +201,16 @@ def multi_margin(
     References:
         Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999.
     """
-    check_number("multi_margin", "margin", margin, low=0)
     if p not in (1, 2):
         raise ValueError(f"multi_margin: p must be 1 or 2, got {p}")
     scores, labels = class_inputs("multi_margin", logits, labels, where)
+    margin = option_of("multi_margin", "margin", margin, tuple(labels.shape), axes=1, low=0)
     slack = (margin + scores - of_label(scores, labels).unsqueeze(-1)).relu()
     label = one_hot(labels, scores.shape[-1])
     loss = torch.where(label, 0, slack if p == 1 else slack.square()).mean(-1)
     if class_weights is not None:
         check_per_class("multi_margin", "class_weights", class_weights, logits)
-        loss = of_label(class_weights.expand(scores.shape), labels) * loss
+        loss = product(of_label(class_weights.expand(scores.shape), labels), loss)
     return finished(loss, where, logits)
 
 

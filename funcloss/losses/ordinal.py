@@ -7,11 +7,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_floating, check_labels, check_number
+from funcloss._checks import check_floating, check_labels, option_of
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import class_inputs, finished, mark_probabilities
+from funcloss.losses._shared import (
+    class_inputs,
+    finished,
+    finite_at_zero,
+    known_labels,
+    mark_classes,
+    mark_probabilities,
+)
 
 
+def _classes_of(logits: Tensor, **options: object) -> int:
+    """Return how many classes as many thresholds separate."""
+    return logits.shape[-1] + 1
+
+
+@mark_classes(_classes_of)
 @mark_probabilities("none")
 def coral(
     logits: Float[Tensor, "*batch thresholds"],
@@ -47,7 +60,7 @@ def coral(
         Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks with
         application to age estimation", 2020.
     """
-    scores, labels = class_inputs("coral", logits, labels, where)
+    scores, labels = class_inputs("coral", logits, labels, where, classes=_classes_of(logits))
     return finished(_of_thresholds(scores, labels).sum(-1), where, logits)
 
 
@@ -75,6 +88,7 @@ def coral_decision(logits: Float[Tensor, "*batch thresholds"]) -> Int[Tensor, "*
     return (logits > 0).sum(-1)
 
 
+@mark_classes(_classes_of)
 @mark_probabilities("none")
 def corn(
     logits: Float[Tensor, "*batch thresholds"],
@@ -112,7 +126,7 @@ def corn(
         Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on
         conditional probabilities", 2021.
     """
-    scores, labels = class_inputs("corn", logits, labels, where)
+    scores, labels = class_inputs("corn", logits, labels, where, classes=_classes_of(logits))
     reached = labels.unsqueeze(-1) >= torch.arange(scores.shape[-1], device=labels.device)
     values = torch.where(reached, _of_thresholds(scores, labels), 0.0)
     return finished(values.sum(-1), where, logits)
@@ -222,10 +236,12 @@ def sord_targets(
         Diaz and Marathe, "Soft labels for ordinal regression", 2019.
     """
     check_labels("sord_targets", "labels", labels)
-    check_number("sord_targets", "scale", scale, low=0)
+    labels, spoiled = known_labels("sord_targets", labels, classes)
+    scale = option_of("sord_targets", "scale", scale, tuple(labels.shape), axes=1, low=0)
     distances = torch.arange(classes, device=labels.device) - labels.unsqueeze(-1)
     distances = distances.to(dtype or torch.get_default_dtype())
-    return (-scale * distances.square()).softmax(-1)
+    targets = (-scale * distances.square()).softmax(-1)
+    return targets if spoiled is None else targets + spoiled.unsqueeze(-1)
 
 
 @mark_probabilities("softmax")
@@ -264,7 +280,7 @@ def sord(
     References:
         Diaz and Marathe, "Soft labels for ordinal regression", 2019.
     """
-    check_number("sord", "scale", scale, low=0)
     scores, labels = class_inputs("sord", logits, labels, where)
     targets = sord_targets(labels, scores.shape[-1], scale=scale, dtype=scores.dtype)
-    return finished(-(targets * scores.log_softmax(-1)).sum(-1), where, logits)
+    log_probs = finite_at_zero(scores.log_softmax(-1), targets)
+    return finished(-(targets * log_probs).sum(-1), where, logits)

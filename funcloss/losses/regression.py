@@ -1,30 +1,39 @@
 """Losses of real-valued targets."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_broadcasts, check_floating, check_number, check_shape
+from funcloss._checks import check_floating, check_shape, option_of
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import as_tensor, box_cox, finished, masked, paired_inputs
+from funcloss.losses._shared import as_tensor, box_cox, finished, masked, paired_inputs, product
 
 LARGEST = torch.finfo(torch.float64).max
+_LARGE = 1e8  # from here on log(1 + x^2) is 2 log(x) to the last bit
 
 
 def _spread(
-    name: str, what: str, option: float | Tensor, values: Tensor, where: Tensor | None
-) -> Tensor:
-    """Return an option as one number, or as one a value with 1 where an example does not count."""
-    if not isinstance(option, Tensor) or option.dim() == 0:
-        return as_tensor(option, values)
+    name: str,
+    what: str,
+    option: float | Tensor,
+    values: Tensor,
+    where: Tensor | None,
+    **bounds: Any,
+) -> float | Tensor:
+    """Return an option as a number, or as a tensor with 1 where an example does not count."""
     shape = tuple(values.shape)
-    check_broadcasts(name, what, option, shape, "the predictions")
-    option = option.to(values.dtype).expand(shape)
+    option = option_of(name, what, option, shape, columns=shape[-1] if shape else None, **bounds)
+    if not isinstance(option, Tensor):
+        return option
+    option = option.to(values.dtype)
+    if option.dim() == 0 or where is None:
+        return option
     # What is masked may be NaN, and 0 * NaN is NaN in a gradient.
-    return option if where is None else torch.where(where, option, 1.0)
+    return torch.where(where, option, 1.0)
 
 
 def absolute_error(
@@ -42,7 +51,7 @@ def absolute_error(
     Args:
         predictions: Predicted values, shape ``(*batch)``.
         targets: True values, shape ``(*batch)``.
-        weights: Weight of each value: a number, or a tensor that broadcasts to ``predictions``.
+        weights: Weight of the values: one, one per value, or one per entry of the last axis.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -51,7 +60,7 @@ def absolute_error(
 
     Raises:
         TypeError: ``predictions`` or ``targets`` is not floating point, or ``where`` not boolean.
-        ValueError: the shapes differ, or ``weights`` does not broadcast to them.
+        ValueError: the shapes differ, or ``weights`` does not fit them.
 
     Example:
         >>> absolute_error(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]), weights=3.0)
@@ -62,9 +71,8 @@ def absolute_error(
     """
     p, t = paired_inputs("absolute_error", predictions, targets, where)
     values = (p - t).abs()
-    if isinstance(weights, Tensor) or weights != 1.0:
-        values = _spread("absolute_error", "weights", weights, p, where) * values
-    return finished(values, where, predictions)
+    weights = _spread("absolute_error", "weights", weights, p, where)
+    return finished(product(weights, values), where, predictions)
 
 
 def squared_error(
@@ -133,8 +141,8 @@ def huber(
     References:
         Huber, "Robust estimation of a location parameter", 1964.
     """
-    check_number("huber", "delta", delta, low=0, above=True)
     p, t = paired_inputs("huber", predictions, targets, where)
+    delta = _spread("huber", "delta", delta, p, where, low=0, above=True)
     return finished(_huber(p - t, delta), where, predictions)
 
 
@@ -180,8 +188,8 @@ def smooth_l1(
     References:
         Girshick, "Fast R-CNN", 2015, eq. 3.
     """
-    check_number("smooth_l1", "beta", beta, low=0)
     p, t = paired_inputs("smooth_l1", predictions, targets, where)
+    beta = _spread("smooth_l1", "beta", beta, p, where, low=0)
     error = p - t
     if not isinstance(beta, Tensor):
         values = _huber(error, beta) / beta if beta > 0 else error.abs()
@@ -250,7 +258,7 @@ def quantile(
     Args:
         predictions: Predicted values, shape ``(*batch)``.
         targets: True values, shape ``(*batch)``.
-        q: Quantile, in ``[0, 1]``: a number, or a tensor that broadcasts to ``predictions``.
+        q: Quantile, in ``[0, 1]``: one, one per value, or one per entry of the last axis.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -258,7 +266,7 @@ def quantile(
 
     Raises:
         TypeError: ``predictions`` or ``targets`` is not floating point, or ``where`` not boolean.
-        ValueError: the shapes differ, ``q`` does not broadcast to them, or is outside its range.
+        ValueError: the shapes differ, or ``q`` does not fit them or is outside its range.
 
     Example:
         >>> quantile(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0]), q=0.75)
@@ -267,9 +275,8 @@ def quantile(
     References:
         Koenker and Bassett, "Regression quantiles", 1978.
     """
-    check_number("quantile", "q", q, low=0, high=1)
     p, t = paired_inputs("quantile", predictions, targets, where)
-    q = _spread("quantile", "q", q, p, where)
+    q = _spread("quantile", "q", q, p, where, low=0, high=1)
     return finished(q * F.relu(t - p) + (1 - q) * F.relu(p - t), where, predictions)
 
 
@@ -310,8 +317,8 @@ def poisson_nll(
     References:
         Cameron and Trivedi, "Regression analysis of count data", 2013, section 3.2.
     """
-    check_number("poisson_nll", "eps", eps, low=0, above=True)
     p, t = paired_inputs("poisson_nll", predictions, targets, where)
+    eps = _spread("poisson_nll", "eps", eps, p, where, low=0, above=True)
     values = p.exp() - t * p if log_input else p - t * (p + eps).log()
     if full:
         count = torch.where(t > 1, t, 1.0)
@@ -359,14 +366,14 @@ def gaussian_nll(
         Nix and Weigend, "Estimating the mean and variance of the target probability distribution",
         1994.
     """
-    check_number("gaussian_nll", "eps", eps, low=0, above=True)
     p, t = paired_inputs("gaussian_nll", predictions, targets, where)
+    eps = _spread("gaussian_nll", "eps", eps, p, where, low=0, above=True)
     check_floating("gaussian_nll", "variances", variances)
     shape = tuple(predictions.shape)
     check_shape("gaussian_nll", "variances", variances, shape, f"predictions {shape}")
     v = masked(variances, where).to(wide_dtype(predictions))
     v = torch.where(v < eps, v - v.detach() + eps, v)  # worth eps, with the gradient of v
-    values = (v.log() + (p - t).square() / v) / 2
+    values = (v.log() + ((p - t) / v.sqrt()).square()) / 2  # the square alone may overflow
     return finished(values + 0.5 * math.log(2 * math.pi) if full else values, where, predictions)
 
 
@@ -404,9 +411,8 @@ def charbonnier(
         imaging", 1994; in this form: Lai et al., "Deep Laplacian pyramid networks for fast and
         accurate super-resolution", 2017.
     """
-    check_number("charbonnier", "epsilon", epsilon, low=0, above=True)
     p, t = paired_inputs("charbonnier", predictions, targets, where)
-    epsilon = as_tensor(epsilon, p)
+    epsilon = as_tensor(_spread("charbonnier", "epsilon", epsilon, p, where, low=0, above=True), p)
     return finished(torch.hypot(p - t, epsilon), where, predictions)
 
 
@@ -432,10 +438,10 @@ def barron(
     Args:
         predictions: Predicted values, shape ``(*batch)``.
         targets: True values, shape ``(*batch)``.
-        alpha: Shape, ``-inf`` or any finite number: the less, the less an outlier counts. Or a
-            tensor that broadcasts to ``predictions``.
-        scale: Error at which the square ends, above 0, in units of the target. Or a tensor that
-            broadcasts to ``predictions``.
+        alpha: Shape, ``-inf`` or any finite number: the less, the less an outlier counts. One, one
+            per value, or one per entry of the last axis.
+        scale: Error at which the square ends, above 0, in units of the target. As many as of
+            ``alpha``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -443,8 +449,7 @@ def barron(
 
     Raises:
         TypeError: ``predictions`` or ``targets`` is not floating point, or ``where`` not boolean.
-        ValueError: the shapes differ, or an option does not broadcast to them or is outside its
-            range.
+        ValueError: the shapes differ, or an option does not fit them or is outside its range.
 
     Example:
         >>> barron(torch.tensor([2.0, 2.0]), torch.zeros(2), alpha=torch.tensor([2.0, -2.0]))
@@ -453,14 +458,21 @@ def barron(
     References:
         Barron, "A general and adaptive robust loss function", 2019.
     """
-    check_number("barron", "alpha", alpha, high=LARGEST)
-    check_number("barron", "scale", scale, low=0, above=True)
     p, t = paired_inputs("barron", predictions, targets, where)
-    alpha = _spread("barron", "alpha", alpha, p, where)
-    half_square = ((p - t) / _spread("barron", "scale", scale, p, where)).square() / 2
+    alpha = as_tensor(_spread("barron", "alpha", alpha, p, where, high=LARGEST), p)
+    x = (p - t) / _spread("barron", "scale", scale, p, where, low=0, above=True)
+    half_square = x.square() / 2
     square, welsch = alpha == 2, alpha == -math.inf
     shape = torch.where(square | welsch, 1.0, alpha)
     half_b = (shape - 2).abs() / 2
-    values = half_b * box_cox(torch.log1p(half_square / half_b), shape / 2)
+    values = half_b * box_cox(_log1p_square(x / (2 * half_b).sqrt()), shape / 2)
     values = torch.where(welsch, -torch.expm1(-half_square), values)
     return finished(torch.where(square, half_square, values), where, predictions)
+
+
+def _log1p_square(x: Tensor) -> Tensor:
+    """Return ``log(1 + x^2)`` of an ``x`` whose square overflows too."""
+    large = x.abs() > _LARGE
+    size = torch.where(large, x, 1.0).abs()
+    near = torch.where(large, 0.0, x).square().log1p()
+    return torch.where(large, 2 * size.log(), near)

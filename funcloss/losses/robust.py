@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from funcloss._checks import check_floating, check_number
+from funcloss._checks import check_floating, check_number, option_of
 from funcloss._precision import wide_dtype
 from funcloss.losses._shared import (
     SMALL,
@@ -15,6 +15,7 @@ from funcloss.losses._shared import (
     mark_probabilities,
     of_label,
     one_hot,
+    product,
 )
 
 
@@ -66,8 +67,8 @@ def generalized_cross_entropy(
         Zhang and Sabuncu, "Generalized cross entropy loss for training deep neural networks with
         noisy labels", 2018.
     """
-    check_number("generalized_cross_entropy", "q", q, low=0, high=1)
     scores, labels = class_inputs("generalized_cross_entropy", logits, labels, where)
+    q = option_of("generalized_cross_entropy", "q", q, tuple(labels.shape), low=0, high=1)
     return finished(-box_cox(of_label(scores.log_softmax(-1), labels), q), where, logits)
 
 
@@ -113,13 +114,16 @@ def symmetric_cross_entropy(
     References:
         Wang et al., "Symmetric cross entropy for robust learning with noisy labels", 2019.
     """
-    check_number("symmetric_cross_entropy", "alpha", alpha, low=0)
-    check_number("symmetric_cross_entropy", "beta", beta, low=0)
-    check_number("symmetric_cross_entropy", "log_zero", log_zero, high=0)
-    scores, labels = class_inputs("symmetric_cross_entropy", logits, labels, where)
+    name = "symmetric_cross_entropy"
+    scores, labels = class_inputs(name, logits, labels, where)
+    examples = tuple(labels.shape)
+    alpha = option_of(name, "alpha", alpha, examples, low=0)
+    beta = option_of(name, "beta", beta, examples, low=0)
+    log_zero = option_of(name, "log_zero", log_zero, examples, high=0)
     log_p = of_label(scores.log_softmax(-1), labels)
     # -expm1(log p) is 1 - p.
-    return finished(-alpha * log_p + beta * log_zero * torch.expm1(log_p), where, logits)
+    loss = product(alpha, -log_p) + beta * log_zero * torch.expm1(log_p)
+    return finished(loss, where, logits)
 
 
 @mark_probabilities("softmax")
@@ -237,7 +241,7 @@ def tempered_softmax(
         Amid et al., "Robust bi-tempered logistic loss based on Bregman divergences", 2019.
     """
     check_floating("tempered_softmax", "logits", logits)
-    check_number("tempered_softmax", "t", t, low=1)
+    t = option_of("tempered_softmax", "t", t, tuple(logits.shape[:-1]), axes=1, low=1)
     check_number("tempered_softmax", "iterations", iterations, low=1)
     scores = logits.to(wide_dtype(logits))
     return _tempered_log_softmax(scores, t, iterations).exp().to(logits.dtype)
@@ -317,11 +321,14 @@ def bi_tempered(
     References:
         Amid et al., "Robust bi-tempered logistic loss based on Bregman divergences", 2019.
     """
-    check_number("bi_tempered", "t1", t1, low=0, high=1)
-    check_number("bi_tempered", "t2", t2, low=1)
-    check_number("bi_tempered", "label_smoothing", label_smoothing, low=0, high=1)
     check_number("bi_tempered", "iterations", iterations, low=1)
     scores, labels = class_inputs("bi_tempered", logits, labels, where)
+    examples = tuple(labels.shape)
+    t1 = option_of("bi_tempered", "t1", t1, examples, axes=1, low=0, high=1)
+    t2 = option_of("bi_tempered", "t2", t2, examples, axes=1, low=1)
+    label_smoothing = option_of(
+        "bi_tempered", "label_smoothing", label_smoothing, examples, axes=1, low=0, high=1
+    )
     log_p, power = _tempered_log_softmax(scores, t2, iterations), 1 - t1
     classes = scores.shape[-1]
     smoothing = as_tensor(label_smoothing, scores)
