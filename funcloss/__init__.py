@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from funcloss._custom_vjp import custom_vjp, from_numpy
     from funcloss.app.runs import load
     from funcloss.combinators import (
+        channels_first,
         class_weighted,
         class_weights_of,
         couples_examples,
@@ -55,6 +56,7 @@ __all__ = [
     "app",
     "as_module",
     "audit",
+    "channels_first",
     "class_weighted",
     "class_weights_of",
     "constraints",
@@ -94,6 +96,7 @@ __all__ = [
 
 _HOMES = {
     "as_module": "modules",
+    "channels_first": "combinators",
     "class_weighted": "combinators",
     "class_weights_of": "combinators",
     "couples_examples": "combinators",

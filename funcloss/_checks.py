@@ -145,6 +145,6 @@ def option_of(
         return value.reshape(shape + (1,) * axes)
     if columns is not None and shape == (columns,):
         return value
-    shapes = "" if examples is None else f" or one entry per example, {examples}"
-    shapes += "" if columns is None else f" or per column, ({columns},)"
-    raise ValueError(f"{name}: {what} must be a number or scalar tensor{shapes}; got {shape}")
+    known = {examples: "one per example", () if columns is None else (columns,): "one per column"}
+    shapes = "".join(f", or of shape {s}, {per}" for s, per in known.items() if s)
+    raise ValueError(f"{name}: {what} must be a number or a scalar tensor{shapes}; got {shape}")

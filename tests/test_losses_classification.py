@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from funcloss.combinators import class_weights_of
+from funcloss.combinators import channels_first, class_weights_of
 from funcloss.losses.classification import (
     asymmetric_single_label,
     cross_entropy,
@@ -108,20 +108,20 @@ def test_weight_with_smoothing_is_a_weighted_distribution(reduction, dtype):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(cross_entropy, F.cross_entropy), (nll, F.nll_loss)])
-def test_dim_names_the_classes_of_images(ours, theirs):
+def test_channels_first_takes_the_images_of_torch(ours, theirs):
     images = torch.randn(2, CLASSES, 3, 5, generator=Generator().manual_seed(1)).double()
     labels = torch.randint(CLASSES, (2, 3, 5), generator=Generator().manual_seed(2))
     labels[0, 0, :2] = -100
-    got = ours(images, labels, dim=1, where=labels != -100)
+    got = channels_first(ours)(images, labels, where=labels != -100)
     assert_close(got, theirs(images, labels, reduction="none"), rtol=0, atol=1e-12)
     last = ours(images.movedim(1, -1), labels, where=labels != -100)
     assert torch.equal(got, last)
 
 
-def test_dim_names_the_classes_of_distributions():
+def test_channels_first_takes_the_distributions_of_torch():
     images = torch.randn(2, CLASSES, 3, 5, generator=Generator().manual_seed(1)).double()
     targets = images.flip(0).softmax(1)
-    got = soft_cross_entropy(images, targets, dim=1)
+    got = channels_first(soft_cross_entropy)(images, targets)
     expected = F.cross_entropy(images, targets, reduction="none")
     assert_close(got, expected, rtol=0, atol=1e-12)
 

@@ -171,7 +171,7 @@ def test_descent_on_the_loss_leads_to_the_decision_of_the_label(loss, decide):
         (
             lambda: sord(torch.zeros(2, 3), torch.zeros(2).long(), scale=-1.0),
             ValueError,
-            r"sord: scale must be in \[0, inf\), got -1.0",
+            r"sord_targets: scale must be in \[0, inf\), got -1.0",
         ),
         (
             lambda: sord_targets(torch.zeros(2), 3),

@@ -3,6 +3,7 @@
 from funcloss.combinators._combined import (
     Combined,
     Factor,
+    classes_of,
     correction_of,
     couples_examples,
     factor_names,
@@ -11,8 +12,10 @@ from funcloss.combinators._combined import (
     options_of,
     probabilities_of,
     taken,
+    targets_of,
 )
 from funcloss.combinators.targets import (
+    channels_first,
     from_logits,
     mixup,
     one_hot_targets,
@@ -29,14 +32,17 @@ from funcloss.combinators.weighting import (
     sample_weighted,
     scaled,
     summed,
+    target_weights,
 )
 
 __all__ = [
     "ClassWeighted",
     "Combined",
     "Factor",
+    "channels_first",
     "class_weighted",
     "class_weights_of",
+    "classes_of",
     "correction_of",
     "couples_examples",
     "factor_names",
@@ -54,6 +60,8 @@ __all__ = [
     "soft",
     "summed",
     "taken",
+    "target_weights",
+    "targets_of",
     "temperature",
     "where",
 ]

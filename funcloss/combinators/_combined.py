@@ -57,6 +57,15 @@ class Combined:
         return any(couples_examples(loss) for loss in self.losses)
 
     @property
+    def targets(self) -> str:
+        """What its targets are: as those of its loss."""
+        return targets_of(self.losses[0])
+
+    def classes(self, predictions: Tensor, **options: Any) -> int:
+        """Return how many classes there are: as many as of its loss."""
+        return classes_of(self.losses[0], predictions, passed_on(options, self.keeps))
+
+    @property
     def probabilities(self) -> Probabilities | None:
         """How its scores become probabilities: as those of its loss; None: not stated."""
         stated = probabilities_of(self.losses[0])
@@ -83,6 +92,46 @@ def couples_examples(loss: Callable[..., Any]) -> bool:
     if isinstance(loss, functools.partial):
         loss = loss.func
     return getattr(loss, "couples_examples", False)
+
+
+def targets_of(loss: Callable[..., Any]) -> str:
+    """Return what a loss says that its targets are, its ``targets``.
+
+    Returns:
+        ``"labels"``: class indices, which is what a loss that states nothing takes. ``"bits"``: 0
+        or 1, or a probability of 1, of two classes. ``"signs"``: -1 or +1.
+
+    Example:
+        >>> from funcloss import class_weighted, losses
+        >>> targets_of(losses.cross_entropy), targets_of(class_weighted(losses.hinge))
+        ('labels', 'signs')
+    """
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "targets", "labels")
+
+
+def classes_of(
+    loss: Callable[..., Any], predictions: Tensor, options: Mapping[str, Any] | None = None
+) -> int:
+    """Return how many classes a loss of labels tells apart.
+
+    Two of bits or signs; otherwise what its ``classes(predictions, **options)`` says, and as many
+    as there are columns of predictions where it says nothing.
+
+    Example:
+        >>> import torch
+        >>> from funcloss.losses import coral, cross_entropy
+        >>> classes_of(cross_entropy, torch.zeros(5, 3)), classes_of(coral, torch.zeros(5, 3))
+        (3, 4)
+    """
+    options = options or {}
+    if targets_of(loss) != "labels":
+        return 2
+    if isinstance(loss, functools.partial):
+        return classes_of(loss.func, predictions, {**loss.keywords, **options})
+    stated = getattr(loss, "classes", None)
+    return predictions.shape[-1] if stated is None else stated(predictions, **options)
 
 
 def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:

@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
+from funcloss._checks import (
+    check_floating,
+    check_labels,
+    check_number,
+    check_shape,
+    check_where,
+    option_of,
+)
 from funcloss.combinators._combined import (
     Combined,
     Factor,
+    classes_of,
     factor_names,
     masking,
+    name_of,
     not_of,
     passed_on,
     probabilities_of,
     taken,
+    targets_of,
 )
-from funcloss.losses._shared import masked
+from funcloss.losses._shared import known_labels, masked, one_hot, product
 from funcloss.typing import Correction, LossFn, Probabilities
 
 
@@ -97,8 +107,11 @@ class OneHotTargets(Combined):
         (loss,) = self.losses
         check_labels("one_hot_targets", "labels", labels)
         check_where("one_hot_targets", where, tuple(labels.shape))
-        classes = torch.arange(predictions.shape[-1], device=predictions.device)
-        targets = (labels[..., None] == classes).to(predictions.dtype)
+        labels, spoiled = known_labels(
+            "one_hot_targets", masked(labels, where), predictions.shape[-1]
+        )
+        targets = one_hot(labels, predictions.shape[-1]).to(predictions.dtype)
+        targets = targets if spoiled is None else targets + spoiled[..., None]
         every = None if where is None else where[..., None].expand(targets.shape)
         return loss(predictions, targets, **masking(every), **options).sum(-1)
 
@@ -174,10 +187,11 @@ def soft(loss: LossFn) -> LossFn:
     :func:`funcloss.losses.soft_cross_entropy` is the same at the price of one.
 
     Args:
-        loss: A loss of logits ``(*batch, classes)`` and labels.
+        loss: A loss of logits and labels.
 
     Returns:
-        A loss of logits and targets, both ``(*batch, classes)``.
+        A loss of logits and targets ``(*batch, classes)``; it raises ``ValueError`` if these have
+        another number of classes than the loss.
 
     Example:
         >>> from funcloss.losses import cross_entropy
@@ -199,15 +213,17 @@ class Soft(Combined):
         """Return one value per example."""
         (loss,) = self.losses
         check_floating("soft", "targets", targets)
-        check_shape("soft", "targets", targets, tuple(logits.shape), "logits")
-        check_where("soft", where, tuple(logits.shape[:-1]))
-        _check_classes_last("soft", options)
+        classes, batch = classes_of(loss, logits, options), tuple(logits.shape[:-1])
+        check_shape("soft", "targets", targets, (*batch, classes), f"logits and {name_of(loss)}")
+        check_where("soft", where, batch)
         targets = masked(targets, where).to(logits.dtype)
-        return (targets * _of_each_class(loss, logits, where, options)).sum(-1)
+        return product(targets, _of_each_class(loss, logits, where, options, classes)).sum(-1)
 
 
-def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
+def smoothed(loss: LossFn, smoothing: Factor = 0.1, *, classes: int | None = None) -> LossFn:
     """Return a loss under smoothed labels, ``(1 - e) * loss(label) + e * mean_k loss(k)``.
+
+    Of a two-class loss of bits or signs the mean is over both.
 
     Under class weights the order says what is weighted. ``class_weighted(smoothed(loss))``, the
     order to prefer, gives the smoothed loss the weight of the true class, ``w[label] * ((1 - e) *
@@ -220,9 +236,11 @@ def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
     ``label_smoothing`` is the same at the price of one.
 
     Args:
-        loss: A loss of logits ``(*batch, classes)`` and labels.
+        loss: A loss of logits and labels, or of two classes.
         smoothing: Part of the label spread over all classes, in ``[0, 1]``: a number, a scalar
             tensor, or the name of the option that brings it.
+        classes: How many there are, where a loss of yours has another number of columns and does
+            not state it.
 
     Returns:
         A loss of the same data.
@@ -241,7 +259,7 @@ def smoothed(loss: LossFn, smoothing: Factor = 0.1) -> LossFn:
     names = factor_names(smoothing)
     if not isinstance(smoothing, str):
         check_number("smoothed", "smoothing", smoothing, low=0, high=1)
-    return Smoothed((loss,), smoothing, not_of(names, loss))
+    return Smoothed((loss,), smoothing, not_of(names, loss), classes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -250,6 +268,7 @@ class Smoothed(Combined):
 
     smoothing: Factor
     own: tuple[str, ...]  # the name of the factor, where the loss has no option of that name
+    of: int | None  # classes
     name = "smoothed"
 
     @property
@@ -263,10 +282,11 @@ class Smoothed(Combined):
         """Return one value per example."""
         (loss,) = self.losses
         part = taken(self.smoothing, options, logits)
-        _check_classes_last("smoothed", options)
         rest = passed_on(options, self.own)
         of_label = loss(logits, labels, **masking(where), **rest)
-        return (1 - part) * of_label + part * _of_each_class(loss, logits, where, rest).mean(-1)
+        classes = self.of or classes_of(loss, logits, rest)
+        even = _of_each_class(loss, logits, where, rest, classes).mean(-1)
+        return product(1 - part, of_label) + product(part, even)
 
 
 def mixup(loss: LossFn) -> LossFn:
@@ -315,15 +335,13 @@ class Mixup(Combined):
     ) -> Tensor:
         """Return one value per example."""
         (loss,) = self.losses
-        check_number("mixup", "mix", mix, low=0, high=1)
         first, second = (loss(predictions, t, **options) for t in (targets, others))
+        mix = option_of("mixup", "mix", mix, tuple(first.shape), low=0, high=1)
         if isinstance(mix, Tensor):
-            if mix.dim():
-                check_shape("mixup", "mix", mix, tuple(first.shape), "the examples")
             if options.get("where") is not None:
                 mix = torch.where(options["where"], mix, 0.0)
             mix = mix.to(first.dtype)
-        return mix * first + (1 - mix) * second
+        return product(mix, first) + product(1 - mix, second)
 
 
 def where(loss: LossFn, counts: Callable[..., Tensor]) -> LossFn:
@@ -361,16 +379,61 @@ class Where(Combined):
         return loss(*data, where=some if where is None else some & where, **options)
 
 
-def _check_classes_last(name: str, options: dict) -> None:
-    if options.get("dim", -1) != -1:
-        raise TypeError(f"{name}: the classes must be the last axis: move them there, without dim")
+def channels_first(loss: LossFn) -> LossFn:
+    """Return a loss whose classes are the last axis as one whose classes are axis 1, as in torch.
+
+    The outermost combinator, of any loss and of what any other combinator returns. Predictions of
+    shape ``(N, C, H, W)``, and whatever else has as many axes, have axis 1 moved to the end;
+    labels, ``where`` and weights of shape ``(N, H, W)`` stay as they are.
+
+    Args:
+        loss: A loss.
+
+    Returns:
+        A loss of the same data, classes along axis 1, one value per pixel, ``(N, H, W)``; of a loss
+        of single values, such as a binary one, ``(N, C, H, W)``. It raises ``ValueError`` if
+        predictions have no axis 1 but are more than the scores of one example.
+
+    Example:
+        >>> from funcloss.losses import softmax_focal
+        >>> images, masks = torch.zeros(8, 4, 16, 16), torch.zeros(8, 16, 16, dtype=torch.long)
+        >>> channels_first(softmax_focal)(images, masks).shape
+        torch.Size([8, 16, 16])
+    """
+    return ChannelsFirst((loss,))
 
 
-def _of_each_class(loss: LossFn, logits: Tensor, where: Tensor | None, options: dict) -> Tensor:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChannelsFirst(Combined):
+    """What :func:`channels_first` returns."""
+
+    name = "channels_first"
+
+    def __call__(self, predictions: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        """Return one value per example."""
+        (loss,) = self.losses
+        axes = predictions.dim()
+
+        def last(value: Any) -> Any:
+            moves = isinstance(value, Tensor) and value.dim() == axes > 2
+            return value.movedim(1, -1) if moves else value
+
+        options = {name: last(option) for name, option in options.items()}
+        values = loss(last(predictions), *map(last, rest), **options)
+        return values.movedim(-1, 1) if values.dim() == axes > 2 else values
+
+
+def _of_each_class(
+    loss: LossFn, predictions: Tensor, where: Tensor | None, options: dict, classes: int
+) -> Tensor:
     """Return the loss as if each class were the label, ``(*batch, classes)``."""
-    classes = logits.shape[-1]
-    shape = logits.shape
-    labels = torch.arange(classes, device=logits.device).expand(shape)
+    targets = torch.arange(classes, device=predictions.device)
+    if targets_of(loss) == "labels":
+        shape = (*predictions.shape[:-1], classes)
+        rows = predictions[..., None, :].expand(*shape, predictions.shape[-1])
+    else:  # two classes, of which an example has one score
+        shape = (*predictions.shape, classes)
+        rows = predictions[..., None].expand(shape)
+        targets = (targets if targets_of(loss) == "bits" else 2 * targets - 1).to(rows.dtype)
     every = None if where is None else where[..., None].expand(shape)
-    rows = logits[..., None, :].expand(*shape, classes)
-    return loss(rows, labels, **masking(every), **options)
+    return loss(rows, targets.expand(shape), **masking(every), **options)

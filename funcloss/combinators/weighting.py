@@ -21,7 +21,9 @@ from funcloss.combinators._combined import (
     passed_on,
     probabilities_of,
     taken,
+    targets_of,
 )
+from funcloss.losses._shared import known_labels, masked, product
 from funcloss.typing import Correction, LossFn, Probabilities
 
 
@@ -29,7 +31,7 @@ def class_weights_of(class_weights: Tensor, labels: Tensor, where: Tensor | None
     """Weight of each example's class, ``class_weights[label]``, 0 where an example does not count.
 
     Args:
-        class_weights: Cost of each true class, shape ``(classes,)``.
+        class_weights: Weight of each true class, shape ``(classes,)``.
         labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
         where: Examples that count, shape ``(*batch)``; the labels of the others may be anything.
 
@@ -39,6 +41,7 @@ def class_weights_of(class_weights: Tensor, labels: Tensor, where: Tensor | None
     Raises:
         TypeError: ``class_weights`` is not floating point, or ``labels`` is.
         ValueError: ``class_weights`` is not a vector.
+        IndexError: a label that counts is out of range; compiled, its weight is NaN.
 
     Example:
         >>> class_weights_of(torch.tensor([1.0, 5.0]), torch.tensor([1, 0, 1]))
@@ -50,9 +53,11 @@ def class_weights_of(class_weights: Tensor, labels: Tensor, where: Tensor | None
     if class_weights.dim() != 1:
         got = tuple(class_weights.shape)
         raise ValueError(f"class_weights_of: class_weights must have shape (classes,), got {got}")
-    if where is not None:
-        labels = torch.where(where, labels, 0)
-    weights = class_weights.gather(0, labels.reshape(-1).long()).reshape(labels.shape)
+    labels, spoiled = known_labels(
+        "class_weights_of", masked(labels, where), class_weights.shape[0]
+    )
+    weights = class_weights.gather(0, labels.reshape(-1)).reshape(labels.shape)
+    weights = weights if spoiled is None else weights + spoiled
     return weights if where is None else torch.where(where, weights, 0.0)
 
 
@@ -64,12 +69,17 @@ def class_weighted(loss: LossFn) -> LossFn:
     number of examples, so a weight acts also at batch size one; torch's division by the sum of
     the weights is :func:`funcloss.weighted_mean`, on the unweighted loss.
 
+    There are as many classes as weights: the loss may have other columns than classes, as
+    :func:`funcloss.losses.coral` has thresholds. A two-class loss of bits or signs (its
+    ``targets``) takes two weights; a target between 0 and 1 has the weight between theirs.
+
     Args:
-        loss: A loss of ``(logits, labels)``.
+        loss: A loss whose last data are labels, bits or signs.
 
     Returns:
-        A loss of ``(logits, labels)`` with the keyword ``class_weights``. It raises ``ValueError``
-        if these do not have one entry a class, or if ``loss`` does not give one value an example.
+        A loss of the same data with the keyword ``class_weights``. It raises ``ValueError`` if
+        these are no vector or ``loss`` does not give one value per label, and ``IndexError`` if a
+        label has no weight (compiled, the loss is NaN).
 
     Example:
         >>> from funcloss.losses import cross_entropy
@@ -104,22 +114,39 @@ class ClassWeighted(Combined):
 
     def __call__(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        /,
-        *,
+        *data: Tensor,
         class_weights: Tensor,
         where: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Return one value per example."""
         (loss,) = self.losses
-        classes = (logits.shape[options.get("dim", -1)],)
-        check_shape("class_weighted", "class_weights", class_weights, classes, "logits")
-        values = loss(logits, labels, **masking(where), **options)
+        labels = data[-1]
+        values = loss(*data, **masking(where), **options)
         # A loss that is reduced already would be weighted as a whole, which weighs no class.
         check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
-        return class_weights_of(class_weights, labels, where).to(values.dtype) * values
+        weights = target_weights(loss, class_weights, labels, where)
+        return product(weights.to(values.dtype), values)
+
+
+def target_weights(
+    loss: LossFn, class_weights: Tensor, targets: Tensor, where: Tensor | None = None
+) -> Tensor:
+    """Return the weight of each target of a loss: of its class, or of its bit or sign.
+
+    Of two classes, a target between them has the weight between theirs; what does not count has
+    weight 0.
+    """
+    kind = targets_of(loss)
+    if kind == "labels":
+        return class_weights_of(class_weights, targets, where)
+    check_floating("class_weighted", "class_weights", class_weights)
+    check_shape("class_weighted", "class_weights", class_weights, (2,), f"targets of {kind}")
+    share = masked(targets, where).to(class_weights.dtype)
+    share = share if kind == "bits" else (share + 1) / 2
+    no, yes = class_weights.unbind()
+    weights = (1 - share) * no + share * yes
+    return weights if where is None else torch.where(where, weights, 0.0)
 
 
 def sample_weighted(loss: LossFn) -> LossFn:
@@ -166,7 +193,7 @@ class SampleWeighted(Combined):
         check_shape("sample_weighted", "sample_weights", sample_weights, shape, "the values")
         if where is not None:
             sample_weights = torch.where(where, sample_weights, 0.0)
-        return sample_weights.to(values.dtype) * values
+        return product(sample_weights.to(values.dtype), values)
 
 
 def scaled(loss: LossFn, factor: Factor) -> LossFn:
@@ -208,7 +235,7 @@ class Scaled(Combined):
         """Return one value per example."""
         (loss,) = self.losses
         values = loss(*data, **passed_on(options, self.own))
-        return taken(self.factor, options, values) * values
+        return product(taken(self.factor, options, values), values)
 
 
 Terms = Mapping[str, tuple[Factor, LossFn]]
@@ -265,7 +292,7 @@ class Parts:
         ):
             own = {key: value for key, value in options.items() if key in names}
             of_term = loss(*data, **own)
-            values[name] = taken(factor, options, of_term) * of_term
+            values[name] = product(taken(factor, options, of_term), of_term)
         return values
 
 

@@ -143,6 +143,16 @@ def mark_coupled(loss: LossFn) -> LossFn:
     return loss
 
 
+def mark_targets(targets: str) -> Callable[[_Loss], _Loss]:
+    """Return a decorator that states what the targets of a loss are: ``bits`` or ``signs``."""
+
+    def mark(loss: _Loss) -> _Loss:
+        loss.targets = targets  # pyright: ignore[reportFunctionMemberAccess]
+        return loss
+
+    return mark
+
+
 def mark_probabilities(probabilities: Probabilities) -> Callable[[_Loss], _Loss]:
     """Return a decorator that states how the scores of a loss become probabilities."""
 

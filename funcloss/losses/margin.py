@@ -9,6 +9,7 @@ from funcloss.losses._shared import (
     class_inputs,
     finished,
     mark_probabilities,
+    mark_targets,
     of_label,
     one_hot,
     paired_inputs,
@@ -17,6 +18,7 @@ from funcloss.losses._shared import (
 )
 
 
+@mark_targets("signs")
 def hinge(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -50,6 +52,7 @@ def hinge(
     return finished((1 - s * z).relu(), where, scores)
 
 
+@mark_targets("signs")
 def squared_hinge(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -84,6 +87,7 @@ def squared_hinge(
     return finished((1 - s * z).relu().square(), where, scores)
 
 
+@mark_targets("signs")
 def perceptron(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],

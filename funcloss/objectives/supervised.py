@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcloss.combinators import class_weighted, class_weights_of, masking
+from funcloss.combinators import class_weighted, masking, target_weights
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import fraction
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
@@ -33,8 +33,10 @@ class Reduced:
         loss, weights = self.loss, None
         options = {name: value for name, value in hyper.items() if name != "learning_rate"}
         if self.reduction == "weighted_mean":
-            loss = class_weighted(loss)
-            weights = class_weights_of(options["class_weights"], batch.targets, batch.where)
+            loss = class_weighted(self.loss)
+            weights = target_weights(
+                self.loss, options["class_weights"], batch.targets, batch.where
+            )
         values = loss(predictions, batch.targets, **masking(batch.where), **options)
         numerator, denominator = fraction(
             self.reduction, values, weights=weights, where=batch.where
