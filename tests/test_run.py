@@ -699,17 +699,22 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
     assert same(run, tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """A run that nothing stops, and the seconds that it takes."""
+    run, began = tmp_path_factory.mktemp("timed") / "whole", time.monotonic()
+    start(run, "--epochs", "4").communicate()
+    return run, time.monotonic() - began
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_end_in_the_same_weights(tmp_path):
-    began = time.monotonic()
-    process = start(tmp_path / "whole", "--epochs", "4")
-    process.communicate()
-    seconds = time.monotonic() - began
-    moments = torch.rand(20, generator=torch.Generator().manual_seed(0)) * seconds
-    for i, after in enumerate(moments.tolist()):
-        run = tmp_path / f"run{i}"
-        kill_and_resume(run, after, "--epochs", "4")
-        assert same(run, tmp_path / "whole"), f"killed after {after:.2f} of {seconds:.2f} s"
+@pytest.mark.parametrize(
+    "moment", torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
+)
+def test_killed_at_any_of_twenty_moments_it_ends_in_the_same_weights(moment, timed, tmp_path):
+    whole, seconds = timed
+    kill_and_resume(tmp_path / "run", moment * seconds, "--epochs", "4")
+    assert same(tmp_path / "run", whole), f"killed after {moment * seconds:.2f} of {seconds:.2f} s"
 
 
 def test_no_file_is_left_open_to_everyone_or_half_written(finished):
