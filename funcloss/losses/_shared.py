@@ -39,22 +39,19 @@ def class_inputs(
     where: Tensor | None,
     *,
     classes: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Check logits and labels; return them masked and wide.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check logits and labels; return them masked and wide, and what :func:`known_labels` adds.
 
-    ``classes`` is how many there are, where it is not the number of columns. A label out of range
-    is refused; compiled, the scores of its example become NaN, and so its loss.
+    ``classes`` is how many there are, where it is not the number of columns.
     """
     check_class_labels(name, logits, labels, where)
     scores = masked(logits, where).to(wide_dtype(logits))
-    labels, spoiled = known_labels(
-        name, masked(labels, where), scores.shape[-1] if classes is None else classes
-    )
-    return scores if spoiled is None else scores + spoiled.unsqueeze(-1), labels
+    classes = scores.shape[-1] if classes is None else classes
+    return scores, *known_labels(name, masked(labels, where), classes)
 
 
 def known_labels(name: str, labels: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
-    """Refuse a label out of range; compiled, return 0 for it, and NaN to add to its example."""
+    """Refuse a label out of range; compiled, return 0 for it, and NaN to add to its loss."""
     labels = labels.long()
     if not torch.compiler.is_compiling():
         check_range(name, labels, classes)
@@ -105,9 +102,11 @@ def signed_inputs(
     return paired_inputs(name, scores, signs, where, names=("scores", "signs"))
 
 
-def finished(values: Tensor, where: Tensor | None, like: Tensor) -> Tensor:
+def finished(
+    values: Tensor, where: Tensor | None, like: Tensor, spoiled: Tensor | None = None
+) -> Tensor:
     """Return ``values``, 0 where an example does not count, in the dtype of ``like``."""
-    return masked(values, where).to(like.dtype)
+    return masked(values if spoiled is None else values + spoiled, where).to(like.dtype)
 
 
 def of_label(scores: Tensor, labels: Tensor) -> Tensor:

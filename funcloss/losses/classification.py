@@ -54,7 +54,7 @@ def cross_entropy(
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108; smoothing: Szegedy et
         al., "Rethinking the inception architecture for computer vision", 2016.
     """
-    scores, labels = class_inputs("cross_entropy", logits, labels, where)
+    scores, labels, spoiled = class_inputs("cross_entropy", logits, labels, where)
     label_smoothing = option_of(
         "cross_entropy", "label_smoothing", label_smoothing, tuple(labels.shape), low=0, high=1
     )
@@ -63,7 +63,7 @@ def cross_entropy(
     if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
         even = log_sum - log_probs.mean(-1)
         loss = product(1 - label_smoothing, loss) + product(label_smoothing, even)
-    return finished(loss, where, logits)
+    return finished(loss, where, logits, spoiled)
 
 
 def _unnormalised(scores: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -145,7 +145,7 @@ def nll(
     References:
         Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.108.
     """
-    scores, labels = class_inputs("nll", log_probs, labels, where)
+    scores, labels, spoiled = class_inputs("nll", log_probs, labels, where)
     # One entry a row is all that is read: a sum over the classes, even fused, would read them all.
     loss = -scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return finished(loss, where, log_probs)
@@ -195,7 +195,7 @@ def softmax_focal(
     References:
         Lin et al., "Focal loss for dense object detection", 2017.
     """
-    scores, labels = class_inputs("softmax_focal", logits, labels, where)
+    scores, labels, spoiled = class_inputs("softmax_focal", logits, labels, where)
     gamma = option_of("softmax_focal", "gamma", gamma, tuple(labels.shape), low=0)
     log_probs = scores.log_softmax(-1)
     # As a power, (1 - p)^gamma has no finite derivative where p rounds to 1.
@@ -207,7 +207,7 @@ def softmax_focal(
         else:
             check_number("softmax_focal", "alpha", alpha, low=0)
         loss = product(alpha, loss)
-    return finished(loss, where, logits)
+    return finished(loss, where, logits, spoiled)
 
 
 @mark_probabilities("softmax")
@@ -246,10 +246,10 @@ def poly1(
         Leng et al., "PolyLoss: a polynomial expansion perspective of classification loss
         functions", 2022.
     """
-    scores, labels = class_inputs("poly1", logits, labels, where)
+    scores, labels, spoiled = class_inputs("poly1", logits, labels, where)
     epsilon = option_of("poly1", "epsilon", epsilon, tuple(labels.shape), low=-1)
     log_prob = of_label(scores.log_softmax(-1), labels)
-    return finished(-log_prob - epsilon * log_prob.expm1(), where, logits)
+    return finished(-log_prob - epsilon * log_prob.expm1(), where, logits, spoiled)
 
 
 @mark_probabilities("softmax")
@@ -294,7 +294,7 @@ def asymmetric_single_label(
         form of its code.
     """
     name = "asymmetric_single_label"
-    scores, labels = class_inputs(name, logits, labels, where)
+    scores, labels, spoiled = class_inputs(name, logits, labels, where)
     examples = tuple(labels.shape)
     gamma_pos = option_of(name, "gamma_pos", gamma_pos, examples, axes=1, low=0)
     gamma_neg = option_of(name, "gamma_neg", gamma_neg, examples, axes=1, low=0)
@@ -308,4 +308,4 @@ def asymmetric_single_label(
     weights = torch.where(label, gamma_pos * log_others, gamma_neg * finite).exp()
     targets = (1 - label_smoothing) * label.to(scores.dtype) + label_smoothing / classes
     weights = targets * weights
-    return finished(-(weights * finite_at_zero(log_probs, weights)).sum(-1), where, logits)
+    return finished(-(weights * finite_at_zero(log_probs, weights)).sum(-1), where, logits, spoiled)

@@ -58,9 +58,9 @@ def expected_cost(
     References:
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 1.
     """
-    scores, labels = class_inputs("expected_cost", logits, labels, where)
+    scores, labels, spoiled = class_inputs("expected_cost", logits, labels, where)
     costs = _cost_rows("expected_cost", cost_matrix, scores, labels)
-    return finished((costs * scores.softmax(-1)).sum(-1), where, logits)
+    return finished((costs * scores.softmax(-1)).sum(-1), where, logits, spoiled)
 
 
 @mark_probabilities("costs")
@@ -104,11 +104,11 @@ def log_bilinear(
         Resheff, Mandelbaum and Weinshall, "Every untrue label is untrue in its own way: controlling
         error type with the log bilinear loss", 2017.
     """
-    scores, labels = class_inputs("log_bilinear", logits, labels, where)
+    scores, labels, spoiled = class_inputs("log_bilinear", logits, labels, where)
     costs = _cost_rows("log_bilinear", cost_matrix, scores, labels, own=True)
     is_label = one_hot(labels, scores.shape[-1])
     log_others = torch.where(is_label, 0, _log_one_minus_softmax(scores))
-    return finished(-(costs * log_others).sum(-1), where, logits)
+    return finished(-(costs * log_others).sum(-1), where, logits, spoiled)
 
 
 @mark_probabilities("costs")
@@ -152,10 +152,10 @@ def softmax_margin(
         Gimpel and Smith, "Softmax-margin CRFs: training log-linear models with cost functions",
         2010.
     """
-    scores, labels = class_inputs("softmax_margin", logits, labels, where)
+    scores, labels, spoiled = class_inputs("softmax_margin", logits, labels, where)
     costs = _cost_rows("softmax_margin", cost_matrix, scores, labels, own=True)
     log_probs = (scores + costs).log_softmax(-1)
-    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits)
+    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits, spoiled)
 
 
 @mark_probabilities("costs")
@@ -201,11 +201,11 @@ def cost_hinge(
         variables", 2005, margin re-scaling; Crammer and Singer, "On the algorithmic implementation
         of multiclass kernel-based vector machines", 2001.
     """
-    scores, labels = class_inputs("cost_hinge", logits, labels, where)
+    scores, labels, spoiled = class_inputs("cost_hinge", logits, labels, where)
     costs = _cost_rows("cost_hinge", cost_matrix, scores, labels, own=True)
     # Subtracted inside: small costs would be lost in the rounding of a large logit.
     margins = scores - of_label(scores, labels).unsqueeze(-1)
-    return finished((margins + costs).amax(-1), where, logits)
+    return finished((margins + costs).amax(-1), where, logits, spoiled)
 
 
 @mark_probabilities("costs")

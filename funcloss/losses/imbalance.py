@@ -113,14 +113,14 @@ def class_balanced(
     References:
         Cui et al., "Class-balanced loss based on effective number of samples", 2019.
     """
-    scores, labels = class_inputs("class_balanced", logits, labels, where)
+    scores, labels, spoiled = class_inputs("class_balanced", logits, labels, where)
     check_per_class("class_balanced", "class_counts", class_counts, logits)
     beta = option_of("class_balanced", "beta", beta, tuple(labels.shape), axes=1, low=0, high=1)
     counts = class_counts.to(scores.dtype)
     weights = _effective_weights(counts, beta)
     weights = weights * (counts.sum() / (weights * counts).sum(-1, keepdim=True))
     of_class = of_label(weights.expand_as(scores), labels)
-    return finished(product(of_class, _nll(scores, labels)), where, logits)
+    return finished(product(of_class, _nll(scores, labels)), where, logits, spoiled)
 
 
 def _of_counts(*, class_counts: Tensor) -> Correction:
@@ -166,9 +166,9 @@ def balanced_softmax(
     References:
         Ren et al., "Balanced meta-softmax for long-tailed visual recognition", 2020.
     """
-    scores, labels = class_inputs("balanced_softmax", logits, labels, where)
+    scores, labels, spoiled = class_inputs("balanced_softmax", logits, labels, where)
     check_per_class("balanced_softmax", "class_counts", class_counts, logits)
-    return finished(_nll(scores + _log(class_counts, scores.dtype), labels), where, logits)
+    return finished(_nll(scores + _log(class_counts, scores.dtype), labels), where, logits, spoiled)
 
 
 def _of_prior(*, class_prior: Tensor, tau: float | Tensor = 1.0) -> Correction:
@@ -215,10 +215,12 @@ def logit_adjusted(
     References:
         Menon et al., "Long-tail learning via logit adjustment", 2021, eq. 10.
     """
-    scores, labels = class_inputs("logit_adjusted", logits, labels, where)
+    scores, labels, spoiled = class_inputs("logit_adjusted", logits, labels, where)
     tau = option_of("logit_adjusted", "tau", tau, tuple(labels.shape), axes=1, low=0)
     check_per_class("logit_adjusted", "class_prior", class_prior, logits)
-    return finished(_nll(scores + tau * _log(class_prior, scores.dtype), labels), where, logits)
+    return finished(
+        _nll(scores + tau * _log(class_prior, scores.dtype), labels), where, logits, spoiled
+    )
 
 
 @mark_probabilities("softmax")
@@ -265,7 +267,7 @@ def ldam(
     References:
         Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", 2019.
     """
-    scores, labels = class_inputs("ldam", logits, labels, where)
+    scores, labels, spoiled = class_inputs("ldam", logits, labels, where)
     examples = tuple(labels.shape)
     max_margin = option_of("ldam", "max_margin", max_margin, examples, axes=1, low=0)
     scale = option_of("ldam", "scale", scale, examples, axes=1, low=0, above=True)
@@ -274,7 +276,7 @@ def ldam(
     rarest = torch.where(counts > 0, counts, torch.inf).amin()
     margins = max_margin * (rarest / torch.where(counts > 0, counts, rarest)) ** 0.25
     margins = torch.where(one_hot(labels, scores.shape[-1]), margins, 0)
-    return finished(_nll(scale * (scores - margins), labels), where, logits)
+    return finished(_nll(scale * (scores - margins), labels), where, logits, spoiled)
 
 
 def _of_vector_scaling(
@@ -331,14 +333,14 @@ def vector_scaling(
         overparameterization", 2021; Ye et al., "Identifying and compensating for feature deviation
         in imbalanced deep learning", 2020.
     """
-    scores, labels = class_inputs("vector_scaling", logits, labels, where)
+    scores, labels, spoiled = class_inputs("vector_scaling", logits, labels, where)
     examples = tuple(labels.shape)
     gamma = option_of("vector_scaling", "gamma", gamma, examples, axes=1, low=0)
     tau = option_of("vector_scaling", "tau", tau, examples, axes=1, low=0)
     check_per_class("vector_scaling", "class_counts", class_counts, logits)
     counts = class_counts.to(scores.dtype)
     scale, offset = _of_vector_scaling(class_counts=counts, gamma=gamma, tau=tau)
-    return finished(_nll(scale * scores + offset, labels), where, logits)
+    return finished(_nll(scale * scores + offset, labels), where, logits, spoiled)
 
 
 @mark_probabilities("softmax")
@@ -385,7 +387,7 @@ def equalization(
     References:
         Tan et al., "Equalization loss for long-tailed object recognition", 2020.
     """
-    scores, labels = class_inputs("equalization", logits, labels, where)
+    scores, labels, spoiled = class_inputs("equalization", logits, labels, where)
     threshold = option_of(
         "equalization", "threshold", threshold, tuple(labels.shape), axes=1, low=0, high=1
     )
@@ -395,7 +397,7 @@ def equalization(
     # Not softplus, which torch rounds to its argument from 20 on.
     terms = -F.logsigmoid(torch.where(is_label, scores, -scores))
     counted = is_label | (counts >= threshold * counts.sum())
-    return finished(torch.where(counted, terms, 0).sum(-1), where, logits)
+    return finished(torch.where(counted, terms, 0).sum(-1), where, logits, spoiled)
 
 
 def _log(frequencies: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,11 +160,11 @@ def multiclass_hinge(
         Crammer and Singer, "On the algorithmic implementation of multiclass kernel-based vector
         machines", 2001.
     """
-    scores, labels = class_inputs("multiclass_hinge", logits, labels, where)
+    scores, labels, spoiled = class_inputs("multiclass_hinge", logits, labels, where)
     margin = option_of("multiclass_hinge", "margin", margin, tuple(labels.shape), low=0)
     label = one_hot(labels, scores.shape[-1])
     best_wrong = torch.where(label, torch.finfo(scores.dtype).min, scores).amax(-1)
-    return finished((margin + best_wrong - of_label(scores, labels)).relu(), where, logits)
+    return finished((margin + best_wrong - of_label(scores, labels)).relu(), where, logits, spoiled)
 
 
 @mark_probabilities("none")
@@ -207,7 +207,7 @@ def multi_margin(
     """
     if p not in (1, 2):
         raise ValueError(f"multi_margin: p must be 1 or 2, got {p}")
-    scores, labels = class_inputs("multi_margin", logits, labels, where)
+    scores, labels, spoiled = class_inputs("multi_margin", logits, labels, where)
     margin = option_of("multi_margin", "margin", margin, tuple(labels.shape), axes=1, low=0)
     slack = (margin + scores - of_label(scores, labels).unsqueeze(-1)).relu()
     label = one_hot(labels, scores.shape[-1])
@@ -215,7 +215,7 @@ def multi_margin(
     if class_weights is not None:
         check_per_class("multi_margin", "class_weights", class_weights, logits)
         loss = product(of_label(class_weights.expand(scores.shape), labels), loss)
-    return finished(loss, where, logits)
+    return finished(loss, where, logits, spoiled)
 
 
 @mark_probabilities("none")

@@ -60,8 +60,10 @@ def coral(
         Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks with
         application to age estimation", 2020.
     """
-    scores, labels = class_inputs("coral", logits, labels, where, classes=_classes_of(logits))
-    return finished(_of_thresholds(scores, labels).sum(-1), where, logits)
+    scores, labels, spoiled = class_inputs(
+        "coral", logits, labels, where, classes=_classes_of(logits)
+    )
+    return finished(_of_thresholds(scores, labels).sum(-1), where, logits, spoiled)
 
 
 def coral_decision(logits: Float[Tensor, "*batch thresholds"]) -> Int[Tensor, "*batch"]:
@@ -126,10 +128,12 @@ def corn(
         Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on
         conditional probabilities", 2021.
     """
-    scores, labels = class_inputs("corn", logits, labels, where, classes=_classes_of(logits))
+    scores, labels, spoiled = class_inputs(
+        "corn", logits, labels, where, classes=_classes_of(logits)
+    )
     reached = labels.unsqueeze(-1) >= torch.arange(scores.shape[-1], device=labels.device)
     values = torch.where(reached, _of_thresholds(scores, labels), 0.0)
-    return finished(values.sum(-1), where, logits)
+    return finished(values.sum(-1), where, logits, spoiled)
 
 
 def corn_decision(logits: Float[Tensor, "*batch thresholds"]) -> Int[Tensor, "*batch"]:
@@ -199,10 +203,12 @@ def earth_mover(
         Hou, Yu and Samaras, "Squared earth mover's distance-based loss for training deep neural
         networks", 2016.
     """
-    scores, labels = class_inputs("earth_mover", logits, labels, where)
+    scores, labels, spoiled = class_inputs("earth_mover", logits, labels, where)
     reached = labels.unsqueeze(-1) <= torch.arange(scores.shape[-1], device=labels.device)
     cumulative = scores.softmax(-1).cumsum(-1)
-    return finished((cumulative - reached.to(scores.dtype)).square().sum(-1), where, logits)
+    return finished(
+        (cumulative - reached.to(scores.dtype)).square().sum(-1), where, logits, spoiled
+    )
 
 
 def sord_targets(
@@ -280,7 +286,7 @@ def sord(
     References:
         Diaz and Marathe, "Soft labels for ordinal regression", 2019.
     """
-    scores, labels = class_inputs("sord", logits, labels, where)
+    scores, labels, spoiled = class_inputs("sord", logits, labels, where)
     targets = sord_targets(labels, scores.shape[-1], scale=scale, dtype=scores.dtype)
     log_probs = finite_at_zero(scores.log_softmax(-1), targets)
-    return finished(-(targets * log_probs).sum(-1), where, logits)
+    return finished(-(targets * log_probs).sum(-1), where, logits, spoiled)

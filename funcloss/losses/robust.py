@@ -67,9 +67,9 @@ def generalized_cross_entropy(
         Zhang and Sabuncu, "Generalized cross entropy loss for training deep neural networks with
         noisy labels", 2018.
     """
-    scores, labels = class_inputs("generalized_cross_entropy", logits, labels, where)
+    scores, labels, spoiled = class_inputs("generalized_cross_entropy", logits, labels, where)
     q = option_of("generalized_cross_entropy", "q", q, tuple(labels.shape), low=0, high=1)
-    return finished(-box_cox(of_label(scores.log_softmax(-1), labels), q), where, logits)
+    return finished(-box_cox(of_label(scores.log_softmax(-1), labels), q), where, logits, spoiled)
 
 
 @mark_probabilities("softmax")
@@ -115,7 +115,7 @@ def symmetric_cross_entropy(
         Wang et al., "Symmetric cross entropy for robust learning with noisy labels", 2019.
     """
     name = "symmetric_cross_entropy"
-    scores, labels = class_inputs(name, logits, labels, where)
+    scores, labels, spoiled = class_inputs(name, logits, labels, where)
     examples = tuple(labels.shape)
     alpha = option_of(name, "alpha", alpha, examples, low=0)
     beta = option_of(name, "beta", beta, examples, low=0)
@@ -123,7 +123,7 @@ def symmetric_cross_entropy(
     log_p = of_label(scores.log_softmax(-1), labels)
     # -expm1(log p) is 1 - p.
     loss = product(alpha, -log_p) + beta * log_zero * torch.expm1(log_p)
-    return finished(loss, where, logits)
+    return finished(loss, where, logits, spoiled)
 
 
 @mark_probabilities("softmax")
@@ -158,14 +158,14 @@ def normalized_cross_entropy(
     References:
         Ma et al., "Normalized loss functions for deep learning with noisy labels", 2020.
     """
-    scores, labels = class_inputs("normalized_cross_entropy", logits, labels, where)
+    scores, labels, spoiled = class_inputs("normalized_cross_entropy", logits, labels, where)
     if scores.shape[-1] < 2:
         raise ValueError(
             "normalized_cross_entropy: logits must have 2 classes or more, "
             f"got shape {tuple(logits.shape)}"
         )
     log_probs = scores.log_softmax(-1)
-    return finished(of_label(log_probs, labels) / log_probs.sum(-1), where, logits)
+    return finished(of_label(log_probs, labels) / log_probs.sum(-1), where, logits, spoiled)
 
 
 @mark_probabilities("none")
@@ -204,8 +204,10 @@ def mean_absolute_error(
         Ghosh, Kumar and Sastry, "Robust loss functions under label noise for deep neural
         networks", 2017.
     """
-    scores, labels = class_inputs("mean_absolute_error", logits, labels, where)
-    return finished(-2 * torch.expm1(of_label(scores.log_softmax(-1), labels)), where, logits)
+    scores, labels, spoiled = class_inputs("mean_absolute_error", logits, labels, where)
+    return finished(
+        -2 * torch.expm1(of_label(scores.log_softmax(-1), labels)), where, logits, spoiled
+    )
 
 
 def tempered_softmax(
@@ -322,7 +324,7 @@ def bi_tempered(
         Amid et al., "Robust bi-tempered logistic loss based on Bregman divergences", 2019.
     """
     check_number("bi_tempered", "iterations", iterations, low=1)
-    scores, labels = class_inputs("bi_tempered", logits, labels, where)
+    scores, labels, spoiled = class_inputs("bi_tempered", logits, labels, where)
     examples = tuple(labels.shape)
     t1 = option_of("bi_tempered", "t1", t1, examples, axes=1, low=0, high=1)
     t2 = option_of("bi_tempered", "t2", t2, examples, axes=1, low=1)
@@ -336,4 +338,4 @@ def bi_tempered(
     log_y = y.clamp(min=torch.finfo(y.dtype).tiny).log()  # times y: 0 at 0
     gap = ((1 + power) * log_y).exp() - ((1 + power) * log_p).exp()
     terms = y * (box_cox(log_y, power) - box_cox(log_p, power)) - gap / (1 + power)
-    return finished(terms.sum(-1), where, logits)
+    return finished(terms.sum(-1), where, logits, spoiled)
