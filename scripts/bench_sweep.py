@@ -24,7 +24,7 @@ from rich.table import Table
 from funcloss.app.config import make_config
 from funcloss.app.data import get_batch
 from funcloss.app.runs.setup import make_setup
-from funcloss.app.sweep import choose_width, init_trials, make_groups, make_trials_step
+from funcloss.app.sweep import choose_vmap_size, init_trials, make_groups, make_trials_step
 from funcloss.training.loop import epoch_order
 
 
@@ -79,8 +79,8 @@ def _measured(
     order = epoch_order(setup.state.key, 0, len(setup.dataset.train.labels))
     indices = order.to(setup.config.device).split(batch_size)[:steps]
     batch_at = partial(get_batch, setup.dataset, setup.dataset.train)
-    width = choose_width(setup.model, trials)
-    groups = make_groups(setup.train_step, hypers, width.width)
+    vmap = choose_vmap_size(setup.model, trials)
+    groups = make_groups(setup.train_step, hypers, vmap.size)
     step_on = make_trials_step(groups)
     together = init_trials(setup.state, groups)
     apart = [setup.state] * trials
@@ -105,12 +105,12 @@ def _measured(
             times[run.__name__].append((time.perf_counter() - began) / steps)
     ratios = [a / b for a, b in zip(times["sweep"][1:], times["separate"][1:], strict=True)]
     return {
-        "width": "a loop" if width.width == 1 else "one program",
+        "width": "a loop" if vmap.size == 1 else "one program",
         "sweep": statistics.median(times["sweep"][1:]),
         "separate": statistics.median(times["separate"][1:]),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
-        "note": width.note,
+        "note": vmap.note,
     }
 
 

@@ -342,20 +342,20 @@ def test_all_in_one_program_and_one_after_another_come_to_the_same(whole, tmp_pa
 
 
 def test_convolutions_off_cuda_go_in_a_loop_and_all_else_in_one_program():
-    assert trials.choose_width(models.article_cnn(), 20) == trials.Width(
+    assert trials.choose_vmap_size(models.article_cnn(), 20) == trials.VmapSize(
         1, "20 trials in a loop: the model has convolutions")  # fmt: skip
-    linear = trials.choose_width(models.linear(), 20)
-    assert linear == trials.Width(20, "20 trials in one program")
+    linear = trials.choose_vmap_size(models.linear(), 20)
+    assert linear == trials.VmapSize(20, "20 trials in one program")
     for model in (models.linear(), models.article_cnn()):
-        assert trials.choose_width(model, 1) == trials.Width(1, "one trial")
+        assert trials.choose_vmap_size(model, 1) == trials.VmapSize(1, "one trial")
 
     class OnCuda(torch.Tensor):
         device = property(lambda self: torch.device("cuda"))
 
     conv = nn.Sequential(nn.Conv1d(1, 1, 1))
-    assert trials.choose_width(conv, 3).width == 1
+    assert trials.choose_vmap_size(conv, 3).size == 1
     conv.parameters = lambda: iter([torch.zeros(1).as_subclass(OnCuda)])
-    assert trials.choose_width(conv, 3).width == 3
+    assert trials.choose_vmap_size(conv, 3).size == 3
 
 
 @pytest.mark.parametrize(("model", "width"), [("linear", 3), ("lenet5", 1)])

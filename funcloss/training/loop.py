@@ -60,7 +60,7 @@ def fit(
     step_on: Callable[[State, Drawn], tuple[State, Metrics]],
     n: int,
     *,
-    feed: Callable[[Iterable[Tensor]], Iterator[Drawn]] = iter,
+    iter_batches: Callable[[Iterable[Tensor]], Iterator[Drawn]] = iter,
     epochs: int,
     batch_size: int,
     log_every: int = 50,
@@ -75,12 +75,13 @@ def fit(
 
     Args:
         state: Where to begin.
-        step_on: ``(state, drawn) -> (state, metrics)``, the step on what ``feed`` gives; compiled
-            or not. Say ``lambda state, batch: train_step(state, batch, hyper)``.
+        step_on: ``(state, drawn) -> (state, metrics)``, the step on what ``iter_batches`` gives;
+            compiled or not. Say ``lambda state, batch: train_step(state, batch, hyper)``.
         n: Number of training examples.
-        feed: From the indices of the steps of an epoch, each ``(batch,)`` int64 on the device of
-            the state, to what each step takes, ``lambda indices: feed(dataset, examples,
-            indices)`` of :mod:`funcloss.app.data` say, which may read ahead; ``iter``: the index.
+        iter_batches: From the indices of the steps of an epoch, each ``(batch,)`` int64 on the
+            device of the state, to what each step takes, ``lambda indices:
+            data.iter_batches(dataset, examples, indices)`` of :mod:`funcloss.app.data` say, which
+            may read ahead; ``iter``: the index.
         epochs: Number of the last epoch.
         batch_size: Examples a step.
         log_every: Steps between two reports; between them nothing is read from the device.
@@ -107,7 +108,7 @@ def fit(
         reported = time.perf_counter()
         losses: list[Tensor] = []
         total, counted, stopped = 0.0, 0, False
-        for drawn in feed(order.split(batch_size)[position:per_epoch]):
+        for drawn in iter_batches(order.split(batch_size)[position:per_epoch]):
             state, metrics = step_on(state, drawn)
             losses.append(metrics["loss"])
             position, step = position + 1, step + 1

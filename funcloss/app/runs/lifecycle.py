@@ -319,7 +319,7 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
             state,
             take_step,
             len(setup.dataset.train.labels),
-            feed=setup.iter_batches,
+            iter_batches=setup.iter_batches,
             epochs=config.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,

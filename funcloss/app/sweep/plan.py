@@ -24,7 +24,7 @@ from funcloss.app.sweep.axes import (
     trial_config,
     trials_of,
 )
-from funcloss.app.sweep.trials import VmapGroup, choose_width, make_groups
+from funcloss.app.sweep.trials import VmapGroup, choose_vmap_size, make_groups
 from funcloss.constraints.bounds import Constraint, make_constraints
 from funcloss.errors import ConfigError, RunError
 from funcloss.typing import Hyper
@@ -253,7 +253,7 @@ def _hypers(setup: Setup, trials: Sequence[Trial]) -> list[Hyper]:
 
 def _width(setup: Setup, trials: int, method: str, show: Show) -> int:
     if method == "auto":
-        chosen = choose_width(setup.model, trials)
+        chosen = choose_vmap_size(setup.model, trials)
         show(Note(chosen.note))
-        return chosen.width
+        return chosen.size
     return trials if method == "vmap" else 1

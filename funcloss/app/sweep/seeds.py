@@ -202,7 +202,7 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> En
         trials,
         take_step,
         len(setup.dataset.train.labels),
-        feed=setup.iter_batches,
+        iter_batches=setup.iter_batches,
         epochs=config.epochs,
         batch_size=config.batch_size,
         log_every=config.log_every,

@@ -168,14 +168,14 @@ def make_trials_step(
 
 
 @dataclass(frozen=True)
-class Width:
+class VmapSize:
     """How many trials go into one program, and why."""
 
-    width: int
+    size: int
     note: str  # one line for the user
 
 
-def choose_width(model: nn.Module, trials: int) -> Width:
+def choose_vmap_size(model: nn.Module, trials: int) -> VmapSize:
     """Return whether to train trials in one program or in a loop.
 
     Mapped over trials, a convolution is a grouped one, which CPUs do slowly.
@@ -189,12 +189,12 @@ def choose_width(model: nn.Module, trials: int) -> Width:
 
     Example:
         >>> from funcloss import models
-        >>> choose_width(models.linear(), 16)
-        Width(width=16, note='16 trials in one program')
+        >>> choose_vmap_size(models.linear(), 16)
+        VmapSize(size=16, note='16 trials in one program')
     """
     if trials == 1:
-        return Width(1, "one trial")
+        return VmapSize(1, "one trial")
     convolves = any(isinstance(module, _ConvNd) for module in model.modules())
     if convolves and next(model.parameters()).device.type != "cuda":
-        return Width(1, f"{trials} trials in a loop: the model has convolutions")
-    return Width(trials, f"{trials} trials in one program")
+        return VmapSize(1, f"{trials} trials in a loop: the model has convolutions")
+    return VmapSize(trials, f"{trials} trials in one program")
