@@ -212,9 +212,8 @@ def cosine_embedding(
     """
     pair, like = _pairs("cosine_embedding", where, signs, 1, first=first, second=second)
     margin = option_of("cosine_embedding", "margin", margin, tuple(like.shape), low=-1, high=1)
-    (one, a), (other, b) = (_bounded(vectors) for vectors in pair)
-    sizes = (one.square().sum(-1) + _EPS / a**2) * (other.square().sum(-1) + _EPS / b**2)
-    cosine = (one * other).sum(-1) / sizes.sqrt()
+    one, other = (vectors / _length(vectors, _EPS).unsqueeze(-1) for vectors in pair)
+    cosine = (one * other).sum(-1)
     loss = torch.where(like > 0, 1 - cosine, (cosine - margin).clamp(min=0))
     return finished(loss, where, first)
 
@@ -393,10 +392,7 @@ def _check_one_batch_axis(name: str, what: str, vectors: Tensor) -> None:
 def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
     """Return the ``p``-norm of each vector; that of a zero vector has gradient 0."""
     if not isinstance(p, Tensor) and p == 2:
-        vectors, unit = _bounded(vectors)
-        squares = vectors.square().sum(-1)
-        some = squares > 0
-        return unit * torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
+        return _length(vectors)
     sizes = vectors.abs()
     if not isinstance(p, Tensor) and p == math.inf:
         return sizes.amax(-1)
@@ -411,21 +407,25 @@ def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
     return torch.where(some, unit * torch.where(some, powers, 1.0) ** root, 0.0)
 
 
-def _bounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors without an entry above 1, and what each was divided by: 1 or its largest.
+def _length(vectors: Tensor, eps: float = 0.0) -> Tensor:
+    """Return ``sqrt(|v|^2 + eps)`` of each vector; that of a zero vector has gradient 0.
 
-    Their squares do not overflow. The divisor is constant in a derivative: a norm in its units,
-    times the divisor, does not depend on it.
+    Where the squares would overflow they are those of a fraction of the vector.
     """
-    unit = vectors.detach().abs().amax(-1, keepdim=True).clamp(min=1)
-    return vectors / unit, unit.squeeze(-1)
+    most = torch.finfo(vectors.dtype).max
+    fraction = most**-0.5 / 4
+    squares = vectors.square().sum(-1) + eps
+    reduced = (fraction * vectors).square().sum(-1)
+    large, some = squares > most / 64, squares > 0
+    near = torch.where(some & ~large, squares, 1.0).sqrt()
+    far = torch.where(large, reduced, 1.0).sqrt() / fraction
+    return torch.where(large, far, torch.where(some, near, 0.0))
 
 
 def _unit(vectors: Tensor, eps: float | Tensor = 1e-8) -> Tensor:
     """Return each vector divided by its norm, or by ``eps`` if that is larger."""
-    vectors, unit = _bounded(vectors)
-    squares = vectors.square().sum(-1, keepdim=True)
-    return vectors * torch.maximum(squares, (eps / unit.unsqueeze(-1)) ** 2).rsqrt()
+    length = _length(vectors).unsqueeze(-1)
+    return vectors / (length.clamp(min=eps) if not isinstance(eps, Tensor) else length.maximum(eps))
 
 
 def _log_shares(units: Tensor, allowed: Tensor, temperature: float | Tensor) -> Tensor:
