@@ -120,6 +120,8 @@ def of_label(scores: Tensor, labels: Tensor) -> Tensor:
 def product(weights: float | Tensor, values: Tensor) -> Tensor:
     """Return ``weights * values``, 0 where a weight is 0, of an infinite value too."""
     if not isinstance(weights, Tensor):
+        if weights == 1:
+            return values
         return weights * values if weights else torch.zeros_like(values)
     lost = (weights == 0) & ~values.isfinite()
     return weights * torch.where(lost, 0, values)
