@@ -1,5 +1,7 @@
 """The rows of losses of yes or no: bits, signs, several labels at once, masks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -78,6 +80,15 @@ def _batch_dice(p: Tensor, t: Tensor) -> Tensor:
     return each(_dice)(p.reshape(1, -1), t.reshape(1, -1)).expand(len(t))
 
 
+def _smoothed(loss: OfTorch) -> Callable[..., Tensor]:
+    """Return a loss of torch's, of targets drawn to a half."""
+
+    def smoothed(z: Tensor, t: Tensor, *, label_smoothing: Tensor) -> Tensor:
+        return loss(z, torch.lerp(t, torch.full_like(t, 0.5), label_smoothing.to(t)))
+
+    return smoothed
+
+
 MASKS = wide("probabilities", "targets")
 _BCE = OfTorch(F.binary_cross_entropy_with_logits)
 _SOFT_MARGIN = OfTorch(F.multilabel_soft_margin_loss)
@@ -92,6 +103,12 @@ CASES = {
     "binary_cross_entropy_with_logits": row(losses.binary_cross_entropy_with_logits, BITS, _BCE),
     "binary_cross_entropy_with_logits, soft and weighted": row(
         losses.binary_cross_entropy_with_logits, soft_bits, _BCE, {"pos_weight": number(3.0)}
+    ),
+    "binary_cross_entropy_with_logits, smoothed": row(
+        losses.binary_cross_entropy_with_logits,
+        soft_bits,
+        _smoothed(_BCE),
+        {"label_smoothing": number(0.2)},
     ),
     "multilabel_soft_margin": row(
         losses.multilabel_soft_margin, MULTI_HOT, _SOFT_MARGIN, shift=False
@@ -108,6 +125,9 @@ CASES = {
     "sigmoid_focal": row(losses.sigmoid_focal, BITS, _FOCAL),
     "sigmoid_focal, soft and weighted": row(
         losses.sigmoid_focal, soft_bits, _FOCAL, {"gamma": number(0.5), "alpha": number(0.25)}
+    ),
+    "sigmoid_focal, smoothed": row(
+        losses.sigmoid_focal, BITS, _smoothed(_FOCAL), {"label_smoothing": number(0.2)}
     ),
     "asymmetric": row(losses.asymmetric, MULTI_HOT, _asymmetric, shift=False),
     "asymmetric, other options": row(
