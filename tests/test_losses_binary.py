@@ -256,7 +256,7 @@ ERRORS = [
     (
         lambda: sigmoid_focal(RANDOM, BITS, gamma=torch.ones(6, 1)),
         ValueError,
-        r"sigmoid_focal: gamma must be a number or scalar tensor or one entry per example, \(6, 4\)",
+        r"sigmoid_focal: gamma must be a number or scalar tensor or one .* example, \(6, 4\)",
     ),
     (
         lambda: asymmetric(RANDOM, BITS, gamma_neg=torch.ones(CLASSES)),

@@ -33,9 +33,13 @@ def _log_sum(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(first, second)).logsumexp(0)
 
 
-def _entropy(z: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Return ``-yes log_sigmoid(z) - no log_sigmoid(-z)``; a weight of 0 times infinity is 0."""
-    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
+def _logs(z: Tensor) -> tuple[Tensor, Tensor]:
+    return F.logsigmoid(z), F.logsigmoid(-z)
+
+
+def _entropy(logs: tuple[Tensor, Tensor], yes: Tensor, no: Tensor) -> Tensor:
+    """Return ``-yes log(p) - no log(1 - p)``; a weight of 0 times infinity is 0."""
+    log_yes, log_no = logs
     return -yes * finite_at_zero(log_yes, yes) - no * finite_at_zero(log_no, no)
 
 
@@ -130,7 +134,7 @@ def binary_cross_entropy_with_logits(
     columns = logits.shape[-1] if logits.dim() else None
     pos_weight = option_of(name, "pos_weight", pos_weight, tuple(z.shape), columns=columns, low=0)
     t = _smoothed(name, t, label_smoothing)
-    return finished(_entropy(z, pos_weight * t, 1 - t), where, logits)
+    return finished(_entropy(_logs(z), pos_weight * t, 1 - t), where, logits)
 
 
 def multilabel_soft_margin(
@@ -168,7 +172,7 @@ def multilabel_soft_margin(
     """
     name = "multilabel_soft_margin"
     z, t = paired_inputs(name, logits, targets, where, axes=1, names=_NAMES)
-    loss = _entropy(z, t, 1 - t)
+    loss = _entropy(_logs(z), t, 1 - t)
     if class_weights is not None:
         check_per_class(name, "class_weights", class_weights, logits)
         loss = product(class_weights, loss)
@@ -256,13 +260,14 @@ def sigmoid_focal(
     gamma = option_of(name, "gamma", gamma, examples, columns=columns, low=0)
     t = _smoothed(name, t, label_smoothing)
     yes, no = t, 1 - t
+    log_yes, log_no = logs = _logs(z)
     # As a power, (1 - p_t)^gamma has no finite derivative where p_t rounds to 1.
-    log_wrong = _log_sum(_finite_log(t) + F.logsigmoid(-z), _finite_log(no) + F.logsigmoid(z))
+    log_wrong = _log_sum(_finite_log(t) + log_no, _finite_log(no) + log_yes)
     if alpha is not None:
         alpha = option_of(name, "alpha", alpha, examples, columns=columns, low=0, high=1)
         weight = alpha * t + (1 - alpha) * (1 - t)
         yes, no = weight * yes, weight * no
-    return finished((gamma * log_wrong).exp() * _entropy(z, yes, no), where, logits)
+    return finished((gamma * log_wrong).exp() * _entropy(logs, yes, no), where, logits)
 
 
 def asymmetric(
@@ -314,7 +319,7 @@ def asymmetric(
 
     gamma_pos, gamma_neg = checked("gamma_pos", gamma_pos), checked("gamma_neg", gamma_neg)
     shift = checked("shift", shift, 1.0)
-    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
+    log_yes, log_no = _logs(z)
     # Finite where it is multiplied by a gamma or a target that may be 0.
     power = gamma_pos * log_no.clamp(min=torch.finfo(z.dtype).min / 2)
     positive = power.exp() * -finite_at_zero(log_yes, t)
