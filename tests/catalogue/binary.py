@@ -121,7 +121,7 @@ def lovasz_of(errors: list[float], mask: list[int]) -> float:
     """The Lovász extension of the Jaccard loss."""
     order = sorted(range(len(errors)), key=lambda i: -errors[i])
     weights = lovasz_weights([mask[i] for i in order])
-    return math.fsum(errors[i] * w for i, w in zip(order, weights, strict=True))
+    return sum(errors[i] * w for i, w in zip(order, weights, strict=True))
 
 
 def _lovasz_softmax(z: list[list[float]], y: list[int]) -> float:
