@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_floating, check_labels, check_shape
+from funcloss._checks import check_floating, check_labels, check_shape, check_where
+from funcloss._precision import wide_dtype
 from funcloss.losses._shared import (
-    class_inputs,
     finished,
+    known_labels,
     mark_classes,
     mark_probabilities,
     masked,
@@ -369,7 +370,11 @@ def _inputs(
     if matrix is not None:
         _check_matrix(name, matrix, decisions, own=own)
     classes = decisions if matrix is None else matrix.shape[0]
-    scores, labels = class_inputs(name, scores, labels, where, classes=classes)
+    check_where(name, where, shape[:-1])
+    labels, spoiled = known_labels(name, masked(labels, where), classes)
+    scores = masked(scores, where).to(wide_dtype(scores))
+    if spoiled is not None:
+        scores = scores + spoiled.unsqueeze(-1)
     if matrix is not None:
         # Not a product with one-hots, which a GPU may round to TF32.
         costs = matrix.gather(0, labels.reshape(-1, 1).expand(-1, decisions)).reshape(shape)

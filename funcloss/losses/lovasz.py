@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_class_labels
+from funcloss._precision import wide_dtype
 from funcloss.losses._shared import (
-    class_inputs,
     finished,
+    known_labels,
     mark_probabilities,
     one_hot,
     paired_inputs,
@@ -70,13 +71,15 @@ def lovasz_softmax(
         got = tuple(logits.shape)
         raise ValueError(f"{name}: logits must have {1 - min(axes)} axes or more, got shape {got}")
     mask = mask_of(name, where, tuple(labels.shape), axes)
-    # (*batch, classes, pixels), sorted along the last
     scores = joined(logits.movedim(-1, 0), axes, mask).movedim(0, -1)
-    scores, known = class_inputs(name, scores, joined(labels, axes, mask), None)
+    known, spoiled = known_labels(name, joined(labels, axes, mask), scores.shape[-1])
+    scores = scores.to(wide_dtype(logits))
+    if spoiled is not None:
+        scores = scores + spoiled.unsqueeze(-1)
     there = one_hot(known, scores.shape[-1])
     if mask is not None:
         there = there & mask.unsqueeze(-1)
-    there = there.mT
+    there = there.mT  # (*batch, classes, pixels)
     errors = (there.to(scores.dtype) - scores.softmax(-1).mT).abs()
     counted = None if mask is None else mask.unsqueeze(-2)
     of_class = _extension(errors, there, counted)
