@@ -132,15 +132,13 @@ def lovasz_hinge(
     mask = mask_of(name, where, tuple(z.shape), axes)
     z, t = joined(z, axes, mask), joined(t, axes, mask)
     errors = (1 - (2 * t - 1) * z).relu()
-    if mask is not None:
-        errors = torch.where(mask, errors, 0)
     return finished(_extension(errors, t > 0.5, mask), images_of(mask), logits)
 
 
 def _extension(errors: Tensor, there: Tensor, counted: Tensor | None) -> Tensor:
     """Return the Lovász extension of the Jaccard loss at errors ``(..., pixels)``, not negative.
 
-    ``there``: the pixels of the mask; ``counted``: those that count, the others with error 0.
+    ``there``: the pixels of the mask, which all count; ``counted``: those that do, None for all.
     """
     errors, order = errors.sort(stable=True, dim=-1, descending=True)
     inside = there.take_along_dim(order, -1).to(errors.dtype)
