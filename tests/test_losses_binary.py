@@ -174,6 +174,7 @@ OF_BITS = {
     "multilabel": lambda z, t: multilabel_soft_margin(z[..., None], t[..., None]),
     "focal": lambda z, t: sigmoid_focal(z, t, gamma=0.5, alpha=0.25),
     "focal, gamma 0": lambda z, t: sigmoid_focal(z, t, gamma=torch.tensor(0.0)),
+    "smoothed": lambda z, t: sigmoid_focal(z, t, label_smoothing=torch.tensor(0.0)),
     "asymmetric": lambda z, t: asymmetric(
         z[..., None], t[..., None], gamma_pos=0.5, gamma_neg=torch.tensor(0.0), shift=0.0
     ),
@@ -185,8 +186,11 @@ def test_an_infinite_logit_costs_nothing_where_it_is_right_and_all_where_it_is_w
     of = OF_BITS[loss]
     logits, targets = torch.tensor([INF, -INF, INF, -INF]), torch.tensor([1.0, 0.0, 0.0, 1.0])
     assert of(logits, targets).tolist() == [0.0, 0.0, INF, INF]
-    right = logits[:2], targets[:2]
-    assert torch.equal(grad(lambda z: of(z, right[1]).sum())(right[0]), torch.zeros(2))
+    slopes = grad(lambda z: of(z, targets).sum())(logits)
+    assert slopes[:2].tolist() == [0.0, 0.0]
+    assert slopes[2] > 0 > slopes[3] > -torch.inf
+    both = of(logits[:2], torch.full((2,), 0.5)) if loss != "soft_margin" else slopes[:1] + INF
+    assert both.isinf().all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

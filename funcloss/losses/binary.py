@@ -37,10 +37,33 @@ def _logs(z: Tensor) -> tuple[Tensor, Tensor]:
     return F.logsigmoid(z), F.logsigmoid(-z)
 
 
-def _entropy(logs: tuple[Tensor, Tensor], yes: Tensor, no: Tensor) -> Tensor:
-    """Return ``-yes log(p) - no log(1 - p)``; a weight of 0 times infinity is 0."""
-    log_yes, log_no = logs
-    return -yes * finite_at_zero(log_yes, yes) - no * finite_at_zero(log_no, no)
+def _entropy(z: Tensor, yes: Tensor, no: Tensor, both: float | Tensor = 1.0) -> Tensor:
+    """Return ``-yes log_sigmoid(z) - no log_sigmoid(-z)`` by one logarithm; ``both`` is their sum.
+
+    A weight of 0 times infinity is 0.
+    """
+    size, wrong = _sides(z, yes, no)
+    small = F.logsigmoid(size)
+    small = small if isinstance(both, float) else both * small
+    return wrong * _bounded(size, wrong) - small
+
+
+def _sides(z: Tensor, yes: Tensor, no: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|z|``, and what the less likely side counts: there the loss is ``|z|`` larger."""
+    negative = z < 0
+    # Unlike that of abs, its slope at 0 is that of one side, so the loss has its own there.
+    return torch.where(negative, -z, z), torch.where(negative, yes, no)
+
+
+def _bounded(size: Tensor, weight: Tensor) -> Tensor:
+    """Return ``size``, finite where the weight is 0: there ``0 * inf`` would be NaN."""
+    return torch.where(weight == 0, size.clamp(max=torch.finfo(size.dtype).max / 2), size)
+
+
+def _focused(log_factor: Tensor, values: Tensor) -> Tensor:
+    """Return ``exp(log_factor) * values``; what is infinite stays so, and has a gradient."""
+    lost = values == torch.inf
+    return torch.where(lost, values, log_factor.exp() * torch.where(lost, 0, values))
 
 
 def _smoothed(name: str, t: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -134,7 +157,10 @@ def binary_cross_entropy_with_logits(
     columns = logits.shape[-1] if logits.dim() else None
     pos_weight = option_of(name, "pos_weight", pos_weight, tuple(z.shape), columns=columns, low=0)
     t = _smoothed(name, t, label_smoothing)
-    return finished(_entropy(_logs(z), pos_weight * t, 1 - t), where, logits)
+    if not isinstance(pos_weight, Tensor) and pos_weight == 1:
+        return finished(_entropy(z, t, 1 - t), where, logits)
+    yes, no = pos_weight * t, 1 - t
+    return finished(_entropy(z, yes, no, yes + no), where, logits)
 
 
 def multilabel_soft_margin(
@@ -172,7 +198,7 @@ def multilabel_soft_margin(
     """
     name = "multilabel_soft_margin"
     z, t = paired_inputs(name, logits, targets, where, axes=1, names=_NAMES)
-    loss = _entropy(_logs(z), t, 1 - t)
+    loss = _entropy(z, t, 1 - t)
     if class_weights is not None:
         check_per_class(name, "class_weights", class_weights, logits)
         loss = product(class_weights, loss)
@@ -259,15 +285,19 @@ def sigmoid_focal(
     examples, columns = tuple(z.shape), z.shape[-1] if z.dim() else None
     gamma = option_of(name, "gamma", gamma, examples, columns=columns, low=0)
     t = _smoothed(name, t, label_smoothing)
-    yes, no = t, 1 - t
-    log_yes, log_no = logs = _logs(z)
-    # As a power, (1 - p_t)^gamma has no finite derivative where p_t rounds to 1.
-    log_wrong = _log_sum(_finite_log(t) + log_no, _finite_log(no) + log_yes)
+    size, wrong = _sides(z, t, 1 - t)
+    small, costly = F.logsigmoid(size), wrong
+    entropy = small
     if alpha is not None:
         alpha = option_of(name, "alpha", alpha, examples, columns=columns, low=0, high=1)
         weight = alpha * t + (1 - alpha) * (1 - t)
-        yes, no = weight * yes, weight * no
-    return finished((gamma * log_wrong).exp() * _entropy(logs, yes, no), where, logits)
+        costly, entropy = weight * wrong, weight * small
+    entropy = costly * _bounded(size, costly) - entropy
+    # 1 - p_t is (wrong + (1 - wrong) exp(-|z|)) / (1 + exp(-|z|)); as a power it has no finite
+    # derivative where p_t rounds to 1.
+    mixed = torch.where(wrong > 0, wrong + (1 - wrong) * (-size).exp(), 1)
+    log_wrong = torch.where(wrong > 0, mixed.log(), -_bounded(size, wrong)) + small
+    return finished(_focused(gamma * log_wrong, entropy), where, logits)
 
 
 def asymmetric(
@@ -322,7 +352,7 @@ def asymmetric(
     log_yes, log_no = _logs(z)
     # Finite where it is multiplied by a gamma or a target that may be 0.
     power = gamma_pos * log_no.clamp(min=torch.finfo(z.dtype).min / 2)
-    positive = power.exp() * -finite_at_zero(log_yes, t)
+    positive = _focused(power, -finite_at_zero(log_yes, t))
     negative = _shifted_negative(z, (log_yes, log_no), 1 - t, gamma_neg, shift)
     return finished((t * positive + (1 - t) * negative).sum(-1), where, logits)
 
@@ -344,4 +374,4 @@ def _shifted_negative(
     log_q = log_q + torch.where(counts, -cut / torch.where(counts, p, 1), 0).log1p()
     log_rest = torch.where(cut == 0, log_no, _log_sum(log_no, _finite_log(cut)))
     log_rest = finite_at_zero(log_rest, weight)
-    return torch.where(counts, (gamma * log_q).exp() * -log_rest, 0)
+    return torch.where(counts, _focused(gamma * log_q, -log_rest), 0)
