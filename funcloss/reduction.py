@@ -36,6 +36,7 @@ class Fraction(NamedTuple):
         numerator, denominator = self
         if not isinstance(denominator, Tensor):
             return numerator / denominator if denominator else torch.zeros_like(numerator) + empty
+        denominator = denominator.to(numerator.device)
         nothing = denominator == 0
         return torch.where(nothing, empty, numerator / torch.where(nothing, 1, denominator))
 

@@ -38,7 +38,7 @@ def dice(
             batch in any order.
         targets: The mask, 0 or 1 or between, the shape of ``probabilities``.
         dim: The axes that belong to one image, negative. What remains is the batch: ``(N, H, W,
-            C)`` at ``dim=(-3, -2)`` gives one value an image and class.
+            C)`` at ``dim=(-3, -2)`` gives one value per image and class.
         smooth: Added above and below, in pixels, above 0; as every number here, a scalar tensor
             or one per image too.
         where: Images that count, shape ``(*batch)``; the others give 0, with zero gradient. Or
@@ -304,8 +304,9 @@ def over_batch(loss: LossFn) -> LossFn:
     in_dims=-1, out_dims=-1)``.
 
     Args:
-        loss: A loss of this module, or any to which a pixel that is 0 in both adds nothing: so
-            an image that does not count is left out.
+        loss: One of :func:`dice`, :func:`jaccard`, :func:`tversky` and :func:`focal_tversky`, or
+            any of one mask to which a pixel that is 0 in both adds nothing: so what does not count
+            is left out. (:func:`generalized_dice` takes the batch among the axes of ``dim``.)
 
     Returns:
         A loss of ``(probabilities, targets)``, with the keywords of ``loss``.
