@@ -136,18 +136,112 @@ def test_focusing_is_smooth_where_the_sigmoid_saturates(loss, target, gamma):
     assert hessian(SATURATED[loss])(z, gamma, t).isfinite().all()
 
 
+# -- label smoothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy_with_logits, sigmoid_focal])
+@pytest.mark.parametrize("targets", [BITS, SOFT], ids=["hard", "soft"])
+def test_smoothing_draws_the_targets_to_a_half(loss, targets):
+    got = loss(RANDOM, targets, label_smoothing=0.3)
+    assert_close(got, loss(RANDOM, 0.7 * targets + 0.15))
+    assert_close(loss(RANDOM, targets, label_smoothing=0.0), loss(RANDOM, targets))
+    each = torch.rand(6, CLASSES, generator=Generator().manual_seed(3), dtype=torch.float64)
+    expected = [[loss(*one) for one in zip(*row, strict=True)] for row in
+                zip(RANDOM, targets * (1 - each) + each / 2, strict=True)]  # fmt: skip
+    assert_close(loss(RANDOM, targets, label_smoothing=each), torch.tensor(expected).double())
+    slope = grad(lambda s: loss(RANDOM, targets, label_smoothing=s).sum())(torch.tensor(0.3))
+    step = 1e-5
+    ends = [loss(RANDOM, targets, label_smoothing=0.3 + d).sum() for d in (step, -step)]
+    assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=1e-4)
+
+
+def test_smoothing_two_classes_is_that_of_cross_entropy():
+    # torch smooths a one-hot target to (1 - s) + s / 2 and s / 2.
+    z, t = RANDOM.flatten(), BITS.flatten()
+    pairs = torch.stack([torch.zeros_like(z), z], -1)
+    expected = F.cross_entropy(pairs, t.long(), label_smoothing=0.2, reduction="none")
+    got = binary_cross_entropy_with_logits(z, t, label_smoothing=0.2)
+    assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+# -- infinite logits -------------------------------------------------------------------------------
+
+INF = math.inf
+OF_BITS = {
+    "bce": lambda z, t: binary_cross_entropy_with_logits(z, t),
+    "pos_weight 2": lambda z, t: binary_cross_entropy_with_logits(z, t, pos_weight=torch.tensor(2)),
+    "soft_margin": lambda z, t: soft_margin(z, 2 * t - 1),
+    "multilabel": lambda z, t: multilabel_soft_margin(z[..., None], t[..., None]),
+    "focal": lambda z, t: sigmoid_focal(z, t, gamma=0.5, alpha=0.25),
+    "focal, gamma 0": lambda z, t: sigmoid_focal(z, t, gamma=torch.tensor(0.0)),
+    "smoothed": lambda z, t: sigmoid_focal(z, t, label_smoothing=torch.tensor(0.0)),
+    "asymmetric": lambda z, t: asymmetric(
+        z[..., None], t[..., None], gamma_pos=0.5, gamma_neg=torch.tensor(0.0), shift=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", OF_BITS)
+def test_an_infinite_logit_costs_nothing_where_it_is_right_and_all_where_it_is_wrong(loss):
+    of = OF_BITS[loss]
+    logits, targets = torch.tensor([INF, -INF, INF, -INF]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    assert of(logits, targets).tolist() == [0.0, 0.0, INF, INF]
+    slopes = grad(lambda z: of(z, targets).sum())(logits)
+    assert slopes[:2].tolist() == [0.0, 0.0]
+    assert slopes[2] > 0 > slopes[3] > -torch.inf
+    both = of(logits[:2], torch.full((2,), 0.5)) if loss != "soft_margin" else slopes[:1] + INF
+    assert both.isinf().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_of_zero_times_an_infinite_loss_is_zero(sign):
+    wrong, target = torch.tensor(-sign * INF), torch.tensor(float(sign > 0))
+    zero = torch.tensor(0.0)
+    cases = {
+        "class_weights": lambda z: multilabel_soft_margin(
+            z[None], target[None], class_weights=zero[None]
+        ),
+        "alpha": lambda z: sigmoid_focal(z, target, alpha=1 - target),
+    }
+    if sign > 0:
+        cases["pos_weight"] = lambda z: binary_cross_entropy_with_logits(z, target, pos_weight=zero)
+    for of in cases.values():
+        assert of(wrong) == 0
+        assert grad(of)(wrong) == 0
+
+
+def test_a_shifted_negative_of_an_infinite_logit_is_finite():
+    value = asymmetric(torch.tensor([INF]), torch.zeros(1))  # q = 0.95, and 1 - q = 0.05
+    assert float(value) == pytest.approx(-(0.95**4) * math.log(0.05))
+
+
+def test_options_may_be_one_per_example_or_per_class():
+    gammas = torch.linspace(0.2, 3, 24, dtype=torch.float64).reshape(6, CLASSES)
+    each = [[sigmoid_focal(z, t, gamma=float(g)) for z, t, g in zip(*row, strict=True)]
+            for row in zip(RANDOM, BITS, gammas, strict=True)]  # fmt: skip
+    assert_close(sigmoid_focal(RANDOM, BITS, gamma=gammas), torch.tensor(each).double())
+    alphas = torch.tensor([0.1, 0.25, 0.5, 1.0], dtype=torch.float64)
+    columns = [
+        sigmoid_focal(RANDOM[:, c], BITS[:, c], alpha=float(alphas[c])) for c in range(CLASSES)
+    ]
+    assert_close(sigmoid_focal(RANDOM, BITS, alpha=alphas), torch.stack(columns, -1))
+    shifts = torch.linspace(0, 0.4, 6, dtype=torch.float64)
+    rows = [asymmetric(z, t, shift=float(m)) for z, t, m in zip(RANDOM, BITS, shifts, strict=True)]
+    assert_close(asymmetric(RANDOM, BITS, shift=shifts), torch.stack(rows))
+
+
 NAN = float("nan")
 ERRORS = [
     (lambda: binary_cross_entropy(BITS.long(), BITS), TypeError, "probabilities must be floating"),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=torch.ones(3)),
         ValueError,
-        r"pos_weight must broadcast to logits \(6, 4\), got \(3,\)",
+        r"pos_weight must be a number or scalar tensor or one entry .* \(4,\); got \(3,\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM[0], BITS[0], pos_weight=torch.ones(6, 1)),
         ValueError,
-        r"pos_weight must broadcast to logits \(4,\), got \(6, 1\)",
+        r"pos_weight must be a number or scalar tensor or one entry .* got \(6, 1\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=-1.0),
@@ -163,6 +257,31 @@ ERRORS = [
     (lambda: sigmoid_focal(RANDOM, BITS[0]), ValueError, "sigmoid_focal: targets must have shape"),
     (lambda: sigmoid_focal(RANDOM, BITS, gamma=NAN), ValueError, "gamma must be .* got nan"),
     (lambda: sigmoid_focal(RANDOM, BITS, alpha=-1.0), ValueError, r"alpha must be in \[0, 1\]"),
+    (
+        lambda: sigmoid_focal(RANDOM, BITS, gamma=torch.ones(6, 1)),
+        ValueError,
+        r"sigmoid_focal: gamma must be a number or scalar tensor or one .* example, \(6, 4\)",
+    ),
+    (
+        lambda: asymmetric(RANDOM, BITS, gamma_neg=torch.ones(CLASSES)),
+        ValueError,
+        r"asymmetric: gamma_neg must be .* per example, \(6,\); got \(4,\)",
+    ),
+    (
+        lambda: sigmoid_focal(RANDOM, BITS, label_smoothing=1.1),
+        ValueError,
+        r"sigmoid_focal: label_smoothing must be in \[0, 1\], got 1.1",
+    ),
+    (
+        lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=[1.0] * CLASSES),
+        TypeError,
+        "pos_weight must be a number or a tensor, got list",
+    ),
+    (
+        lambda: multilabel_soft_margin(RANDOM, BITS, class_weights=WEIGHTS.numpy()),
+        TypeError,
+        "class_weights must be a tensor, got ndarray",
+    ),
     (lambda: asymmetric(RANDOM, BITS, shift=1.5), ValueError, r"shift must be in \[0, 1\]"),
     (lambda: asymmetric(RANDOM, BITS, gamma_neg=-1.0), ValueError, "asymmetric: gamma_neg must be"),
     (

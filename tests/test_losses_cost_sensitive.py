@@ -250,7 +250,7 @@ FIVE, ZERO = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
     ("costs", "error", "message"),
     [
         (torch.ones(5), ValueError, r"cost_matrix must have shape \(classes, 5\), .* got \(5,\)"),
-        (torch.ones(5, 4), ValueError, r"one column a decision, got \(5, 4\)"),
+        (torch.ones(5, 4), ValueError, r"one column per decision, got \(5, 4\)"),
         (torch.ones(5, 5).long(), TypeError, "cost_matrix must be floating point, got torch.int64"),
     ],
 )
@@ -278,3 +278,109 @@ def test_more_classes_than_decisions_are_refused(loss):
     with pytest.raises(ValueError, match="must have a decision for each class, got"):
         loss(FIVE, ZERO, cost_matrix=torch.ones(6, 5))
     assert expected_cost(FIVE, ZERO, cost_matrix=torch.ones(6, 5)).tolist() == [1.0, 1.0]
+
+
+# -- a row of costs per example --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_costs_of_each_example_are_its_own_row(loss):
+    logits, rows = logits_of("random"), COSTS[LABELS]
+    expected = loss(logits, LABELS, cost_matrix=COSTS)
+    assert_close(loss(logits, LABELS, costs=rows), expected)
+    amounts = torch.linspace(0.5, 9.0, 50, dtype=torch.float64)
+    own = loss(logits, LABELS, costs=amounts[:, None] * rows)
+    alone = [
+        loss(z, y, cost_matrix=a * COSTS) for z, y, a in zip(logits, LABELS, amounts, strict=True)
+    ]
+    assert_close(own, torch.stack(alone))
+    assert_close(vmap(lambda z, y, c: loss(z, y, costs=c))(logits, LABELS, rows), expected)
+    slopes = vmap(grad(lambda z, y, c: loss(z, y, costs=c)))(logits, LABELS, rows)
+    assert_close(slopes, grad(lambda z: loss(z, LABELS, cost_matrix=COSTS).sum())(logits))
+    by_cost = grad(lambda c: loss(logits, LABELS, costs=c).sum())(rows)
+    by_matrix = grad(lambda m: loss(logits, LABELS, cost_matrix=m).sum())(COSTS)
+    assert_close(torch.zeros(5, 5).double().index_add(0, LABELS, by_cost), by_matrix)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_masked_costs_and_labels_may_hold_anything(loss):
+    logits, rows, where = logits_of("random"), COSTS[LABELS], LABELS != 2
+    labels = torch.where(where, LABELS, -100)
+    rows = torch.where(where[:, None], rows, torch.nan)
+    values = loss(logits, labels, costs=rows, where=where)
+    expected = loss(logits, LABELS, cost_matrix=COSTS)
+    assert_close(values, torch.where(where, expected, 0.0))
+    slope = grad(lambda z: loss(z, labels, costs=rows, where=where).sum())(logits)
+    assert (slope[~where] == 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_one_kind_of_costs_is_given_and_fits(loss):
+    rows = torch.ones(2, 5)
+    for given, came in (
+        ({}, "neither"),
+        ({"cost_matrix": torch.ones(5, 5), "costs": rows}, "both"),
+    ):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: give either .* got {came}"):
+            loss(FIVE, ZERO, **given)
+    with pytest.raises(ValueError, match=r"costs must have shape \(2, 5\) to match"):
+        loss(FIVE, ZERO, costs=torch.ones(5))
+    with pytest.raises(TypeError, match="costs must be floating point"):
+        loss(FIVE, ZERO, costs=rows.long())
+    for name in ("costs", "cost_matrix"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            loss(FIVE, ZERO, **{name: [[1.0] * 5] * 5})
+
+
+# -- labels and infinities -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("label", [-100, -1, 4, 5])
+def test_the_classes_are_the_rows_and_a_label_beyond_them_is_refused(loss, label):
+    logits, costs = torch.zeros(2, 5), torch.ones(4, 5)  # four classes and to abstain
+    labels = torch.tensor([1, label])
+    assert loss.classes(logits, cost_matrix=costs) == 4
+    assert loss.classes(logits, costs=logits) == 5
+    with pytest.raises(IndexError, match=rf"{loss.__name__}: labels must be in \[0, 4\)"):
+        loss(logits, labels, cost_matrix=costs)
+    compiled = torch.compile(loss, backend="aot_eager")
+    assert compiled(logits, labels, cost_matrix=costs).isnan().tolist() == [False, True]
+    where = torch.tensor([True, False])
+    assert loss(logits, labels, cost_matrix=costs, where=where)[1] == 0
+
+
+INF = math.inf
+AT_INFINITY = [  # of label 0, and costs of 0, 1 and 0
+    (expected_cost, [0.0, -INF, 0.0], 0.0),
+    (expected_cost, [-INF, 0.0, -INF], 1.0),
+    (log_bilinear, [0.0, -INF, -INF], 0.0),
+    (log_bilinear, [-INF, 0.0, -INF], INF),
+    (log_bilinear, [-INF, -INF, 0.0], 0.0),  # certain of what costs nothing
+    (softmax_margin, [0.0, -INF, 0.0], math.log(2)),
+    (softmax_margin, [-INF, 0.0, 0.0], INF),
+    (cost_hinge, [0.0, -INF, -INF], 0.0),
+    (cost_hinge, [-INF, 0.0, -INF], INF),
+    (cost_hinge, [INF, 0.0, 0.0], 0.0),
+    (one_sided_regression, [-INF, INF, INF], 0.0),
+    (one_sided_regression, [INF, INF, INF], INF),
+]
+
+
+@pytest.mark.parametrize(("loss", "logits", "expected"), AT_INFINITY)
+def test_infinite_logits_cost_what_their_limit_costs(loss, logits, expected):
+    rows, logits = torch.tensor([0.0, 1.0, 0.0]), torch.tensor(logits)
+    if loss is one_sided_regression:
+        rows = torch.tensor([0.0, 1.0, 1.0])
+    value = loss(logits, torch.tensor(0), costs=rows)
+    assert_close(value, torch.tensor(expected))
+    if math.isfinite(expected):
+        slope = grad(lambda z: loss(z, torch.tensor(0), costs=rows))(logits)
+        assert slope.isfinite().all()
+
+
+def test_a_decision_that_is_never_taken_may_cost_anything():
+    logits, rows = torch.tensor([0.0, -INF, 0.0]), torch.tensor([1.0, INF, 3.0])
+    assert expected_cost(logits, torch.tensor(0), costs=rows) == 2.0
+    slope = grad(lambda z: expected_cost(z, torch.tensor(0), costs=rows))(logits)
+    assert_close(slope, torch.tensor([-0.5, 0.0, 0.5]))

@@ -1,6 +1,11 @@
 """Losses as criteria and criteria as losses, beside the modules of torch."""
 
+import copy
 import functools
+import io
+import multiprocessing
+import operator
+import pickle
 
 import pytest
 import torch
@@ -10,7 +15,14 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from funcloss import losses
-from funcloss.combinators import class_weighted, couples_examples, scaled
+from funcloss.combinators import (
+    class_weighted,
+    couples_examples,
+    mixup,
+    sample_weighted,
+    scaled,
+    smoothed,
+)
 from funcloss.modules import as_module, from_module
 
 N, CLASSES = 8, 4
@@ -88,8 +100,134 @@ def test_in_a_plain_loop_of_torch_it_trains_as_torchs_own():
     assert histories[0][-1] < 0.3 * histories[0][0]
 
 
+# -- as_module, weights and options ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [None, KEPT], ids=["all", "some"])
+def test_the_weighted_mean_is_torchs(where):
+    kept = torch.ones(N, dtype=torch.bool) if where is None else where
+    logits = torch.where(kept[:, None], LOGITS, torch.nan)
+    labels = torch.where(kept, LABELS, -100)
+    torchs = nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1)
+    ours = as_module(smoothed(weighted, 0.1), reduction="weighted_mean", class_weights=WEIGHTS)
+    expected = torchs(LOGITS[kept], LABELS[kept])
+    assert_close(ours(logits, labels, where=where), expected)
+    slope = grad(lambda z: ours(z, labels, where=where))(logits)
+    assert_close(slope[kept], grad(lambda z: torchs(z, LABELS[kept]))(LOGITS[kept]))
+    assert (slope[~kept] == 0).all()
+
+
+def test_the_weighted_mean_divides_by_all_weights_that_count():
+    own = torch.arange(1.0, N + 1, dtype=torch.float64)
+    plain = F.cross_entropy(LOGITS, LABELS, reduction="none")
+
+    def expected(weights):
+        return (weights * plain)[KEPT].sum() / weights[KEPT].sum()
+
+    by_example = as_module(sample_weighted(losses.cross_entropy), reduction="weighted_mean")
+    got = by_example(LOGITS, LABELS, sample_weights=own, where=KEPT)
+    assert_close(got, expected(own))
+    both = as_module(
+        sample_weighted(weighted), reduction="weighted_mean", class_weights=WEIGHTS, where=KEPT
+    )
+    assert_close(both(LOGITS, LABELS, sample_weights=own), expected(own * WEIGHTS[LABELS]))
+    bound = functools.partial(weighted, class_weights=WEIGHTS)
+    of_partial = as_module(bound, reduction="weighted_mean")
+    assert_close(of_partial(LOGITS, LABELS, where=KEPT), expected(WEIGHTS[LABELS]))
+    # An option of the loss; torch divides this one by the number of examples.
+    margin = as_module(losses.multi_margin, reduction="weighted_mean", class_weights=WEIGHTS)
+    total = F.multi_margin_loss(LOGITS, LABELS, weight=WEIGHTS, reduction="sum")
+    assert_close(margin(LOGITS, LABELS), total / WEIGHTS[LABELS].sum())
+
+
+def test_a_weighted_mean_without_weights_is_refused():
+    message = "weighted_mean divides by weights, and cross_entropy has no option class_weights or"
+    with pytest.raises(ValueError, match=message):
+        as_module(losses.cross_entropy, reduction="weighted_mean")
+    criterion = as_module(
+        mixup(weighted), reduction="weighted_mean", class_weights=WEIGHTS, mix=0.5
+    )
+    with pytest.raises(ValueError, match="needs the one label of each example, and mixup"):
+        criterion(LOGITS, LABELS, LABELS)
+    bits = as_module(
+        losses.multilabel_soft_margin, reduction="weighted_mean", class_weights=WEIGHTS
+    )
+    with pytest.raises(TypeError, match="labels must hold integer classes, got torch.float64"):
+        bits(LOGITS, LOGITS.sigmoid())
+
+
+def of_any(logits, labels, **options):
+    return losses.cross_entropy(logits, labels, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (losses.softmax_focal, {"gama": 1.0}, "softmax_focal has no option 'gama'; it has alpha, "),
+        (weighted, {"weight": WEIGHTS}, "no option 'weight'; it has class_weights, label_smooth"),
+        (losses.nll, {"logits": LOGITS}, "nll has no option 'logits'; it has where"),
+        (functools.partial(losses.huber, delta=2.0), {"beta": 1.0}, "has no option 'beta'"),
+        (from_module(nn.MSELoss()), {"delta": 1.0}, "has no option 'delta'; it has where"),
+        (losses.over_batch(losses.dice), {"gamma": 1.0}, "has no option 'gamma'; it has dim, smo"),
+        (weighted, {"class_weights": [1.0] * 4}, "class_weights must be a tensor, got list"),
+        (weighted, {"class_weights": WEIGHTS.numpy()}, "class_weights must be a tensor, got ndarr"),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_loss_cannot_take_is_refused_when_the_module_is_made(
+    loss, options, message
+):
+    with pytest.raises(TypeError, match=f"as_module: .*{message}"):
+        as_module(loss, **options)
+
+
+def test_an_option_that_the_loss_may_take_is_left_to_it():
+    assert_close(
+        as_module(of_any, label_smoothing=0.1)(LOGITS, LABELS),
+        F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1),
+    )
+    inner = as_module(as_module(losses.huber, reduction="none"), delta=0.5)
+    assert_close(inner(VALUES, REAL), F.huber_loss(VALUES, REAL, delta=0.5))
+
+
+# -- to other processes ---------------------------------------------------------------------------
+
+CARRIED = {
+    "as_module": as_module(weighted, class_weights=WEIGHTS, label_smoothing=0.1),
+    "weighted mean": as_module(weighted, reduction="weighted_mean", class_weights=WEIGHTS),
+    "of a module": as_module(from_module(nn.CrossEntropyLoss(weight=WEIGHTS))),
+    "from_module": from_module(nn.CrossEntropyLoss(weight=WEIGHTS)),
+    "there and back": from_module(as_module(weighted, class_weights=WEIGHTS)),
+}
+
+
+def saved_and_loaded(loss):
+    file = io.BytesIO()
+    torch.save(loss, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)  # fmt: skip
+def test_it_is_copied_pickled_and_saved(carry, name):
+    loss = CARRIED[name]
+    other = carry(loss)
+    assert torch.equal(other(LOGITS, LABELS, where=KEPT), loss(LOGITS, LABELS, where=KEPT))
+    assert repr(other) == repr(loss)
+
+
+def test_it_goes_to_spawned_processes():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for loss in CARRIED.values():
+            there = pool.apply(operator.call, (loss, LOGITS, LABELS))
+            assert torch.equal(there, loss(LOGITS, LABELS))
+
+
 def test_a_reduction_that_does_not_exist_is_refused():
-    message = "as_module: reduction must be one of none, mean, sum, got 'average'"
+    message = "as_module: reduction must be one of none, mean, weighted_mean, sum, got 'average'"
     with pytest.raises(ValueError, match=message):
         as_module(losses.cross_entropy, reduction="average")
 
@@ -232,13 +370,41 @@ def test_a_reduction_within_is_replaced_too():
     assert_close(from_module(Nested(weight=weight))(logits, labels), expected)
 
 
-def test_images_and_what_cannot_be_a_batch():
+@pytest.mark.parametrize("options", [{}, {"weight": WEIGHTS}, {"ignore_index": 2}])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (4, 4), (2, 3, 2)])
+def test_images_of_torchs_layout_give_what_torch_gives_per_pixel(shape, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, CLASSES, *shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (3, *shape), generator=generator)
+    for module, data in (
+        (nn.CrossEntropyLoss, logits), (nn.NLLLoss, logits.log_softmax(1))
+    ):  # fmt: skip
+        loss = from_module(module(**options))
+        expected = module(**options, reduction="none")(data, labels)
+        assert_close(loss(data, labels), expected)
+        where = labels != 1
+        spoilt = torch.where(where.unsqueeze(1), data, torch.nan)
+        assert_close(loss(spoilt, labels, where=where), torch.where(where, expected, 0.0))
+        slope = grad(lambda z: loss(z, labels).sum())(data)  # noqa: B023
+        torchs = grad(lambda z: module(**options, reduction="sum")(z, labels))(data)  # noqa: B023
+        assert_close(slope, torchs)
+        assert_close(as_module(loss)(data, labels), expected.mean())
+
+
+def test_an_image_is_an_example_where_it_is_asked_for():
     logits, labels = torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
     loss = from_module(nn.CrossEntropyLoss(), example_axes=2)
     expected = F.cross_entropy(logits, labels, reduction="none").sum((1, 2))
     assert_close(loss(logits, labels), expected)
-    with pytest.raises(ValueError, match=r"begin with the batch axes of the last, \(2, 4, 5\)"):
+    assert_close(vmap(loss)(logits, labels), expected)
+
+
+def test_what_cannot_be_a_batch_is_refused():
+    logits, labels = torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"begin with the batch axes of the last, \(2, 4, 6\)"):
         from_module(nn.CrossEntropyLoss())(logits, labels)
+    with pytest.raises(TypeError, match="from_module: argument 1 must be a tensor, got list"):
+        from_module(nn.CrossEntropyLoss())(LOGITS, LABELS.tolist())
 
 
 def test_parameters_train_in_a_module_and_are_refused_from_one():

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 from torch.testing import assert_close
 
 from funcloss import class_weighted, class_weights_of, losses, mean, weighted_mean
@@ -104,8 +104,64 @@ def test_a_criterion_is_pickled_and_equal_to_another_of_the_same(criterion):
     assert made != criterion(losses.softmax_focal)
 
 
-def test_nothing_that_counts_is_nan():
-    assert mean(torch.ones(2), where=torch.zeros(2, dtype=torch.bool)).isnan()
+NONE = torch.zeros(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda values, **given: mean(values, where=NONE, **given),
+        lambda values, **given: weighted_mean(values, torch.ones(3), where=NONE, **given),
+        lambda values, **given: weighted_mean(values, torch.zeros(3), **given),
+        lambda values, **given: mean(values, divisor=torch.tensor(0), where=NONE, **given),
+        lambda values, **given: mean(values[:0], **given),
+        lambda values, **given: mean(values[:0], divisor=0, **given),
+    ],
+)
+def test_of_nothing_it_is_nan_or_what_is_asked_for_with_zero_gradient(reduce):
+    values = torch.tensor([1.0, torch.inf, torch.nan])
+    assert reduce(torch.ones(3), empty=7.0) == 7.0
+    assert reduce(torch.ones(3)).isnan()
+    assert torch.equal(grad(lambda v: reduce(v, empty=0.0))(torch.ones(3)), torch.zeros(3))
+    if "NONE" in reduce.__code__.co_names:  # what does not count may hold anything
+        assert reduce(values, empty=0.0) == 0.0
+        assert torch.equal(grad(lambda v: reduce(v, empty=0.0))(values), torch.zeros(3))
+
+
+def test_what_is_empty_changes_nothing_else_and_maps():
+    values, where = torch.tensor([1.0, 3.0, 8.0]), torch.tensor([True, True, False])
+    assert mean(values, where=where, empty=0.0) == 2.0
+    masks = torch.stack([where, NONE])
+    mapped = vmap(lambda w: mean(values, where=w, empty=0.0))(masks)
+    assert torch.equal(mapped, torch.tensor([2.0, 0.0]))
+    compiled = torch.compile(lambda w: mean(values, where=w, empty=0.0), backend="aot_eager")
+    assert compiled(NONE) == 0.0
+
+
+@pytest.mark.parametrize("whole", [5, 5.0, torch.tensor(5), torch.tensor(5.0)])
+def test_batches_divided_by_the_number_of_all_add_up_to_the_whole(whole):
+    logits, labels = batch()
+    where, weights = torch.arange(8) % 3 > 0, class_weights_of(WEIGHTS, labels)
+    parts = [slice(0, 2), slice(2, 7), slice(7, 8)]
+
+    def of(z, k, **given):
+        return mean(losses.cross_entropy(z[k], labels[k]), where=where[k], **given)
+
+    def accumulated(z):
+        return sum(of(z, k, divisor=whole) for k in parts)
+
+    slope, added = grad_and_value(accumulated)(logits)
+    assert_close(added, of(logits, slice(None)))
+    assert_close(slope, grad(lambda z: of(z, slice(None)))(logits))
+    values, total = losses.cross_entropy(logits, labels), weights[where].sum()
+    each = [weighted_mean(values[k], weights[k], where=where[k], divisor=total) for k in parts]
+    assert_close(sum(each), weighted_mean(values, weights, where=where))
+
+
+def test_an_infinite_value_at_weight_zero_adds_nothing():
+    values, weights = torch.tensor([torch.inf, 2.0]), torch.tensor([0.0, 3.0])
+    assert weighted_mean(values, weights) == 2.0
+    assert grad(lambda v: weighted_mean(v, weights))(values).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +177,23 @@ def test_nothing_that_counts_is_nan():
             lambda: weighted_mean(torch.ones(2), torch.ones(3)),
             ValueError,
             r"weighted_mean: weights must have shape \(2,\) to match values, got \(3,\)",
+        ),
+        (
+            lambda: mean(torch.ones(2), divisor=-1),
+            ValueError,
+            r"mean: divisor must be in \[0, inf\)",
+        ),
+        (
+            lambda: mean(torch.ones(2), divisor=torch.ones(2)),
+            ValueError,
+            r"mean: divisor must be a number or scalar tensor; got \(2,\)",
+        ),
+        (lambda: mean(torch.ones(2), divisor="2"), TypeError, "divisor must be a number or a"),
+        (lambda: mean(torch.ones(2), empty=None), TypeError, "mean: empty must be a number, got"),
+        (
+            lambda: weighted_mean(torch.ones(2), [1.0, 2.0]),
+            TypeError,
+            "weighted_mean: weights must be a tensor, got list",
         ),
         (
             lambda: fraction("average", torch.ones(2)),

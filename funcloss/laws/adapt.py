@@ -205,6 +205,7 @@ def _facts(call: Callable[..., Any], classes: int) -> dict[str, Tensor | float]:
         "alpha": 1.0,
     }
     needed = {p.name for p in _parameters(call) or () if p.default is p.empty}
+    needed |= {"cost_matrix"} & _keywords(call)  # the other way is a row of costs per example
     return {name: value for name, value in known.items() if name in needed}
 
 

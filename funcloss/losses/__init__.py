@@ -1,4 +1,4 @@
-"""The catalogue: every loss a pure function of tensors that gives one value an example."""
+"""The catalogue: every loss a pure function of tensors that gives one value per example."""
 
 from funcloss.losses.binary import (
     asymmetric,
@@ -44,6 +44,7 @@ from funcloss.losses.imbalance import (
     logit_adjusted,
     vector_scaling,
 )
+from funcloss.losses.lovasz import lovasz_hinge, lovasz_softmax
 from funcloss.losses.margin import (
     hinge,
     multi_margin,
@@ -61,7 +62,14 @@ from funcloss.losses.ordinal import (
     sord,
     sord_targets,
 )
-from funcloss.losses.overlap import dice, focal_tversky, jaccard, over_batch, tversky
+from funcloss.losses.overlap import (
+    dice,
+    focal_tversky,
+    generalized_dice,
+    jaccard,
+    over_batch,
+    tversky,
+)
 from funcloss.losses.regression import (
     absolute_error,
     barron,
@@ -111,6 +119,7 @@ __all__ = [
     "focal_tversky",
     "gaussian_nll",
     "generalized_cross_entropy",
+    "generalized_dice",
     "generalized_kl",
     "hinge",
     "hinge_embedding",
@@ -123,6 +132,8 @@ __all__ = [
     "log_bilinear",
     "log_cosh",
     "logit_adjusted",
+    "lovasz_hinge",
+    "lovasz_softmax",
     "margin_ranking",
     "mean_absolute_error",
     "multi_margin",

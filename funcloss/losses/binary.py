@@ -1,4 +1,4 @@
-"""Losses of independent yes-or-no questions, one of them or one a class."""
+"""Losses of independent yes-or-no questions, one of them or one per class."""
 
 import math
 
@@ -7,8 +7,15 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcloss._checks import check_number, check_per_class, option_of
-from funcloss.losses._shared import finished, paired_inputs, signed_inputs
+from funcloss._checks import check_per_class, option_of
+from funcloss.losses._shared import (
+    finished,
+    finite_at_zero,
+    mark_targets,
+    paired_inputs,
+    product,
+    signed_inputs,
+)
 
 _NAMES = ("logits", "targets")
 
@@ -27,6 +34,46 @@ def _log_sum(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(first, second)).logsumexp(0)
 
 
+def _logs(z: Tensor) -> tuple[Tensor, Tensor]:
+    return F.logsigmoid(z), F.logsigmoid(-z)
+
+
+def _entropy(z: Tensor, yes: Tensor, no: Tensor, both: float | Tensor = 1.0) -> Tensor:
+    """Return ``-yes log_sigmoid(z) - no log_sigmoid(-z)`` by one logarithm; ``both`` is their sum.
+
+    A weight of 0 times infinity is 0.
+    """
+    size, wrong = _sides(z, yes, no)
+    small = F.logsigmoid(size)
+    small = small if isinstance(both, float) else both * small
+    return wrong * _bounded(size, wrong) - small
+
+
+def _sides(z: Tensor, yes: Tensor, no: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|z|``, and what the less likely side counts: there the loss is ``|z|`` larger."""
+    negative = z < 0
+    # Unlike that of abs, its slope at 0 is that of one side, so the loss has its own there.
+    return torch.where(negative, -z, z), torch.where(negative, yes, no)
+
+
+def _bounded(size: Tensor, weight: Tensor) -> Tensor:
+    """Return ``size``, finite where the weight is 0: there ``0 * inf`` would be NaN."""
+    return torch.where(weight == 0, size.clamp(max=torch.finfo(size.dtype).max / 2), size)
+
+
+def _focused(log_factor: Tensor, values: Tensor) -> Tensor:
+    """Return ``exp(log_factor) * values``; what is infinite stays so, and has a gradient."""
+    lost = values == torch.inf
+    return torch.where(lost, values, log_factor.exp() * torch.where(lost, 0, values))
+
+
+def _smoothed(name: str, t: Tensor, smoothing: float | Tensor) -> Tensor:
+    """Return the targets, ``t (1 - s) + s / 2``."""
+    s = option_of(name, "label_smoothing", smoothing, tuple(t.shape), low=0, high=1)
+    return t if not isinstance(s, Tensor) and s == 0 else t * (1 - s) + s / 2
+
+
+@mark_targets("bits")
 def binary_cross_entropy(
     probabilities: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
@@ -69,23 +116,27 @@ def binary_cross_entropy(
     return finished(-t * log_yes - (1 - t) * log_no, where, probabilities)
 
 
+@mark_targets("bits")
 def binary_cross_entropy_with_logits(
     logits: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
     *,
     pos_weight: float | Tensor = 1.0,
+    label_smoothing: float | Tensor = 0.0,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Binary cross-entropy of logits, ``-w t log_sigmoid(z) - (1 - t) log_sigmoid(-z)``.
 
     In nats, elementwise: an example is one logit. At ``w = 1`` its gradient with respect to the
-    logit is ``sigmoid(z) - t``.
+    logit is ``sigmoid(z) - t``. An infinite logit that is right costs 0, one that is wrong inf.
 
     Args:
         logits: Log-odds of the class 1, shape ``(*batch)``.
         targets: 0 or 1, or a probability, shape ``(*batch)``.
-        pos_weight: Cost ``w`` of missing the class 1: a number, or a tensor that broadcasts against
-            the last axes of ``logits``, such as one entry a class.
+        pos_weight: Weight ``w`` of the class 1, at least 0: a number, a scalar tensor, one per
+            example or one per entry of the last axis, such as one per class.
+        label_smoothing: Share ``s`` of each target that becomes 1/2, ``t (1 - s) + s / 2``, in
+            ``[0, 1]``: a number, a scalar tensor or one per example.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -93,7 +144,7 @@ def binary_cross_entropy_with_logits(
 
     Raises:
         TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
-        ValueError: the shapes differ, or ``pos_weight`` does not fit them or is negative.
+        ValueError: the shapes differ, or an option does not fit them or is outside its range.
 
     Example:
         >>> logits, targets = torch.zeros(2), torch.tensor([0.0, 1.0])
@@ -101,14 +152,18 @@ def binary_cross_entropy_with_logits(
         tensor([0.6931, 2.0794])
 
     References:
-        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90.
+        Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 4.90; smoothing: Szegedy et
+        al., "Rethinking the Inception architecture for computer vision", 2016, with two classes.
     """
     name = "binary_cross_entropy_with_logits"
     z, t = paired_inputs(name, logits, targets, where, names=_NAMES)
     columns = logits.shape[-1] if logits.dim() else None
     pos_weight = option_of(name, "pos_weight", pos_weight, tuple(z.shape), columns=columns, low=0)
-    loss = -pos_weight * t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
-    return finished(loss, where, logits)
+    t = _smoothed(name, t, label_smoothing)
+    if not isinstance(pos_weight, Tensor) and pos_weight == 1:
+        return finished(_entropy(z, t, 1 - t), where, logits)
+    yes, no = pos_weight * t, 1 - t
+    return finished(_entropy(z, yes, no, yes + no), where, logits)
 
 
 def multilabel_soft_margin(
@@ -146,13 +201,14 @@ def multilabel_soft_margin(
     """
     name = "multilabel_soft_margin"
     z, t = paired_inputs(name, logits, targets, where, axes=1, names=_NAMES)
-    loss = -t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
+    loss = _entropy(z, t, 1 - t)
     if class_weights is not None:
         check_per_class(name, "class_weights", class_weights, logits)
-        loss = class_weights * loss
+        loss = product(class_weights, loss)
     return finished(loss.mean(-1), where, logits)
 
 
+@mark_targets("signs")
 def soft_margin(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -187,12 +243,14 @@ def soft_margin(
     return finished(-F.logsigmoid(s * z), where, scores)
 
 
+@mark_targets("bits")
 def sigmoid_focal(
     logits: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
     *,
     gamma: float | Tensor = 2.0,
     alpha: float | Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Focal loss of logits, ``(1 - p_t)^gamma`` times the binary cross-entropy, elementwise.
@@ -205,8 +263,12 @@ def sigmoid_focal(
     Args:
         logits: Log-odds of the class 1, shape ``(*batch)``.
         targets: 0 or 1, or a probability, shape ``(*batch)``.
-        gamma: Focus on what is hard, not negative.
-        alpha: Weight of the class 1, in ``[0, 1]``; None weighs nothing (torchvision's -1).
+        gamma: Focus on what is hard, not negative: a number, a scalar tensor, one per example or
+            one per entry of the last axis.
+        alpha: Weight of the class 1, in ``[0, 1]``, of the same shapes; None weighs nothing
+            (torchvision's -1).
+        label_smoothing: Share ``s`` of each target that becomes 1/2, ``t (1 - s) + s / 2``, in
+            ``[0, 1]``: a number, a scalar tensor or one per example.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -214,7 +276,7 @@ def sigmoid_focal(
 
     Raises:
         TypeError: ``logits`` or ``targets`` is not floating point, or ``where`` is not boolean.
-        ValueError: the shapes differ, or ``gamma`` or ``alpha`` is outside its range.
+        ValueError: the shapes differ, or an option does not fit them or is outside its range.
 
     Example:
         >>> sigmoid_focal(torch.zeros(2), torch.tensor([0.0, 1.0]), alpha=0.25)
@@ -223,16 +285,24 @@ def sigmoid_focal(
     References:
         Lin et al., "Focal loss for dense object detection", 2017.
     """
-    check_number("sigmoid_focal", "gamma", gamma, low=0)
-    z, t = paired_inputs("sigmoid_focal", logits, targets, where, names=_NAMES)
-    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
-    # As a power, (1 - p_t)^gamma has no finite derivative where p_t rounds to 1.
-    log_wrong = _log_sum(_finite_log(t) + log_no, _finite_log(1 - t) + log_yes)
-    loss = (gamma * log_wrong).exp() * (-t * log_yes - (1 - t) * log_no)
+    name = "sigmoid_focal"
+    z, t = paired_inputs(name, logits, targets, where, names=_NAMES)
+    examples, columns = tuple(z.shape), z.shape[-1] if z.dim() else None
+    gamma = option_of(name, "gamma", gamma, examples, columns=columns, low=0)
+    t = _smoothed(name, t, label_smoothing)
+    size, wrong = _sides(z, t, 1 - t)
+    small, costly = F.logsigmoid(size), wrong
+    entropy = small
     if alpha is not None:
-        check_number("sigmoid_focal", "alpha", alpha, low=0, high=1)
-        loss = (alpha * t + (1 - alpha) * (1 - t)) * loss
-    return finished(loss, where, logits)
+        alpha = option_of(name, "alpha", alpha, examples, columns=columns, low=0, high=1)
+        weight = alpha * t + (1 - alpha) * (1 - t)
+        costly, entropy = weight * wrong, weight * small
+    entropy = costly * _bounded(size, costly) - entropy
+    # 1 - p_t is (wrong + (1 - wrong) exp(-|z|)) / (1 + exp(-|z|)); as a power it has no finite
+    # derivative where p_t rounds to 1.
+    mixed = torch.where(wrong > 0, wrong + (1 - wrong) * (-size).exp(), 1)
+    log_wrong = torch.where(wrong > 0, mixed.log(), -_bounded(size, wrong)) + small
+    return finished(_focused(gamma * log_wrong, entropy), where, logits)
 
 
 def asymmetric(
@@ -255,9 +325,10 @@ def asymmetric(
     Args:
         logits: Log-odds of each class, shape ``(*batch, classes)``.
         targets: 1 for each class that applies, else 0, the shape of ``logits``.
-        gamma_pos: Focus of the targets of 1, not negative.
-        gamma_neg: Focus of the targets of 0, not negative.
-        shift: Probability below which a target of 0 costs nothing, in ``[0, 1]``.
+        gamma_pos: Focus of the targets of 1, not negative: a number, a scalar tensor or one per
+            example.
+        gamma_neg: Focus of the targets of 0, of the same.
+        shift: Probability below which a target of 0 costs nothing, in ``[0, 1]``, of the same.
         where: Examples that count, shape ``(*batch)``. The others give 0, with zero gradient.
 
     Returns:
@@ -275,24 +346,37 @@ def asymmetric(
     References:
         Ridnik et al., "Asymmetric loss for multi-label classification", 2021.
     """
-    check_number("asymmetric", "gamma_pos", gamma_pos, low=0)
-    check_number("asymmetric", "gamma_neg", gamma_neg, low=0)
-    check_number("asymmetric", "shift", shift, low=0, high=1)
-    z, t = paired_inputs("asymmetric", logits, targets, where, axes=1, names=_NAMES)
-    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
-    positive = (gamma_pos * log_no).exp() * -log_yes
-    negative = _shifted_negative(z, log_yes, log_no, gamma_neg, shift)
+    name = "asymmetric"
+    z, t = paired_inputs(name, logits, targets, where, axes=1, names=_NAMES)
+
+    def checked(what: str, value: float | Tensor, high: float = math.inf) -> float | Tensor:
+        return option_of(name, what, value, tuple(z.shape[:-1]), axes=1, low=0, high=high)
+
+    gamma_pos, gamma_neg = checked("gamma_pos", gamma_pos), checked("gamma_neg", gamma_neg)
+    shift = checked("shift", shift, 1.0)
+    log_yes, log_no = _logs(z)
+    # Finite where it is multiplied by a gamma or a target that may be 0.
+    power = gamma_pos * log_no.clamp(min=torch.finfo(z.dtype).min / 2)
+    positive = _focused(power, -finite_at_zero(log_yes, t))
+    negative = _shifted_negative(z, (log_yes, log_no), 1 - t, gamma_neg, shift)
     return finished((t * positive + (1 - t) * negative).sum(-1), where, logits)
 
 
 def _shifted_negative(
-    z: Tensor, log_yes: Tensor, log_no: Tensor, gamma: float | Tensor, shift: float | Tensor
+    z: Tensor,
+    logs: tuple[Tensor, Tensor],
+    weight: Tensor,
+    gamma: float | Tensor,
+    shift: float | Tensor,
 ) -> Tensor:
-    """Return ``-q^gamma log(1 - q)`` of ``q = max(sigmoid(z) - shift, 0)``."""
+    """Return ``-q^gamma log(1 - q)`` of ``q = max(sigmoid(z) - shift, 0)``, finite at weight 0."""
+    log_yes, log_no = logs
     cut = shift.to(z.dtype) if isinstance(shift, Tensor) else torch.full_like(z, shift)
     p = z.sigmoid()
     counts = (p > cut) & (p > torch.finfo(z.dtype).tiny)
     # log(q) = log(p) + log(1 - shift / p), finite also where nothing counts.
-    log_q = log_yes + torch.where(counts, -cut / torch.where(counts, p, 1), 0).log1p()
-    log_rest = _log_sum(log_no, _finite_log(cut))
-    return torch.where(counts, (gamma * log_q).exp() * -log_rest, 0)
+    log_q = torch.where(counts, log_yes, 0)
+    log_q = log_q + torch.where(counts, -cut / torch.where(counts, p, 1), 0).log1p()
+    log_rest = torch.where(cut == 0, log_no, _log_sum(log_no, _finite_log(cut)))
+    log_rest = finite_at_zero(log_rest, weight)
+    return torch.where(counts, _focused(gamma * log_q, -log_rest), 0)

@@ -1,7 +1,8 @@
 """Losses of a cost for each pair of true class and decision: rows true, columns decided.
 
 Decision ``k`` is class ``k``; a matrix may have more columns than rows, for decisions that are no
-class, such as to abstain, each with a logit of its own.
+class, such as to abstain, each with a logit of its own. Where the costs differ from example to
+example, ``costs`` gives each its own row.
 """
 
 import torch
@@ -12,21 +13,32 @@ from torch.nn import functional as F
 from funcloss._checks import check_floating, check_labels, check_shape, check_where
 from funcloss._precision import wide_dtype
 from funcloss.losses._shared import (
-    class_inputs,
     finished,
+    known_labels,
+    mark_classes,
     mark_probabilities,
     masked,
     of_label,
     one_hot,
+    product,
 )
 
 
+def _classes(
+    logits: Tensor, *, cost_matrix: Tensor | None = None, costs: Tensor | None = None, **_: object
+) -> int:
+    """Return how many classes there are: the rows of the matrix, whatever its columns."""
+    return logits.shape[-1] if cost_matrix is None else cost_matrix.shape[0]
+
+
+@mark_classes(_classes)
 @mark_probabilities("costs")
 def expected_cost(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
     *,
-    cost_matrix: Float[Tensor, "classes decisions"],
+    cost_matrix: Float[Tensor, "classes decisions"] | None = None,
+    costs: Float[Tensor, "*batch decisions"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Expected cost of deciding by ``softmax(logits)``, ``sum(cost_matrix[label] * softmax)``.
@@ -37,18 +49,23 @@ def expected_cost(
 
     Args:
         logits: Unnormalised log-probabilities of the decisions, shape ``(*batch, decisions)``.
-        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``; of ``costs``, in
+            ``[0, decisions)``.
         cost_matrix: Cost of each decision (column) in each true class (row), shape
             ``(classes, decisions)``; fewer or more decisions than classes are allowed.
+        costs: Cost of each decision for each example, in place of ``cost_matrix``, shape
+            ``(*batch, decisions)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
         Loss of each example, shape ``(*batch)``, dtype of ``logits``.
 
     Raises:
-        TypeError: ``logits`` or ``cost_matrix`` is not floating point, ``labels`` is, or ``where``
-            is not boolean.
-        ValueError: ``labels``, ``where`` or ``cost_matrix`` does not fit the shape of ``logits``.
+        TypeError: ``logits`` or the costs are not floating point, ``labels`` is, or ``where`` is
+            not boolean.
+        IndexError: a label is out of range; compiled, the loss is NaN instead.
+        ValueError: ``labels``, ``where`` or the costs do not fit the shape of ``logits``, or not
+            exactly one of ``cost_matrix`` and ``costs`` is given.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0, 0.5], [9.0, 0.0, 0.5]])  # the last: abstain
@@ -58,17 +75,19 @@ def expected_cost(
     References:
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 1.
     """
-    scores, labels, spoiled = class_inputs("expected_cost", logits, labels, where)
-    costs = _cost_rows("expected_cost", cost_matrix, scores, labels)
-    return finished((costs * scores.softmax(-1)).sum(-1), where, logits, spoiled)
+    given = (cost_matrix, costs)
+    scores, labels, costs = _inputs("expected_cost", logits, labels, given, where)
+    return finished(product(scores.softmax(-1), costs).sum(-1), where, logits)
 
 
+@mark_classes(_classes)
 @mark_probabilities("costs")
 def log_bilinear(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
     *,
-    cost_matrix: Float[Tensor, "classes decisions"],
+    cost_matrix: Float[Tensor, "classes decisions"] | None = None,
+    costs: Float[Tensor, "*batch decisions"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Log-bilinear: ``-sum(cost_matrix[label] * log(1 - softmax(logits)))``, the label left out.
@@ -81,19 +100,24 @@ def log_bilinear(
 
     Args:
         logits: Unnormalised log-probabilities of the decisions, shape ``(*batch, decisions)``.
-        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``; of ``costs``, in
+            ``[0, decisions)``.
         cost_matrix: Cost of each decision (column) in each true class (row), shape
             ``(classes, decisions)``, no fewer decisions than classes.
+        costs: Cost of each decision for each example, in place of ``cost_matrix``, shape
+            ``(*batch, decisions)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
         Loss of each example, shape ``(*batch)``, dtype of ``logits``.
 
     Raises:
-        TypeError: ``logits`` or ``cost_matrix`` is not floating point, ``labels`` is, or ``where``
-            is not boolean.
-        ValueError: ``labels``, ``where`` or ``cost_matrix`` does not fit the shape of ``logits``,
-            or there are more classes than decisions.
+        TypeError: ``logits`` or the costs are not floating point, ``labels`` is, or ``where`` is
+            not boolean.
+        IndexError: a label is out of range; compiled, the loss is NaN instead.
+        ValueError: ``labels``, ``where`` or the costs do not fit the shape of ``logits``, there are
+            more classes than decisions, or not exactly one of ``cost_matrix`` and ``costs`` is
+            given.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0, 1.0], [9.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
@@ -104,19 +128,21 @@ def log_bilinear(
         Resheff, Mandelbaum and Weinshall, "Every untrue label is untrue in its own way: controlling
         error type with the log bilinear loss", 2017.
     """
-    scores, labels, spoiled = class_inputs("log_bilinear", logits, labels, where)
-    costs = _cost_rows("log_bilinear", cost_matrix, scores, labels, own=True)
+    given = (cost_matrix, costs)
+    scores, labels, costs = _inputs("log_bilinear", logits, labels, given, where, own=True)
     is_label = one_hot(labels, scores.shape[-1])
     log_others = torch.where(is_label, 0, _log_one_minus_softmax(scores))
-    return finished(-(costs * log_others).sum(-1), where, logits, spoiled)
+    return finished(-product(costs, log_others).sum(-1), where, logits)
 
 
+@mark_classes(_classes)
 @mark_probabilities("costs")
 def softmax_margin(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
     *,
-    cost_matrix: Float[Tensor, "classes decisions"],
+    cost_matrix: Float[Tensor, "classes decisions"] | None = None,
+    costs: Float[Tensor, "*batch decisions"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Softmax margin: ``logsumexp(logits + cost_matrix[label]) - logits[label]``, in nats.
@@ -128,9 +154,12 @@ def softmax_margin(
 
     Args:
         logits: Unnormalised log-probabilities of the decisions, shape ``(*batch, decisions)``.
-        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``; of ``costs``, in
+            ``[0, decisions)``.
         cost_matrix: Cost of each decision (column) in each true class (row), in units of the
             logits, shape ``(classes, decisions)``, no fewer decisions than classes.
+        costs: Cost of each decision for each example, in place of ``cost_matrix``, shape
+            ``(*batch, decisions)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -138,10 +167,12 @@ def softmax_margin(
         ``logits``.
 
     Raises:
-        TypeError: ``logits`` or ``cost_matrix`` is not floating point, ``labels`` is, or ``where``
-            is not boolean.
-        ValueError: ``labels``, ``where`` or ``cost_matrix`` does not fit the shape of ``logits``,
-            or there are more classes than decisions.
+        TypeError: ``logits`` or the costs are not floating point, ``labels`` is, or ``where`` is
+            not boolean.
+        IndexError: a label is out of range; compiled, the loss is NaN instead.
+        ValueError: ``labels``, ``where`` or the costs do not fit the shape of ``logits``, there are
+            more classes than decisions, or not exactly one of ``cost_matrix`` and ``costs`` is
+            given.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
@@ -152,18 +183,20 @@ def softmax_margin(
         Gimpel and Smith, "Softmax-margin CRFs: training log-linear models with cost functions",
         2010.
     """
-    scores, labels, spoiled = class_inputs("softmax_margin", logits, labels, where)
-    costs = _cost_rows("softmax_margin", cost_matrix, scores, labels, own=True)
+    given = (cost_matrix, costs)
+    scores, labels, costs = _inputs("softmax_margin", logits, labels, given, where, own=True)
     log_probs = (scores + costs).log_softmax(-1)
-    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits, spoiled)
+    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits)
 
 
+@mark_classes(_classes)
 @mark_probabilities("costs")
 def cost_hinge(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
     *,
-    cost_matrix: Float[Tensor, "classes decisions"],
+    cost_matrix: Float[Tensor, "classes decisions"] | None = None,
+    costs: Float[Tensor, "*batch decisions"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Cost-sensitive hinge: ``max(logits + cost_matrix[label]) - logits[label]``.
@@ -175,9 +208,12 @@ def cost_hinge(
 
     Args:
         logits: Scores of the decisions, shape ``(*batch, decisions)``.
-        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``; of ``costs``, in
+            ``[0, decisions)``.
         cost_matrix: Cost of each decision (column) in each true class (row), in units of the
             logits, shape ``(classes, decisions)``, no fewer decisions than classes.
+        costs: Cost of each decision for each example, in place of ``cost_matrix``, shape
+            ``(*batch, decisions)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -185,10 +221,12 @@ def cost_hinge(
         ``(*batch)``, dtype of ``logits``.
 
     Raises:
-        TypeError: ``logits`` or ``cost_matrix`` is not floating point, ``labels`` is, or ``where``
-            is not boolean.
-        ValueError: ``labels``, ``where`` or ``cost_matrix`` does not fit the shape of ``logits``,
-            or there are more classes than decisions.
+        TypeError: ``logits`` or the costs are not floating point, ``labels`` is, or ``where`` is
+            not boolean.
+        IndexError: a label is out of range; compiled, the loss is NaN instead.
+        ValueError: ``labels``, ``where`` or the costs do not fit the shape of ``logits``, there are
+            more classes than decisions, or not exactly one of ``cost_matrix`` and ``costs`` is
+            given.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
@@ -201,19 +239,25 @@ def cost_hinge(
         variables", 2005, margin re-scaling; Crammer and Singer, "On the algorithmic implementation
         of multiclass kernel-based vector machines", 2001.
     """
-    scores, labels, spoiled = class_inputs("cost_hinge", logits, labels, where)
-    costs = _cost_rows("cost_hinge", cost_matrix, scores, labels, own=True)
+    given = (cost_matrix, costs)
+    scores, labels, costs = _inputs("cost_hinge", logits, labels, given, where, own=True)
     # Subtracted inside: small costs would be lost in the rounding of a large logit.
     margins = scores - of_label(scores, labels).unsqueeze(-1)
-    return finished((margins + costs).amax(-1), where, logits, spoiled)
+    # Of two equal infinities the difference is NaN: a decision that is never taken has no margin,
+    # and that of the label over itself is 0.
+    margins = torch.where(scores == -torch.inf, scores, margins)
+    margins = torch.where(one_hot(labels, scores.shape[-1]), 0, margins)
+    return finished((margins + costs).amax(-1), where, logits)
 
 
+@mark_classes(_classes)
 @mark_probabilities("costs")
 def one_sided_regression(
     cost_estimates: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
     *,
-    cost_matrix: Float[Tensor, "classes decisions"],
+    cost_matrix: Float[Tensor, "classes decisions"] | None = None,
+    costs: Float[Tensor, "*batch decisions"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Smooth one-sided regression of costs, ``sum(softplus(sign * (estimate - cost)))``.
@@ -226,9 +270,12 @@ def one_sided_regression(
     Args:
         cost_estimates: What each decision is thought to cost, low is good: no logits, shape
             ``(*batch, decisions)``.
-        labels: Class indices in ``[0, classes)``, shape ``(*batch)``.
+        labels: Class indices in ``[0, classes)``, shape ``(*batch)``; of ``costs``, in
+            ``[0, decisions)``.
         cost_matrix: Cost of each decision (column) in each true class (row), shape
             ``(classes, decisions)``; fewer or more decisions than classes are allowed.
+        costs: Cost of each decision for each example, in place of ``cost_matrix``, shape
+            ``(*batch, decisions)``.
         where: Examples that count. The others give 0, with zero gradient.
 
     Returns:
@@ -236,10 +283,11 @@ def one_sided_regression(
         ``cost_estimates``.
 
     Raises:
-        TypeError: ``cost_estimates`` or ``cost_matrix`` is not floating point, ``labels`` is, or
+        TypeError: ``cost_estimates`` or the costs are not floating point, ``labels`` is, or
             ``where`` is not boolean.
-        ValueError: ``labels``, ``where`` or ``cost_matrix`` does not fit the shape of
-            ``cost_estimates``.
+        IndexError: a label is out of range; compiled, the loss is NaN instead.
+        ValueError: ``labels``, ``where`` or the costs do not fit the shape of ``cost_estimates``,
+            or not exactly one of ``cost_matrix`` and ``costs`` is given.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
@@ -251,15 +299,9 @@ def one_sided_regression(
         classification", 2010; the smooth form: Chung, Lin and Yang, "Cost-aware pre-training for
         multiclass cost-sensitive deep learning", 2016.
     """
-    name, shape = "one_sided_regression", tuple(cost_estimates.shape)
-    check_floating(name, "cost_estimates", cost_estimates)
-    check_labels(name, "labels", labels)
-    if not shape:
-        raise ValueError(f"{name}: cost_estimates must have a decision axis, got a scalar")
-    check_shape(name, "labels", labels, shape[:-1], f"cost_estimates {shape}")
-    check_where(name, where, shape[:-1])
-    estimates = masked(cost_estimates, where).to(wide_dtype(cost_estimates))
-    costs = _cost_rows(name, cost_matrix, estimates, masked(labels, where).long())
+    given = (cost_matrix, costs)
+    inputs = _inputs("one_sided_regression", cost_estimates, labels, given, where, "cost_estimates")
+    estimates, _, costs = inputs
     excess = estimates - costs
     cheapest = costs <= costs.amin(-1, keepdim=True)
     # softplus(x) = -logsigmoid(-x); torch rounds softplus to its argument from 20 on.
@@ -294,25 +336,62 @@ def one_sided_decision(
     return cost_estimates.argmin(-1)
 
 
-def _cost_rows(
-    name: str, cost_matrix: Tensor, scores: Tensor, labels: Tensor, *, own: bool = False
-) -> Tensor:
-    """Check ``cost_matrix`` and return the row of each label, ``(*batch, decisions)``.
+def _inputs(
+    name: str,
+    scores: Tensor,
+    labels: Tensor,
+    given: tuple[Tensor | None, Tensor | None],
+    where: Tensor | None,
+    what: str = "logits",
+    *,
+    own: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check everything; return scores, labels and each example's costs, masked and wide.
 
-    ``own``: every class must have a decision of its own.
+    ``given`` is the matrix and the costs, of which one is None; ``own``: every class must have a
+    decision of its own.
     """
-    check_floating(name, "cost_matrix", cost_matrix)
-    decisions, got = scores.shape[-1], tuple(cost_matrix.shape)
+    matrix, costs = given
+    if (matrix is None) == (costs is None):
+        came = "neither" if costs is None else "both"
+        raise ValueError(
+            f"{name}: give either cost_matrix (classes, decisions) or costs (*batch, decisions); "
+            f"got {came}"
+        )
+    check_floating(name, what, scores)
+    if not scores.dim():
+        raise ValueError(f"{name}: {what} must have a decision axis, got a scalar")
+    check_labels(name, "labels", labels)
+    shape, decisions = tuple(scores.shape), scores.shape[-1]
+    check_shape(name, "labels", labels, shape[:-1], f"{what} {shape}")
+    if costs is not None:
+        check_floating(name, "costs", costs)
+        check_shape(name, "costs", costs, shape, f"{what} {shape}")
+    if matrix is not None:
+        _check_matrix(name, matrix, decisions, own=own)
+    classes = decisions if matrix is None else matrix.shape[0]
+    check_where(name, where, shape[:-1])
+    labels, spoiled = known_labels(name, masked(labels, where), classes)
+    scores = masked(scores, where).to(wide_dtype(scores))
+    if spoiled is not None:
+        scores = scores + spoiled.unsqueeze(-1)
+    if matrix is not None:
+        # Not a product with one-hots, which a GPU may round to TF32.
+        costs = matrix.gather(0, labels.reshape(-1, 1).expand(-1, decisions)).reshape(shape)
+    assert costs is not None
+    return scores, labels, masked(costs, where).to(scores.dtype)
+
+
+def _check_matrix(name: str, matrix: Tensor, decisions: int, *, own: bool) -> None:
+    check_floating(name, "cost_matrix", matrix)
+    got = tuple(matrix.shape)
     if len(got) != 2 or got[1] != decisions:
         raise ValueError(
-            f"{name}: cost_matrix must have shape (classes, {decisions}), one column a decision, "
+            f"{name}: cost_matrix must have shape (classes, {decisions}), one column per decision, "
             f"got {got}"
         )
     if own and got[0] > decisions:
         raise ValueError(f"{name}: cost_matrix must have a decision for each class, got {got}")
-    # Not a product with one-hots, which a GPU may round to TF32.
-    rows = cost_matrix.to(scores.dtype).gather(0, labels.reshape(-1, 1).expand(-1, decisions))
-    return rows.reshape(labels.shape + (decisions,))
 
 
 def _log_one_minus_softmax(scores: Tensor) -> Tensor:
@@ -324,4 +403,5 @@ def _log_one_minus_softmax(scores: Tensor) -> Tensor:
     likeliest = one_hot(log_probs.argmax(-1), scores.shape[-1])
     others = torch.where(likeliest, least, log_probs).logsumexp(-1, keepdim=True)
     probs = torch.where(likeliest, 0, log_probs).exp()
-    return torch.where(likeliest, others, torch.log1p(-torch.where(likeliest, 0, probs)))
+    logs = torch.where(likeliest, others, torch.log1p(-torch.where(likeliest, 0, probs)))
+    return torch.where(logs <= least, -torch.inf, logs)

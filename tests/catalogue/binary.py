@@ -1,5 +1,8 @@
 """The rows of losses of yes or no: bits, signs, several labels at once, masks."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -13,9 +16,11 @@ from catalogue.rows import (
     each,
     number,
     row,
+    softmax,
     wide,
 )
 from funcloss import losses
+from funcloss.laws.case import CLASSES
 from funcloss.laws.feed import Feed
 
 
@@ -78,6 +83,77 @@ def _batch_dice(p: Tensor, t: Tensor) -> Tensor:
     return each(_dice)(p.reshape(1, -1), t.reshape(1, -1)).expand(len(t))
 
 
+def _smoothed(loss: OfTorch) -> Callable[..., Tensor]:
+    """Return a loss of torch's, of targets drawn to a half."""
+
+    def smoothed(z: Tensor, t: Tensor, *, label_smoothing: Tensor) -> Tensor:
+        return loss(z, torch.lerp(t, torch.full_like(t, 0.5), label_smoothing.to(t)))
+
+    return smoothed
+
+
+def _generalized_dice(
+    p: list[list[float]], t: list[list[float]], power=2.0, smooth=1.0, class_weights=None
+) -> float:
+    """Weighted by 1 / volume^2; a class that is absent, as much as the rarest."""
+    classes = range(len(p[0]))
+    volumes = [sum(row[c] for row in t) for c in classes]
+    rarest = min((v for v in volumes if v > 0), default=1.0)
+    weights = [rarest**power / (v or rarest) ** power for v in volumes]
+    weights = [w * (class_weights[c] if class_weights else 1) for c, w in enumerate(weights)]
+    pairs = [(weights[c], a[c], b[c]) for a, b in zip(p, t, strict=True) for c in classes]
+    both = 2 * sum(w * a * b for w, a, b in pairs)
+    return 1 - (both + smooth) / (sum(w * (a + b) for w, a, b in pairs) + smooth)
+
+
+def lovasz_weights(mask: list[int]) -> list[float]:
+    """Algorithm 1 of Berman et al.: how much each further wrong pixel adds to 1 - IoU."""
+    weights, before = [], 0.0
+    for i in range(len(mask)):
+        intersection = sum(mask[i + 1 :])
+        union = sum(mask) + sum(1 - inside for inside in mask[: i + 1])
+        weights.append(1 - intersection / union - before)
+        before += weights[-1]
+    return weights
+
+
+def lovasz_of(errors: list[float], mask: list[int]) -> float:
+    """The Lovász extension of the Jaccard loss."""
+    order = sorted(range(len(errors)), key=lambda i: -errors[i])
+    weights = lovasz_weights([mask[i] for i in order])
+    return sum(errors[i] * w for i, w in zip(order, weights, strict=True))
+
+
+def _lovasz_softmax(z: list[list[float]], y: list[int]) -> float:
+    p = [softmax(row) for row in z]
+    of_classes = []
+    for c in sorted(set(y)):
+        mask = [int(label == c) for label in y]
+        errors = [abs(inside - row[c]) for inside, row in zip(mask, p, strict=True)]
+        of_classes.append(lovasz_of(errors, mask))
+    return math.fsum(of_classes) / len(of_classes)
+
+
+def _lovasz_hinge(z: list[float], t: list[float]) -> float:
+    errors = [max(0.0, 1 - (2 * b - 1) * a) for a, b in zip(z, t, strict=True)]
+    return lovasz_of(errors, [int(b) for b in t])
+
+
+_PIXELS = 6
+
+
+def class_masks(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return probabilities and one-hot targets of six pixels, of which a class may be absent."""
+    logits, labels = class_maps(n, generator)
+    return logits.softmax(-1), F.one_hot(labels, CLASSES).double()
+
+
+def class_maps(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of six pixels of an image each."""
+    logits = torch.randn(n, _PIXELS, CLASSES, generator=generator, dtype=torch.float64)
+    return 2 * logits, torch.randint(CLASSES, (n, _PIXELS), generator=generator)
+
+
 MASKS = wide("probabilities", "targets")
 _BCE = OfTorch(F.binary_cross_entropy_with_logits)
 _SOFT_MARGIN = OfTorch(F.multilabel_soft_margin_loss)
@@ -92,6 +168,12 @@ CASES = {
     "binary_cross_entropy_with_logits": row(losses.binary_cross_entropy_with_logits, BITS, _BCE),
     "binary_cross_entropy_with_logits, soft and weighted": row(
         losses.binary_cross_entropy_with_logits, soft_bits, _BCE, {"pos_weight": number(3.0)}
+    ),
+    "binary_cross_entropy_with_logits, smoothed": row(
+        losses.binary_cross_entropy_with_logits,
+        soft_bits,
+        _smoothed(_BCE),
+        {"label_smoothing": number(0.2)},
     ),
     "multilabel_soft_margin": row(
         losses.multilabel_soft_margin, MULTI_HOT, _SOFT_MARGIN, shift=False
@@ -108,6 +190,9 @@ CASES = {
     "sigmoid_focal": row(losses.sigmoid_focal, BITS, _FOCAL),
     "sigmoid_focal, soft and weighted": row(
         losses.sigmoid_focal, soft_bits, _FOCAL, {"gamma": number(0.5), "alpha": number(0.25)}
+    ),
+    "sigmoid_focal, smoothed": row(
+        losses.sigmoid_focal, BITS, _smoothed(_FOCAL), {"label_smoothing": number(0.2)}
     ),
     "asymmetric": row(losses.asymmetric, MULTI_HOT, _asymmetric, shift=False),
     "asymmetric, other options": row(
@@ -133,5 +218,18 @@ CASES = {
     "focal_tversky, gamma": row(
         losses.focal_tversky, MASKS, each(_focal_tversky), {"gamma": number(2.0)}
     ),
+    "generalized_dice": row(
+        losses.generalized_dice, class_masks, each(_generalized_dice), shift=False, extremes=(0, 1)
+    ),
+    "generalized_dice, weighted": row(
+        losses.generalized_dice,
+        class_masks,
+        each(_generalized_dice),
+        {"class_weights": WEIGHTS, "power": number(0.7), "smooth": number(0.1)},
+        shift=False,
+        extremes=(0, 1),
+    ),
+    "lovasz_softmax": row(losses.lovasz_softmax, class_maps, each(_lovasz_softmax), shift=True),
+    "lovasz_hinge": row(losses.lovasz_hinge, MULTI_HOT, each(_lovasz_hinge), shift=False),
     "over_batch(dice)": row(losses.over_batch(losses.dice), MASKS, _batch_dice),
 }

@@ -167,11 +167,27 @@ def _one_sided_regression(r: Row, y: int, cost_matrix: list[Row]) -> float:
     return math.fsum(math.log1p(math.exp(s * (a - c))) for s, a, c in terms)
 
 
+def _own_costs(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a loss given the costs of each example itself, not a matrix."""
+
+    def of_rows(logits: Tensor, labels: Tensor, *, cost_matrix: Tensor, where=None) -> Tensor:
+        counted = labels if where is None else torch.where(where, labels, 0)
+        rows = cost_matrix.gather(0, counted.reshape(-1, 1).expand(-1, cost_matrix.shape[1]))
+        return loss(logits, labels, costs=rows.reshape(logits.shape), where=where)
+
+    return of_rows
+
+
 def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[str, LossCase]:
     """Return the rows of a loss: on squares of free right decisions or not, and on an oblong."""
     estimates = loss is losses.one_sided_regression
 
-    def of(cost_matrix: Tensor, feed: Callable = LABELS, **limits: str) -> LossCase:
+    def of(
+        cost_matrix: Tensor,
+        feed: Callable = LABELS,
+        loss: Callable[..., Tensor] = loss,
+        **limits: str,
+    ) -> LossCase:
         return row(
             loss,
             feed,
@@ -192,6 +208,7 @@ def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[
         f"{name}, with a decision to abstain": of(
             torch.cat([COSTS, _ABSTAIN], -1), decisions, **oblong
         ),
+        f"costs of each example({name})": of(COSTS, loss=_own_costs(loss)),
     }
 
 
