@@ -236,12 +236,12 @@ ERRORS = [
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=torch.ones(3)),
         ValueError,
-        r"pos_weight must be a number or scalar tensor or one entry .* \(4,\); got \(3,\)",
+        r"pos_weight must be a number or a scalar .* \(4,\), one per column; got \(3,\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM[0], BITS[0], pos_weight=torch.ones(6, 1)),
         ValueError,
-        r"pos_weight must be a number or scalar tensor or one entry .* got \(6, 1\)",
+        r"pos_weight must be a number or a scalar .* got \(6, 1\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=-1.0),
@@ -260,12 +260,12 @@ ERRORS = [
     (
         lambda: sigmoid_focal(RANDOM, BITS, gamma=torch.ones(6, 1)),
         ValueError,
-        r"sigmoid_focal: gamma must be a number or scalar tensor or one .* example, \(6, 4\)",
+        r"sigmoid_focal: gamma must be a number or a scalar .* \(6, 4\), one per example",
     ),
     (
         lambda: asymmetric(RANDOM, BITS, gamma_neg=torch.ones(CLASSES)),
         ValueError,
-        r"asymmetric: gamma_neg must be .* per example, \(6,\); got \(4,\)",
+        r"asymmetric: gamma_neg must be .* \(6,\), one per example; got \(4,\)",
     ),
     (
         lambda: sigmoid_focal(RANDOM, BITS, label_smoothing=1.1),

@@ -221,7 +221,7 @@ def test_an_option_is_one_number_or_one_per_image(loss):
     ]
     assert_close(values, torch.stack(alone))
     for wrong in (each[:2], each[:, None]):
-        with pytest.raises(ValueError, match=rf"{given} must be a number or scalar tensor or one"):
+        with pytest.raises(ValueError, match=rf"{given} must be a number or a scalar tensor, or"):
             loss(probabilities, targets, **options, **{given: wrong})
 
 

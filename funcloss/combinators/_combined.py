@@ -61,10 +61,6 @@ class Combined:
         """What its targets are: as those of its loss."""
         return targets_of(self.losses[0])
 
-    def classes(self, predictions: Tensor, **options: Any) -> int:
-        """Return how many classes there are: as many as of its loss."""
-        return classes_of(self.losses[0], predictions, passed_on(options, self.keeps))
-
     @property
     def probabilities(self) -> Probabilities | None:
         """How its scores become probabilities: as those of its loss; None: not stated."""
@@ -112,12 +108,9 @@ def targets_of(loss: Callable[..., Any]) -> str:
 
 
 def classes_of(
-    loss: Callable[..., Any], predictions: Tensor, options: Mapping[str, Any] | None = None
+    loss: Callable[..., Any], *predictions: Tensor, options: Mapping[str, Any] | None = None
 ) -> int:
-    """Return how many classes a loss of labels tells apart.
-
-    Two of bits or signs; otherwise what its ``classes(predictions, **options)`` says, and as many
-    as there are columns of predictions where it says nothing.
+    """Return how many classes a loss of labels tells apart, columns where it says nothing.
 
     Example:
         >>> import torch
@@ -125,13 +118,29 @@ def classes_of(
         >>> classes_of(cross_entropy, torch.zeros(5, 3)), classes_of(coral, torch.zeros(5, 3))
         (3, 4)
     """
-    options = options or {}
+    stated = stated_classes(loss, *predictions, options=options or {})
+    return predictions[0].shape[-1] if stated is None else stated
+
+
+def stated_classes(
+    loss: Callable[..., Any], *predictions: Tensor, options: Mapping[str, Any]
+) -> int | None:
+    """Return how many classes a loss says that it tells apart; None: it does not say.
+
+    Two of bits or signs; what its ``classes(*predictions, **options)`` returns; as many as columns
+    where their softmax gives the probabilities of the classes.
+    """
     if targets_of(loss) != "labels":
         return 2
     if isinstance(loss, functools.partial):
-        return classes_of(loss.func, predictions, {**loss.keywords, **options})
-    stated = getattr(loss, "classes", None)
-    return predictions.shape[-1] if stated is None else stated(predictions, **options)
+        return stated_classes(loss.func, *predictions, options={**loss.keywords, **options})
+    if isinstance(loss, Combined):
+        inner = passed_on(dict(options), loss.keeps)
+        return stated_classes(loss.losses[0], *predictions, options=inner)
+    if (stated := getattr(loss, "classes", None)) is not None:
+        return stated(*predictions, **options)
+    softmax = callable(stated := probabilities_of(loss)) or stated == "softmax"
+    return predictions[0].shape[-1] if softmax else None
 
 
 def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:

@@ -213,7 +213,7 @@ class Soft(Combined):
         """Return one value per example."""
         (loss,) = self.losses
         check_floating("soft", "targets", targets)
-        classes, batch = classes_of(loss, logits, options), tuple(logits.shape[:-1])
+        classes, batch = classes_of(loss, logits, options=options), tuple(logits.shape[:-1])
         check_shape("soft", "targets", targets, (*batch, classes), f"logits and {name_of(loss)}")
         check_where("soft", where, batch)
         targets = masked(targets, where).to(logits.dtype)
@@ -284,7 +284,7 @@ class Smoothed(Combined):
         part = taken(self.smoothing, options, logits)
         rest = passed_on(options, self.own)
         of_label = loss(logits, labels, **masking(where), **rest)
-        classes = self.of or classes_of(loss, logits, rest)
+        classes = self.of or classes_of(loss, logits, options=rest)
         even = _of_each_class(loss, logits, where, rest, classes).mean(-1)
         return product(1 - part, of_label) + product(part, even)
 

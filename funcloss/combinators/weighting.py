@@ -16,10 +16,12 @@ from funcloss.combinators._combined import (
     Factor,
     factor_names,
     masking,
+    name_of,
     not_of,
     options_of,
     passed_on,
     probabilities_of,
+    stated_classes,
     taken,
     targets_of,
 )
@@ -121,7 +123,12 @@ class ClassWeighted(Combined):
     ) -> Tensor:
         """Return one value per example."""
         (loss,) = self.losses
-        labels = data[-1]
+        *predictions, labels = data
+        check_floating("class_weighted", "class_weights", class_weights)
+        classes = stated_classes(loss, *predictions, options=options)
+        if classes is not None:
+            given = name_of(loss)
+            check_shape("class_weighted", "class_weights", class_weights, (classes,), given)
         values = loss(*data, **masking(where), **options)
         # A loss that is reduced already would be weighted as a whole, which weighs no class.
         check_shape("class_weighted", "what the loss gives", values, labels.shape, "labels")
@@ -140,8 +147,8 @@ def target_weights(
     kind = targets_of(loss)
     if kind == "labels":
         return class_weights_of(class_weights, targets, where)
-    check_floating("class_weighted", "class_weights", class_weights)
-    check_shape("class_weighted", "class_weights", class_weights, (2,), f"targets of {kind}")
+    check_floating("target_weights", "class_weights", class_weights)
+    check_shape("target_weights", "class_weights", class_weights, (2,), f"targets of {kind}")
     share = masked(targets, where).to(class_weights.dtype)
     share = share if kind == "bits" else (share + 1) / 2
     no, yes = class_weights.unbind()

@@ -13,11 +13,24 @@ from torch.autograd import Function
 
 from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
 from funcloss._precision import wide_dtype
-from funcloss.losses._shared import finished, mark_probabilities, masked, of_label
+from funcloss.losses._shared import (
+    finished,
+    known_labels,
+    mark_classes,
+    mark_probabilities,
+    masked,
+    of_label,
+)
 
 _NAME = "linear_cross_entropy"
 
 
+def _classes_of(features: Tensor, weight: Tensor, **options: object) -> int:
+    """Return how many classes the head has."""
+    return weight.shape[0]
+
+
+@mark_classes(_classes_of)
 @mark_probabilities("softmax")
 def linear_cross_entropy(
     features: Float[Tensor, "*batch features"],
@@ -76,9 +89,9 @@ def linear_cross_entropy(
     _check(features, weight, labels, bias, where)
     check_number(_NAME, "chunk_size", chunk_size, low=1)
     rows = masked(features, where).reshape(labels.numel(), weight.shape[-1])
-    flat_labels = masked(labels, where).long().reshape(-1)
-    loss = _LinearCrossEntropy.apply(rows, weight, bias, flat_labels, chunk_size)
-    return finished(loss.reshape(labels.shape), where, features)
+    labels, spoiled = known_labels(_NAME, masked(labels, where), weight.shape[0])
+    loss = _LinearCrossEntropy.apply(rows, weight, bias, labels.reshape(-1), chunk_size)
+    return finished(loss.reshape(labels.shape), where, features, spoiled)
 
 
 def _check(
