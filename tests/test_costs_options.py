@@ -329,7 +329,7 @@ def test_hyper_holds_what_the_loss_takes_and_nothing_else():
 NUMBERS = {
     "cross_entropy": {"label_smoothing": False},
     "nll": {},
-    "softmax_focal": {"gamma": False},
+    "softmax_focal": {"gamma": False, "alpha": False},
     "bi_tempered": {"t1": False, "t2": False, "label_smoothing": False},
     "multi_margin": {"margin": False},
     "ldam": {"max_margin": False, "scale": False},
@@ -345,7 +345,7 @@ def test_the_numbers_among_the_options_of_a_loss_are_known(loss, numbers):
 
 
 OWN_NUMBERS = [
-    (class_weighted(losses.softmax_focal), {"gamma": False}),
+    (class_weighted(losses.softmax_focal), {"gamma": False, "alpha": False}),
     (scaled(losses.equalization, "by"), {"threshold": True, "by": True}),
     (mixup(losses.poly1), {"epsilon": False, "mix": True}),
     (functools.partial(losses.equalization, threshold=0.1), {"threshold": False}),
