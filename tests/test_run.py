@@ -1,7 +1,7 @@
 import errno
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys

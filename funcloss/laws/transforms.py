@@ -59,11 +59,9 @@ def _is_map(case: LossCase, batch: Batch) -> None:
     values = case(*batch)
     n = batch[0].shape[0]
     alone = torch.stack([case(*(x[i : i + 1] for x in batch)).sum() for i in range(n)])
-    if case.reduction == "none":
-        if tuple(values.shape) != (n,) and (n, values.numel()) != (1, 1):
-            raise Broken(
-                f"{n} examples give shape {tuple(values.shape)}, not one value per example, ({n},)"
-            )
+    shape = tuple(values.shape)
+    if case.reduction == "none" and shape != (n,) and (n, values.numel()) != (1, 1):
+        raise Broken(f"{n} examples give shape {shape}, not one value per example, ({n},)")
     sums = case.reduction in ("none", "sum")
     whole = "value within its batch, against alone"
     if case.reduction != "none":
