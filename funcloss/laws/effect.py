@@ -283,5 +283,5 @@ def _relative(norms: Tensor) -> Tensor:
         raise NotApplicable("the gradients of some classes are not finite: see extremes")
     some = norms > 0
     if not some.any():
-        raise NotApplicable("no example of any class has a gradient: see not flat")
+        raise NotApplicable("no example of any class has a gradient: see has a gradient")
     return norms / norms[some].median()
