@@ -357,11 +357,27 @@ def assert_listed(loss, law, out, said):
     code, _, err = said
     assert code == 2
     first, *lines = err.splitlines()
-    assert first.startswith(f"error: loss {loss} breaks ")
+    assert first == f"error: loss {loss} is wrong:"
     assert any(line.startswith(f"  {law}") for line in lines)
     assert "no-check" in lines[-1]
     assert "Traceback" not in err
     assert not out.exists()
+
+
+def test_a_loss_that_works_on_batches_trains_and_one_line_says_so(own, fit):
+    text = """
+    weights = torch.tensor([1.0, 5.0])
+
+    def mine(logits, labels):
+        return nn.functional.cross_entropy(logits, labels, reduction="none") * weights[labels]
+    """
+    loss = f"{own(text)}:mine"
+    _, (code, _, err) = fit("--loss", loss)
+    assert code == 0
+    line = but_learning(err)
+    assert line.startswith(f"warning: loss {loss} works on batches: ")
+    assert line.count("\n") == 1
+    assert "weights.gather(0, labels.reshape(-1)).reshape(labels.shape)" in line
 
 
 def test_a_loss_that_breaks_laws_trains_if_it_is_wished(own, fit):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,20 +196,41 @@ def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
     assert folder.read_summary(tmp_path / "run")["train_seconds"] == pytest.approx(seconds)
 
 
-def test_a_training_that_diverges_says_so_once_and_leaves_valid_json(tmp_path):
-    notes = []
+def test_a_training_that_diverges_ends_and_leaves_valid_json(tmp_path):
     made = config(model="linear", learning_rate=1e38)
-    train(made, tmp_path / "run", show=notes.append)
-    said = [n for n in notes if isinstance(n, runs.Note) and "the loss is nan" in n.text]
-    assert len(said) == 1
+    with pytest.raises(RunError, match=r"at step \d+, though .* a smaller learning_rate"):
+        train(made, tmp_path / "run")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    text += (tmp_path / "run" / "summary.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
 
 
+ROOT = """
+import torch
+
+def focal(logits, labels, *, gamma: float = 0.5):
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return (1 - torch.exp(-loss)) ** gamma * loss
+"""
+
+
+def test_a_loss_whose_gradient_is_nan_is_named_with_its_step_example_and_option(tmp_path, run_cli):
+    (tmp_path / "mine.py").write_text(ROOT)
+    command = ("train", "--dataset", "mnist-sample", "--model", "linear", "--optimizer", "sgd",
+               "--compile", "off", "--epochs", "1", "--log-every", "10", "--batch-size", "100",
+               "--learning-rate", "20", "--loss", f"{tmp_path / 'mine.py'}:focal", "--no-check",
+               "--run-dir", tmp_path / "run")  # fmt: skip
+    code, _, err = run_cli(*command)
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert re.search(
+        r"mine.py:focal is not finite at step \d+: its gradient is not for example", last
+    )
+    assert "gamma=0.5 (at 1 it is finite)" in last
+    assert "learning_rate" not in err
+
+
 LEARNS = {
-    "nan": (("--learning-rate", "1e38"), "the training loss is not a finite number at the end"),
     "rises": (("--learning-rate", "30", "--quiet"), "the training loss did not fall, from"),
     "none": (("--epochs", "0", "--seed", "2"), "the model was not trained, set epochs to 1"),
     "fine": (("--learning-rate", "0.05"), ""),

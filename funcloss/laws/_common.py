@@ -1,9 +1,10 @@
 """What the laws have in common: how tensors are compared, and what a loss must be for a law."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcloss.combinators import couples_examples
 from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
@@ -16,7 +17,12 @@ def raised(error: BaseException) -> str:
 
 
 def same(
-    got: Tensor, expected: Tensor, what: str, batch: Batch, tolerance: float | None = None
+    got: Tensor,
+    expected: Tensor,
+    what: str,
+    batch: Batch,
+    tolerance: float | None = None,
+    also: str = "",
 ) -> None:
     """Raise ``Broken`` unless two tensors agree, relative to the largest that is expected."""
     if got.shape != expected.shape:
@@ -29,7 +35,8 @@ def same(
     if unequal.any():
         where = tuple(unequal.nonzero()[0].tolist()) if unequal.dim() else ()
         raise Broken(
-            f"{what}: {float(got[where]):.6g}, not {float(expected[where]):.6g}; at {shown(batch)}"
+            f"{what}: {float(got[where]):.6g}, not {float(expected[where]):.6g}{also}; "
+            f"at {shown(batch)}"
         )
 
 
@@ -40,6 +47,18 @@ def total_of(case: LossCase, batch: Batch) -> Callable[..., Tensor]:
         return case(*predictions, *batch[case.predictions :]).sum()
 
     return total
+
+
+def seen_in(case: LossCase, signs: tuple[str, ...]) -> str:
+    """Return which of some signs are in the code of a loss, as the end of a line; else nothing."""
+    loss = case.loss.forward if isinstance(case.loss, nn.Module) else case.loss
+    try:
+        source = inspect.getsource(inspect.unwrap(loss))
+    except (OSError, TypeError):
+        return ""
+    lines = [line.split("#")[0] for line in source.splitlines()]
+    found = [sign.strip(".(") for sign in signs if any(sign in line for line in lines)]
+    return f": see {', '.join(dict.fromkeys(found))} in its code" if found else ""
 
 
 def gradients_of(case: LossCase, batch: Batch) -> tuple[Tensor, ...]:
@@ -65,3 +84,19 @@ def check_of_classes(case: LossCase, batch: Batch) -> None:
     """Raise ``NotApplicable`` where the predictions are not one a class."""
     if not any(x.dim() > 1 and x.shape[-1] == case.classes for x in batch[:1]):
         raise NotApplicable("its predictions have no axis of classes")
+
+
+def check_finite(case: LossCase, batch: Batch, where: str) -> None:
+    """Raise ``Broken`` unless value and gradient are finite."""
+    named = {"value": (case(*batch),)}
+    if named["value"][0].isfinite().all():
+        named = {"gradient": gradients_of(case, batch)}
+    for what, tensors in named.items():
+        for x in tensors:
+            if x.isfinite().all():
+                continue
+            i = int((~x.isfinite()).nonzero()[0][0]) if x.dim() else None
+            one = batch if i is None else tuple(part[i : i + 1] for part in batch)
+            bad = x if i is None else x[i]
+            bad = bad[~bad.isfinite()].flatten()[:1]
+            raise Broken(f"{where} its {what} is {float(bad):g}; at {shown(one)}")

@@ -73,9 +73,7 @@ def adapt(
     task = task or _task(feed)
     _check_stated(stated, feed.class_count, task)
     reduction = _reduction(case)
-    case = replace(case, reduction=reduction, batch_size=batch_size)
-    if reduction == "none":
-        case = replace(case, unbatched=_takes_one(case))
+    case = replace(case, reduction=reduction, batch_size=batch_size, unbatched=_takes_one(case))
     ways = {
         "none": "one value per example",
         "mean": "reduced by the mean",
@@ -91,9 +89,9 @@ def _feeds(
     """Return what the loss may be fed, likeliest first."""
     stated = tuple(i for i in stated if 0 <= i < classes)  # the others are refused further on
     if task == "embedding":
-        three = len(_needed(call)) > 2
-        names = ("anchor", "positive", "negative") if three else ("predictions", "targets")
-        return [Feed(names, (vector_width(classes),), classes)]
+        three = (("anchor", "positive", "negative"), ("first", "second", "signs"))
+        either = three if len(_needed(call)) > 2 else (("predictions", "targets"),)
+        return [Feed(names, (vector_width(classes),), classes) for names in either]
     names = _NAMES[task] if task else _needed(call)
     feeds = feeds_for(names, classes, stated)
     return [next(feed for feed in feeds if feed.names == names)] if task else feeds
@@ -122,6 +120,8 @@ def _case(call: Callable[..., Any], feed: Feed, stated: Mapping[int, float]) -> 
 
 def _of_logs(call: Callable[..., Any]) -> bool:
     """Return whether predictions are logs, whose exponential is above any float32 from 89 on."""
+    if isinstance(call, nn.PoissonNLLLoss):
+        return call.log_input
     return any(p.name == "log_input" and p.default is True for p in _parameters(call) or ())
 
 
@@ -214,20 +214,27 @@ def _that_runs(
 ) -> tuple[LossCase, Feed]:
     """Return the case that gives one value per example, else one that runs, else the first.
 
+    Of those that do, the first whose values do not depend on the rest of the batch.
+
     In float64, or in float32 where only that runs.
     """
-    ran = []
+    ran, fits = [], []
     n = 16 if feeds[0].classes != 16 else 17  # labels must not pass for targets per class
     for feed, dtype in itertools.product(feeds, (torch.float64, torch.float32)):
         feed = replace(feed, dtype=dtype)
         case = _case(call, feed, stated).in_dtype(dtype)
         try:
-            values = case.fresh()(*feed(n, Generator().manual_seed(0)))
+            batch = feed(n, Generator().manual_seed(0))
+            values = case.fresh()(*batch)
+            few = case.fresh()(*(x[:3] for x in batch))
         except (Exception, SystemExit):  # the laws will say what it raised
             continue
         if isinstance(values, Tensor) and tuple(values.shape) == (n,):
-            return case, feed
+            if few.shape == (3,) and torch.allclose(few, values[:3]):
+                return case, feed
+            fits.append((case, feed))
         ran.append((case, feed))
+    ran = fits or ran
     return ran[0] if ran else (_case(call, feeds[0], stated), feeds[0])
 
 

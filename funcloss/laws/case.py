@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from funcloss.typing import LossFn
 
@@ -15,7 +15,12 @@ Batch = tuple[Tensor, ...]  # data of a loss, examples along the first axis
 
 
 class Broken(Exception):  # noqa: N818 - a finding, not an error
-    """A law does not hold: what came, what should have come, for which data."""
+    """A law does not hold: what came, what should have come, for which data, and what to write."""
+
+    def __init__(self, detail: str, cure: str = "") -> None:
+        """Give the detail, and a cure that is better than the law's own advice."""
+        super().__init__(detail)
+        self.cure = cure
 
 
 class NotApplicable(Exception):  # noqa: N818 - a finding, not an error
@@ -56,16 +61,30 @@ class LossCase:
     unbatched: bool = True  # whether it takes one example without a batch axis
     stated: Mapping[int, float] = field(default_factory=dict)  # what a class is said to weigh
     batch_size: int = 32  # of the random batches across which a class's weight is measured
+    names: tuple[str, ...] = ()  # of the data, as logits and labels; by default, those of a feed
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the data, from which the laws know what is a right answer."""
+        return self.names or getattr(self.data, "names", ())
+
+    @property
+    def weightless(self) -> frozenset[int]:
+        """The classes that are said to weigh nothing."""
+        given = [self.options[name] for name in self.costs if self.options[name].dim() == 1]
+        zeros = {k for option in given for k in (option == 0).nonzero().flatten().tolist()}
+        return frozenset(zeros | {k for k, weight in self.stated.items() if weight == 0})
 
     def __call__(self, *data: Tensor, **options: Any) -> Tensor:
         """Return the loss under its options, or under those given here."""
         return self.loss(*data, **{**self.options, **options})
 
     def fresh(self) -> "LossCase":
-        """Return it with a module of its own, so that what a trial does to it stays there."""
-        if isinstance(self.loss, nn.Module):
+        """Return it with an object of its own, so that what a trial does to it stays there."""
+        try:
             return replace(self, loss=copy.deepcopy(self.loss))
-        return self
+        except Exception:  # what cannot be copied is tried as it is
+            return self
 
     def in_dtype(self, dtype: torch.dtype) -> "LossCase":
         """Return it with its floating options in another dtype."""

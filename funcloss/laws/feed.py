@@ -112,6 +112,9 @@ def feeds_for(
         return [of_classes]
     if "labels" in names:
         return [Feed(names, vector if names[0] == "embeddings" else (classes,), classes, first)]
+    if names == ("log_probs", "targets"):  # distributions, or labels
+        either = (names, ("log_probs", "labels"))
+        return [Feed(named, (classes,), classes, first) for named in either]
     if names[0].startswith("log_") or names[-1].endswith("_logits"):
         return [Feed(names, (classes,), classes)]
     if not set(names) & set(_TARGETS):

@@ -4,14 +4,18 @@ import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Generator
 from torch.autograd import gradcheck, gradgradcheck
 
-from funcloss.laws import transforms, values
+from funcloss.laws import edges, learning, transforms, values
 from funcloss.laws._common import raised
-from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
+from funcloss.laws.case import CLASSES, Batch, Broken, LossCase, NotApplicable, shown
 from funcloss.transforms import quiet_jvp
+
+_TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Law:
     meaning: str
     advice: str
     sizes: tuple[int, ...] = (1, 2, 3, 16)
+    everywhere: bool = False  # whether a loss that breaks it still trains on batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def try_law(name: str, case: LossCase) -> Finding:
         for n in law.sizes:
             batch = case.data(n, Generator().manual_seed(n))
             try:
-                with quiet_jvp():
+                with quiet_jvp(), torch.enable_grad():
                     remark = law.holds(case, batch)
             except (Broken, NotApplicable):
                 raise
@@ -67,8 +72,8 @@ def try_law(name: str, case: LossCase) -> Finding:
     except NotApplicable as reason:
         return Finding(name, "not applicable", str(reason))
     except Broken as failure:
-        cure = "" if name == "masked = dropped" else _cure(failure)
-        return Finding(name, "fail", str(failure), cure or law.advice)
+        told = "" if name == "masked = dropped" else _cure(failure)
+        return Finding(name, "fail", str(failure), failure.cure or told or law.advice)
     return Finding(name, "pass", remark or "")
 
 
@@ -101,13 +106,14 @@ _CURES = {
     "numpy": "stay in torch, or wrap NumPy's forward and backward in funcloss.from_numpy",
     "item()": "no .item() and no `if` on a tensor's values: choose with torch.where",
     "data-dependent": "no .item() and no `if` on a tensor's values: choose with torch.where",
+    "boolean mask": "no boolean indexing: choose with torch.where(labels == c, a, b)",
     "random operation": "draw nothing: make what is random an input",
     "dynamic shape": "no boolean indexing: choose with torch.where",
     "out of bounds": "axis 0 is the batch: reach the classes as the last axis, [..., c]",
 }
 
 
-_LOOKUP = re.compile(r"^ +.*\w\[(y|labels?|targets?)\]", re.M)  # in a line of the loss
+_LOOKUP = re.compile(r"(\w[\w.]*)\[(\w+)\]")
 
 
 def _cure(failure: Broken) -> str:
@@ -115,9 +121,22 @@ def _cure(failure: Broken) -> str:
     if failure.__cause__ is None:
         return ""
     told = "".join(traceback.format_exception(failure.__cause__))
-    if "item()" in told and _LOOKUP.search(told):
-        return "look up by gather, w.gather(0, y.reshape(-1)).reshape(y.shape), not by w[y]"
+    line, lookup = _line_at_fault(failure.__cause__), None
+    if "item()" in told and ".item(" not in line and (lookup := _LOOKUP.search(line)):
+        table, index = lookup.groups()
+        there = f"{table}.gather(0, {index}.reshape(-1)).reshape({index}.shape)"
+        return f"look up by gather: {there}, not {table}[{index}]"
     return next((cure for sign, cure in _CURES.items() if sign in told), "")
+
+
+def _line_at_fault(error: BaseException) -> str:
+    """Return the innermost line that is neither torch's nor the laws'."""
+    lines = [
+        frame.line or ""
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, _HERE)) and not frame.filename.startswith("<")
+    ]
+    return lines[-1] if lines else ""
 
 
 LAWS: dict[str, Law] = {
@@ -126,74 +145,72 @@ LAWS: dict[str, Law] = {
         "it takes batches of any size, and is finite on ordinary ones",
         "take predictions and targets whose first axis is a batch of any size",
     ),
+    "pure": Law(
+        values.is_pure,
+        "no argument and no attribute of an object changes, nor the mode of gradients; the same "
+        "question has one answer",
+        "operate out of place (clone before editing a NumPy view) and keep nothing",
+    ),
+    "has a gradient": Law(
+        learning.has_gradient,
+        "the gradient is not 0 everywhere",
+        "let every step from the predictions to the value be differentiable: take out what cuts "
+        "the gradient, and let the value depend on the predictions",
+        sizes=(16,),
+    ),
+    "direction": Law(
+        learning.direction,
+        "certain and right costs less than certain and wrong, for each pair of classes; a value "
+        "near its target less than one near another, a right pair less than a wrong one",
+        "check the sign, the target, and whether log_softmax of the logits is taken",
+        sizes=(16,),
+    ),
+    "cost effect": Law(
+        values.weighs_what_it_says,
+        "a class weighs the same in a batch, across random batches and alone, more than 0, the "
+        "same whatever is predicted, and what its cost says where one is stated; the rows of a "
+        "cost matrix are the true classes",
+        "multiply each value before reducing: "
+        "funcloss.mean(funcloss.class_weighted(loss)(logits, labels, class_weights=w))",
+        sizes=(1,),
+    ),
     "map over examples": Law(
         transforms.map_over_examples,
         "the values of a batch are those of its examples alone",
         "give one value per example and reduce outside: funcloss.mean(loss(predictions, targets)); "
         "a loss that is to couple its examples says so: loss.couples_examples = True",
     ),
-    "per-sample gradients": Law(
-        transforms.per_sample_gradients,
-        "the gradients of vmap(grad(loss)) sum to the gradient of the batch",
-        "let no example's value depend on the rest of its batch, and divide by the number of "
-        "examples alone: funcloss.mean",
+    "not flat": Law(
+        learning.not_flat,
+        "the gradient is not 0 where the model is surest and wrong, and no softmax is taken of "
+        "probabilities",
+        "compute in log space, log_softmax(logits), instead of clamping probabilities or values",
+        sizes=(16,),
     ),
     "gradcheck": Law(
-        transforms.differences(gradcheck, check_forward_ad=True),
-        "the gradient is that of finite differences, forward mode too",
+        transforms.differences(gradcheck),
+        "the gradient is that of finite differences, by autograd and by torch.func",
         "let torch differentiate the forward, or correct the backward; it must use the "
         "gradient that comes in",
         sizes=(1, 3),
-    ),
-    "gradgradcheck": Law(
-        transforms.differences(gradgradcheck),
-        "the second derivative is that of finite differences",
-        "write the backward in differentiable torch operations, through funcloss.custom_vjp",
-        sizes=(1, 3),
-    ),
-    "jacrev = jacfwd": Law(
-        transforms.forward_is_reverse,
-        "forward and reverse mode agree",
-        "use differentiable torch operations, or funcloss.custom_vjp for a gradient by hand",
-        sizes=(1, 3),
-    ),
-    "hessian": Law(
-        transforms.hessian_is_symmetric,
-        "the Hessian is symmetric",
-        "the backward is not the gradient of the forward: give both to funcloss.custom_vjp",
-        sizes=(1, 3),
-    ),
-    "compile": Law(
-        transforms.one_graph("aot_eager"),
-        "value, grad and vmap(grad) are one graph, and equal eager",
-        "torch operations only: no .item(), .numpy(), boolean indexing or `if` on values",
-        sizes=(3,),
-    ),
-    "inductor": Law(
-        transforms.one_graph("inductor"),
-        "the default compiler gives the same, for a linear layer before the loss too",
-        "write a + c * b and not torch.add(a, b, alpha=c), whose alpha the compiler may drop",
-        sizes=(3,),
     ),
     "extremes": Law(
         values.stays_finite,
         "value and gradient are finite at predictions of 1e4 and -1e4, or where the table says",
         "compute in log space: log_softmax, logsumexp, logsigmoid, softplus; never log(sum(exp))",
     ),
+    "saturation": Law(
+        learning.saturates_finitely,
+        "value and gradient are finite where one class alone is certain, at ties, where "
+        "predictions equal targets, and at targets of 0",
+        "the derivative of a root, a power below 1 or a logarithm is infinite at 0: bound what is "
+        "under it, (1 - p).clamp(min=eps), or take it from the logits by logsigmoid",
+        sizes=(4,),
+    ),
     "masked = dropped": Law(
         values.masked_is_dropped,
         "a masked example counts as if it were not there, also when it is inf or NaN",
         "mask with torch.where what goes into the loss and what comes out; never multiply by 0",
-    ),
-    "dtype": Law(
-        values.dtype_is_kept,
-        "float16, bfloat16, float32 and float64 come out as they came in",
-        "bring constants and costs .to(predictions.dtype), compute half precision in float32",
-    ),
-    "pure": Law(
-        values.is_pure,
-        "no argument and no attribute of a module changes, the same question has one answer",
-        "operate out of place (clone before editing a NumPy view) and keep nothing",
     ),
     "class permutation": Law(
         values.permutes,
@@ -216,17 +233,82 @@ LAWS: dict[str, Law] = {
         "a larger cost never makes the costly mistake cheaper",
         "let the loss grow with each entry of the costs",
     ),
+    "labels out of range": Law(
+        edges.refuses_labels,
+        "a label out of range raises, and gives NaN where it is compiled; of a loss of one's own "
+        "it is only noted",
+        "look up by gather, which refuses such a label, or check the labels",
+        sizes=(1,),
+    ),
+    "option shapes": Law(
+        edges.options_have_shapes,
+        "a number may be a 0-d tensor or one per example, and no other shape",
+        "check the shape of each option: 0-d, or that of the labels",
+        sizes=(CLASSES, 3),
+    ),
+    "pickles": Law(
+        edges.survives_pickling,
+        "what comes out of a pickle, a deep copy and torch.save gives the same values",
+        "keep what the loss needs in the attributes of an object, and no lambda among them",
+        sizes=(3,),
+    ),
     "reference": Law(
         values.agrees,
         "the value is that of torch, or of a plain loop in float64",
         "compare the formulas",
     ),
-    "cost effect": Law(
-        values.weighs_what_it_says,
-        "a class weighs the same in a batch, across random batches and alone, and what its cost "
-        "says where one is stated",
-        "multiply each value before reducing: "
-        "funcloss.mean(funcloss.class_weighted(loss)(logits, labels, class_weights=w))",
-        sizes=(1,),
+    "vmap": Law(
+        transforms.maps_single_examples,
+        "vmap gives the values of single examples",
+        "torch operations only: no .item(), .numpy(), boolean indexing or `if` on values",
+        everywhere=True,
+    ),
+    "per-sample gradients": Law(
+        transforms.per_sample_gradients,
+        "the gradients of vmap(grad(loss)) sum to the gradient of the batch",
+        "let no example's value depend on the rest of its batch, and divide by the number of "
+        "examples alone: funcloss.mean",
+        everywhere=True,
+    ),
+    "gradgradcheck": Law(
+        transforms.differences(gradgradcheck),
+        "the second derivative is that of finite differences",
+        "write the backward in differentiable torch operations, through funcloss.custom_vjp",
+        sizes=(1, 3),
+        everywhere=True,
+    ),
+    "jacrev = jacfwd": Law(
+        transforms.forward_is_reverse,
+        "forward and reverse mode agree",
+        "use differentiable torch operations, or funcloss.custom_vjp for a gradient by hand",
+        sizes=(1, 3),
+        everywhere=True,
+    ),
+    "hessian": Law(
+        transforms.hessian_is_symmetric,
+        "the Hessian is symmetric",
+        "the backward is not the gradient of the forward: give both to funcloss.custom_vjp",
+        sizes=(1, 3),
+        everywhere=True,
+    ),
+    "compile": Law(
+        transforms.one_graph("aot_eager"),
+        "value, grad and vmap(grad) are one graph, and equal eager",
+        "torch operations only: no .item(), .numpy(), boolean indexing or `if` on values",
+        sizes=(3,),
+        everywhere=True,
+    ),
+    "inductor": Law(
+        transforms.one_graph("inductor"),
+        "the default compiler gives the same, for a linear layer before the loss too",
+        "write a + c * b and not torch.add(a, b, alpha=c), whose alpha the compiler may drop",
+        sizes=(3,),
+        everywhere=True,
+    ),
+    "dtype": Law(
+        values.dtype_is_kept,
+        "float16, bfloat16, float32 and float64 come out as they came in",
+        "bring constants and costs .to(predictions.dtype), compute half precision in float32",
+        everywhere=True,
     ),
 }

@@ -7,12 +7,27 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, vmap
 
 from funcloss.combinators import couples_examples
-from funcloss.laws._common import check_uncoupled, raised, same, total_of
+from funcloss.laws._common import (
+    check_per_example,
+    check_uncoupled,
+    gradients_of,
+    raised,
+    same,
+    seen_in,
+    total_of,
+)
 from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
+
+_COUPLING = (
+    "dim=0", "axis=0", "softmax(0", "amax()", ".max()", ".mean()", ".sum()", ".std(", ".var(",
+    ".median()", ".item()", "topk", "batch_norm",
+)  # fmt: skip
+_MOST_COLUMNS = 16  # of predictions that finite differences and second derivatives are tried in
 
 
 def runs(case: LossCase, batch: Batch) -> None:
@@ -25,23 +40,58 @@ def runs(case: LossCase, batch: Batch) -> None:
 
 
 def map_over_examples(case: LossCase, batch: Batch) -> None:
-    """The values of a batch are those of its examples alone."""
+    """The values of a batch are those of its examples alone, also where predictions are large."""
     check_uncoupled(case)
+    k = case.predictions
+    _is_map(case, batch)
+    n, together = len(batch[0]), gradients_of(case, batch)
+    for i in range(n):
+        alone = gradients_of(case, tuple(x[i : i + 1] for x in batch))
+        for whole, one in zip(together, alone, strict=True):
+            scale = 1 if case.reduction in ("none", "sum") else n
+            what = "an example's gradient within its batch, against alone"
+            same(scale * whole[i : i + 1], one, what, batch, also=seen_in(case, _COUPLING))
+    if case.extremes == (1e4, -1e4):
+        _is_map(case, (*(30 * x for x in batch[:k]), *batch[k:]))
+
+
+def _is_map(case: LossCase, batch: Batch) -> None:
     values = case(*batch)
     n = batch[0].shape[0]
     alone = torch.stack([case(*(x[i : i + 1] for x in batch)).sum() for i in range(n)])
-    if case.reduction == "none":
-        if tuple(values.shape) != (n,):
-            raise Broken(
-                f"{n} examples give shape {tuple(values.shape)}, not one value per example, ({n},)"
-            )
-        same(values, alone, "an example's value within its batch, against alone", batch)
-        mapped = vmap(case.of_one)(*batch)
-        same(mapped, alone, "vmap(loss), against one example at a time", batch)
-    else:
-        expected = alone.sum() if case.reduction == "sum" else alone.mean()
-        whole = "sum" if case.reduction == "sum" else "mean"
-        same(values, expected, f"the batch's value, against the {whole} of its examples'", batch)
+    shape = tuple(values.shape)
+    if case.reduction == "none" and shape != (n,) and (n, values.numel()) != (1, 1):
+        raise Broken(f"{n} examples give shape {shape}, not one value per example, ({n},)")
+    sums = case.reduction in ("none", "sum")
+    whole = "value within its batch, against alone"
+    if case.reduction != "none":
+        alone = alone.sum() if sums else alone.mean()
+        whole = f"part in the value, against the {'sum' if sums else 'mean'} of all alone"
+    code = seen_in(case, _COUPLING)
+    same(values.reshape(alone.shape), alone, f"an example's {whole}", batch, also=code)
+
+
+def maps_single_examples(case: LossCase, batch: Batch) -> None:
+    """Vmap gives the values of single examples, which have no batch axis."""
+    check_uncoupled(case)
+    if not case.unbatched:
+        _says_why(case, tuple(x[0] for x in batch))
+    check_per_example(case, "there is no single value to map")
+    alone = torch.stack([case(*(x[i : i + 1] for x in batch)).sum() for i in range(len(batch[0]))])
+    same(vmap(case.of_one)(*batch), alone, "vmap(loss), against one example at a time", batch)
+
+
+def _says_why(case: LossCase, example: Batch) -> None:
+    """Raise ``Broken`` with what a single example does."""
+    try:
+        value = case(*example)
+    except Exception as error:
+        raise Broken(
+            f"it needs a batch axis: a single example {raised(error)}",
+            "count axes from the last: dim=-1, labels[..., None]; gather looks up, not "
+            "[arange(len(labels)), labels]",
+        ) from error
+    raise Broken(f"it needs a batch axis: a single example gives shape {tuple(value.shape)}")
 
 
 def per_sample_gradients(case: LossCase, batch: Batch) -> None:
@@ -63,26 +113,49 @@ def per_sample_gradients(case: LossCase, batch: Batch) -> None:
     same(got, expected, f"the batch's gradient, against the {whole} of its examples'", batch)
 
 
-def differences(check: Callable[..., bool], **settings: bool) -> Callable[[LossCase, Batch], None]:
-    """Return the law that a check by finite differences holds."""
+def _narrowed(case: LossCase, batch: Batch) -> tuple[Batch, Callable[[Tensor, int], Tensor]]:
+    """Return the predictions in few of their columns, and how to put them back."""
+    wide, labels = batch[: case.predictions], batch[-1]
+    if wide[0].dim() != 2 or wide[0].shape[-1] <= _MOST_COLUMNS:
+        return wide, lambda x, i: x
+    columns = torch.arange(3)
+    if not labels.is_floating_point():
+        columns = torch.cat([columns, labels]).unique()
+
+    def widened(x: Tensor, i: int) -> Tensor:
+        return wide[i].scatter(-1, columns.expand(len(wide[i]), -1), x)
+
+    return tuple(x[:, columns] for x in wide), widened
+
+
+def differences(check: Callable[..., bool]) -> Callable[[LossCase, Batch], None]:
+    """Return the law that a check by finite differences holds, and that torch.func agrees."""
 
     def holds(case: LossCase, batch: Batch) -> None:
         if batch[0].dtype != torch.float64:
             raise NotApplicable("finite differences need float64, which it refuses: see dtype")
         k = case.predictions
+        if check is gradcheck:
+            total = total_of(case, batch)
+            functional = grad(total, tuple(range(k)))(*batch[:k])
+            for f, g in zip(functional, gradients_of(case, batch), strict=True):
+                same(f, g, "torch.func.grad, against autograd", batch)
         options = {name: o for name, o in case.options.items() if isinstance(o, Tensor)}
         named = [name for name, option in options.items() if option.is_floating_point()]
         if case.reference is None:  # a user's options need no gradient
             named = []
-        varied = (*batch[:k], *(options[name] for name in named))
+        few, widened = _narrowed(case, batch)
+        varied = (*few, *(options[name] for name in named))
         inputs = [x.detach().clone().requires_grad_() for x in varied]
 
         def of(*args: Tensor) -> Tensor:
             given = dict(zip(named, args[k:], strict=True))
-            return case(*args[:k], *batch[k:], **given)
+            return case(*map(widened, args[:k], range(k)), *batch[k:], **given)
 
         try:
-            check(of, inputs, **settings)
+            check(of, inputs)
+            if check is gradcheck and case.reference is not None:  # of the options too
+                check(of, inputs, check_forward_ad=True)
         except GradcheckError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise Broken(f"{' '.join(lines[:3])[:240]}; at {shown(batch)}") from None
@@ -92,13 +165,14 @@ def differences(check: Callable[..., bool], **settings: bool) -> Callable[[LossC
 
 def forward_is_reverse(case: LossCase, batch: Batch) -> None:
     """Forward and reverse mode agree."""
+    few, widened = _narrowed(case, batch)
     k = case.predictions
     argnums = tuple(range(k))
 
     def of(*predictions: Tensor) -> Tensor:
-        return case(*predictions, *batch[k:])
+        return case(*map(widened, predictions, range(k)), *batch[k:])
 
-    forward, reverse = (jac(of, argnums)(*batch[:k]) for jac in (jacfwd, jacrev))
+    forward, reverse = (jac(of, argnums)(*few) for jac in (jacfwd, jacrev))
     for f, r in zip(forward, reverse, strict=True):
         same(f, r, "jacfwd, against jacrev", batch)
 
@@ -107,8 +181,9 @@ def hessian_is_symmetric(case: LossCase, batch: Batch) -> None:
     """The Hessian is finite and symmetric."""
     total = total_of(case, batch)
     rest = batch[1 : case.predictions]
-    size = batch[0].numel()
-    second = hessian(lambda p: total(p, *rest))(batch[0]).reshape(size, size)
+    few, widened = _narrowed(case, batch)
+    size = few[0].numel()
+    second = hessian(lambda p: total(widened(p, 0), *rest))(few[0]).reshape(size, size)
     if not second.isfinite().all():
         raise Broken(f"the Hessian is not finite; at {shown(batch)}")
     same(second, second.T, "the Hessian, against its transpose", batch)

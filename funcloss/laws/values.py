@@ -15,16 +15,20 @@ from torch.func import grad
 
 from funcloss.combinators import sample_weighted
 from funcloss.laws._common import (
+    check_finite,
     check_of_classes,
     check_per_example,
     check_uncoupled,
     gradients_of,
     same,
+    seen_in,
 )
 from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, in_dtype, shown
-from funcloss.laws.effect import cost_effect
+from funcloss.laws.effect import check_costs, cost_effect
 
 HALF = (torch.float16, torch.bfloat16)
+_CHANGING = ("rand", "dropout", "self.", "global ", ".append(", "bernoulli", "shuffle")
+_MOST = 10  # decisions whose costs are raised
 
 
 def stays_finite(case: LossCase, batch: Batch) -> str | None:
@@ -35,26 +39,17 @@ def stays_finite(case: LossCase, batch: Batch) -> str | None:
         for extreme in case.extremes:
             for every in (1, 2, 3):
                 far = [x.clone() for x in data[:k]]
-                for x in far:
-                    x.view(-1)[::every] = extreme
-                _finite(there, (*far, *data[k:]), f"at predictions of {extreme:g}")
+                for i, x in enumerate(far):  # apart from each other, where there are several
+                    x.view(-1)[::every] = extreme if i % 2 == 0 else -extreme
+                check_finite(there, (*far, *data[k:]), f"at predictions of {extreme:g}")
     if case.minus_inf:
         logits, labels = batch
         classes = torch.arange(logits.shape[-1])
         barred = classes == (labels[:, None] + 1) % logits.shape[-1]
-        _finite(case, (torch.where(barred, -torch.inf, logits), labels), "at a logit of -inf")
+        check_finite(case, (torch.where(barred, -torch.inf, logits), labels), "at a logit of -inf")
     if case.extremes == (1e4, -1e4):
         return None
     return f"tried at {' and '.join(f'{x:g}' for x in case.extremes)}"
-
-
-def _finite(case: LossCase, batch: Batch, where: str) -> None:
-    values = case(*batch)
-    if not values.isfinite().all():
-        raise Broken(f"{where} its value is {shown((values,))}; at {shown(batch)}")
-    for gradient in gradients_of(case, batch):
-        if not gradient.isfinite().all():
-            raise Broken(f"{where} its gradient is {shown((gradient,))}; at {shown(batch)}")
 
 
 def masked_is_dropped(case: LossCase, batch: Batch) -> None:
@@ -106,12 +101,18 @@ def is_pure(case: LossCase, batch: Batch) -> None:
     before = [x.clone() for x in tensors]
     kept = copy.deepcopy(_state(case.loss))
     first = case(*batch)
+    if not torch.is_grad_enabled():
+        raise Broken(
+            "it leaves the gradients of everything after it switched off",
+            "switch gradients off in a block alone, `with torch.no_grad():`, or not at all",
+        )
     case(*(x.flip(0) for x in batch))
     second = case(*batch)
     for x, was in zip(tensors, before, strict=True):
         if not torch.equal(x, was):
             raise Broken(f"it changed what it was given: {shown((was,))} became {shown((x,))}")
-    same(second, first, "the second answer to one question, against the first", batch, 0.0)
+    what = "the second answer to one question, against the first"
+    same(second, first, what, batch, 0.0, also=seen_in(case, _CHANGING))
     for name, now in _state(case.loss).items():
         was = kept.get(name)
         unchanged = (
@@ -124,11 +125,10 @@ def is_pure(case: LossCase, batch: Batch) -> None:
 
 
 def _state(loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """Return what a module remembers: its tensors, and the plain values among its attributes."""
-    if not isinstance(loss, torch.nn.Module):
-        return {}
-    plain = {n: v for n, v in vars(loss).items() if isinstance(v, (int, float, str, Tensor))}
-    return {**plain, **loss.state_dict()}
+    """Return what an object remembers: its tensors, and the plain values among its attributes."""
+    held = getattr(loss, "__dict__", {})
+    plain = {n: v for n, v in held.items() if isinstance(v, (int, float, str, Tensor))}
+    return {**plain, **(loss.state_dict() if isinstance(loss, torch.nn.Module) else {})}
 
 
 def permutes(case: LossCase, batch: Batch) -> None:
@@ -230,7 +230,8 @@ def cost_order(case: LossCase, batch: Batch) -> None:
             cost = case.options[name]
             assert isinstance(cost, Tensor)
             before = case(*one).sum()
-            mistakes = range(cost.shape[-1]) if cost.dim() == 2 else (None,)
+            d = cost.shape[-1]
+            mistakes = range(0, d, max(1, d // _MOST)) if cost.dim() == 2 else (None,)
             for decision in mistakes:
                 if decision == label:
                     continue  # no mistake
@@ -256,4 +257,5 @@ def agrees(case: LossCase, batch: Batch) -> None:
 
 def weighs_what_it_says(case: LossCase, batch: Batch) -> str:
     """A class weighs the same however it is batched, and what its cost says."""
+    check_costs(case)
     return cost_effect(case).judge()

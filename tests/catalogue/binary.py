@@ -167,7 +167,11 @@ CASES = {
     ),
     "binary_cross_entropy_with_logits": row(losses.binary_cross_entropy_with_logits, BITS, _BCE),
     "binary_cross_entropy_with_logits, soft and weighted": row(
-        losses.binary_cross_entropy_with_logits, soft_bits, _BCE, {"pos_weight": number(3.0)}
+        losses.binary_cross_entropy_with_logits,
+        soft_bits,
+        _BCE,
+        {"pos_weight": number(3.0)},
+        names=BITS.names,
     ),
     "binary_cross_entropy_with_logits, smoothed": row(
         losses.binary_cross_entropy_with_logits,
@@ -189,7 +193,11 @@ CASES = {
     "soft_margin": row(losses.soft_margin, SIGNS, _soft_margin),
     "sigmoid_focal": row(losses.sigmoid_focal, BITS, _FOCAL),
     "sigmoid_focal, soft and weighted": row(
-        losses.sigmoid_focal, soft_bits, _FOCAL, {"gamma": number(0.5), "alpha": number(0.25)}
+        losses.sigmoid_focal,
+        soft_bits,
+        _FOCAL,
+        {"gamma": number(0.5), "alpha": number(0.25)},
+        names=BITS.names,
     ),
     "sigmoid_focal, smoothed": row(
         losses.sigmoid_focal, BITS, _smoothed(_FOCAL), {"label_smoothing": number(0.2)}

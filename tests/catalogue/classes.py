@@ -7,7 +7,18 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from catalogue.rows import LABELS, WEIGHTS, OfTorch, each, number, row, sigmoid, softmax, wide
+from catalogue.rows import (
+    LABELS,
+    MULTI_HOT,
+    WEIGHTS,
+    OfTorch,
+    each,
+    number,
+    row,
+    sigmoid,
+    softmax,
+    wide,
+)
 from funcloss import losses
 from funcloss.laws import LossCase
 from funcloss.laws.case import CLASSES
@@ -73,7 +84,9 @@ CASES = {
     "cross_entropy, smoothed": row(
         losses.cross_entropy, LABELS, _CROSS_ENTROPY, {"label_smoothing": 0.1}, shift=True
     ),
-    "soft_cross_entropy": row(losses.soft_cross_entropy, soft_targets, _CROSS_ENTROPY, shift=True),
+    "soft_cross_entropy": row(
+        losses.soft_cross_entropy, soft_targets, _CROSS_ENTROPY, shift=True, names=MULTI_HOT.names
+    ),
     "nll": row(
         losses.nll, wide("log_probs", "labels"), OfTorch(F.nll_loss), minus_inf=True, shift=False
     ),
@@ -181,6 +194,7 @@ def _own_costs(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[str, LossCase]:
     """Return the rows of a loss: on squares of free right decisions or not, and on an oblong."""
     estimates = loss is losses.one_sided_regression
+    names = ("cost_estimates" if estimates else "logits", "labels")
 
     def of(
         cost_matrix: Tensor,
@@ -197,6 +211,7 @@ def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[
             shift=not estimates,
             minus_inf=not estimates,
             limits=limits,
+            names=names,
         )
 
     name = loss.__name__
@@ -380,8 +395,12 @@ def _sord(z: Row, y: int, scale: float = 1.0) -> float:
 
 
 CASES |= {
-    "coral": row(losses.coral, thresholds, each(_coral), shift=False, limits=_ORDER),
-    "corn": row(losses.corn, thresholds, each(_corn), shift=False, limits=_ORDER),
+    "coral": row(
+        losses.coral, thresholds, each(_coral), shift=False, limits=_ORDER, names=LABELS.names
+    ),
+    "corn": row(
+        losses.corn, thresholds, each(_corn), shift=False, limits=_ORDER, names=LABELS.names
+    ),
     "earth_mover": row(losses.earth_mover, LABELS, each(_earth_mover), shift=True, limits=_ORDER),
     "sord": row(
         losses.sord, LABELS, each(_sord), {"scale": number(0.4)}, shift=True, limits=_ORDER

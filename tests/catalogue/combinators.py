@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from catalogue.classes import COSTS, soft_targets
-from catalogue.rows import LABELS, VALUES, number, row
+from catalogue.rows import LABELS, MULTI_HOT, VALUES, number, row
 from funcloss import losses
 from funcloss.combinators import (
     class_weighted,
@@ -128,7 +128,11 @@ CASES = {
         shift=True,
     ),
     "soft(cross_entropy)": row(
-        soft(losses.cross_entropy), soft_targets, _cross_entropy, shift=True
+        soft(losses.cross_entropy),
+        soft_targets,
+        _cross_entropy,
+        shift=True,
+        names=MULTI_HOT.names,
     ),
     "smoothed(cross_entropy)": row(
         smoothed(losses.cross_entropy, 0.1),
@@ -142,12 +146,16 @@ CASES = {
         lambda z, y, other, mix: mix * _cross_entropy(z, y) + (1 - mix) * _cross_entropy(z, other),
         {"mix": number(0.7)},
         shift=True,
+        names=("logits", "labels", "labels"),
     ),
     "where(cross_entropy)": row(
         where(losses.cross_entropy, _even),
         LABELS,
         lambda z, y: _cross_entropy(z, y) * (y % 2 == 0),
         shift=True,
-        limits={"class permutation": "which labels count is written into it"},
+        limits={
+            law: "which labels count is written into it"
+            for law in ("class permutation", "direction", "cost effect")
+        },
     ),
 }

@@ -107,6 +107,7 @@ CASES = {
         log_rates_and_counts,
         OfTorch(F.poisson_nll_loss),
         extremes=(80.0, -1e4),  # of a log-rate: the exponential of 89 is above any float32
+        names=VALUES.names,
     ),
     "poisson_nll, of rates": row(
         losses.poisson_nll,
@@ -114,6 +115,7 @@ CASES = {
         OfTorch(F.poisson_nll_loss),
         {"log_input": False, "full": True},
         extremes=(1e4, 0.0),  # a rate is not negative
+        names=VALUES.names,
     ),
     "gaussian_nll": row(losses.gaussian_nll, _NORMAL, OfTorch(_gaussian_nll)),
     "gaussian_nll, full": row(losses.gaussian_nll, _NORMAL, OfTorch(_gaussian_nll), {"full": True}),
@@ -138,6 +140,7 @@ CASES = {
         {"log_target": True},
         extremes=(-1e4, 0.0),
         shift=False,
+        names=("log_probs", "log_targets"),
     ),
     "generalized_kl": row(
         losses.generalized_kl,

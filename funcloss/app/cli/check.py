@@ -16,8 +16,8 @@ from funcloss.app.options import CheckOptions
 from funcloss.errors import ConfigError, FunclossError
 
 
-class LawsBrokenError(FunclossError):
-    """A loss that breaks a law."""
+class WrongLossError(FunclossError):
+    """A loss that is wrong."""
 
 
 def check(
@@ -34,7 +34,9 @@ def check(
 ) -> None:
     """Run property checks on a custom loss: a function, a module or an autograd.Function.
 
-    Prints a line per property ("law") and exits with 0 only if all that apply hold.
+    The first line is the verdict: "works everywhere", "works on batches" (it trains; not all
+    transforms take it) or "wrong", with its root cause. Then comes a line per property ("law").
+    Exits with 1 if the loss is wrong.
     """
     options = CheckOptions(**parsed(given_of(typed), fields(CheckOptions)))
     weights = _indexed(options.class_weight)
@@ -51,14 +53,25 @@ def check(
             batch_size=options.batch_size,
         )
         findings = laws.check(adapted.case, inductor=options.inductor)
+    verdict = laws.verdict_of(findings)
+    root = verdict.causes[0] if verdict.causes else None
     if as_json:
-        found = {"kind": adapted.kind, "task": adapted.task, "laws": [asdict(f) for f in findings]}
-        print(json.dumps({"loss": loss, **found}, indent=2))
+        found = {
+            "loss": loss,
+            "verdict": verdict.degree,
+            "law": root.law if root else "",
+            "cause": root.detail if root else "",
+            "cure": root.advice if root else "",
+            "kind": adapted.kind,
+            "task": adapted.task,
+            "causes": [f.law for f in verdict.causes],
+            "laws": [asdict(f) for f in findings],
+        }
+        print(json.dumps(found, indent=2))
     else:
-        _print_lines(f"{loss}: {adapted.kind}; task: {adapted.task}", findings)
-    broken = [f.law for f in findings if f.verdict == "fail"]
-    if broken:
-        raise LawsBrokenError(f"{loss} breaks {len(broken)} of {len(findings)} laws")
+        _print_lines(f"{loss}: {adapted.kind}; task: {adapted.task}", verdict, findings)
+    if verdict.degree == laws.WRONG:
+        raise WrongLossError(f"{loss} is wrong: {verdict.causes[0].law}")
 
 
 def _indexed(weights: dict[str, float]) -> dict[int, float]:
@@ -71,17 +84,23 @@ def _indexed(weights: dict[str, float]) -> dict[int, float]:
     return {int(key): weight for key, weight in weights.items()}
 
 
-def _print_lines(head: str, findings: list[Any]) -> None:
+def _print_lines(head: str, verdict: Any, findings: list[Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     out = Console(highlight=False, soft_wrap=True)
+    own = {f.law for f in verdict.causes}
+    out.print(verdict.sentence, markup=False, emoji=False)
+    for f in verdict.causes[:1]:
+        out.print(f"  -> {f.advice}", markup=False, emoji=False)
     out.print(head, markup=False, emoji=False)
-    colours = {"pass": "green", "fail": "red", "not applicable": "dim"}
-    for f in findings:
-        verdict = f"[{colours[f.verdict]}]{f.verdict:<14}[/]"
+    for f in (*verdict.causes, *(f for f in findings if f.law not in own)):
+        if f.verdict == "fail" and f.law not in own:
+            out.print(f"[dim]{'follows':<14}[/]  {f.law}")  # from a cause above
+            continue
+        colour = {"pass": "green", "fail": "red", "not applicable": "dim"}[f.verdict]
         detail = f": {escape(f.detail)}" if f.detail else ""
-        out.print(f"{verdict}  {f.law}{detail}", emoji=False)
+        out.print(f"[{colour}]{f.verdict:<14}[/]  {f.law}{detail}", emoji=False)
         if f.advice:
             out.print(f"{'':14}  -> {escape(f.advice)}", emoji=False)
 

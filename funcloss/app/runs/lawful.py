@@ -16,13 +16,13 @@ _MOST_CLASSES = 10  # that the laws are tried with
 
 
 def check_loss(setup: Setup) -> tuple[str, ...]:
-    """Raise ``ConfigError`` if the loss is the user's own and breaks a law.
+    """Raise ``ConfigError`` if the loss is the user's own and wrong.
 
     Args:
         setup: The training; its configuration's ``check`` says whether to try at all.
 
     Returns:
-        What the user should read: that nothing was tried, if so.
+        What the user should read: that nothing was tried, or that it works on batches alone.
     """
     config = setup.config
     if config.loss in LOSSES:
@@ -39,12 +39,13 @@ def check_loss(setup: Setup) -> tuple[str, ...]:
         warnings.simplefilter("ignore")  # of the loss, at inputs that it was not made for
         tried = functools.partial(loss, **given) if given else loss
         findings = laws.check(laws.adapt(tried, task="classification", classes=classes).case)
-    broken = [f for f in findings if f.verdict == "fail"]
-    if broken:
-        lines = "".join(f"\n  {f.law}: {f.detail}" + f"\n    -> {f.advice}" * bool(f.advice)
-                        for f in broken)  # fmt: skip
+    verdict = laws.verdict_of(findings)
+    if verdict.degree == laws.WRONG:
+        lines = "".join(f"\n  {f.law}: {f.detail}\n    -> {f.advice}" for f in verdict.causes)
         raise ConfigError(
-            f"loss {config.loss} breaks {len(broken)} of {len(findings)} laws:{lines}\n"
-            "mend it (funcloss check shows all laws), or train all the same with no-check"
+            f"loss {config.loss} is wrong:{lines}\n"
+            "fix it (funcloss check shows all laws), or pass no-check to train with it all the same"
         )
+    if verdict.degree == laws.BATCHES:
+        return (f"loss {config.loss} {verdict.sentence}; {verdict.causes[0].advice}",)
     return ()

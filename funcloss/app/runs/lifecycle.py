@@ -19,13 +19,14 @@ from funcloss.app.runs import folder, report
 from funcloss.app.runs.auditing import step_auditor
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
 from funcloss.app.runs.constrained import Controller, Held, make_controller
+from funcloss.app.runs.diverged import reason_of
 from funcloss.app.runs.evaluation import evaluate
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
 from funcloss.decisions import Evaluation
-from funcloss.errors import ConfigError
+from funcloss.errors import ConfigError, RunError
 from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.loop import Progress, fit
 from funcloss.training.step import TrainState
@@ -71,7 +72,8 @@ def run(
     Raises:
         ConfigError: the request makes no sense on this machine or data, or the folder is in use.
         DataError: the data cannot be had.
-        RunError: the run folder cannot be written, or its files are not of one run.
+        RunError: the run folder cannot be written, its files are not of one run, or the loss is
+            no longer finite.
     """
     watcher = watcher or Watcher()
     place = None if run_dir is None else Path(run_dir).expanduser()
@@ -258,7 +260,9 @@ class _Log:
 
     def __init__(self, job: _Job, show: Show, add_scalars: Any) -> None:
         self.job, self.show, self.add_scalars = job, show, add_scalars
-        self.diverged = False
+        self.hyper = job.setup.hyper
+        self.before: TrainState | None = None  # of the last report that was finite
+        self.since: TrainState | None = None  # at the first step after it
 
     def record(self, line: dict[str, Any]) -> None:
         folder.append_record(self.job.run_dir, line)
@@ -268,10 +272,18 @@ class _Log:
         epoch = self.job.place(progress.step)["epoch"]
         self.record({"kind": "step", "epoch": epoch} | dataclasses.asdict(progress))
         self.show(progress)
-        if not self.diverged and not math.isfinite(progress.loss):
-            self.diverged = True
-            text = f"the loss is {progress.loss} at step {progress.step:,}"
-            self.show(Note(f"{text}: a smaller learning_rate may help", warning=True))
+        if math.isfinite(progress.loss):
+            self.before, self.since = self.since, None
+            return
+        first = self.before or self.since  # a gradient may have been NaN before the loss was
+        if first is None:
+            raise RunError(f"the loss {self.job.setup.config.loss} is not finite")
+        steps = progress.step - int(first.step)
+        raise RunError(reason_of(self.job.setup, first, self.hyper, steps))
+
+    def taking(self, state: TrainState, hyper: Hyper) -> None:
+        """Remember where a step begins, and what it is given."""
+        self.since, self.hyper = self.since or state, hyper
 
     def epoch(self, line: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:
         classes = self.job.setup.dataset.classes
@@ -309,6 +321,7 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
                         log.record(place | row | {"seconds": audited.seconds})
                     watcher.show(audited)
             done += 1
+            log.taking(state, hyper)
             return job.train_step(state, batch, hyper)
 
         evaluations: dict[str, Evaluation] = {}
