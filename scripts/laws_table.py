@@ -8,58 +8,94 @@ Rows are tried side by side in processes of their own, since the default compile
 
 import os
 import sys
+from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from funcloss.laws import LAWS, try_law
+from funcloss.laws import LAWS, Finding, try_law
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from catalogue import CASES  # noqa: E402 - the table of losses is test data
+from test_check_cases import BROKEN, ON_BATCHES, RIGHT  # noqa: E402
 
 PAGE = ROOT / "docs" / "laws.md"
-SIGNS = {"pass": "✓", "fail": "✗"}
+SHOWN = 6  # losses that are named where a law does not apply
 HEAD = """# The laws, loss by loss
 
-What every loss must keep. The laws are property tests: each is tried on random data of growing size
+A loss keeps the laws below. They are property tests: each is tried on random data of growing size
 until one breaks it. `python scripts/laws_table.py` tries each law on each row of `tests/catalogue/`
 and writes this page; the tests try the same laws, and `funcloss check module:name` tries them on a
-loss of yours. ✓: it holds. A number alone: it does not apply, for the reason below; beside
-a ✓ it says how the law was tried. `linear_cross_entropy` has tests of its own instead of a row: it
-takes the weights of the last layer, which belong to no example, and has first derivatives only.
+loss of yours. `linear_cross_entropy` has tests of its own instead of a row: it takes the weights of
+the last layer, which belong to no example, and has first derivatives only.
 
 """
 
 
-def tried(name: str) -> list[tuple[str, str]]:
-    """Return a row's verdicts and reasons, law by law."""
+def tried(name: str) -> list[Finding]:
+    """Return what every law says of a row."""
     findings = [try_law(law, CASES[name]) for law in LAWS]
     for f in findings:
         if f.verdict == "fail":
             print(f"{name}: {f.law}: {f.detail}", file=sys.stderr)
-    noted = ("not applicable", "extremes")
-    return [(f.verdict, f.detail if {f.verdict, f.law} & {*noted} else "") for f in findings]
+    return findings
 
 
-def page(rows: dict[str, list[tuple[str, str]]]) -> str:
-    """Return the page of all rows."""
-    reasons: dict[str, int] = {}
-    lines = ["| loss | " + " | ".join(LAWS) + " |", "|---" * (len(LAWS) + 1) + "|"]
-    for name, cells in rows.items():
-        shown = [
-            f"{SIGNS.get(verdict, '')} {reasons.setdefault(why, len(reasons) + 1) if why else ''}"
-            for verdict, why in cells
-        ]
-        shown = [cell.strip() for cell in shown]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    laws = [f"- **{name}**: {law.meaning}." for name, law in LAWS.items()]
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    parts = ["\n".join(lines), "## The laws\n\n" + "\n".join(laws), "## The numbers\n"]
-    return HEAD + "\n\n".join(parts) + "\n" + "\n".join(notes) + "\n"
+def page(rows: dict[str, list[Finding]]) -> str:
+    """Return the page: how much holds, what does not and why, the laws, the cases of the check."""
+    cells = [f for findings in rows.values() for f in findings]
+    counts = Counter(f.verdict for f in cells)
+    lines = [
+        f"**{len(rows)} losses × {len(LAWS)} laws: {len(cells)} cells, {counts['pass']} hold, "
+        f"{counts['not applicable']} do not apply, {counts['fail']} fail.**",
+        "",
+        "## What does not hold, and why",
+        "",
+        "| law | reason | losses |",
+        "|---|---|---|",
+        *_exceptions(rows),
+        "",
+        "## The laws",
+        "",
+        *(f"- **{name}**: {law.meaning}." for name, law in LAWS.items()),
+        "",
+        "## The verdict of `funcloss check`",
+        "",
+        "The first line is one of three. *Works everywhere*: every law that applies holds. *Works "
+        "on batches*: it trains and can be audited; what is broken is one of "
+        f"{', '.join(name for name, law in LAWS.items() if law.everywhere)}. *Wrong*: any other "
+        "law is broken. The root cause comes first, with its cure; what only follows from it is "
+        "no finding of its own.",
+        "",
+        f"`tests/check_cases.py` has {len(BROKEN)} wrong losses, {len(RIGHT)} right ones and "
+        f"{len(ON_BATCHES)} that work on batches alone, as people write them. The tests hold the "
+        f"check to the verdict and the cause of each: "
+        f"{len(BROKEN) + len(RIGHT) + len(ON_BATCHES)} of "
+        f"{len(BROKEN) + len(RIGHT) + len(ON_BATCHES)} are right.",
+    ]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def _exceptions(rows: dict[str, list[Finding]]) -> list[str]:
+    """Return a line per law and reason: where it fails, does not apply, or is tried elsewhere."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, findings in rows.items():
+        for f in findings:
+            if f.verdict == "fail" or f.verdict == "not applicable" or f.law == "extremes":
+                reason = f"**fails**: {f.detail}" if f.verdict == "fail" else f.detail
+                if reason:
+                    found.setdefault((f.law, reason.replace("|", "/")), []).append(name)
+    order = sorted(found.items(), key=lambda item: list(LAWS).index(item[0][0]))
+    return [
+        f"| {law} | {reason} | "
+        + (f"{len(names)} losses" if len(names) > SHOWN else "; ".join(names))
+        + " |"
+        for (law, reason), names in order
+    ]
 
 
 def main(
@@ -73,7 +109,7 @@ def main(
         sys.exit(f"{PAGE} is not what the laws give: run scripts/laws_table.py")
     if not check:
         PAGE.write_text(text)
-    failed = sum(verdict == "fail" for cells in rows.values() for verdict, _ in cells)
+    failed = sum(f.verdict == "fail" for findings in rows.values() for f in findings)
     cells = len(CASES) * len(LAWS)
     print(f"{len(CASES)} rows, {len(LAWS)} laws, {cells} cells, {failed} failed")
     sys.exit(failed > 0)

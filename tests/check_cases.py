@@ -276,6 +276,26 @@ def focal_by_view(inputs, targets):
     return (-((1 - log_p.exp()) ** 2) * log_p).mean()
 
 
+def focal_of_a_detached_weight(z, y):
+    """The weight is held still on purpose: its gradient is not the derivative of its value."""
+    loss = ce(z, y)
+    return (1 - torch.exp(-loss)).detach() ** 2 * loss
+
+
+def rows_of_costs(logits, labels):
+    return (COSTS.to(logits.dtype)[labels] * logits.softmax(-1)).sum(-1)
+
+
+class CostRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("costs", COSTS.double())
+
+    def forward(self, logits, labels):
+        costs = self.costs[labels]
+        return (costs.to(logits.dtype) * logits.softmax(-1)).sum(-1)
+
+
 # -- wrong ----------------------------------------------------------------------------------------
 
 

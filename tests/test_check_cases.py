@@ -63,6 +63,13 @@ ON_BATCHES = {
     "loop_over_classes": ({}, "vmap", "torch.where"),
     "focal_by_view": ({}, "vmap", "it needs a batch axis"),
     "sum_of_batch": ({}, "vmap", "dim=-1"),
+    "focal_of_a_detached_weight": ({}, "gradgradcheck", "with second derivatives"),
+    "rows_of_costs": ({}, "per-sample gradients", "COSTS.to(logits.dtype).index_select(0, labels"),
+    "CostRows": (
+        {},
+        "per-sample gradients",
+        "self.costs.index_select(0, labels.reshape(-1)).reshape(*labels.shape, -1)",
+    ),
 }
 
 NINE = {"class_weights": {9: 2.0}}
@@ -153,7 +160,7 @@ def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case):
     verdict = verdict_of(check(adapt(getattr(check_cases, name), **options).case))
     root = verdict.causes[0]
     assert (verdict.degree, root.law) == (degree, law), verdict
-    assert said in f"{root.detail} -> {root.advice}"
+    assert said in f"{verdict.sentence} -> {root.advice}"
     assert verdict.sentence.startswith(f"{degree}: ")
 
 

@@ -215,7 +215,7 @@ BREAKERS = [
     ("map over examples", minus_the_batch, "alone"),
     ("map over examples", lambda z, y: z, "not one value per example"),
     ("per-sample gradients", tutorial_losses.published_costly_nine, "mean of its examples"),
-    ("gradcheck", detached, "Jacobian mismatch"),
+    ("gradcheck", lambda z, y: NotAGradient.apply(z), "Jacobian mismatch"),
     ("gradgradcheck", twice_detached, "mismatch|Numerical"),
     ("jacrev = jacfwd", lambda z, y: WrongJvp.apply(z).sum(-1), "jacfwd, against jacrev"),
     ("hessian", lambda z, y: NotAGradient.apply(z), "against its transpose"),
@@ -397,6 +397,7 @@ def quits(z, y):
     [
         (infinite_cost, "cost effect", "fail", "classes 0, 1, 2, 3 weigh 0"),
         (no_gradient, "cost effect", "not applicable", "see has a gradient"),
+        (detached, "gradcheck", "not applicable", "part of it is detached"),
         (masked_mean, "masked = dropped", "pass", ""),
         (masked_mean, "map over examples", "pass", ""),
         (by_index, "per-sample gradients", "fail", "item()"),

@@ -1,10 +1,12 @@
 """The table of laws, each tried on batches of growing size until one breaks it."""
 
+import linecache
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator
@@ -113,7 +115,7 @@ _CURES = {
 }
 
 
-_LOOKUP = re.compile(r"(\w[\w.]*)\[(\w+)\]")
+_LOOKUP = re.compile(r"([\w.]+(?:\([\w., ]*\))?)\[(\w+)\]")
 
 
 def _cure(failure: Broken) -> str:
@@ -121,22 +123,35 @@ def _cure(failure: Broken) -> str:
     if failure.__cause__ is None:
         return ""
     told = "".join(traceback.format_exception(failure.__cause__))
-    line, lookup = _line_at_fault(failure.__cause__), None
+    line, names = _line_at_fault(failure.__cause__)
     if "item()" in told and ".item(" not in line and (lookup := _LOOKUP.search(line)):
         table, index = lookup.groups()
-        there = f"{table}.gather(0, {index}.reshape(-1)).reshape({index}.shape)"
-        return f"look up by gather: {there}, not {table}[{index}]"
+        at = f"(0, {index}.reshape(-1)).reshape"
+        if _dim(table, names) > 1:  # whole rows
+            row = f"{table}.index_select{at}(*{index}.shape, -1)"
+            return f"look up by index_select: {row}, not {table}[{index}]"
+        return f"look up by gather: {table}.gather{at}({index}.shape), not {table}[{index}]"
     return next((cure for sign, cure in _CURES.items() if sign in told), "")
 
 
-def _line_at_fault(error: BaseException) -> str:
-    """Return the innermost line that is neither torch's nor the laws'."""
-    lines = [
-        frame.line or ""
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, _HERE)) and not frame.filename.startswith("<")
-    ]
-    return lines[-1] if lines else ""
+def _dim(table: str, names: Mapping[str, Any]) -> int:
+    """Return how many axes a table has that a line names; 1 where that is not known."""
+    first, *rest = table.partition("(")[0].split(".")
+    held = names.get(first)
+    for name in rest:
+        inner = getattr(held, name, None)
+        held = inner if isinstance(inner, (torch.Tensor, torch.nn.Module)) else held
+    return held.dim() if isinstance(held, torch.Tensor) else 1
+
+
+def _line_at_fault(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """Return the innermost line that is neither torch's nor the laws', and what its names hold."""
+    found: tuple[str, dict[str, Any]] = ("", {})
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH, _HERE, "<")):
+            found = linecache.getline(file, number), {**frame.f_globals, **frame.f_locals}
+    return found
 
 
 LAWS: dict[str, Law] = {
@@ -150,6 +165,7 @@ LAWS: dict[str, Law] = {
         "no argument and no attribute of an object changes, nor the mode of gradients; the same "
         "question has one answer",
         "operate out of place (clone before editing a NumPy view) and keep nothing",
+        sizes=(1, 2, 3, 16, 64),  # so that a class is there which alone is changed
     ),
     "has a gradient": Law(
         learning.has_gradient,

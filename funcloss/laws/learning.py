@@ -88,10 +88,12 @@ def not_flat(case: LossCase, batch: Batch) -> str | None:
 def _gradient(case: LossCase, batch: Batch, predictions: int) -> Tensor:
     """Return the gradients with respect to the first of the data, side by side and flat."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in batch[:predictions])
-    total = case(*inputs, *batch[predictions:]).sum()
-    if not total.requires_grad:
+    values = case(*inputs, *batch[predictions:])
+    if not values.requires_grad:
         return torch.zeros(batch[0].numel())
-    gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+    # Not their sum, which is constant where values are divided by it.
+    unlike = torch.linspace(1, 2, values.numel(), dtype=values.dtype).reshape(values.shape)
+    gradients = torch.autograd.grad((unlike * values).sum(), inputs, materialize_grads=True)
     return torch.cat([g.flatten() for g in gradients])
 
 

@@ -27,6 +27,7 @@ _COUPLING = (
     "dim=0", "axis=0", "softmax(0", "amax()", ".max()", ".mean()", ".sum()", ".std(", ".var(",
     ".median()", ".item()", "topk", "batch_norm",
 )  # fmt: skip
+_DETACHING = (".detach(", "no_grad", ".data")  # which cut a part of the gradient, on purpose
 _MOST_COLUMNS = 16  # of predictions that finite differences and second derivatives are tried in
 
 
@@ -51,8 +52,8 @@ def map_over_examples(case: LossCase, batch: Batch) -> None:
             scale = 1 if case.reduction in ("none", "sum") else n
             what = "an example's gradient within its batch, against alone"
             same(scale * whole[i : i + 1], one, what, batch, also=seen_in(case, _COUPLING))
-    if case.extremes == (1e4, -1e4):
-        _is_map(case, (*(30 * x for x in batch[:k]), *batch[k:]))
+    for scale in (10, 30) if case.extremes == (1e4, -1e4) else ():
+        _is_map(case, (*(scale * x for x in batch[:k]), *batch[k:]))
 
 
 def _is_map(case: LossCase, batch: Batch) -> None:
@@ -157,6 +158,10 @@ def differences(check: Callable[..., bool]) -> Callable[[LossCase, Batch], None]
             if check is gradcheck and case.reference is not None:  # of the options too
                 check(of, inputs, check_forward_ad=True)
         except GradcheckError as error:
+            if check is gradcheck and seen_in(case, _DETACHING):
+                raise NotApplicable(
+                    "part of it is detached: its gradient is not the derivative of its value"
+                ) from None
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise Broken(f"{' '.join(lines[:3])[:240]}; at {shown(batch)}") from None
 

@@ -29,6 +29,7 @@ _FOLLOWS: dict[str, tuple[str, ...]] = {
     "not flat": ("extremes", "saturation"),
     "gradcheck": ("vmap", "per-sample gradients", "gradgradcheck", "jacrev = jacfwd", "hessian",
                   "compile", "weights"),
+    "saturation": (),
     "extremes": ("saturation", "dtype"),
     "weights": ("cost order",),
     "vmap": ("per-sample gradients", "compile", "hessian", "jacrev = jacfwd", "gradgradcheck"),
@@ -88,8 +89,11 @@ def verdict_of(findings: Sequence[Finding]) -> Verdict:
     order = [*_FOLLOWS, *LAWS]
     for law in order:
         if law in broken:
-            follows = set(_FOLLOWS.get(law, ())) - {law}
-            broken = {name: f for name, f in broken.items() if name not in follows}
+            follows = _FOLLOWS.get(law, ())
+            detail = broken[law].detail
+            if law == "saturation" and "its gradient is" in detail and "another" not in detail:
+                follows = ("extremes",)  # a root or a power, met far out too; not an overflow
+            broken = {n: f for n, f in broken.items() if n not in follows or n == law}
     causes = sorted(broken.values(), key=lambda f: (LAWS[f.law].everywhere, order.index(f.law)))
     if not causes:
         return Verdict(WORKS)

@@ -27,7 +27,7 @@ def number(value: float) -> Tensor:
 
 def wide(*names: str) -> Feed:
     """Return data with an axis of classes or features."""
-    return feeds_for(names)[-1]
+    return [feed for feed in feeds_for(names) if feed.names == names][-1]
 
 
 def row(
