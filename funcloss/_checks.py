@@ -147,4 +147,6 @@ def option_of(
         return value
     known = {examples: "one per example", () if columns is None else (columns,): "one per column"}
     shapes = "".join(f", or of shape {s}, {per}" for s, per in known.items() if s)
-    raise ValueError(f"{name}: {what} must be a number or a scalar tensor{shapes}; got {shape}")
+    raise ValueError(
+        f"{name}: {what} must be a number or a scalar tensor{shapes}; got shape {shape}"
+    )

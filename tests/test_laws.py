@@ -479,7 +479,11 @@ def test_what_is_no_loss_is_refused(loss, options, message):
 
 # -- what a loss is fed, by the names of its parameters -------------------------------------------
 
-NOT_BY_NAMES = {"linear_cross_entropy": "its weight is no prediction, and belongs to no example"}
+NOT_BY_NAMES = {
+    "linear_cross_entropy": "its weight is no prediction, and belongs to no example",
+    "generalized_dice": "an example is an image, of pixels and classes",
+    "lovasz_softmax": "an example is an image, of pixels and classes",
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -236,12 +236,12 @@ ERRORS = [
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=torch.ones(3)),
         ValueError,
-        r"pos_weight must be a number or a scalar .* \(4,\), one per column; got \(3,\)",
+        r"pos_weight must be a number or a scalar .* \(4,\), one per column; got shape \(3,\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM[0], BITS[0], pos_weight=torch.ones(6, 1)),
         ValueError,
-        r"pos_weight must be a number or a scalar .* got \(6, 1\)",
+        r"pos_weight must be a number or a scalar .* got shape \(6, 1\)",
     ),
     (
         lambda: binary_cross_entropy_with_logits(RANDOM, BITS, pos_weight=-1.0),
@@ -265,7 +265,7 @@ ERRORS = [
     (
         lambda: asymmetric(RANDOM, BITS, gamma_neg=torch.ones(CLASSES)),
         ValueError,
-        r"asymmetric: gamma_neg must be .* \(6,\), one per example; got \(4,\)",
+        r"asymmetric: gamma_neg must be .* \(6,\), one per example; got shape \(4,\)",
     ),
     (
         lambda: sigmoid_focal(RANDOM, BITS, label_smoothing=1.1),

@@ -203,7 +203,7 @@ REFUSED = [
         {"weights": torch.ones(2)},
         "weights must be a number .*one per column",
     ),
-    (quantile, PAIR, {"q": torch.ones(4, 2, 3)}, r"q must be a number .* got \(4, 2, 3\)"),
+    (quantile, PAIR, {"q": torch.ones(4, 2, 3)}, r"q must be a number .* got shape \(4, 2, 3\)"),
     (quantile, PAIR, {"q": 1.5}, r"q must be in \[0, 1\], got 1.5"),
     (huber, PAIR, {"delta": 0.0}, r"delta must be in \(0, inf\), got 0.0"),
     (smooth_l1, PAIR, {"beta": -1.0}, r"beta must be in \[0, inf\), got -1.0"),

@@ -148,7 +148,7 @@ def nll(
     scores, labels, spoiled = class_inputs("nll", log_probs, labels, where)
     # One entry a row is all that is read: a sum over the classes, even fused, would read them all.
     loss = -scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return finished(loss, where, log_probs)
+    return finished(loss, where, log_probs, spoiled)
 
 
 def _log_of_others(log_probs: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -180,15 +181,23 @@ def _one_sided_regression(r: Row, y: int, cost_matrix: list[Row]) -> float:
     return math.fsum(math.log1p(math.exp(s * (a - c))) for s, a, c in terms)
 
 
-def _own_costs(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a loss given the costs of each example itself, not a matrix."""
+@dataclass(frozen=True)
+class _OfRows:
+    """A loss given the costs of each example itself, not a matrix."""
 
-    def of_rows(logits: Tensor, labels: Tensor, *, cost_matrix: Tensor, where=None) -> Tensor:
+    loss: Callable[..., Tensor]
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        cost_matrix: Tensor,
+        where: Tensor | None = None,
+    ) -> Tensor:
         counted = labels if where is None else torch.where(where, labels, 0)
         rows = cost_matrix.gather(0, counted.reshape(-1, 1).expand(-1, cost_matrix.shape[1]))
-        return loss(logits, labels, costs=rows.reshape(logits.shape), where=where)
-
-    return of_rows
+        return self.loss(logits, labels, costs=rows.reshape(logits.shape), where=where)
 
 
 def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[str, LossCase]:
@@ -223,7 +232,7 @@ def _of_costs(loss: Callable[..., Tensor], value: Callable[..., float]) -> dict[
         f"{name}, with a decision to abstain": of(
             torch.cat([COSTS, _ABSTAIN], -1), decisions, **oblong
         ),
-        f"costs of each example({name})": of(COSTS, loss=_own_costs(loss)),
+        f"costs of each example({name})": of(COSTS, loss=_OfRows(loss)),
     }
 
 

@@ -155,7 +155,7 @@ CASES = {
         shift=True,
         limits={
             law: "which labels count is written into it"
-            for law in ("class permutation", "direction", "cost effect")
+            for law in ("class permutation", "direction", "cost effect", "labels out of range")
         },
     ),
 }
