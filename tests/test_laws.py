@@ -661,7 +661,7 @@ def test_the_command_prints_the_verdict_its_cause_and_its_cure_as_json(run_cli):
     code, out, _ = run_cli("check", "tests/check_cases.py:extra_softmax", "--json")
     report = json.loads(out)
     assert (code, report["verdict"], report["law"]) == (1, "wrong", "not flat")
-    assert "softmax of softmax(logits)" in report["cause"]
+    assert "cross-entropy of softmax(logits)" in report["cause"]
     assert "leave out the extra softmax" in report["cure"]
     assert report["causes"] == ["not flat"]
 
