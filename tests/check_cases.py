@@ -236,6 +236,11 @@ def sharp(logits, labels):
     return ce(logits / 0.05, labels)
 
 
+def squared_log_error(pred, true):
+    """Of values above 0."""
+    return (pred.log() - true.log()).square()
+
+
 # -- right on batches -----------------------------------------------------------------------------
 
 
@@ -623,3 +628,19 @@ def branches_on_the_batch(z, y):
     if float(z.detach().max()) > 50:
         z = z / 2
     return ce(z, y)
+
+
+def sigmoid_before_softmax(z, y):
+    return ce(z.sigmoid(), y)
+
+
+def smoothed_extra_softmax(z, y):
+    return F.cross_entropy(z.softmax(-1), y, reduction="none", label_smoothing=0.1)
+
+
+def nll_of_probabilities(z, y):
+    return F.nll_loss(z.softmax(-1), y, reduction="none")
+
+
+def labels_from_one(z, y):
+    return ce(z, y - 1)

@@ -272,9 +272,9 @@ def test_the_hand_written_cross_entropy_keeps_every_law():
     assert adapted.kind == "function, one value per example"
     findings = check(adapted.case)
     assert [f for f in findings if f.verdict == "fail"] == []
-    # No mask, no costs and no reference were given: all other laws were tried.
+    # No costs, options and reference were given: all other laws were tried.
     untried = {f.law for f in findings if f.verdict != "pass"}
-    assert untried == {"cost order", "reference"}
+    assert untried == {"cost order", "option shapes", "reference"}
 
 
 @pytest.mark.parametrize(

@@ -662,6 +662,46 @@ def test_the_command_prints_the_verdict_its_cause_and_its_cure_as_json(run_cli):
     code, out, _ = run_cli("check", "tests/check_cases.py:extra_softmax", "--json")
     report = json.loads(out)
     assert (code, report["verdict"], report["law"]) == (1, "wrong", "not flat")
-    assert "softmax of softmax(logits)" in report["cause"]
+    assert "cross-entropy of softmax(logits)" in report["cause"]
     assert "leave out the extra softmax" in report["cure"]
     assert report["causes"] == ["not flat"]
+
+
+# -- the verdict ----------------------------------------------------------------------------------
+
+
+def broken(*names):
+    return [laws.Finding(name, "fail", "detail", "advice") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("findings", "degree", "causes"),
+    [
+        ([laws.Finding("runs", "pass")], "works everywhere", []),
+        (broken("dtype"), "works on batches", ["dtype"]),
+        (broken("compile", "per-sample gradients", "vmap"), "works on batches", ["vmap"]),
+        (broken("vmap", "direction"), "wrong", ["direction", "vmap"]),
+        (broken("extremes", "gradcheck", "compile", "pure"), "wrong", ["pure"]),
+        (broken("saturation", "extremes"), "wrong", ["extremes"]),
+        (broken("map over examples", "cost effect"), "wrong", ["cost effect"]),
+        (broken("masked = dropped", "dtype"), "wrong", ["masked = dropped", "dtype"]),
+    ],
+)
+def test_the_root_cause_comes_first_and_what_follows_is_left_out(findings, degree, causes):
+    verdict = laws.verdict_of(findings)
+    assert (verdict.degree, [f.law for f in verdict.causes]) == (degree, causes)
+
+
+def test_a_class_that_is_said_to_weigh_nothing_may():
+    case = adapt(check_cases.class_three_dropped, class_weights={3: 0.0}).case
+    assert laws.verdict_of(check(case)).degree == "works everywhere"
+
+
+def test_of_many_classes_few_are_tried_and_neighbours_among_them():
+    assert (
+        try_law("direction", adapt(check_cases.of_the_next_class, classes=1000).case).verdict
+        == "fail"
+    )
+    effect = cost_effect(adapt(of_labels, classes=1000, class_weights={777: 1.0}).case)
+    assert 777 in effect.classes
+    assert len(effect.classes) < 10

@@ -94,7 +94,10 @@ def _feeds(
         return [Feed(names, (vector_width(classes),), classes) for names in either]
     names = _NAMES[task] if task else _needed(call)
     feeds = feeds_for(names, classes, stated)
-    return [next(feed for feed in feeds if feed.names == names)] if task else feeds
+    if not task:
+        return feeds
+    feed = next(feed for feed in feeds if feed.names == names)
+    return [feed, replace(feed, positive=True)] if task == "regression" else [feed]
 
 
 def _case(call: Callable[..., Any], feed: Feed, stated: Mapping[int, float]) -> LossCase:
@@ -226,6 +229,8 @@ def _that_runs(
         try:
             batch = feed(n, Generator().manual_seed(0))
             values = case.fresh()(*batch)
+            if len(feeds) > 1 and not values.isfinite().all():
+                continue
             few = case.fresh()(*(x[:3] for x in batch))
         except (Exception, SystemExit):  # the laws will say what it raised
             continue

@@ -10,7 +10,7 @@ from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable
 _PATTERNS = 8  # how many settings of the logits every class is seen in
 _DRAWS = 64  # random batches
 _MANY = 16  # classes; of more than these, few are measured, and in fewer batches
-_FEW = 6
+_FEW = 5
 _CLOSE = 0.01  # relative: the draws of two classes share their batches, so little is noise
 
 
@@ -110,7 +110,7 @@ def cost_effect(case: LossCase) -> CostEffect:
     what the others' held. A loss without costs then gives every class a gradient of one norm, and
     what differs is the cost. Random batches draw their labels evenly; an example is put among them
     once as each class, so that the classes meet the same batches. Of more than sixteen
-    classes six are measured, besides those of which a weight is stated.
+    classes five are measured, besides those of which a weight is stated.
 
     Args:
         case: A loss of logits and labels, or of one logit and two classes.
@@ -256,7 +256,7 @@ def _across(case: LossCase, make, classes: list[int]) -> Tensor:
     """Return the norms by random batch and class."""
     generator = Generator().manual_seed(2)
     c = 2 if make is _two_classes else case.classes
-    draws = _DRAWS if c <= _MANY else _PATTERNS
+    draws = _DRAWS if c <= _MANY else _FEW
     norms = torch.zeros(draws, len(classes), dtype=torch.float64)
     for draw in range(draws):
         labels = torch.randint(c, (case.batch_size,), generator=generator)

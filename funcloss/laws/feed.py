@@ -36,11 +36,13 @@ class Feed:
     classes: int = CLASSES
     first: tuple[int, ...] = ()  # classes that come before the others among the labels
     dtype: torch.dtype = torch.float64
+    positive: bool = False  # whether values are above 0, as logarithms need
 
     def __call__(self, n: int, generator: Generator) -> Batch:
         """Return ``n`` examples."""
         drawn = {name: self._drawn(name, n, generator) for name in reversed(self.names)}
-        return in_dtype(tuple(drawn[name] for name in self.names), self.dtype)
+        data = tuple(drawn[name].exp() if self.positive else drawn[name] for name in self.names)
+        return in_dtype(data, self.dtype)
 
     @property
     def predictions(self) -> int:
@@ -50,6 +52,8 @@ class Feed:
     @property
     def extremes(self) -> tuple[float, ...]:
         """The ends of what the predictions may be."""
+        if self.positive:
+            return 1e4, 1e-4
         return _DOMAINS.get(self.names[0], (1e4, -1e4))
 
     @property

@@ -111,7 +111,8 @@ _CURES = {
     "boolean mask": "no boolean indexing: choose with torch.where(labels == c, a, b)",
     "random operation": "draw nothing: make what is random an input",
     "dynamic shape": "no boolean indexing: choose with torch.where",
-    "out of bounds": "axis 0 is the batch: reach the classes as the last axis, [..., c]",
+    "is out of bounds.": "labels count from 0 to classes - 1",
+    "out of bounds for": "axis 0 is the batch: reach the classes as the last axis, [..., c]",
 }
 
 

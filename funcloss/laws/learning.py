@@ -5,10 +5,10 @@ may return a remark where it does.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from funcloss.laws._common import check_finite, seen_in
@@ -18,6 +18,11 @@ from funcloss.laws.poles import answers, class_pairs, costs_of, of_classes, pole
 _CERTAIN = 10.0  # a logit of a certain answer, and minus that of the others
 _SURE = 5.0  # one at which a probability is 5e-5, above what is clamped for safety alone
 _SIZES = (18.0, -18.0, 100.0, -100.0, 1e4, -1e4)  # of one logit: float32 and float64 round p to 1
+_SQUASHING: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 _CUTS = (
     "no_grad", "set_grad_enabled", ".detach(", ".data", ".item(", ".numpy(", ".tolist(",
     "argmax", "topk", ".long(", ".int(", "round(", "torch.tensor(", "float(",
@@ -64,8 +69,15 @@ def not_flat(case: LossCase, batch: Batch) -> str | None:
     """The gradient is not 0 where the model is surest and wrong."""
     if squashed := _squashed_twice(case, batch):
         raise Broken(
-            f"it takes {squashed} of {squashed}(logits): so it is nearly flat, and never near 0",
+            f"it takes the cross-entropy of {squashed}(logits), which takes another softmax or "
+            "sigmoid: so it is nearly flat, and never near 0",
             f"give cross-entropy the logits themselves: leave out the extra {squashed}",
+        )
+    if _is_likelihood(case, batch):
+        raise Broken(
+            "its value is -softmax(logits)[label], without a logarithm: nearly flat where it is "
+            "surest and wrong",
+            "give nll_loss the logarithms, log_softmax(logits)",
         )
     two_sided = case.parameters in (("logits", "targets"), ("scores", "signs"))
     if not of_classes(case, batch) and not (two_sided and batch[0].dim() == 1):
@@ -98,7 +110,7 @@ def _gradient(case: LossCase, batch: Batch, predictions: int) -> Tensor:
 
 
 def _squashed_twice(case: LossCase, batch: Batch) -> str:
-    """Return "softmax" or "sigmoid" where it is taken twice.
+    """Return "softmax", "sigmoid" or "tanh" where the cross-entropy is taken of that.
 
     Of softmax, two predictions are made at which softmax(softmax(logits)) is the same at the label,
     while softmax(logits) is not; of sigmoid, the cross-entropy is compared.
@@ -111,9 +123,14 @@ def _squashed_twice(case: LossCase, batch: Batch) -> str:
             _proportional(case, z, torch.full_like(z, t), F.softplus((1 - 2 * t) * twice))
             for t in (0.0, 1.0)
         )
-    if case.parameters[:1] != ("logits",) or not of_classes(case, batch) or columns < 3:
+    if case.parameters[:1] != ("logits",) or not of_classes(case, batch):
         return ""
     if batch[-1].is_floating_point() or case.reduction == "other":
+        return ""
+    for name, squashing in _SQUASHING.items():
+        if _is_cross_entropy_of(squashing, case, batch):
+            return name
+    if columns < 3:
         return ""
     label = next((k for k in range(case.classes) if k not in case.weightless), 0)
     targets = targets_for(case, batch, torch.tensor([label]))
@@ -126,6 +143,36 @@ def _squashed_twice(case: LossCase, batch: Batch) -> str:
     pairs = list(zip(values[::2], values[1::2], strict=True))
     alike = all(abs(a - b) <= room * max(1.0, abs(a)) for a, b in pairs)
     return "softmax" * (alike and max(values) - min(values) > 1e-3 * max(map(abs, values)))
+
+
+def _is_likelihood(case: LossCase, batch: Batch) -> bool:
+    """Return whether nll_loss is given probabilities."""
+    of_labels = of_classes(case, batch) and not batch[-1].is_floating_point()
+    if case.parameters[:1] != ("logits",) or not of_labels or not seen_in(case, ("nll_loss",)):
+        return False
+    one = tuple(x[:1] for x in batch)
+    p = one[0].softmax(-1).gather(-1, one[-1][:, None].long())
+    return bool((case(*one).sum() + p.sum()).abs() < 1e-6)
+
+
+def _is_cross_entropy_of(
+    squashing: Callable[[Tensor], Tensor], case: LossCase, batch: Batch
+) -> bool:
+    """Return whether, for one label, the value is a sum of logsumexp(p), p of the label and 1.
+
+    So it is for every weight and label smoothing; the absolute error has no part of the first.
+    """
+    label = next((k for k in range(case.classes) if k not in case.weightless), 0)
+    rows = torch.randn(12, batch[0].shape[-1], generator=Generator().manual_seed(0)).double() * 2
+    targets = targets_for(case, batch, torch.tensor([label]))
+    values = torch.stack([case(row[None].to(batch[0].dtype), *targets).sum() for row in rows])
+    p = squashing(rows)
+    parts = torch.stack([p.logsumexp(-1), p[:, label], torch.ones(12).double()], -1)
+    values = values.detach().double()[:, None]
+    found = torch.linalg.lstsq(parts, values).solution
+    size = values.std()
+    close = (parts @ found - values).abs().max() <= 1e-5 * size
+    return bool(close and (found[0] * parts[:, 0].std()).abs() > 1e-3 * size)
 
 
 def _proportional(case: LossCase, logits: Tensor, targets: Tensor, expected: Tensor) -> bool:
@@ -189,7 +236,7 @@ def _saturated(case: LossCase, batch: Batch) -> Iterator[tuple[str, Batch]]:
         if k == 1 or names[0] == "predictions":
             yield "where predictions equal targets", (held(batch[-1]), *batch[1:])
         if k == 1:
-            zero = torch.zeros_like(first)
+            zero = torch.full_like(first, max(low, 0.0))
             yield "at targets of 0", (held(zero), *batch[1:-1], zero)
             for size in _SIZES:
                 far = held(zero + size)

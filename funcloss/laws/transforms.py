@@ -25,7 +25,7 @@ from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
 
 _COUPLING = (
     "dim=0", "axis=0", "softmax(0", "amax()", ".max()", ".mean()", ".sum()", ".std(", ".var(",
-    ".median()", ".item()", "topk", "batch_norm",
+    ".median()", ".item()", "weight=", "topk", "batch_norm",
 )  # fmt: skip
 _DETACHING = (".detach(", "no_grad", ".data")  # which cut a part of the gradient, on purpose
 _MOST_COLUMNS = 16  # of predictions that finite differences and second derivatives are tried in
