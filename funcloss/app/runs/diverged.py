@@ -43,7 +43,7 @@ def reason_of(setup: Setup, state: TrainState, hyper: Hyper, steps: int) -> str:
         state,
         step_on,
         len(setup.dataset.train.labels),
-        feed=setup.iter_batches,
+        iter_batches=setup.iter_batches,
         epochs=setup.config.epochs,
         batch_size=setup.config.batch_size,
         should_stop=lambda: bool(found) or done >= steps,
