@@ -2,8 +2,9 @@
 
 import check_cases
 import pytest
+import torch
 
-from funcloss.laws import BATCHES, WORKS, WRONG, adapt, check, verdict_of
+from funcloss.laws import BATCHES, LAWS, WORKS, WRONG, Verdict, adapt, check, try_law, verdict_of
 
 RIGHT = {
     "plain_cross_entropy": {},
@@ -148,9 +149,21 @@ BROKEN = {
 }
 
 
+def judged(name: str, options: dict, compiled: bool) -> Verdict:
+    case = adapt(getattr(check_cases, name), **options).case
+    if compiled:
+        return verdict_of(check(case))
+    return verdict_of([try_law(law, case) for law in LAWS if law not in ("compile", "inductor")])
+
+
+# The law that compiles takes as long as all others, and is the root cause of none.
+COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_right_loss_works_everywhere(name):
-    verdict = verdict_of(check(adapt(getattr(check_cases, name), **RIGHT[name]).case))
+def test_a_right_loss_works_everywhere(name, compiled):
+    verdict = judged(name, RIGHT[name], compiled)
     assert (verdict.degree, verdict.causes) == (WORKS, ())
     assert verdict.sentence.startswith("works everywhere: ")
 
@@ -159,10 +172,11 @@ OTHERS = [(BATCHES, *row) for row in ON_BATCHES.items()] + [(WRONG, *row) for ro
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize(("degree", "name", "case"), OTHERS, ids=[name for _, name, _ in OTHERS])
-def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case):
+def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case, compiled):
     options, law, said = case
-    verdict = verdict_of(check(adapt(getattr(check_cases, name), **options).case))
+    verdict = judged(name, options, compiled)
     root = verdict.causes[0]
     assert (verdict.degree, root.law) == (degree, law), verdict
     assert said in f"{verdict.sentence} -> {root.advice}"
@@ -185,3 +199,17 @@ def test_the_cases_are_many_and_each_is_tried():
     assert written == {*RIGHT, *ON_BATCHES, *BROKEN}
     assert len(BROKEN) >= 40
     assert len(RIGHT) >= 20
+
+
+def test_what_a_loss_does_to_torch_is_undone():
+    state = torch.random.get_rng_state()
+
+    def careless(logits, labels):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        return check_cases.gradients_left_off(logits, labels)
+
+    check(adapt(careless).case)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.equal(torch.random.get_rng_state(), state)

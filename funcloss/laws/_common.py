@@ -1,13 +1,25 @@
 """What the laws have in common: how tensors are compared, and what a loss must be for a law."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from funcloss.combinators import couples_examples
 from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
+
+
+@contextlib.contextmanager
+def left_as_found() -> Iterator[None]:
+    """Try a loss in torch's usual state, and put back whatever of it the loss changes."""
+    dtype = torch.get_default_dtype()
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def raised(error: BaseException) -> str:

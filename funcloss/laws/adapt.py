@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from funcloss.combinators import Combined
 from funcloss.errors import ConfigError
+from funcloss.laws._common import left_as_found
 from funcloss.laws.case import LossCase
 from funcloss.laws.feed import Feed, feeds_for, vector_width
 
@@ -31,6 +32,7 @@ class Adapted:
     task: str  # what it is fed
 
 
+@left_as_found()
 def adapt(
     loss: Any,
     *,

@@ -13,7 +13,7 @@ from torch import Generator
 from torch.autograd import gradcheck, gradgradcheck
 
 from funcloss.laws import edges, learning, transforms, values
-from funcloss.laws._common import raised
+from funcloss.laws._common import left_as_found, raised
 from funcloss.laws.case import CLASSES, Batch, Broken, LossCase, NotApplicable, shown
 from funcloss.transforms import quiet_jvp
 
@@ -65,7 +65,7 @@ def try_law(name: str, case: LossCase) -> Finding:
         for n in law.sizes:
             batch = case.data(n, Generator().manual_seed(n))
             try:
-                with quiet_jvp(), torch.enable_grad():
+                with quiet_jvp(), left_as_found():
                     remark = law.holds(case, batch)
             except (Broken, NotApplicable):
                 raise
