@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funcloss._precision import wide_dtype
+from funcloss._numbers import wide_dtype
 from funcloss.combinators import Combined
 from funcloss.losses._shared import masked
 

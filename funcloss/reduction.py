@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_shape, check_where, option_of
-from funcloss._precision import wide_dtype
-from funcloss.losses._shared import product
+from funcloss._numbers import product, wide_dtype
 
 REDUCTIONS = ("mean", "weighted_mean", "sum")
 

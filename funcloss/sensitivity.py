@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from funcloss import losses
 from funcloss._checks import check_floating, check_shape
-from funcloss._precision import wide_dtype
+from funcloss._numbers import wide_dtype
 from funcloss.objectives.supervised import Forward
 from funcloss.reduction import mean, weighted_mean
 from funcloss.training.step import TrainState, TrainStep

@@ -28,7 +28,7 @@ LIBRARY = [
         "typing",
         "_checks",
         "_names",
-        "_precision",
+        "_numbers",
         "_trees",
         "_files",
         "_json",

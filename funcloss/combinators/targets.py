@@ -18,6 +18,7 @@ from funcloss._checks import (
     check_where,
     option_of,
 )
+from funcloss._numbers import product
 from funcloss.combinators._combined import (
     Combined,
     Factor,
@@ -31,7 +32,7 @@ from funcloss.combinators._combined import (
     taken,
     targets_of,
 )
-from funcloss.losses._shared import known_labels, masked, one_hot, product
+from funcloss.losses._shared import known_labels, masked, one_hot
 from funcloss.typing import Correction, LossFn, Probabilities
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_labels, check_shape, check_where
+from funcloss._numbers import product
 from funcloss.combinators._combined import (
     Combined,
     Factor,
@@ -25,7 +26,7 @@ from funcloss.combinators._combined import (
     taken,
     targets_of,
 )
-from funcloss.losses._shared import known_labels, masked, product
+from funcloss.losses._shared import known_labels, masked
 from funcloss.typing import Correction, LossFn, Probabilities
 
 

@@ -14,7 +14,7 @@ from funcloss._checks import (
     check_signs,
     check_where,
 )
-from funcloss._precision import wide_dtype
+from funcloss._numbers import wide_dtype
 from funcloss.typing import LossFn, Probabilities
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
@@ -115,22 +115,6 @@ def of_label(scores: Tensor, labels: Tensor) -> Tensor:
         # The compiler fuses this sum; the gradient of a gather it writes through memory.
         return torch.where(one_hot(labels, scores.shape[-1]), scores, 0).sum(-1)
     return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def product(weights: float | Tensor, values: Tensor) -> Tensor:
-    """Return ``weights * values``, 0 where a weight is 0, of an infinite value too."""
-    if not isinstance(weights, Tensor):
-        if weights == 1:
-            return values
-        return weights * values if weights else torch.zeros_like(values)
-    lost = (weights == 0) & ~values.isfinite()
-    return weights * torch.where(lost, 0, values)
-
-
-def finite_at_zero(logs: Tensor, probs: Tensor) -> Tensor:
-    """Return ``logs`` without ``-inf`` where ``probs`` is 0: there ``0 * -inf`` would be NaN."""
-    # Half of the least number: the difference of two of these is finite too.
-    return torch.where(probs == 0, logs.clamp(min=torch.finfo(logs.dtype).min / 2), logs)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

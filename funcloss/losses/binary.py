@@ -8,14 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import check_per_class, option_of
-from funcloss.losses._shared import (
-    finished,
-    finite_at_zero,
-    mark_targets,
-    paired_inputs,
-    product,
-    signed_inputs,
-)
+from funcloss._numbers import finite_at_zero, product
+from funcloss.losses._shared import finished, mark_targets, paired_inputs, signed_inputs
 
 _NAMES = ("logits", "targets")
 

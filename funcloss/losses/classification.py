@@ -5,15 +5,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_number, check_per_class, option_of
+from funcloss._numbers import finite_at_zero, product
 from funcloss.losses._shared import (
     class_inputs,
     finished,
-    finite_at_zero,
     mark_probabilities,
     of_label,
     one_hot,
     paired_inputs,
-    product,
 )
 
 

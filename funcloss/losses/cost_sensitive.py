@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, check_shape, check_where
-from funcloss._precision import wide_dtype
+from funcloss._numbers import product, wide_dtype
 from funcloss.losses._shared import (
     finished,
     known_labels,
@@ -20,7 +20,6 @@ from funcloss.losses._shared import (
     masked,
     of_label,
     one_hot,
-    product,
 )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import option_of
-from funcloss.losses._shared import finished, finite_at_zero, paired_inputs
+from funcloss._numbers import finite_at_zero
+from funcloss.losses._shared import finished, paired_inputs
 
 
 def kl_div(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
-from funcloss._precision import wide_dtype
+from funcloss._numbers import wide_dtype
 from funcloss.losses._shared import (
     finished,
     known_labels,

@@ -6,15 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_per_class, option_of
-from funcloss._precision import wide_dtype
-from funcloss.losses._shared import (
-    class_inputs,
-    finished,
-    mark_probabilities,
-    of_label,
-    one_hot,
-    product,
-)
+from funcloss._numbers import product, wide_dtype
+from funcloss.losses._shared import class_inputs, finished, mark_probabilities, of_label, one_hot
 from funcloss.typing import Correction
 
 # What a count of 0 is taken as, in every dtype: the least normal number of float32.

@@ -8,14 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_class_labels
-from funcloss._precision import wide_dtype
+from funcloss._numbers import product, wide_dtype
 from funcloss.losses._shared import (
     finished,
     known_labels,
     mark_probabilities,
     one_hot,
     paired_inputs,
-    product,
 )
 from funcloss.losses.overlap import images_of, joined, mask_of, pixel_axes
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from funcloss._checks import check_per_class, option_of
+from funcloss._numbers import product
 from funcloss.losses._shared import (
     class_inputs,
     finished,
@@ -13,7 +14,6 @@ from funcloss.losses._shared import (
     of_label,
     one_hot,
     paired_inputs,
-    product,
     signed_inputs,
 )
 

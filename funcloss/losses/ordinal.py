@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, option_of
-from funcloss._precision import wide_dtype
+from funcloss._numbers import finite_at_zero, wide_dtype
 from funcloss.losses._shared import (
     class_inputs,
     finished,
-    finite_at_zero,
     known_labels,
     mark_classes,
     mark_probabilities,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_shape, option_of
-from funcloss._precision import wide_dtype
-from funcloss.losses._shared import as_tensor, box_cox, finished, masked, paired_inputs, product
+from funcloss._numbers import product, wide_dtype
+from funcloss.losses._shared import as_tensor, box_cox, finished, masked, paired_inputs
 
 LARGEST = torch.finfo(torch.float64).max
 _LARGE = 1e8  # from here on log(1 + x^2) is 2 log(x) to the last bit

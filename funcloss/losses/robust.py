@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_number, option_of
-from funcloss._precision import wide_dtype
+from funcloss._numbers import product, wide_dtype
 from funcloss.losses._shared import (
     SMALL,
     as_tensor,
@@ -15,7 +15,6 @@ from funcloss.losses._shared import (
     mark_probabilities,
     of_label,
     one_hot,
-    product,
 )
 
 

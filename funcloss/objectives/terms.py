@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad
 
 from funcloss._checks import check_number
-from funcloss._precision import wide_dtype
+from funcloss._numbers import wide_dtype
 from funcloss.combinators import Factor, factor_names, taken
 from funcloss.keys import fold_in
 from funcloss.typing import Batch, Buffers, Hyper, Metrics, Objective, Params
