@@ -14,12 +14,12 @@ from torch.func import vmap
 from funcloss._checks import check_tensor, check_where
 from funcloss.combinators import (
     Combined,
-    class_weights_of,
     correction_of,
     couples_examples,
     name_of,
     options_of,
     probabilities_of,
+    target_weights,
 )
 from funcloss.losses._shared import masked
 from funcloss.reduction import REDUCTIONS as _DIVIDED
@@ -86,7 +86,7 @@ class LossModule(nn.Module):
                 f"as_module: weighted_mean needs the one label of each example, and "
                 f"{name_of(self.loss)} takes several; take none, mean or sum"
             )
-        weights = class_weights_of(of_class, data[-1], where)
+        weights = target_weights(self.loss, of_class, data[-1], where)
         return weights if own is None else weights * own
 
     def _held(self) -> dict[str, Any]:

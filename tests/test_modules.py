@@ -156,6 +156,18 @@ def test_a_weighted_mean_without_weights_is_refused():
         bits(LOGITS, LOGITS.sigmoid())
 
 
+def test_weighted_mean_of_two_classes_divides_by_the_weights_of_the_bits():
+    scores, bits = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.0, 1.0, 0.25])
+    made = as_module(
+        class_weighted(losses.binary_cross_entropy_with_logits),
+        reduction="weighted_mean",
+        class_weights=torch.tensor([1.0, 3.0]),
+    )
+    values = losses.binary_cross_entropy_with_logits(scores, bits)
+    weights = torch.tensor([1.0, 3.0, 1.5])
+    torch.testing.assert_close(made(scores, bits), (weights * values).sum() / weights.sum())
+
+
 def of_any(logits, labels, **options):
     return losses.cross_entropy(logits, labels, **options)
 

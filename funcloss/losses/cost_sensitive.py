@@ -75,8 +75,8 @@ def expected_cost(
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 1.
     """
     given = (cost_matrix, costs)
-    scores, labels, costs = _inputs("expected_cost", logits, labels, given, where)
-    return finished(product(scores.softmax(-1), costs).sum(-1), where, logits)
+    scores, labels, costs, spoiled = _inputs("expected_cost", logits, labels, given, where)
+    return finished(product(scores.softmax(-1), costs).sum(-1), where, logits, spoiled)
 
 
 @mark_classes(_classes)
@@ -128,10 +128,10 @@ def log_bilinear(
         error type with the log bilinear loss", 2017.
     """
     given = (cost_matrix, costs)
-    scores, labels, costs = _inputs("log_bilinear", logits, labels, given, where, own=True)
+    scores, labels, costs, spoiled = _inputs("log_bilinear", logits, labels, given, where, own=True)
     is_label = one_hot(labels, scores.shape[-1])
     log_others = torch.where(is_label, 0, _log_one_minus_softmax(scores))
-    return finished(-product(costs, log_others).sum(-1), where, logits)
+    return finished(-product(costs, log_others).sum(-1), where, logits, spoiled)
 
 
 @mark_classes(_classes)
@@ -183,9 +183,11 @@ def softmax_margin(
         2010.
     """
     given = (cost_matrix, costs)
-    scores, labels, costs = _inputs("softmax_margin", logits, labels, given, where, own=True)
+    scores, labels, costs, spoiled = _inputs(
+        "softmax_margin", logits, labels, given, where, own=True
+    )
     log_probs = (scores + costs).log_softmax(-1)
-    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits)
+    return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits, spoiled)
 
 
 @mark_classes(_classes)
@@ -239,14 +241,14 @@ def cost_hinge(
         of multiclass kernel-based vector machines", 2001.
     """
     given = (cost_matrix, costs)
-    scores, labels, costs = _inputs("cost_hinge", logits, labels, given, where, own=True)
+    scores, labels, costs, spoiled = _inputs("cost_hinge", logits, labels, given, where, own=True)
     # Subtracted inside: small costs would be lost in the rounding of a large logit.
     margins = scores - of_label(scores, labels).unsqueeze(-1)
     # Of two equal infinities the difference is NaN: a decision that is never taken has no margin,
     # and that of the label over itself is 0.
     margins = torch.where(scores == -torch.inf, scores, margins)
     margins = torch.where(one_hot(labels, scores.shape[-1]), 0, margins)
-    return finished((margins + costs).amax(-1), where, logits)
+    return finished((margins + costs).amax(-1), where, logits, spoiled)
 
 
 @mark_classes(_classes)
@@ -300,12 +302,12 @@ def one_sided_regression(
     """
     given = (cost_matrix, costs)
     inputs = _inputs("one_sided_regression", cost_estimates, labels, given, where, "cost_estimates")
-    estimates, _, costs = inputs
+    estimates, _, costs, spoiled = inputs
     excess = estimates - costs
     cheapest = costs <= costs.amin(-1, keepdim=True)
     # softplus(x) = -logsigmoid(-x); torch rounds softplus to its argument from 20 on.
     terms = -F.logsigmoid(torch.where(cheapest, -excess, excess))
-    return finished(terms.sum(-1), where, cost_estimates)
+    return finished(terms.sum(-1), where, cost_estimates, spoiled)
 
 
 def one_sided_decision(
@@ -344,8 +346,10 @@ def _inputs(
     what: str = "logits",
     *,
     own: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Check everything; return scores, labels and each example's costs, masked and wide.
+
+    Last comes the NaN of a label out of range, to be added to the loss.
 
     ``given`` is the matrix and the costs, of which one is None; ``own``: every class must have a
     decision of its own.
@@ -372,13 +376,11 @@ def _inputs(
     check_where(name, where, shape[:-1])
     labels, spoiled = known_labels(name, masked(labels, where), classes)
     scores = masked(scores, where).to(wide_dtype(scores))
-    if spoiled is not None:
-        scores = scores + spoiled.unsqueeze(-1)
     if matrix is not None:
         # Not a product with one-hots, which a GPU may round to TF32.
         costs = matrix.gather(0, labels.reshape(-1, 1).expand(-1, decisions)).reshape(shape)
     assert costs is not None
-    return scores, labels, masked(costs, where).to(scores.dtype)
+    return scores, labels, masked(costs, where).to(scores.dtype), spoiled
 
 
 def _check_matrix(name: str, matrix: Tensor, decisions: int, *, own: bool) -> None:

@@ -73,8 +73,6 @@ def lovasz_softmax(
     scores = joined(logits.movedim(-1, 0), axes, mask).movedim(0, -1)
     known, spoiled = known_labels(name, joined(labels, axes, mask), scores.shape[-1])
     scores = scores.to(wide_dtype(logits))
-    if spoiled is not None:
-        scores = scores + spoiled.unsqueeze(-1)
     there = one_hot(known, scores.shape[-1])
     if mask is not None:
         there = there & mask.unsqueeze(-1)
@@ -84,7 +82,8 @@ def lovasz_softmax(
     of_class = _extension(errors, there, counted)
     present = there.any(-1)
     loss = torch.where(present, of_class, 0).sum(-1) / present.sum(-1).clamp(min=1)
-    return finished(loss, images_of(mask), logits)
+    spoiled = None if spoiled is None else spoiled.sum(-1)
+    return finished(loss, images_of(mask), logits, spoiled)
 
 
 def lovasz_hinge(
