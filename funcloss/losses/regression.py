@@ -105,7 +105,7 @@ def squared_error(
         Gauss, "Theoria combinationis observationum erroribus minimis obnoxiae", 1823.
     """
     p, t = paired_inputs("squared_error", predictions, targets, where)
-    return finished((p - t).square(), where, predictions)
+    return finished(F.mse_loss(p, t, reduction="none"), where, predictions)
 
 
 def huber(
@@ -143,15 +143,14 @@ def huber(
     """
     p, t = paired_inputs("huber", predictions, targets, where)
     delta = _spread("huber", "delta", delta, p, where, low=0, above=True)
+    if not isinstance(delta, Tensor):  # one kernel
+        return finished(F.huber_loss(p, t, "none", delta), where, predictions)
     return finished(_huber(p - t, delta), where, predictions)
 
 
-def _huber(error: Tensor, delta: float | Tensor) -> Tensor:
+def _huber(error: Tensor, delta: Tensor) -> Tensor:
     """Return the Huber loss without a branch: its square cannot overflow."""
-    if isinstance(delta, Tensor):
-        near = error.clamp(-delta, delta)
-    else:
-        near = F.hardtanh(error, -delta, delta)  # the same; its backward is vectorised on CPUs
+    near = error.clamp(-delta, delta)
     return near * (error - 0.5 * near)
 
 
@@ -190,12 +189,10 @@ def smooth_l1(
     """
     p, t = paired_inputs("smooth_l1", predictions, targets, where)
     beta = _spread("smooth_l1", "beta", beta, p, where, low=0)
-    error = p - t
-    if not isinstance(beta, Tensor):
-        values = _huber(error, beta) / beta if beta > 0 else error.abs()
-    else:
-        divisor = torch.where(beta > 0, beta, 1.0)
-        values = torch.where(beta > 0, _huber(error, divisor) / divisor, error.abs())
+    if not isinstance(beta, Tensor):  # one kernel
+        return finished(F.smooth_l1_loss(p, t, reduction="none", beta=beta), where, predictions)
+    error, divisor = p - t, torch.where(beta > 0, beta, 1.0)
+    values = torch.where(beta > 0, _huber(error, divisor) / divisor, error.abs())
     return finished(values, where, predictions)
 
 
