@@ -73,6 +73,55 @@ def test_channels_first_moves_what_has_channels_and_nothing_else(name):
     assert_close(costly, weights[MAPS] * loss(IMAGES.movedim(1, -1), MAPS))
 
 
+COMBINED = {  # a combinator of cross-entropy, and the options and targets that it takes besides
+    "class_weighted": (class_weighted(losses.cross_entropy), {"class_weights": WEIGHTS}, None),
+    "sample_weighted": (
+        sample_weighted(losses.cross_entropy), {"sample_weights": normal(2, 4, 3).abs()}, None
+    ),
+    "scaled": (scaled(losses.cross_entropy, 3.0), {}, None),
+    "summed": (LABEL_LOSSES["summed"], {}, None),
+    "smoothed": (smoothed(losses.cross_entropy, 0.2), {}, None),
+    "soft": (soft(losses.cross_entropy), {}, normal(2, 3, 4, 3, seed=2).softmax(1)),
+    "mixup": (mixup(losses.cross_entropy), {"mix": 0.3}, None),
+    "temperature": (temperature(losses.cross_entropy, 2.0), {}, None),
+    "from_logits": (from_logits(losses.nll), {}, None),
+    "one_hot_targets": (one_hot_targets(losses.squared_error), {}, None),
+    "several": (
+        sample_weighted(class_weighted(smoothed(temperature(losses.softmax_focal, 2.0)))),
+        {"class_weights": WEIGHTS, "sample_weights": normal(2, 4, 3).abs(), "gamma": 1.0},
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["classes last", "classes first"])
+@pytest.mark.parametrize("name", COMBINED)
+def test_every_combinator_masks_in_either_layout(name, first):
+    loss, options, soft_targets = COMBINED[name]
+    where = torch.arange(24).reshape(2, 4, 3) % 5 != 0
+    spoilt = torch.where(where[:, None], IMAGES, math.nan)
+    labels = torch.where(where, MAPS, -100)
+    targets = (
+        (labels,)
+        if soft_targets is None
+        else (torch.where(where[:, None], soft_targets, math.inf),)
+    )
+    targets *= 2 if name == "mixup" else 1
+
+    def of(images: Tensor) -> Tensor:
+        if first:
+            return channels_first(loss)(images, *targets, where=where, **options)
+        last = [t.movedim(1, -1) if t.dim() == 4 else t for t in targets]
+        return loss(images.movedim(1, -1), *last, where=where, **options)
+
+    whole = (MAPS,) if soft_targets is None else (soft_targets,)
+    unmasked = channels_first(loss)(IMAGES, *whole * (2 if name == "mixup" else 1), **options)
+    assert_close(of(spoilt), torch.where(where, unmasked, 0.0))
+    slopes = grad(lambda images: of(images).sum())(spoilt)
+    assert (slopes.movedim(1, -1)[~where] == 0).all()
+    assert slopes.isfinite().all()
+
+
 def test_channels_first_of_images_as_wide_as_there_are_classes_is_torch_s():
     values = channels_first(from_logits(losses.nll))(IMAGES, MAPS)
     assert_close(values, F.cross_entropy(IMAGES, MAPS, reduction="none"))
