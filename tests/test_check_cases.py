@@ -169,11 +169,16 @@ def test_a_right_loss_works_everywhere(name, compiled):
 
 
 OTHERS = [(BATCHES, *row) for row in ON_BATCHES.items()] + [(WRONG, *row) for row in BROKEN.items()]
+TRIED = [
+    pytest.param(degree, name, case, compiled, id=f"{name}-{compiled}", marks=marks)
+    for degree, name, case in OTHERS
+    for compiled, marks in ((False, []), (True, [pytest.mark.slow]))
+    if not compiled or degree == BATCHES  # what is wrong already is no better compiled
+]
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
-@pytest.mark.parametrize("compiled", COMPILED)
-@pytest.mark.parametrize(("degree", "name", "case"), OTHERS, ids=[name for _, name, _ in OTHERS])
+@pytest.mark.parametrize(("degree", "name", "case", "compiled"), TRIED)
 def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case, compiled):
     options, law, said = case
     verdict = judged(name, options, compiled)
