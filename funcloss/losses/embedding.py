@@ -212,8 +212,9 @@ def cosine_embedding(
     """
     pair, like = _pairs("cosine_embedding", where, signs, 1, first=first, second=second)
     margin = option_of("cosine_embedding", "margin", margin, tuple(like.shape), low=-1, high=1)
-    one, other = (vectors / _length(vectors, _EPS).unsqueeze(-1) for vectors in pair)
-    cosine = (one * other).sum(-1)
+    (one, a), (other, b) = (_bounded(vectors) for vectors in pair)
+    sizes = (one.square().sum(-1) + _EPS / a**2) * (other.square().sum(-1) + _EPS / b**2)
+    cosine = (one * other).sum(-1) / sizes.sqrt()
     loss = torch.where(like > 0, 1 - cosine, (cosine - margin).clamp(min=0))
     return finished(loss, where, first)
 
@@ -407,14 +408,24 @@ def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
     return torch.where(some, unit * torch.where(some, powers, 1.0) ** root, 0.0)
 
 
-def _length(vectors: Tensor, eps: float = 0.0) -> Tensor:
-    """Return ``sqrt(|v|^2 + eps)`` of each vector; that of a zero vector has gradient 0.
+def _bounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors without an entry above 1, and what each was divided by: 1 or its largest.
+
+    Their squares do not overflow. The divisor is constant in a derivative: a cosine does not depend
+    on it.
+    """
+    largest = vectors.detach().abs().amax(-1).clamp(min=1)
+    return vectors / largest.unsqueeze(-1), largest
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Return the length of each vector; that of a zero vector has gradient 0.
 
     Where the squares would overflow they are those of a fraction of the vector.
     """
     most = torch.finfo(vectors.dtype).max
     fraction = most**-0.5 / 4
-    squares = vectors.square().sum(-1) + eps
+    squares = vectors.square().sum(-1)
     reduced = (fraction * vectors).square().sum(-1)
     large, some = squares > most / 64, squares > 0
     near = torch.where(some & ~large, squares, 1.0).sqrt()
