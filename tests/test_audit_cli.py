@@ -523,6 +523,7 @@ def test_every_method_can_be_forced_and_they_agree(
         assert_close(double(norms), by_examples.norm_quantiles, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_little_memory_changes_no_number(stopped, run_cli, tmp_path, no_figures):
     for name, memory in (("little", "1"), ("much", "4096")):
         args = ("--examples", "60", "--memory", memory, "--quiet", "--out", tmp_path / name)

@@ -1252,6 +1252,7 @@ print(*(peak(1500, method) - first for method in methods))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_examples():
     """1,500 gradients of 45,405 numbers are 260 MiB; a chunk and the data are a few."""
     done = subprocess.run(

@@ -50,6 +50,7 @@ for classes in (30, 100, 1000):
 """
 
 
+@pytest.mark.slow
 def test_a_confusion_matrix_needs_little_memory(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

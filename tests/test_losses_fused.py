@@ -244,6 +244,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_small_part_of_the_explicit_one():
     def peak(which: str) -> int:
         command = [sys.executable, "-c", PEAK, which]

@@ -346,9 +346,7 @@ def test_in_the_step_it_is_pure_and_moves_parameters_and_buffers(name):
 
 
 def compiled_by_default(name):
-    # The nest compiles the rows that it is made of.
-    alone = [pytest.mark.slow] if name in ("l1", "l2", "fgsm", "pgd", "multi_task") else []
-    return pytest.param(name, marks=alone)
+    return pytest.param(name, marks=[] if name in ("l2", "pgd") else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("name", [compiled_by_default(name) for name in MAKE])

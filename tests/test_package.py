@@ -343,7 +343,9 @@ def scaled_in_torch(source):
             of_torch = owner.split(".")[0] in ("torch", "F")
             for keyword in node.keywords:
                 known = name in SCALED.get(keyword.arg, ())
-                if known or (of_torch and keyword.arg in ("alpha", "beta")):
+                # The beta of smooth L1 is no factor.
+                factor = keyword.arg in ("alpha", "beta") and name != "smooth_l1_loss"
+                if known or (of_torch and factor):
                     yield node.lineno
 
 
