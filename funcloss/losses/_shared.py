@@ -15,7 +15,6 @@ from funcloss._checks import (
     check_where,
 )
 from funcloss._numbers import wide_dtype
-from funcloss.typing import LossFn, Probabilities
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 
@@ -122,40 +121,19 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
 
 
-def mark_coupled(loss: LossFn) -> LossFn:
-    """Mark a loss whose value of one example depends on the others of its batch."""
-    loss.couples_examples = True  # pyright: ignore[reportFunctionMemberAccess]
-    return loss
+def states(**facts: object) -> Callable[[_Loss], _Loss]:
+    """Return a decorator that puts facts on a loss, which the loss states where others would ask.
 
-
-def mark_targets(targets: str) -> Callable[[_Loss], _Loss]:
-    """Return a decorator that states what the targets of a loss are: ``bits`` or ``signs``."""
-
-    def mark(loss: _Loss) -> _Loss:
-        loss.targets = targets  # pyright: ignore[reportFunctionMemberAccess]
-        return loss
-
-    return mark
-
-
-def mark_probabilities(probabilities: Probabilities) -> Callable[[_Loss], _Loss]:
-    """Return a decorator that states how the scores of a loss become probabilities."""
-
-    def mark(loss: _Loss) -> _Loss:
-        loss.probabilities = probabilities  # pyright: ignore[reportFunctionMemberAccess]
-        return loss
-
-    return mark
-
-
-def mark_classes(classes: Callable[..., int]) -> Callable[[_Loss], _Loss]:
-    """Return a decorator that states how many classes a loss has, ``classes(logits, **options)``.
-
-    It is the number of columns where nothing else is stated.
+    Args:
+        **facts: ``probabilities``: how its scores become probabilities; ``targets``: ``"bits"`` or
+            ``"signs"`` where they are no labels; ``classes``: from ``(*predictions, **options)``
+            to how many there are, where they are not the columns; ``couples_examples``: whether
+            the value of one example depends on the others of its batch.
     """
 
     def mark(loss: _Loss) -> _Loss:
-        loss.classes = classes  # pyright: ignore[reportFunctionMemberAccess]
+        for name, fact in facts.items():
+            setattr(loss, name, fact)
         return loss
 
     return mark

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_per_class, option_of
 from funcloss._numbers import finite_at_zero, product
-from funcloss.losses._shared import finished, mark_targets, paired_inputs, signed_inputs
+from funcloss.losses._shared import finished, paired_inputs, signed_inputs, states
 
 _NAMES = ("logits", "targets")
 
@@ -28,10 +28,6 @@ def _log_sum(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(first, second)).logsumexp(0)
 
 
-def _logs(z: Tensor) -> tuple[Tensor, Tensor]:
-    return F.logsigmoid(z), F.logsigmoid(-z)
-
-
 def _entropy(z: Tensor, yes: Tensor, no: Tensor, both: float | Tensor = 1.0) -> Tensor:
     """Return ``-yes log_sigmoid(z) - no log_sigmoid(-z)`` by one logarithm; ``both`` is their sum.
 
@@ -40,7 +36,7 @@ def _entropy(z: Tensor, yes: Tensor, no: Tensor, both: float | Tensor = 1.0) -> 
     size, wrong = _sides(z, yes, no)
     small = F.logsigmoid(size)
     small = small if isinstance(both, float) else both * small
-    return wrong * _bounded(size, wrong) - small
+    return wrong * finite_at_zero(size, wrong) - small
 
 
 def _sides(z: Tensor, yes: Tensor, no: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +44,6 @@ def _sides(z: Tensor, yes: Tensor, no: Tensor) -> tuple[Tensor, Tensor]:
     negative = z < 0
     # Unlike that of abs, its slope at 0 is that of one side, so the loss has its own there.
     return torch.where(negative, -z, z), torch.where(negative, yes, no)
-
-
-def _bounded(size: Tensor, weight: Tensor) -> Tensor:
-    """Return ``size``, finite where the weight is 0: there ``0 * inf`` would be NaN."""
-    return torch.where(weight == 0, size.clamp(max=torch.finfo(size.dtype).max / 2), size)
 
 
 def _focused(log_factor: Tensor, values: Tensor) -> Tensor:
@@ -67,7 +58,7 @@ def _smoothed(name: str, t: Tensor, smoothing: float | Tensor) -> Tensor:
     return t if not isinstance(s, Tensor) and s == 0 else t * (1 - s) + s / 2
 
 
-@mark_targets("bits")
+@states(targets="bits")
 def binary_cross_entropy(
     probabilities: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
@@ -110,7 +101,7 @@ def binary_cross_entropy(
     return finished(-t * log_yes - (1 - t) * log_no, where, probabilities)
 
 
-@mark_targets("bits")
+@states(targets="bits")
 def binary_cross_entropy_with_logits(
     logits: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
@@ -202,7 +193,7 @@ def multilabel_soft_margin(
     return finished(loss.mean(-1), where, logits)
 
 
-@mark_targets("signs")
+@states(targets="signs")
 def soft_margin(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -237,7 +228,7 @@ def soft_margin(
     return finished(-F.logsigmoid(s * z), where, scores)
 
 
-@mark_targets("bits")
+@states(targets="bits")
 def sigmoid_focal(
     logits: Float[Tensor, "*batch"],
     targets: Float[Tensor, "*batch"],
@@ -291,11 +282,11 @@ def sigmoid_focal(
         alpha = option_of(name, "alpha", alpha, examples, columns=columns, low=0, high=1)
         weight = alpha * t + (1 - alpha) * (1 - t)
         costly, entropy = weight * wrong, weight * small
-    entropy = costly * _bounded(size, costly) - entropy
+    entropy = costly * finite_at_zero(size, costly) - entropy
     # 1 - p_t is (wrong + (1 - wrong) exp(-|z|)) / (1 + exp(-|z|)); as a power it has no finite
     # derivative where p_t rounds to 1.
     mixed = torch.where(wrong > 0, wrong + (1 - wrong) * (-size).exp(), 1)
-    log_wrong = torch.where(wrong > 0, mixed.log(), -_bounded(size, wrong)) + small
+    log_wrong = torch.where(wrong > 0, mixed.log(), -finite_at_zero(size, wrong)) + small
     return finished(_focused(gamma * log_wrong, entropy), where, logits)
 
 
@@ -348,7 +339,7 @@ def asymmetric(
 
     gamma_pos, gamma_neg = checked("gamma_pos", gamma_pos), checked("gamma_neg", gamma_neg)
     shift = checked("shift", shift, 1.0)
-    log_yes, log_no = _logs(z)
+    log_yes, log_no = F.logsigmoid(z), F.logsigmoid(-z)
     # Finite where it is multiplied by a gamma or a target that may be 0.
     power = gamma_pos * log_no.clamp(min=torch.finfo(z.dtype).min / 2)
     positive = _focused(power, -finite_at_zero(log_yes, t))

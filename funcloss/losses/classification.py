@@ -6,17 +6,10 @@ from torch import Tensor
 
 from funcloss._checks import check_number, check_per_class, option_of
 from funcloss._numbers import finite_at_zero, product
-from funcloss.losses._shared import (
-    class_inputs,
-    finished,
-    mark_probabilities,
-    of_label,
-    one_hot,
-    paired_inputs,
-)
+from funcloss.losses._shared import class_inputs, finished, of_label, one_hot, paired_inputs, states
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -74,7 +67,7 @@ def _unnormalised(scores: Tensor) -> tuple[Tensor, Tensor | float]:
     return shifted, shifted.exp().sum(-1).log()
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def soft_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],
@@ -112,7 +105,7 @@ def soft_cross_entropy(
     return finished(-(probs * log_probs).sum(-1), where, logits)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def nll(
     log_probs: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -156,7 +149,7 @@ def _log_of_others(log_probs: Tensor, labels: Tensor) -> Tensor:
     return torch.where(label, least, log_probs.clamp(min=least)).logsumexp(-1)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def softmax_focal(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -209,7 +202,7 @@ def softmax_focal(
     return finished(loss, where, logits, spoiled)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def poly1(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -251,7 +244,7 @@ def poly1(
     return finished(-log_prob - epsilon * log_prob.expm1(), where, logits, spoiled)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def asymmetric_single_label(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

@@ -12,15 +12,7 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, check_shape, check_where
 from funcloss._numbers import product, wide_dtype
-from funcloss.losses._shared import (
-    finished,
-    known_labels,
-    mark_classes,
-    mark_probabilities,
-    masked,
-    of_label,
-    one_hot,
-)
+from funcloss.losses._shared import finished, known_labels, masked, of_label, one_hot, states
 
 
 def _classes(
@@ -30,8 +22,7 @@ def _classes(
     return logits.shape[-1] if cost_matrix is None else cost_matrix.shape[0]
 
 
-@mark_classes(_classes)
-@mark_probabilities("costs")
+@states(classes=_classes, probabilities="costs")
 def expected_cost(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -79,8 +70,7 @@ def expected_cost(
     return finished(product(scores.softmax(-1), costs).sum(-1), where, logits, spoiled)
 
 
-@mark_classes(_classes)
-@mark_probabilities("costs")
+@states(classes=_classes, probabilities="costs")
 def log_bilinear(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -134,8 +124,7 @@ def log_bilinear(
     return finished(-product(costs, log_others).sum(-1), where, logits, spoiled)
 
 
-@mark_classes(_classes)
-@mark_probabilities("costs")
+@states(classes=_classes, probabilities="costs")
 def softmax_margin(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -190,8 +179,7 @@ def softmax_margin(
     return finished(of_label(costs, labels) - of_label(log_probs, labels), where, logits, spoiled)
 
 
-@mark_classes(_classes)
-@mark_probabilities("costs")
+@states(classes=_classes, probabilities="costs")
 def cost_hinge(
     logits: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],
@@ -251,8 +239,7 @@ def cost_hinge(
     return finished((margins + costs).amax(-1), where, logits, spoiled)
 
 
-@mark_classes(_classes)
-@mark_probabilities("costs")
+@states(classes=_classes, probabilities="costs")
 def one_sided_regression(
     cost_estimates: Float[Tensor, "*batch decisions"],
     labels: Int[Tensor, "*batch"],

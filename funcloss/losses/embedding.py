@@ -11,12 +11,11 @@ from funcloss._checks import check_labels, check_shape, check_signs, option_of
 from funcloss.losses._shared import (
     alike_inputs,
     finished,
-    mark_coupled,
-    mark_probabilities,
     masked,
     of_label,
     one_hot,
     paired_inputs,
+    states,
 )
 
 _EPS = 9.999999960041972e-13  # torch's own: 1e-12 as a float32
@@ -262,7 +261,7 @@ def cosine_distance(
     return finished(1 - cosine, where, predictions)
 
 
-@mark_coupled
+@states(couples_examples=True)
 def nt_xent(
     first: Float[Tensor, "batch features"],
     second: Float[Tensor, "batch features"],
@@ -314,8 +313,7 @@ def nt_xent(
     return finished((losses[:n] + losses[n:]) / 2, where, first)
 
 
-@mark_coupled
-@mark_probabilities("none")
+@states(couples_examples=True, probabilities="none")
 def supervised_contrastive(
     embeddings: Float[Tensor, "batch features"],
     labels: Int[Tensor, " batch"],

@@ -13,14 +13,7 @@ from torch.autograd import Function
 
 from funcloss._checks import check_floating, check_labels, check_number, check_shape, check_where
 from funcloss._numbers import wide_dtype
-from funcloss.losses._shared import (
-    finished,
-    known_labels,
-    mark_classes,
-    mark_probabilities,
-    masked,
-    of_label,
-)
+from funcloss.losses._shared import finished, known_labels, masked, of_label, states
 
 _NAME = "linear_cross_entropy"
 
@@ -30,8 +23,7 @@ def _classes_of(features: Tensor, weight: Tensor, **options: object) -> int:
     return weight.shape[0]
 
 
-@mark_classes(_classes_of)
-@mark_probabilities("softmax")
+@states(classes=_classes_of, probabilities="softmax")
 def linear_cross_entropy(
     features: Float[Tensor, "*batch features"],
     weight: Float[Tensor, "classes features"],

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_per_class, option_of
 from funcloss._numbers import product, wide_dtype
-from funcloss.losses._shared import class_inputs, finished, mark_probabilities, of_label, one_hot
+from funcloss.losses._shared import class_inputs, finished, of_label, one_hot, states
 from funcloss.typing import Correction
 
 # What a count of 0 is taken as, in every dtype: the least normal number of float32.
@@ -66,7 +66,7 @@ def _of_effective_number(*, class_counts: Tensor, beta: float | Tensor = 0.9999)
     return Correction(offset=-effective_number_weights(class_counts, beta=beta).log())
 
 
-@mark_probabilities(_of_effective_number)
+@states(probabilities=_of_effective_number)
 def class_balanced(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -120,7 +120,7 @@ def _of_counts(*, class_counts: Tensor) -> Correction:
     return Correction(offset=_log(class_counts, class_counts.dtype))
 
 
-@mark_probabilities(_of_counts)
+@states(probabilities=_of_counts)
 def balanced_softmax(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -168,7 +168,7 @@ def _of_prior(*, class_prior: Tensor, tau: float | Tensor = 1.0) -> Correction:
     return Correction(offset=tau * _log(class_prior, class_prior.dtype))
 
 
-@mark_probabilities(_of_prior)
+@states(probabilities=_of_prior)
 def logit_adjusted(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -216,7 +216,7 @@ def logit_adjusted(
     )
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def ldam(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -280,7 +280,7 @@ def _of_vector_scaling(
     return Correction((gamma * relative).exp(), tau * relative)
 
 
-@mark_probabilities(_of_vector_scaling)
+@states(probabilities=_of_vector_scaling)
 def vector_scaling(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -336,7 +336,7 @@ def vector_scaling(
     return finished(_nll(scale * scores + offset, labels), where, logits, spoiled)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def equalization(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

@@ -9,17 +9,11 @@ from torch import Tensor
 
 from funcloss._checks import check_class_labels
 from funcloss._numbers import product, wide_dtype
-from funcloss.losses._shared import (
-    finished,
-    known_labels,
-    mark_probabilities,
-    one_hot,
-    paired_inputs,
-)
+from funcloss.losses._shared import finished, known_labels, one_hot, paired_inputs, states
 from funcloss.losses.overlap import images_of, joined, mask_of, pixel_axes
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def lovasz_softmax(
     logits: Float[Tensor, "*batch_and_pixels classes"],
     labels: Int[Tensor, "*batch_and_pixels"],

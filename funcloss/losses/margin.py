@@ -9,16 +9,15 @@ from funcloss._numbers import product
 from funcloss.losses._shared import (
     class_inputs,
     finished,
-    mark_probabilities,
-    mark_targets,
     of_label,
     one_hot,
     paired_inputs,
     signed_inputs,
+    states,
 )
 
 
-@mark_targets("signs")
+@states(targets="signs")
 def hinge(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -52,7 +51,7 @@ def hinge(
     return finished((1 - s * z).relu(), where, scores)
 
 
-@mark_targets("signs")
+@states(targets="signs")
 def squared_hinge(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -87,7 +86,7 @@ def squared_hinge(
     return finished((1 - s * z).relu().square(), where, scores)
 
 
-@mark_targets("signs")
+@states(targets="signs")
 def perceptron(
     scores: Float[Tensor, "*batch"],
     signs: Num[Tensor, "*batch"],
@@ -124,7 +123,7 @@ def perceptron(
     return finished(torch.where(s * z <= 0, 0 - s * z, 0), where, scores)
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def multiclass_hinge(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -167,7 +166,7 @@ def multiclass_hinge(
     return finished((margin + best_wrong - of_label(scores, labels)).relu(), where, logits, spoiled)
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def multi_margin(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -218,7 +217,7 @@ def multi_margin(
     return finished(loss, where, logits, spoiled)
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def multilabel_margin(
     logits: Float[Tensor, "*batch classes"],
     targets: Float[Tensor, "*batch classes"],

@@ -9,13 +9,7 @@ from torch.nn import functional as F
 
 from funcloss._checks import check_floating, check_labels, option_of
 from funcloss._numbers import finite_at_zero, wide_dtype
-from funcloss.losses._shared import (
-    class_inputs,
-    finished,
-    known_labels,
-    mark_classes,
-    mark_probabilities,
-)
+from funcloss.losses._shared import class_inputs, finished, known_labels, states
 
 
 def _classes_of(logits: Tensor, **options: object) -> int:
@@ -23,8 +17,7 @@ def _classes_of(logits: Tensor, **options: object) -> int:
     return logits.shape[-1] + 1
 
 
-@mark_classes(_classes_of)
-@mark_probabilities("none")
+@states(classes=_classes_of, probabilities="none")
 def coral(
     logits: Float[Tensor, "*batch thresholds"],
     labels: Int[Tensor, "*batch"],
@@ -89,8 +82,7 @@ def coral_decision(logits: Float[Tensor, "*batch thresholds"]) -> Int[Tensor, "*
     return (logits > 0).sum(-1)
 
 
-@mark_classes(_classes_of)
-@mark_probabilities("none")
+@states(classes=_classes_of, probabilities="none")
 def corn(
     logits: Float[Tensor, "*batch thresholds"],
     labels: Int[Tensor, "*batch"],
@@ -168,7 +160,7 @@ def _of_thresholds(scores: Tensor, labels: Tensor) -> Tensor:
     return -F.logsigmoid(torch.where(above, scores, -scores))
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def earth_mover(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -249,7 +241,7 @@ def sord_targets(
     return targets if spoiled is None else targets + spoiled.unsqueeze(-1)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def sord(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],

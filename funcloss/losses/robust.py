@@ -12,9 +12,9 @@ from funcloss.losses._shared import (
     box_cox,
     class_inputs,
     finished,
-    mark_probabilities,
     of_label,
     one_hot,
+    states,
 )
 
 
@@ -29,7 +29,7 @@ def _inverse_log(depths: Tensor, rate: Tensor) -> Tensor:
     return torch.where(small, series, far)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def generalized_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -71,7 +71,7 @@ def generalized_cross_entropy(
     return finished(-box_cox(of_label(scores.log_softmax(-1), labels), q), where, logits, spoiled)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def symmetric_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -125,7 +125,7 @@ def symmetric_cross_entropy(
     return finished(loss, where, logits, spoiled)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def normalized_cross_entropy(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -167,7 +167,7 @@ def normalized_cross_entropy(
     return finished(of_label(log_probs, labels) / log_probs.sum(-1), where, logits, spoiled)
 
 
-@mark_probabilities("none")
+@states(probabilities="none")
 def mean_absolute_error(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
@@ -273,7 +273,7 @@ def _tempered_log_softmax(scores: Tensor, t: float | Tensor, iterations: int) ->
     return -_inverse_log(level - scores, rate)
 
 
-@mark_probabilities("softmax")
+@states(probabilities="softmax")
 def bi_tempered(
     logits: Float[Tensor, "*batch classes"],
     labels: Int[Tensor, "*batch"],
