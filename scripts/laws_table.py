@@ -73,9 +73,7 @@ def page(rows: dict[str, list[Finding]]) -> str:
         "",
         f"`tests/check_cases.py` has {len(BROKEN)} wrong losses, {len(RIGHT)} right ones and "
         f"{len(ON_BATCHES)} that work on batches alone, as people write them. The tests hold the "
-        f"check to the verdict and the cause of each: "
-        f"{len(BROKEN) + len(RIGHT) + len(ON_BATCHES)} of "
-        f"{len(BROKEN) + len(RIGHT) + len(ON_BATCHES)} are right.",
+        f"check to the verdict and the cause of each of the {len(BROKEN | RIGHT | ON_BATCHES)}.",
     ]
     return HEAD + "\n".join(lines) + "\n"
 
