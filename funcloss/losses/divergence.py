@@ -50,11 +50,11 @@ def kl_div(
     names = ("log_probs", "targets")
     scores, given = paired_inputs("kl_div", log_probs, targets, where, axes=1, names=names)
     support = given != -math.inf if log_target else given != 0
-    # Masked before the logarithm and after the product: 0 * -inf is NaN.
+    # Beyond the support every term is 1 * (log(1) - 0): 0 * -inf would be NaN.
     given = torch.where(support, given, 0.0 if log_target else 1.0)
     probs, log_targets = (given.exp(), given) if log_target else (given, given.log())
     terms = probs * (log_targets - torch.where(support, scores, 0.0))
-    return finished(torch.where(support, terms, 0.0).sum(-1), where, log_probs)
+    return finished(terms.sum(-1), where, log_probs)
 
 
 def generalized_kl(
