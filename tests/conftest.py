@@ -20,7 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and so for what it 
 
 QUICK = {
     *("choose_axes", "combinators", "config", "decisions_calibration", "decisions_costs"),
-    *("decisions_evaluation", "decisions_intervals", "decisions_rules", "keys", "learned"),
+    *("decisions_evaluation", "decisions_intervals", "decisions_rules", "decisions_thresholds"),
+    *("keys", "learned"),
     *("losses", "models", "modules", "objectives", "reduction", "transforms"),
 }
 

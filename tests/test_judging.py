@@ -20,16 +20,16 @@ from funcloss.app.config import make_config
 from funcloss.app.data import normalised
 from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs.evaluation import (
+    calibrated,
     deployment_prior,
     implied_prior,
     logit_scale,
     record_of,
-    rule_caveat,
-    rule_fits,
-    with_fitted_rule,
+    rescored,
 )
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.options import check_loss_options, make_criterion, make_hyper
+from funcloss.app.runs.rules import rule_caveat, rule_fits
 from funcloss.app.train import train
 from funcloss.decisions import DecisionRule, fit_temperature, make_costs, score
 from funcloss.errors import ConfigError
@@ -136,13 +136,14 @@ def judged(parts, config, costs, weights=None):
     model = TrainedModel(
         model=None, forward=None, params={}, buffers={}, class_weights=weights, config=config,
         classes=costs.classes, class_counts=COUNTS, mean=None, std=None, input_shape=(3,),
-        columns=(), images=False,
+        columns=(), images=False, calibration=None,
     )  # fmt: skip
     table = dict(zip(costs.classes, costs.matrix.tolist(), strict=True))
     table = {t: dict(zip(costs.decisions, row, strict=True)) for t, row in table.items()}
     model = dataclasses.replace(model, config=dataclasses.replace(config, cost_matrix=table))
     rule = DecisionRule(costs)
-    return with_fitted_rule(model, {name: score(*part, rule) for name, part in parts.items()})
+    found = {name: score(*part, rule) for name, part in parts.items()}
+    return rescored(calibrated(model, found.get("validation"), cut=False), found)
 
 
 def drawn(seed, counts):
@@ -194,7 +195,7 @@ def expected_by_hand(given, support):
                          ids=["no prior", "a part", "all"])  # fmt: skip
 @pytest.mark.parametrize(("options", "weights", "by_hand"), LOSSES, ids=NAMED)
 def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
-    held_out, tested = drawn(0, [120, 100, 80]), drawn(1, [150, 90, 60])
+    held_out, tested = drawn(0, [960, 800, 640]), drawn(1, [150, 90, 60])
     by_split = judged(
         {"validation": held_out, "test": tested},
         make_config(options, {"prior": given}),
@@ -212,8 +213,9 @@ def test_parts_are_judged_as_by_hand(options, weights, by_hand, given):
     expected = expected_by_hand(given, support) if given else support
     for name, (logits, labels) in (("validation", held_out), ("test", tested)):
         found, y = by_split[name], labels.numpy()
-        assert found.rule.temperature == pytest.approx(temperature, rel=1e-4)
-        assert found.rule.temperature > 1.05
+        # One that is near 1 does not lower the error, and is not applied.
+        applied = temperature if temperature > 1.05 else 1.0
+        assert found.rule.temperature == pytest.approx(applied, rel=1e-4)
         scores = logits.double().numpy() * factors / found.rule.temperature
         scores = scores + np.log(expected / implied)
         decisions = (softmax(scores) @ TABLE).argmin(1)
@@ -278,8 +280,11 @@ def test_without_validation_the_temperature_is_1_and_the_prior_that_of_the_train
     assert not torch.equal(other.min_cost.decisions, found["test"].min_cost.decisions)
 
 
-def test_a_class_that_validation_lacks_is_rare_not_impossible():
+def test_a_class_that_validation_lacks_keeps_its_share_of_the_training():
     found = parts(drawn(1, [150, 90, 60]), drawn(0, [120, 100, 0]))
+    shift = found["test"].rule.log_shift
+    trained = COUNTS / COUNTS.sum()
+    assert float(shift.exp()[2] * trained[2]) == pytest.approx(float(trained[2]))
     made = found["test"].min_cost
     assert math.isfinite(made.expected_cost.value)
     assert int(made.confusion[2, 2]) > 0
@@ -594,8 +599,12 @@ def test_evaluate_writes_what_loops_count(run, tmp_path, sample, run_cli, args, 
         "minimum expected cost": (posterior @ matrix).argmin(1),
     }
     with lines.open() as rows:
-        argmax = [int(row["prediction"]) for row in csv.DictReader(rows)]
-    assert argmax == rules["argmax"].tolist()
+        decided = [row["decision"] for row in csv.DictReader(rows)]
+    assert record["rule"] == "min-cost" if "FILE" in args or "--class-cost" in args else "argmax"
+    by_cost = record["rule"] == "min-cost"
+    names = [*DIGITS, "ask"]
+    rule = rules["minimum expected cost" if by_cost else "argmax"]
+    assert decided == [names[i] for i in rule.tolist()]
     assert judged["constant_cost"] == pytest.approx((prior @ matrix).min())
     for name, made in rules.items():
         found = judged["rules"][name]
@@ -635,8 +644,8 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
     code, out, _ = run_cli("evaluate", run)
     assert code == 0
     assert out.startswith("cost: calling a true 9 anything else costs 8\n")
-    assert re.search(r"^calibration error 0\.\d{4}, 0\.\d{4} at temperature \d\.\d{3} "
-                     r"\(fitted on validation\)$", out, re.M)  # fmt: skip
+    assert re.search(r"^calibration: temperature \d\.\d{3}: cross-entropy .* on 500 validation "
+                     r"examples$", out, re.M)  # fmt: skip
     assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, "
                      r"test$", out, re.M)  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())["test"]
@@ -668,7 +677,7 @@ def test_a_run_that_held_nothing_out_is_judged_as_it_is(tmp_path, run_cli):
     train(make_config(made), tmp_path / "run")
     code, out, _ = run_cli("evaluate", tmp_path / "run", "--json", tmp_path / "scores.json")
     assert code == 0
-    assert "at temperature 1.000 (no validation split)" in out
+    assert "probabilities are not calibrated: there was no held-out data" in out
     assert json.loads((tmp_path / "scores.json").read_text())["temperature"] == 1.0
     code, _, err = run_cli("evaluate", tmp_path / "run", "--split", "validation")
     assert code == 2

@@ -18,6 +18,7 @@ from funcloss.decisions.costs import Costs
 
 _LEAST, _MOST = 0.05, 20.0  # temperatures; on data without an error the likeliest is 0
 
+RULES = ("argmax", "min-cost")  # the likeliest class by the scores, the least expected cost
 _ROUNDING = 1e-12  # of the largest cost: sums over a thousand classes in float64
 
 
@@ -226,6 +227,33 @@ def min_cost_decisions(
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """What is decided on some examples, and by which probabilities and expected costs."""
+
+    rule: str  # of RULES
+    costs: Costs
+    index: Int[Tensor, " n"]  # among ``costs.decisions``
+    probabilities: Float[Tensor, "n classes"]
+    expected_costs: Float[Tensor, "n decisions"]
+
+    @property
+    def names(self) -> list[str]:
+        """The decisions by name."""
+        return [self.costs.decisions[i] for i in self.index.tolist()]
+
+    @property
+    def probability(self) -> Float[Tensor, " n"]:
+        """Probability that each decision is right; NaN of one that is no class."""
+        extra = self.probabilities.new_full((len(self.index), len(self.costs.extra)), math.nan)
+        return torch.cat([self.probabilities, extra], 1).gather(1, self.index[:, None])[:, 0]
+
+    @property
+    def expected_cost(self) -> Float[Tensor, " n"]:
+        """Expected cost of each decision."""
+        return self.expected_costs.gather(1, self.index[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
 class DecisionRule:
     """How decisions of minimum expected cost are made of a model's scores.
 
@@ -253,3 +281,25 @@ class DecisionRule:
     def decide(self, logits: Float[Tensor, "*batch classes"]) -> Int[Tensor, "*batch"]:
         """Return the index of each decision among ``costs.decisions``."""
         return min_cost_decisions(self.log_probs(logits), self.costs.matrix)
+
+    def decisions(self, logits: Float[Tensor, "n classes"], *, by: str = "min-cost") -> Decisions:
+        """Return the decisions on examples with their probabilities and expected costs.
+
+        Args:
+            logits: The model's scores, shape ``(n, classes)``.
+            by: ``min-cost``; or ``argmax``, the largest logit, whatever mistakes cost.
+
+        Raises:
+            ValueError: there is no such rule.
+        """
+        if by not in RULES:
+            raise ValueError(f"decisions: by must be one of {', '.join(RULES)}, got {by!r}")
+        log_probs = self.log_probs(logits)
+        likeliest = by == "argmax"
+        return Decisions(
+            rule=by,
+            costs=self.costs,
+            index=logits.detach().cpu().argmax(-1) if likeliest else self.decide(logits),
+            probabilities=log_probs.exp(),
+            expected_costs=expected_costs(log_probs, self.costs.matrix),
+        )

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from funcloss.decisions import Costs, DecisionRule, Evaluation, make_costs, score
+from funcloss.decisions import DecisionRule, Evaluation, make_costs, score
 from funcloss.objectives.supervised import Criterion, Forward
 from funcloss.typing import Batch, Buffers, Hyper, Params
 
@@ -31,7 +31,7 @@ def evaluate(
     criterion: Criterion,
     hyper: Hyper,
     *,
-    costs: Costs | None = None,
+    rule: DecisionRule | None = None,
 ) -> Evaluation:
     """Evaluate a model on labelled examples in one pass.
 
@@ -41,7 +41,8 @@ def evaluate(
         batches: The examples, on the device of the tensors.
         criterion: The loss to report, over all examples at once.
         hyper: What the criterion takes.
-        costs: What decisions cost; None: 1 for every mistake.
+        rule: How decisions are made of the scores, and what they cost; None: their softmax for
+            probabilities, and 1 for every mistake.
 
     Returns:
         The evaluation, its tensors on the CPU.
@@ -69,6 +70,5 @@ def evaluate(
             raise ValueError("evaluate: there are no examples")
         scores, targets = torch.cat(logits).float(), torch.cat(labels)
         loss = float(criterion(scores, Batch(inputs=targets[:0], targets=targets), hyper))
-    if costs is None:
-        costs = make_costs(tuple(map(str, range(scores.shape[-1]))))
-    return score(scores, targets, DecisionRule(costs), loss=loss)
+    rule = rule or DecisionRule(make_costs(tuple(map(str, range(scores.shape[-1])))))
+    return score(scores, targets, rule, loss=loss)

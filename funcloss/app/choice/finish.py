@@ -24,10 +24,8 @@ from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
 from funcloss.app.report.run_figures import save_figure
-from funcloss.app.runs.evaluation import (
-    deployment_prior,
-    rule_fits,
-)
+from funcloss.app.runs.evaluation import deployment_prior
+from funcloss.app.runs.rules import rule_fits
 from funcloss.app.runs.setup import Setup, make_optimizer
 from funcloss.constraints.ascent import decision_weights
 from funcloss.constraints.bounds import Constraint, constraint_text, held, reached

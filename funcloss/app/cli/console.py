@@ -168,19 +168,7 @@ class TrainingConsole:
         self._print_costs(outcome.summary)
         run = shlex.quote(str(outcome.folder))
         allowed = " --allow-import" if code_in(option_values(outcome.config)) else ""
-        hints = []
-        if not outcome.summary.get("warnings"):  # else no class is harder than the others
-            recall, hardest = min(
-                (r, c) for c, (r, *_) in argmax["recall"].items() if r is not None
-            )
-            print(f"hardest class: {hardest}, recall {recall:.2%}")
-            weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
-            costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
-            hints = [
-                "  # give this class 5 times the weight in the loss",
-                f"  funcloss-train --config {run}/config.toml {costly}{allowed}",
-            ]
-        print("next:", *hints, sep="\n")
+        print("next:", *_hints(outcome.summary, run, allowed), sep="\n")
         if outcome.summary["dataset"] in DATASETS:
             print("  # train by a recipe: the tutorial's own network and steps")
             print("  funcloss-train --recipe article")
@@ -192,6 +180,9 @@ class TrainingConsole:
         if summary["costs"] != decisions.cost_sentences(decisions.make_costs(_ANY_TWO)):
             for line in summary["costs"]:
                 self._print(f"cost: {line}")
+            for line in summary["decisions"]:
+                self._print(f"decision: {line}")
+            self._print(f"calibration: {summary['calibrated']}")
         elif summary["class_weight"]:
             self._print(
                 "cost: every mistake costs 1, whatever its class weighs in training; --class-cost "
@@ -210,6 +201,26 @@ class TrainingConsole:
     def _print(self, text: str) -> None:
         if not self._quiet:
             self._out.print(text)
+
+
+def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
+    """Return what to try next, by the user's costs; else by a class that is surely harder."""
+    if summary["costs"] != decisions.cost_sentences(decisions.make_costs(_ANY_TWO)):
+        return [
+            "  # decide new data by these costs",
+            f"  funcloss predict {run} FILE{allowed}",
+        ]
+    argmax = summary["test"]["rules"]["argmax"]
+    known = [(*row, name) for name, row in argmax["recall"].items() if row[0] is not None]
+    recall, _, high, hardest = min(known)
+    if summary["warnings"] or not high < argmax["accuracy"][1]:  # no difference beyond chance
+        return []
+    weight = 5 * summary["class_weight"].get(hardest, 1.0)
+    weighted = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
+    return [
+        f"  # {hardest} has a lower recall, {recall:.2%}: give it 5 times the weight in the loss",
+        f"  funcloss-train --config {run}/config.toml {weighted}{allowed}",
+    ]
 
 
 def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # they load torch
     from rich.table import Table
 
     from funcloss.app.runs import EvaluationReport
-    from funcloss.decisions import Costs, DecisionScores
+    from funcloss.decisions import CostCurve, Costs, DecisionScores, Sensitivity
 
 _SQUARE = 20  # decisions in a printed matrix
 
@@ -24,15 +24,17 @@ def evaluate(
     *,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Write a line per example: truth, prediction, probability."),
+        typer.Option(
+            help="Write a row per example: label, decision, all probabilities and expected costs."
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all scores, matrices included.")] = None,
     **typed: Any,
 ) -> None:
     """Evaluate a run's model, class by class, and report what its decisions cost.
 
-    Twice: the likeliest class, and the decision of minimum expected cost at probabilities whose
-    temperature is fitted on validation data. What is not given of costs and prior is the run's.
+    Twice: the most probable class, and the decision of minimum expected cost. Costs, temperature
+    and prior are those kept in the run, unless others are given here.
     """
     options = EvaluateOptions(**parsed(given_of(typed), fields(EvaluateOptions)))
 
@@ -40,7 +42,7 @@ def evaluate(
 
     found = runs.evaluate_run(run, options)
     if csv is not None:
-        runs.write_predictions(csv, found.evaluation)
+        runs.write_evaluated(csv, found)
     if json is not None:
         runs.write_evaluation(json, found)
     _print_evaluation(found)
@@ -55,16 +57,27 @@ def evaluate(
 
 def _print_evaluation(found: "EvaluationReport") -> None:
     """Print what a model's decisions cost, by rule, class by class and pair by pair."""
-    from funcloss.decisions import cost_sentences
+    from funcloss.decisions import cost_curve, cost_sentences, decision_sentences, ratio_sensitivity
 
     out, scored, costs = make_console(), found.evaluation, found.evaluation.rule.costs
     for line in cost_sentences(costs):
         out.print(f"cost: {line}")
-    fitted = f"fitted on {found.temperature_on}" if found.temperature_on else "no validation split"
+    for line in decision_sentences(costs):
+        out.print(f"decision: {line}")
+    out.print(f"calibration: {found.calibration.sentence}")
     out.print(
-        f"calibration error {scored.calibration_error:.4f}, {scored.calibrated_error:.4f} at "
-        f"temperature {scored.rule.temperature:.3f} ({fitted})"
+        f"calibration error here: {scored.calibration_error:.4f} of the softmax, "
+        f"{scored.calibrated_error:.4f} of the probabilities in use"
     )
+    about = (scored.rule.log_probs(scored.logits), scored.labels, costs)
+    if (curve := cost_curve(*about, weights=scored.weights)) is not None:
+        out.print()
+        out.print(
+            f"expected cost {curve.cost:.4f} at the threshold {curve.threshold:.3g} of "
+            f"{curve.positive}; the least on these examples is {curve.lowest[1]:.4f}, at "
+            f"{curve.lowest[0]:.3g}"
+        )
+        out.print(_sensitivity_table(ratio_sensitivity(*about, weights=scored.weights), curve))
     for name, scores in scored.rules.items():
         out.print()
         out.print(_rule_line(name, scores))
@@ -81,6 +94,14 @@ def _rule_line(name: str, scores: "DecisionScores") -> str:
         f"decisions by {name}: accuracy {between(scores.accuracy, '.2%')}, "
         f"expected cost {between(scores.expected_cost, '.4f')}{compared}"
     )
+
+
+def _sensitivity_table(rows: "list[Sensitivity]", curve: "CostCurve") -> "Table":
+    head = (f"missing {curve.positive} costs", "right threshold", "expected cost at it")
+    cells = (
+        (f"{r.factor:g} x", f"{r.threshold:.3g}", f"{r.right:.4f}", f"{r.kept:.4f}") for r in rows
+    )
+    return make_table((*head, f"at {curve.threshold:.3g}"), cells)
 
 
 def _matrix_table(title: str, matrix: Any, costs: "Costs") -> "Table":

@@ -1,11 +1,15 @@
-"""``funcloss predict``: a run's model on image files."""
+"""``funcloss predict``: a run's model on new files."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from funcloss.app.cli.table import AllowImport
+from funcloss.errors import ConfigError
+
+_RULES = ("argmax", "min-cost")
 
 
 def predict(
@@ -13,18 +17,53 @@ def predict(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Image files; or CSV tables, where it was trained on one."
+            metavar="FILE|FOLDER...",
+            help="Image files; CSV tables, if it was trained on one; or folders of them.",
         ),
     ],
     *,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="argmax: the most probable class; min-cost: least expected cost. "
+            "Default: min-cost if the run was given costs, else argmax."
+        ),
+    ] = "",
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a row per example: file, row, decision, all probabilities and expected "
+            "costs."
+        ),
+    ] = None,
     invert: Annotated[
         bool, typer.Option(help="For dark on light: MNIST's digits are light on dark.")
     ] = False,
     allow_import: AllowImport = False,
 ) -> None:
-    """Say which class each image or row is, and how sure the model is."""
+    """Predict the class of each image or row; with costs, decide by least expected cost.
+
+    Costs, temperature and prior are those kept in the run: the same rows get the same decisions
+    from evaluate, predict and an export.
+    """
+    if rule not in ("", *_RULES):
+        raise ConfigError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
+
     from funcloss.app import runs
 
-    how = {"invert": invert, "allow_import": allow_import}
-    for guess in runs.predict_files(run, files, **how):
-        print(f"{guess.example}: {guess.label} ({guess.probability:.1%})")
+    found = runs.predict_files(run, files, rule=rule, invert=invert, allow_import=allow_import)
+    decided = found.decisions
+    if csv is not None:
+        runs.write_decisions(csv, decided, found.sources)
+    each = zip(
+        found.sources,
+        decided.names,
+        decided.probability.tolist(),
+        decided.expected_cost.tolist(),
+        strict=True,
+    )
+    for (file, row), name, probability, cost in each:
+        place = file if row is None else f"{file}:{row}"
+        known = "" if math.isnan(probability) else f"{probability:.1%}"
+        costs = f"expected cost {cost:.4g}" if decided.rule == "min-cost" else ""
+        print(f"{place}: {name} ({', '.join(filter(None, (known, costs)))})")

@@ -39,6 +39,7 @@ class Dataset:
     std: Float[Tensor, " channels"]
     note: str = ""  # what readers of the results must know
     columns: tuple[str, ...] = ()  # names of the features of a table
+    cut: bool = False  # validation was cut from train: they have the same class frequencies
 
     @property
     def splits(self) -> dict[str, Examples]:

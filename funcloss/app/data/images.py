@@ -19,7 +19,7 @@ from funcloss.app.data.streaming import Stream, last_line
 from funcloss.errors import ConfigError, DataError
 
 _FORMATS = ("PNG", "JPEG")  # not all that Pillow knows: an EPS it gives to Ghostscript to run
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGES = (".png", ".jpg", ".jpeg")
 _SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 _SPLITS |= {"test": "test"}
 _LOOKED_AT = 2_000  # files whose size and colours are read before any is decoded
@@ -208,9 +208,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     found = {}
     for group in _folders(folder):
         files = sorted(
-            f
-            for f in group.rglob("*")
-            if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".")
+            f for f in group.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith(".")
         )
         if not files:
             raise DataError(f"{group}: the folder of a class has no PNG or JPEG file")

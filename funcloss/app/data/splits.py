@@ -82,6 +82,7 @@ def make_dataset(
         std=torch.tensor(std),
         note=note,
         columns=first.columns,
+        cut="validation" not in given,
     )
 
 
@@ -223,7 +224,7 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
     index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
-    return dataclasses.replace(dataset, train=subset(dataset.train, index))
+    return dataclasses.replace(dataset, train=subset(dataset.train, index), cut=False)
 
 
 def _check_examples(what: str, raw: RawSplit, classes: int) -> None:

@@ -15,12 +15,13 @@ from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, ru
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.use import (
     EvaluationReport,
-    Prediction,
+    Predictions,
     evaluate_run,
     load,
     predict_files,
+    write_decisions,
+    write_evaluated,
     write_evaluation,
-    write_predictions,
 )
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "Event",
     "Note",
     "Outcome",
-    "Prediction",
+    "Predictions",
     "Started",
     "TrainedModel",
     "Watcher",
@@ -46,7 +47,8 @@ __all__ = [
     "restore",
     "run",
     "save_tensors",
+    "write_decisions",
+    "write_evaluated",
     "write_evaluation",
-    "write_predictions",
     "write_run",
 ]

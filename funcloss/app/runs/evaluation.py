@@ -1,8 +1,8 @@
 """A trained model on the splits of its data, and what its decisions cost."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,81 +14,21 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, iter_batches
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.options import chosen_loss
-from funcloss.combinators import (
-    Combined,
-    correction_of,
-    name_of,
-    options_of,
-    probabilities_of,
-)
+from funcloss.combinators import correction_of
 from funcloss.decisions import (
+    Calibration,
     Costs,
-    DecisionRule,
     DecisionScores,
     Evaluation,
     Interval,
-    fit_temperature,
-    posterior_shift,
+    calibrate,
+    class_frequencies,
     score,
 )
 from funcloss.training import evaluate as run_model
-from funcloss.typing import Correction, Probabilities
+from funcloss.typing import Correction
 
 _EVALUATED_AT_ONCE = 1024 * 3 * 32 * 32  # values of the inputs
-
-
-def rule_fits(config: TrainConfig) -> bool:
-    """Return whether decisions of minimum expected cost fit what a loss makes of logits.
-
-    A loss that does not state how its scores become probabilities is taken like the cross-entropy,
-    unless it takes the costs.
-    """
-    return _statement(config) not in ("none", "costs")
-
-
-def rule_caveat(config: TrainConfig) -> str:
-    """Return what to doubt about decisions of minimum expected cost after a training.
-
-    Args:
-        config: The training.
-
-    Returns:
-        A sentence; empty where the loss states how its scores become probabilities, and they do.
-    """
-    stated, loss = _statement(config), config.loss
-    if stated == "costs":
-        return (
-            f"the logits of {loss} have the costs in them already: decisions of minimum "
-            "expected cost count them twice, go by argmax"
-        )
-    if stated == "none":
-        return (
-            f"the softmax of the logits of {loss} estimates no probabilities: decisions of "
-            "minimum expected cost rest on a temperature alone"
-        )
-    if stated is None:
-        name = _unstated(chosen_loss(config), loss.rpartition(":")[2])
-        return (
-            f"{loss} does not state how its scores become probabilities; their softmax is used, "
-            f'as for cross_entropy: set {name}.probabilities = "softmax" where it is defined if '
-            'that is right, "none" if not'
-        )
-    return ""
-
-
-def _unstated(loss: Callable[..., Any], name: str) -> str:
-    """Return the name of the function inside a loss that states nothing of its scores."""
-    while isinstance(loss, (partial, Combined)):
-        inside = (loss.func,) if isinstance(loss, partial) else loss.losses
-        loss = next(part for part in inside if probabilities_of(part) is None)
-        name = name_of(loss)
-    return name
-
-
-def _statement(config: TrainConfig) -> Probabilities | None:
-    loss = chosen_loss(config)
-    stated = probabilities_of(loss)
-    return "costs" if stated is None and "cost_matrix" in options_of(loss) else stated
 
 
 def logit_scale(
@@ -142,7 +82,7 @@ def implied_prior(
 
 def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Correction:
     """Return the correction that the loss states, under the options of the training, in float64."""
-    counted = _counted(counts.cpu())
+    counted = counts.cpu().double().clamp(min=0.5)  # a class that was not met is rare
     options = {"class_counts": counted, "class_prior": counted / counted.sum()}
     if costs is not None:
         options["cost_matrix"] = costs.matrix.cpu().double()
@@ -158,7 +98,7 @@ def deployment_prior(
         config: Its ``prior`` by name of the class; the classes without one share what is left, in
             the proportions of ``support``.
         classes: Names of the classes, in the order of the labels.
-        support: Examples of each class that are judged.
+        support: Examples of each class, or their frequencies.
 
     Returns:
         Parts that sum to 1, float64.
@@ -175,7 +115,7 @@ def deployment_prior(
 def evaluate(
     model: TrainedModel, dataset: Dataset, splits: Collection[str]
 ) -> dict[str, Evaluation]:
-    """Evaluate a trained model on splits of a data set, at the scores as they are.
+    """Evaluate a trained model on splits of a data set, by its rule.
 
     Args:
         model: The model.
@@ -194,7 +134,7 @@ def evaluate(
 
 
 def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples) -> Evaluation:
-    """Evaluate a trained model on examples, at the scores as they are.
+    """Evaluate a trained model on examples, by its rule.
 
     Args:
         model: The model.
@@ -202,66 +142,65 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
         examples: The examples, on the device of the model.
 
     Returns:
-        The evaluation, by a rule that takes the softmax of the scores for probabilities.
+        The evaluation, by the rule of the model.
     """
     index = torch.arange(len(examples.labels), device=examples.labels.device)
     size = max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
     batches = iter_batches(dataset, examples, index.split(size))
-    return run_model(model.forward, model, batches, model.criterion, model.hyper, costs=model.costs)
+    return run_model(model.forward, model, batches, model.criterion, model.hyper, rule=model.rule)
 
 
-def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
-    """Evaluate a model on validation and test set, by the rule fitted on validation data."""
-    return with_fitted_rule(model, evaluate(model, dataset, ("validation", "test")))
-
-
-def with_fitted_rule(
-    model: TrainedModel, evaluations: Mapping[str, Evaluation]
-) -> dict[str, Evaluation]:
-    """Return evaluations by the rule of minimum expected cost, fitted on validation data alone.
+def calibrated(model: TrainedModel, validation: Evaluation | None, *, cut: bool) -> TrainedModel:
+    """Return a model with its probabilities fitted on validation data.
 
     Args:
-        model: The model that was evaluated.
-        evaluations: By split; without ``validation`` the temperature is 1.
+        model: The model.
+        validation: It on validation data; None: there are none, and the temperature is 1.
+        cut: Whether these were cut from the training data, so that the training's class frequencies
+            are theirs too, and surer. Where they were not, a class that is missing from them keeps
+            its share of the training.
 
     Returns:
-        The same, under the prior of the deployment if one is given.
+        The model with its calibration: for the prior of the deployment if one is given, else for
+        that of the validation data.
     """
     config, costs, counts = model.config, model.costs, model.class_counts
-    implied = implied_prior(config, counts, model.class_weights, costs=costs)
-    scale = logit_scale(config, counts, costs=costs)
-    temperature, support = 1.0, counts.cpu()
-    if (held_out := evaluations.get("validation")) is not None:
-        support = held_out.counts
-        here = _shift(_counted(support), implied)
-        scores = held_out.logits * scale
-        temperature = fit_temperature(scores, held_out.labels, log_shift=here)
-    # What was held out, else the training set, stands for where the model will be used, unless a
-    # prior says otherwise; the examples that are judged have no say in the decisions.
-    expected = deployment_prior(config, costs.classes, _counted(support))
-    expected = _counted(support) if expected is None else expected
-    rule = DecisionRule(costs, temperature, scale, _shift(expected, implied))
+    theirs = counts if validation is None or cut else validation.counts
+    here = class_frequencies(theirs, counts)
+    deployment = deployment_prior(config, costs.classes, here)
+    plain = Calibration(
+        implied_prior=implied_prior(config, counts, model.class_weights, costs=costs),
+        prior=here if deployment is None else deployment,
+        scale=logit_scale(config, counts, costs=costs),
+    )
+    if validation is not None:
+        plain = calibrate(plain, validation.logits, validation.labels, held_out_prior=here)
+    return dataclasses.replace(model, calibration=plain)
+
+
+def rescored(model: TrainedModel, evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """Return evaluations by the rule of a model, under the prior of its deployment if one is given.
+
+    Args:
+        model: The model, calibrated.
+        evaluations: It on some splits, by whatever rule.
+    """
     return {
         name: score(
             found.logits,
             found.labels,
-            rule,
-            prior=deployment_prior(config, costs.classes, found.counts),
+            model.rule,
+            prior=deployment_prior(model.config, model.classes, found.counts),
             loss=found.loss,
         )
         for name, found in evaluations.items()
     }
 
 
-def _counted(support: Tensor) -> Tensor:
-    """Return counts as a prior; a class that was not met is rare, not impossible."""
-    return support.double().clamp(min=0.5)
-
-
-def _shift(prior: Tensor, implied: Tensor) -> Tensor:
-    shift = posterior_shift(prior=prior / prior.sum(), train_prior=implied)
-    assert shift is not None
-    return shift
+def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
+    """Evaluate a model on validation and test set, by the rule fitted on validation data."""
+    found = evaluate(model, dataset, ("validation", "test"))
+    return rescored(calibrated(model, found.get("validation"), cut=dataset.cut), found)
 
 
 def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from funcloss.app.runs.auditing import step_auditor
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
 from funcloss.app.runs.constrained import Controller, Held, make_controller
 from funcloss.app.runs.diverged import reason_of
-from funcloss.app.runs.evaluation import evaluate
+from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
@@ -196,9 +196,11 @@ def write_run(
     epochs[-1] |= report.scores(evaluations, setup.dataset.classes)
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
-        _save(_Job(setup, beside, setup.train_step, None), state, None)
+        held_out = evaluations.get("validation")
+        model = calibrated(setup.trained(state), held_out, cut=setup.dataset.cut)
+        _save(_Job(setup, beside, setup.train_step, None), state, None, model)
         folder.write_records(beside, [*records, *epochs])
-        return report.sum_up(beside, setup, state, setup.trained(state), evaluations, {})
+        return report.sum_up(beside, setup, state, model, rescored(model, evaluations), {})
 
 
 def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
@@ -355,10 +357,11 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
     model, more = setup.trained(state), {}
     if controller is not None and last is not None:
         model, more = controller.model(last), controller.summary(last)
-    # A kill may have parted the model from its checkpoint.
-    _save(job, state, memory, model)
     if "test" not in evaluations:  # else the last epoch's are of this model, on all splits
         evaluations = evaluate(model, setup.dataset, ("validation", "test"))
+    model = calibrated(model, evaluations.get("validation"), cut=setup.dataset.cut)
+    _save(job, state, memory, model)
+    evaluations = rescored(model, evaluations)
     summary = report.sum_up(job.run_dir, setup, state, model, evaluations, more)
     return _finished(Outcome(job.run_dir, True, config, summary), watcher.show)
 
@@ -393,4 +396,7 @@ def _save(
         "environment": folder.environment(),
     }
     save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)
-    save_model(job.run_dir / folder.MODEL, model or setup.trained(state), step=step)
+    model = model or setup.trained(state)
+    if not model.calibration.fitted_on:  # in the middle of a training
+        model = calibrated(model, None, cut=setup.dataset.cut)
+    save_model(job.run_dir / folder.MODEL, model, step=step)

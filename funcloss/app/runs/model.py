@@ -3,23 +3,30 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from funcloss.app.config import TrainConfig
+from funcloss.app.data import normalised
 from funcloss.app.runs.checkpoint import load_tensors, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
 from funcloss.app.runs.options import make_criterion, make_hyper
-from funcloss.decisions import Costs, make_costs
+from funcloss.app.runs.rules import usual_rule
+from funcloss.decisions import Calibration, Costs, DecisionRule, Decisions, make_costs
 from funcloss.errors import ConfigError, RunError
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion, Forward, split_tensors
 from funcloss.training.step import preferred_layout
 from funcloss.typing import Buffers, Hyper, Params
 
-_HEADER = ("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns")
+_HEADER = (
+    *("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns"),
+    "images",
+    "calibration",
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,37 @@ class TrainedModel:
     input_shape: tuple[int, ...]  # channels, height, width of an image
     columns: tuple[str, ...]  # names of the features of a table
     images: bool  # whether the inputs are images
+    calibration: Calibration  # what makes probabilities of its scores
 
     @functools.cached_property
     def costs(self) -> Costs:
         """What decisions cost."""
         return make_costs(self.classes, self.config.cost_matrix, self.config.class_cost)
+
+    @functools.cached_property
+    def rule(self) -> DecisionRule:
+        """How decisions of minimum expected cost are made of its scores."""
+        return self.calibration.rule(self.costs)
+
+    def decide(self, inputs: Tensor, *, by: str = "") -> Decisions:
+        """Return the decisions on examples, with their probabilities and expected costs.
+
+        Args:
+            inputs: As the data set has them, neither scaled nor moved: images ``(n, height, width,
+                channels)``, uint8 or in 0..1; the features of a table ``(n, features)``; else what
+                the model takes.
+            by: ``min-cost`` or ``argmax``; empty: the first if the run was given costs.
+
+        Example:
+            >>> import funcloss
+            >>> run = funcloss.load("runs/loans")  # doctest: +SKIP
+            >>> run.decide(torch.tensor([[5000.0, 24.0]])).names  # doctest: +SKIP
+            ['refuse']
+        """
+        with torch.no_grad():
+            pieces = [normalised(x, self.mean, self.std) for x in inputs.split(1024)]
+            logits = [self.forward(self.params, self.buffers, x.to(self.device))[0] for x in pieces]
+        return self.rule.decisions(torch.cat(logits), by=by or usual_rule(self.config))
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +125,7 @@ def save_model(path: Path, model: TrainedModel, *, step: int) -> None:
         "input_shape": model.input_shape,
         "columns": model.columns,
         "images": model.images,
+        "calibration": model.calibration.record(),
     }
     save_tensors(path, model.params | model.buffers, header)
 
@@ -110,7 +144,7 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
     Raises:
         RunError: the file cannot be read, or is of another model.
     """
-    tensors, header = load_tensors(path, needs=(*_HEADER, "images"))
+    tensors, header = load_tensors(path, needs=_HEADER)
     classes, shape = tuple(header["classes"]), tuple(header["input_shape"])
     model = make_model(config, shape, len(classes))
     try:
@@ -139,4 +173,12 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
         input_shape=shape,
         columns=tuple(header["columns"]),
         images=header["images"],
+        calibration=_calibration(path, header["calibration"]),
     )
+
+
+def _calibration(path: Path, record: Any) -> Calibration:
+    try:
+        return Calibration.of_record(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: its calibration cannot be read: {error!r}") from None

@@ -17,11 +17,12 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.data import as_pixels, subset
 from funcloss.app.report import run_figures as figures
 from funcloss.app.runs import folder
-from funcloss.app.runs.evaluation import record_of, rule_caveat, with_fitted_rule
+from funcloss.app.runs.evaluation import record_of
 from funcloss.app.runs.learned import learning_warnings
 from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.rules import rule_caveat, usual_rule
 from funcloss.app.runs.setup import Setup
-from funcloss.decisions import cost_sentences
+from funcloss.decisions import cost_sentences, decision_sentences
 from funcloss.errors import ConfigError
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.step import TrainState
@@ -111,10 +112,14 @@ def sum_up(
         ),
         **more,
         "costs": cost_sentences(setup.costs),
+        "decisions": decision_sentences(setup.costs),
+        "rule": usual_rule(config),
+        "calibration": model.calibration.record(),
+        "calibrated": model.calibration.sentence,
         "caveat": rule_caveat(config),
         **{
             name: record_of(found, matrices=len(classes) <= _MATRICES)
-            for name, found in with_fitted_rule(model, evaluations).items()
+            for name, found in evaluations.items()
         },
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")

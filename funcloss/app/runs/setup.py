@@ -34,7 +34,7 @@ from funcloss.app.runs.options import (
     make_hyper,
     resolved_costs,
 )
-from funcloss.decisions import Costs, make_costs
+from funcloss.decisions import Calibration, Costs, make_costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
 from funcloss.training.evaluation import HasTensors
@@ -161,6 +161,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer, seed=config.seed)
     network = copy.deepcopy(model).eval()
+    even = torch.full((len(dataset.classes),), 1 / len(dataset.classes), dtype=torch.float64)
     untrained = TrainedModel(
         model=network,
         forward=make_forward(network),
@@ -175,6 +176,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         input_shape=dataset.input_shape,
         columns=dataset.columns,
         images=dataset.has_images,
+        calibration=Calibration(even, even),
     )
     per_epoch = len(dataset.train.labels) // config.batch_size
     train_step = make_train_step(

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,26 @@ from funcloss.app.data import (
     Examples,
     InputSchema,
     moved,
-    normalised,
     read_features,
     read_image,
     resized,
 )
+from funcloss.app.data.images import IMAGES
 from funcloss.app.data.loading import TABLES
 from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs import folder
-from funcloss.app.runs.evaluation import evaluate, record_of, rule_caveat, with_fitted_rule
+from funcloss.app.runs.evaluation import (
+    deployment_prior,
+    evaluate_examples,
+    record_of,
+    rescored,
+)
 from funcloss.app.runs.model import TrainedModel, load_model
 from funcloss.app.runs.options import resolved_costs
+from funcloss.app.runs.rules import rule_caveat, usual_rule
 from funcloss.app.runs.setup import load_data, resolve_device, with_absolute_paths
-from funcloss.decisions import Evaluation
-from funcloss.errors import ConfigError
+from funcloss.decisions import Calibration, Decisions, Evaluation, decision_sentences
+from funcloss.errors import ConfigError, DataError
 
 _DEFAULTS = EvaluateOptions()
 
@@ -60,18 +67,19 @@ class EvaluationReport:
     """An evaluation of a run's model, and where it comes from."""
 
     evaluation: Evaluation
-    temperature_on: str  # the split that the temperature was fitted on; empty: it is 1
+    calibration: Calibration  # of the run
+    rule: str  # that the run decides by
     dataset: str
+    split: str
     note: str
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The class that a model gives one image, or one row of a table."""
+class Predictions:
+    """Decisions on files, each with where its example is."""
 
-    example: str  # the image's file, or the row of a table
-    label: str  # name of the class
-    probability: float
+    sources: Sequence[tuple[str, int | None]]  # file, and the row of a table, from 1
+    decisions: Decisions
 
 
 def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> EvaluationReport:
@@ -82,8 +90,7 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
         options: The data and the costs; the test split and the costs of the run by default.
 
     Returns:
-        The evaluation under the loss of the run, and its scores. The temperature of the
-        probabilities is fitted on the validation split of the same data set, if there is one.
+        The evaluation under the loss of the run, and its scores by the rule that the run keeps.
 
     Raises:
         ConfigError: the data set does not fit the model, the split is empty or the device absent.
@@ -94,14 +101,23 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
     run = load(run_dir, device=device, allow_import=options.allow_import)
     config = run.config
     fitted = moved(_fitted(_loaded(run, options), run), device)
-    split_of(fitted, options.split)
-    evaluations = evaluate(run, fitted, ("validation", options.split))
+    examples = split_of(fitted, options.split)
     config = _scored_by(config, fitted.classes, options)
-    scored = dataclasses.replace(run, config=config, classes=fitted.classes)
+    calibration = run.calibration
+    if options.prior:
+        prior = deployment_prior(config, fitted.classes, calibration.prior)
+        assert prior is not None
+        calibration = dataclasses.replace(calibration, prior=prior)
+    scored = dataclasses.replace(
+        run, config=config, classes=fitted.classes, calibration=calibration
+    )
+    found = {options.split: evaluate_examples(scored, fitted, examples)}
     return EvaluationReport(
-        evaluation=with_fitted_rule(scored, evaluations)[options.split],
-        temperature_on="validation" if "validation" in evaluations else "",
+        evaluation=rescored(scored, found)[options.split],
+        calibration=calibration,
+        rule=usual_rule(config),
         dataset=fitted.name,
+        split=options.split,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
     )
 
@@ -184,20 +200,64 @@ def _described(shape: tuple[int, ...]) -> str:
     return f"inputs of shape {' x '.join(map(str, shape))}"
 
 
-def write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """Write a CSV file with a line per example: index, truth, prediction, its probability.
+def write_decisions(
+    path: Path,
+    decisions: Decisions,
+    sources: Sequence[tuple[str, int | None]],
+    labels: Sequence[str] = (),
+) -> None:
+    """Write a CSV file with a line per example.
+
+    Its columns: file and row; the label, if labels are given; the decision, its probability and its
+    expected cost; ``probability CLASS`` of each class; ``cost DECISION``, the expected cost, of
+    each decision.
+
+    Args:
+        path: The file to make or replace.
+        decisions: On the examples.
+        sources: Where each is: a file, and a row of it if it has rows.
+        labels: Names of the true classes, where they are known.
 
     Raises:
         RunError: the file cannot be written; what was there is as it was.
     """
-    probabilities, predictions = evaluation.logits.softmax(-1).max(-1)
-    columns = (evaluation.labels.tolist(), predictions.tolist(), probabilities.tolist())
-    classes = evaluation.rule.costs.classes
+    costs = decisions.costs
+    head = ["file", "row", *(["label"] if labels else []), "decision", "probability"]
+    head += ["expected_cost", *(f"probability {c}" for c in costs.classes)]
+    head += [f"cost {d}" for d in costs.decisions]
+    numbers = torch.column_stack(
+        [
+            decisions.probability,
+            decisions.expected_cost,
+            decisions.probabilities,
+            decisions.expected_costs,
+        ]
+    )
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("index", "label", "prediction", "probability"))
-        for i, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
-            writer.writerow((i, classes[label], classes[prediction], f"{probability:.6f}"))
+        writer.writerow(head)
+        for i, (source, name) in enumerate(zip(sources, decisions.names, strict=True)):
+            truth = [labels[i]] if labels else []
+            cells = ("" if math.isnan(v) else f"{v:.6g}" for v in numbers[i].tolist())
+            writer.writerow((*source, *truth, name, *cells))
+
+
+def write_evaluated(path: Path, report: EvaluationReport) -> None:
+    """Write a CSV file with a line per example of an evaluation, as :func:`write_decisions` does.
+
+    Its file is the data set's name, its row the number in the split, from 1.
+
+    Raises:
+        RunError: the file cannot be written; what was there is as it was.
+    """
+    found = report.evaluation
+    classes = found.rule.costs.classes
+    write_decisions(
+        path,
+        found.rule.decisions(found.logits, by=report.rule),
+        [(f"{report.dataset}, {report.split}", i + 1) for i in range(len(found.labels))],
+        [classes[i] for i in found.labels.tolist()],
+    )
 
 
 def write_evaluation(path: Path, report: EvaluationReport) -> None:
@@ -206,7 +266,15 @@ def write_evaluation(path: Path, report: EvaluationReport) -> None:
     Raises:
         RunError: the file cannot be written; what was there is as it was.
     """
-    record = {"dataset": report.dataset, "note": report.note, **record_of(report.evaluation)}
+    record = {
+        "dataset": report.dataset,
+        "split": report.split,
+        "note": report.note,
+        "rule": report.rule,
+        "decisions": decision_sentences(report.evaluation.rule.costs),
+        "calibration": report.calibration.record(),
+        **record_of(report.evaluation),
+    }
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -214,44 +282,64 @@ def predict_files(
     run_dir: str | Path,
     paths: Sequence[str | Path],
     *,
+    rule: str = "",
     invert: bool = False,
     allow_import: bool = False,
-) -> list[Prediction]:
-    """Predict the class of each image file, or of each row of CSV tables without a target.
+) -> Predictions:
+    """Decide on image files, or on the rows of CSV tables without a target.
 
     Args:
         run_dir: A run folder.
         paths: Image files, each brought to the size and the channels of the training images; or,
-            where the model was trained on a table, CSV files with its columns.
+            where the model was trained on a table, CSV files with its columns. A folder stands for
+            all files in it, and in the folders below, that are of such a kind.
+        rule: ``min-cost`` or ``argmax``; empty: the first if the run was given costs.
         invert: Swap dark and light first.
         allow_import: Whether code that the run names may be imported.
 
     Returns:
-        A prediction per image or row.
+        A decision per image or row, in the order of the paths.
 
     Raises:
         ConfigError: the model takes neither images nor the columns of a table.
-        DataError: a file cannot be read, is not an image or lacks a column.
+        DataError: a file cannot be read, is not an image or lacks a column, or a folder has none.
         RunError: the run cannot be read.
     """
     run = load(run_dir, allow_import=allow_import)
     if run.images:
         channels, *size = run.input_shape
-        images = [read_image(p, (size[0], size[1]), channels, invert=invert) for p in paths]
-        names, inputs = [str(path) for path in paths], torch.stack(images)
+        files = _files(paths, IMAGES)
+        images = [read_image(p, (size[0], size[1]), channels, invert=invert) for p in files]
+        sources, inputs = [(str(path), None) for path in files], torch.stack(images)
     elif run.columns:
         if invert:
             raise ConfigError("invert is for images, and the model takes the rows of a table")
-        tables = [read_features(Path(path), run.columns) for path in paths]
-        names = [f"{p}:{i + 1}" for p, t in zip(paths, tables, strict=True) for i in range(len(t))]
+        files = _files(paths, TABLES)
+        tables = [read_features(path, run.columns) for path in files]
+        sources = [
+            (str(p), i + 1) for p, t in zip(files, tables, strict=True) for i in range(len(t))
+        ]
         inputs = torch.cat(tables)
     else:
         raise ConfigError(
-            f"the model takes {_described(run.input_shape)}, which no file holds: use funcloss.load"
+            f"the model takes {_described(run.input_shape)}, which no file holds: use "
+            "funcloss.load and its decide"
         )
-    with torch.no_grad():
-        pieces = inputs.split(1024)
-        logits = [run.model(normalised(piece, run.mean, run.std)) for piece in pieces]
-    probabilities, guesses = torch.cat(logits).softmax(-1).max(-1)
-    rows = zip(names, guesses.tolist(), probabilities.tolist(), strict=True)
-    return [Prediction(name, run.classes[guess], probability) for name, guess, probability in rows]
+    return Predictions(sources, run.decide(inputs, by=rule))
+
+
+def _files(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
+    """Return files, those of folders in the order of their names."""
+    found = []
+    for path in map(Path, paths):
+        inside = [path]
+        if path.is_dir():
+            kinds = ", ".join(suffixes)
+            every = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            inside = [p for p in every if p.is_file()]
+            if not inside:
+                raise DataError(f"{path} has no file to predict: {kinds}")
+        found += inside
+    if not found:
+        raise ConfigError("name a file or a folder to predict")
+    return found

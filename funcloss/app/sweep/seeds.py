@@ -17,12 +17,13 @@ from funcloss.app.data import Examples, subset
 from funcloss.app.runs import folder
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
 from funcloss.app.runs.evaluation import (
+    calibrated,
     evaluate,
     evaluate_examples,
-    rule_fits,
-    with_fitted_rule,
+    rescored,
 )
 from funcloss.app.runs.events import Note, Show, Watcher
+from funcloss.app.runs.rules import rule_fits
 from funcloss.app.runs.setup import seeded_state, trial_batch
 from funcloss.app.sweep.plan import Sweep, seed_file
 from funcloss.app.sweep.trials import (
@@ -135,7 +136,8 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     dataset, hyper = setup.dataset, trial_hyper(sweep.groups, number)
     model = dataclasses.replace(setup, config=trial.config).trained(state, hyper)
     found = evaluate(model, dataset, ("validation",))
-    judged = with_fitted_rule(model, found)["validation"]
+    model = calibrated(model, found["validation"], cut=dataset.cut)
+    judged = rescored(model, found)["validation"]
     scores, train = judged.argmax, evaluate_examples(model, dataset, few_of(dataset.train))
     # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
     finite = all(t.isfinite().all() for t in flatten(state).values())
