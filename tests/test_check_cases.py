@@ -101,7 +101,7 @@ BROKEN = {
     "as_integers": (OF_VALUES, "has a gradient", "see long in its code"),
     "rebuilt_tensor": ({}, "has a gradient", "see torch.tensor"),
     "gradients_left_off": ({}, "pure", "with torch.no_grad():"),
-    "focal_of_a_root": ({}, "saturation", "its own class alone at 18 its gradient is nan"),
+    "focal_of_a_root": ({}, "saturation", "its own class alone at 20 its gradient is nan"),
     "root_of_square": (OF_VALUES, "saturation", "where predictions equal targets"),
     "relative": (OF_VALUES, "saturation", "at targets of 0"),
     "unprotected_distance": ({}, "saturation", "where vectors are alike"),
