@@ -62,7 +62,7 @@ ON_BATCHES = {
     "focal_of_floats": ({}, "dtype", ".to(predictions.dtype)"),
     "picked_by_position": ({}, "vmap", "not [arange(len(labels)), labels]"),
     "one_hot_of_torch": ({}, "per-sample gradients", "one-hots by comparison"),
-    "loop_over_classes": ({}, "vmap", "torch.where"),
+    "loop_over_classes": ({}, "vmap", "no .tolist() and no loop over a tensor's values"),
     "focal_by_view": ({}, "vmap", "it needs a batch axis"),
     "sum_of_batch": ({}, "vmap", "dim=-1"),
     "focal_of_a_detached_weight": ({}, "gradgradcheck", "with second derivatives"),
@@ -101,7 +101,7 @@ BROKEN = {
     "as_integers": (OF_VALUES, "has a gradient", "see long in its code"),
     "rebuilt_tensor": ({}, "has a gradient", "see torch.tensor"),
     "gradients_left_off": ({}, "pure", "with torch.no_grad():"),
-    "focal_of_a_root": ({}, "saturation", "its own class alone at 18 its gradient is nan"),
+    "focal_of_a_root": ({}, "saturation", "its own class alone at 20 its gradient is nan"),
     "root_of_square": (OF_VALUES, "saturation", "where predictions equal targets"),
     "relative": (OF_VALUES, "saturation", "at targets of 0"),
     "unprotected_distance": ({}, "saturation", "where vectors are alike"),
@@ -177,10 +177,21 @@ TRIED = [
 ]
 
 
+def reads_lists_under_grad() -> bool:
+    """Return whether this torch lets a loss call .tolist() under torch.func.grad; 2.6 does not."""
+    try:
+        torch.func.grad(lambda x: x * torch.ones(1).tolist()[0])(torch.ones(()))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 @pytest.mark.parametrize(("degree", "name", "case", "compiled"), TRIED)
 def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case, compiled):
     options, law, said = case
+    if name == "loop_over_classes" and not reads_lists_under_grad():
+        degree, law = WRONG, "gradcheck"  # funcloss-train differentiates by torch.func.grad
     verdict = judged(name, options, compiled)
     root = verdict.causes[0]
     assert (verdict.degree, root.law) == (degree, law), verdict

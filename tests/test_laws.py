@@ -370,6 +370,12 @@ def by_index(z, y, class_weights):
     return class_weights[y] * torch.nn.functional.cross_entropy(z, y, reduction="none")
 
 
+def by_mask(z, y):
+    values, nine = losses.cross_entropy(z, y), y == 9
+    values[nine] *= 2
+    return values
+
+
 def of_torchs_weight(z, y, class_weights):
     return torch.nn.functional.cross_entropy(z, y, weight=class_weights, reduction="none")
 
@@ -400,7 +406,8 @@ def quits(z, y):
         (detached, "gradcheck", "not applicable", "part of it is detached"),
         (masked_mean, "masked = dropped", "pass", ""),
         (masked_mean, "map over examples", "pass", ""),
-        (by_index, "per-sample gradients", "fail", "item()"),
+        (by_index, "per-sample gradients", "fail", "in the lookup class_weights[y]: vmap: "),
+        (by_mask, "per-sample gradients", "fail", "in the boolean index values[nine]: vmap: "),
         (of_torchs_weight, "extremes", "pass", ""),
         (of_torchs_weight, "cost order", "pass", ""),
         (of_torchs_weight, "gradcheck", "pass", ""),
@@ -416,9 +423,10 @@ def test_the_verdict_is_about_the_loss_and_not_about_the_trial(loss, law, verdic
     assert says in finding.detail
 
 
-def test_what_to_write_instead_of_an_indexed_weight():
-    finding = try_law("per-sample gradients", adapt(by_index, classes=5).case)
-    assert "gather" in finding.advice
+@pytest.mark.parametrize(("loss", "instead"), [(by_index, "gather"), (by_mask, "torch.where")])
+def test_what_to_write_instead_of_an_index(loss, instead):
+    finding = try_law("per-sample gradients", adapt(loss, classes=5).case)
+    assert instead in finding.advice
 
 
 def test_a_module_with_a_state_spoils_no_law_but_its_own():
@@ -670,8 +678,8 @@ def test_the_command_prints_the_verdict_its_cause_and_its_cure_as_json(run_cli):
 # -- the verdict ----------------------------------------------------------------------------------
 
 
-def broken(*names):
-    return [laws.Finding(name, "fail", "detail", "advice") for name in names]
+def broken(*names, detail="detail"):
+    return [laws.Finding(name, "fail", detail, "advice") for name in names]
 
 
 @pytest.mark.parametrize(
@@ -680,6 +688,11 @@ def broken(*names):
         ([laws.Finding("runs", "pass")], "works everywhere", []),
         (broken("dtype"), "works on batches", ["dtype"]),
         (broken("compile", "per-sample gradients", "vmap"), "works on batches", ["vmap"]),
+        (
+            broken("vmap", "per-sample gradients", "compile", detail="in the lookup W[y]"),
+            "works on batches",
+            ["per-sample gradients"],
+        ),
         (broken("vmap", "direction"), "wrong", ["direction", "vmap"]),
         (broken("extremes", "gradcheck", "compile", "pure"), "wrong", ["pure"]),
         (broken("saturation", "extremes"), "wrong", ["extremes"]),

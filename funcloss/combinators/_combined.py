@@ -178,7 +178,7 @@ def probabilities_of(loss: Callable[..., Any]) -> Probabilities | None:
             return inside
         return functools.partial(inside, **passed_on(loss.keywords, ("where",)))
     if stated is None or callable(stated) or stated in _STATEMENTS:
-        return cast(Probabilities | None, stated)
+        return cast("Probabilities | None", stated)  # as text: the compiler of torch 2.6 has no |
     raise ValueError(
         f"{name_of(loss)}.probabilities must be one of {', '.join(map(repr, _STATEMENTS))} or a "
         f"function of the loss's options that returns a Correction; got {stated!r}"

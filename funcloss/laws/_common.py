@@ -22,10 +22,11 @@ def left_as_found() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def raised(error: BaseException) -> str:
-    """Return a line on what was raised."""
+def raised(error: BaseException, where: str = "") -> str:
+    """Return a line on what was raised, and where, if that is known."""
     lines = str(error).strip().splitlines() or [""]
-    return f"raised {type(error).__name__}: {lines[0].split('. ')[0][:200]}"
+    kind = f"{type(error).__name__} in {where}" if where else type(error).__name__
+    return f"raised {kind}: {lines[0].split('. ')[0][:200]}"
 
 
 def same(

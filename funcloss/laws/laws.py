@@ -17,6 +17,7 @@ from funcloss.laws._common import left_as_found, raised
 from funcloss.laws.case import CLASSES, Batch, Broken, LossCase, NotApplicable, shown
 from funcloss.transforms import quiet_jvp
 
+LOOKUP = "the lookup"  # of a single label in a table, as a finding's detail calls it
 _TORCH, _HERE = (str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
@@ -70,7 +71,8 @@ def try_law(name: str, case: LossCase) -> Finding:
             except (Broken, NotApplicable):
                 raise
             except (Exception, SystemExit) as error:  # what the loss raises is its failure
-                raise Broken(f"{raised(error)}; at {shown(batch)}") from error
+                index, _ = _index_at_fault(error)
+                raise Broken(f"{raised(error, index)}; at {shown(batch)}") from error
     except NotApplicable as reason:
         return Finding(name, "not applicable", str(reason))
     except Broken as failure:
@@ -104,6 +106,7 @@ _CURES = {
     "setup_context": "give the gradient to funcloss.custom_vjp instead of an autograd.Function",
     "generate_vmap_rule": "give the gradient to funcloss.custom_vjp, not an autograd.Function",
     "autograd.Function": "give the gradient to funcloss.custom_vjp, not an autograd.Function",
+    "tolist()": "no .tolist() and no loop over a tensor's values: choose with torch.where",
     "jvp": "give the gradient to funcloss.custom_vjp, which has every derivative",
     "numpy": "stay in torch, or wrap NumPy's forward and backward in funcloss.from_numpy",
     "item()": "no .item() and no `if` on a tensor's values: choose with torch.where",
@@ -116,23 +119,42 @@ _CURES = {
 }
 
 
-_LOOKUP = re.compile(r"([\w.]+(?:\([\w., ]*\))?)\[(\w+)\]")
+# A table and its index: a name, or a comparison.
+_INDEX = re.compile(r"([\w.]+(?:\([\w., ]*\))?)\[([^\W\d]\w*|[^\[\]]*(?:[=!]=|[<>])[^\[\]]*)\]")
 
 
 def _cure(failure: Broken) -> str:
     """Return what to write instead, where what was raised tells it."""
     if failure.__cause__ is None:
         return ""
-    told = "".join(traceback.format_exception(failure.__cause__))
-    line, names = _line_at_fault(failure.__cause__)
-    if "item()" in told and ".item(" not in line and (lookup := _LOOKUP.search(line)):
-        table, index = lookup.groups()
-        at = f"(0, {index}.reshape(-1)).reshape"
-        if _dim(table, names) > 1:  # whole rows
-            row = f"{table}.index_select{at}(*{index}.shape, -1)"
-            return f"look up by index_select: {row}, not {table}[{index}]"
-        return f"look up by gather: {table}.gather{at}({index}.shape), not {table}[{index}]"
-    return next((cure for sign, cure in _CURES.items() if sign in told), "")
+    _, cure = _index_at_fault(failure.__cause__)
+    told = _told(failure.__cause__)
+    return cure or next((cure for sign, cure in _CURES.items() if sign in told), "")
+
+
+def _index_at_fault(error: BaseException) -> tuple[str, str]:
+    """Return the index that calls .item() where the code does not, and what to write instead.
+
+    Torch says that .item() is called where a 0-d tensor is an index; which index, it does not say.
+    """
+    line, names = _line_at_fault(error)
+    found = _INDEX.search(line)
+    if found is None or ".item(" in line or "item()" not in _told(error):
+        return "", ""
+    table, index = found.groups()
+    held = names.get(index)
+    if not index.isidentifier() or (isinstance(held, torch.Tensor) and held.dtype is torch.bool):
+        return f"the boolean index {found[0]}", _CURES["boolean mask"]
+    at = f"(0, {index}.reshape(-1)).reshape"
+    if _dim(table, names) > 1:  # whole rows
+        cure = f"look up by index_select: {table}.index_select{at}(*{index}.shape, -1)"
+    else:
+        cure = f"look up by gather: {table}.gather{at}({index}.shape)"
+    return f"{LOOKUP} {found[0]}", f"{cure}, not {found[0]}"
+
+
+def _told(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _dim(table: str, names: Mapping[str, Any]) -> int:

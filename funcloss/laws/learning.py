@@ -17,7 +17,7 @@ from funcloss.laws.poles import answers, class_pairs, costs_of, of_classes, pole
 
 _CERTAIN = 10.0  # a logit of a certain answer, and minus that of the others
 _SURE = 5.0  # one at which a probability is 5e-5, above what is clamped for safety alone
-_SIZES = (18.0, -18.0, 100.0, -100.0, 1e4, -1e4)  # of one logit: float32 and float64 round p to 1
+_SIZES = (20.0, -20.0, 100.0, -100.0, 1e4, -1e4)  # of one logit: float32 and float64 round p to 1
 _SQUASHING: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda z: z.softmax(-1),
     "sigmoid": torch.sigmoid,

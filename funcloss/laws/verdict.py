@@ -1,9 +1,9 @@
 """The verdict on a loss, in three degrees, and its root cause."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from funcloss.laws.laws import LAWS, Finding
+from funcloss.laws.laws import LAWS, LOOKUP, Finding
 
 WORKS = "works everywhere"
 BATCHES = "works on batches"
@@ -32,8 +32,8 @@ _FOLLOWS: dict[str, tuple[str, ...]] = {
     "saturation": (),
     "extremes": ("saturation", "dtype"),
     "weights": ("cost order",),
-    "vmap": ("per-sample gradients", "compile", "hessian", "jacrev = jacfwd", "gradgradcheck"),
     "per-sample gradients": ("compile", "hessian", "jacrev = jacfwd", "gradgradcheck"),
+    "vmap": ("per-sample gradients", "compile", "hessian", "jacrev = jacfwd", "gradgradcheck"),
     "gradgradcheck": ("hessian", "jacrev = jacfwd", "compile"),
     "jacrev = jacfwd": ("hessian", "compile"),
     "hessian": ("compile",),
@@ -89,12 +89,19 @@ def verdict_of(findings: Sequence[Finding]) -> Verdict:
     order = [*_FOLLOWS, *LAWS]
     for law in order:
         if law in broken:
-            follows = _FOLLOWS.get(law, ())
-            detail = broken[law].detail
-            if law == "saturation" and "its gradient is" in detail and "another" not in detail:
-                follows = ("extremes",)  # a root or a power, met far out too; not an overflow
+            follows = _follows(law, broken)
             broken = {n: f for n, f in broken.items() if n not in follows or n == law}
     causes = sorted(broken.values(), key=lambda f: (LAWS[f.law].everywhere, order.index(f.law)))
     if not causes:
         return Verdict(WORKS)
     return Verdict(BATCHES if LAWS[causes[0].law].everywhere else WRONG, tuple(causes))
+
+
+def _follows(law: str, broken: Mapping[str, Finding]) -> tuple[str, ...]:
+    """Return the laws that may be broken only because one is."""
+    detail = broken[law].detail
+    if law == "saturation" and "its gradient is" in detail and "another" not in detail:
+        return ("extremes",)  # a root or a power, met far out too; not an overflow
+    if law == "per-sample gradients" and "vmap" in broken and LOOKUP in broken["vmap"].detail:
+        return (*_FOLLOWS[law], "vmap")  # torch 2.6 maps no lookup, newer ones all but its gradient
+    return _FOLLOWS.get(law, ())
