@@ -3,7 +3,15 @@
 from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
 from funcloss.decisions.evaluation import DecisionScores, Evaluation, calibration_error, score
-from funcloss.decisions.intervals import Interval, mean_interval, seed_interval, student, wilson
+from funcloss.decisions.intervals import (
+    Interval,
+    cost_interval,
+    mean_interval,
+    seed_interval,
+    student,
+    wilson,
+)
+from funcloss.decisions.metrics import Metrics, Reliability, make_metrics, reliability
 from funcloss.decisions.rules import (
     DecisionRule,
     expected_costs,
@@ -19,17 +27,22 @@ __all__ = [
     "DecisionScores",
     "Evaluation",
     "Interval",
+    "Metrics",
+    "Reliability",
     "calibration_error",
     "class_index",
+    "cost_interval",
     "cost_sentences",
     "expected_costs",
     "fit_temperature",
     "log_posterior",
     "make_costs",
+    "make_metrics",
     "mean_interval",
     "min_cost_decisions",
     "posterior_shift",
     "read_cost_matrix",
+    "reliability",
     "score",
     "seed_interval",
     "student",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # they load torch
     from rich.table import Table
 
     from funcloss.app.runs import EvaluationReport
-    from funcloss.decisions import Costs, DecisionScores
+    from funcloss.decisions import Costs, DecisionScores, Metrics
 
 _SQUARE = 20  # decisions in a printed matrix
 
@@ -65,6 +65,8 @@ def _print_evaluation(found: "EvaluationReport") -> None:
         f"calibration error {scored.calibration_error:.4f}, {scored.calibrated_error:.4f} at "
         f"temperature {scored.rule.temperature:.3f} ({fitted})"
     )
+    for line in _metric_lines(scored.metrics):
+        out.print(line)
     for name, scores in scored.rules.items():
         out.print()
         out.print(_rule_line(name, scores))
@@ -74,11 +76,22 @@ def _print_evaluation(found: "EvaluationReport") -> None:
                 out.print(_matrix_table(f"{title}, rows the truth", matrix, costs))
 
 
+def _metric_lines(found: "Metrics") -> list[str]:
+    """Return the metrics of the probabilities that the rule of minimum expected cost decides by."""
+    auc, precision = number(found.mean_auc, ".4f"), number(found.mean_average_precision, ".4f")
+    return [
+        f"AUC {auc}, average precision {precision} (one class against the rest, class mean)",
+        f"log score {number(found.log_score, '.4f')} nats per example, "
+        f"Brier score {number(found.brier_score, '.4f')} (0 best, 2 worst)",
+    ]
+
+
 def _rule_line(name: str, scores: "DecisionScores") -> str:
     normal = number(scores.normalised_cost, ".3f")
     compared = "" if normal == "-" else f", {normal} of the best constant decision"
     return (
         f"decisions by {name}: accuracy {between(scores.accuracy, '.2%')}, "
+        f"balanced accuracy {scores.balanced_accuracy:.2%}, macro F1 {scores.macro_f1:.4f}, "
         f"expected cost {between(scores.expected_cost, '.4f')}{compared}"
     )
 
@@ -90,15 +103,15 @@ def _matrix_table(title: str, matrix: Any, costs: "Costs") -> "Table":
 
 
 def _class_table(scores: "DecisionScores", classes: tuple[str, ...]) -> "Table":
-    """Return a table of count, recall and precision with their intervals, a row per class."""
+    """Return count, recall and precision with their intervals, and F1, a row per class."""
     rows = []
     for c, (name, count) in enumerate(zip(classes, scores.confusion.sum(1).tolist(), strict=True)):
         cells = []
         for value, low, high in (scores.recall, scores.precision):
             share = number(value[c], ".2%")
             cells += [share, "-" if share == "-" else f"{low[c]:.2%} to {high[c]:.2%}"]
-        rows.append((name, f"{count:,}", *cells))
-    return make_table(("class", "count", "recall", "95 %", "precision", "95 %"), rows)
+        rows.append((name, f"{count:,}", *cells, number(scores.f1[c], ".4f")))
+    return make_table(("class", "count", "recall", "95 %", "precision", "95 %", "F1"), rows)
 
 
 with_table(evaluate, fields(EvaluateOptions))

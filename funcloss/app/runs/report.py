@@ -75,10 +75,12 @@ def sum_up(
     losses = [] if config.floor or config.ceiling else _losses(records)
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     few = torch.arange(min(_SHOWN, len(test.labels)), device=test.labels.device)
+    judged = with_fitted_rule(model, evaluations)
     drawn = figures.Drawn(
         records=records,
         classes=classes,
         confusion=evaluations["test"].argmax.confusion,
+        reliability=judged["test"].metrics.reliability,
         images=as_pixels(subset(test, few)) if setup.dataset.has_images else None,
         truths=[classes[i] for i in test.labels[few].tolist()],
         guesses=[classes[i] for i in evaluations["test"].logits[: len(few)].argmax(-1).tolist()],
@@ -114,7 +116,7 @@ def sum_up(
         "caveat": rule_caveat(config),
         **{
             name: record_of(found, matrices=len(classes) <= _MATRICES)
-            for name, found in with_fitted_rule(model, evaluations).items()
+            for name, found in judged.items()
         },
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
