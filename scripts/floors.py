@@ -62,7 +62,7 @@ def main() -> None:
         f"| on the test set, mean over seeds [95 %] | recall of {name} | accuracy |\n|---|---|---|"
     )
     for title, numbers in rows.items():
-        cells = [seed_interval([pair[k] for pair in numbers]) for k in (0, 1)]
+        cells = [seed_interval([pair[k] for pair in numbers], within=(0.0, 1.0)) for k in (0, 1)]
         told = (f"{100 * v:.2f} [{100 * low:.2f}, {100 * high:.2f}]" for v, low, high in cells)
         print(f"| {title} | {' | '.join(told)} |")
     if asked.json:

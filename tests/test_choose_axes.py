@@ -28,7 +28,7 @@ from funcloss.app.sweep.axes import (
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
 from funcloss.constraints.bounds import make_constraints
-from funcloss.decisions import DecisionRule, Interval, make_costs, score
+from funcloss.decisions import DecisionRule, Interval, cost_interval, make_costs, score
 from funcloss.errors import ConfigError
 
 NINE = Axis("class_weight", "9", (1.0, 2.0, 5.0, 10.0))
@@ -36,6 +36,7 @@ FOUR = Axis("class_weight", "4", (0.5, 2.0))
 TAU = Axis("loss_option", "tau", (0.0, 1.0))
 RATE = Axis("learning_rate", "", (0.01, 0.1))
 DIGITS = tuple("0123456789")
+TEN = make_costs(DIGITS)
 
 
 # Values as they are typed.
@@ -350,7 +351,7 @@ CHOICES = {
     ("axes", "constraints", "records", "chosen"), CHOICES.values(), ids=CHOICES
 )
 def test_the_choice_follows_from_the_records(axes, constraints, records, chosen):
-    points = points_of(records, constraints, ("9",))
+    points = points_of(records, constraints, ("9",), TEN)
     assert chosen_of(points, axes, constraints, misses(records, constraints)) == chosen
 
 
@@ -368,7 +369,7 @@ def test_what_is_compared_with_is_the_best_plain_training(rows, baseline):
         record(i, {"learning_rate": 0.1 + i}, cost, plain=plain, diverged=diverged)
         for i, (cost, plain, diverged) in enumerate(rows)
     ]
-    assert baseline_of(points_of(records, (), ("9",))) == baseline
+    assert baseline_of(points_of(records, (), ("9",), TEN)) == baseline
 
 
 def test_a_point_is_the_mean_over_its_sound_seeds():
@@ -376,13 +377,16 @@ def test_a_point_is_the_mean_over_its_sound_seeds():
         record(0, {"class_weight 9": 2.0}, cost, [r], seed=s, diverged=d)
         for s, (cost, r, d) in enumerate([(0.1, 0.9, False), (0.4, 0.95, False), (9.0, 0.0, True)])
     ]
-    (point,) = points_of(records, FLOOR, ("9", "4"))
+    (point,) = points_of(records, FLOOR, ("9", "4"), TEN)
     half = stats.t.ppf(0.975, 1) * np.std([0.1, 0.4], ddof=1) / math.sqrt(2)
-    assert point.expected_cost == pytest.approx((0.25, 0.25 - half, 0.25 + half), rel=1e-3)
+    assert half > 1.0
+    assert point.expected_cost == pytest.approx((0.25, 0.0, 1.0))  # all that is possible
+    (dear,) = points_of(records, FLOOR, ("9",), make_costs(DIGITS, class_cost={"9": 9.0}))
+    assert dear.expected_cost == pytest.approx((0.25, 0.0, 0.25 + half), rel=1e-3)
     assert point.rule_cost.value == pytest.approx(0.125)
     assert point.recall == (Interval(0.5, 0.5, 0.5), Interval(0.5, 0.5, 0.5))
     assert (point.feasible, point.seeds, point.diverged) == (True, 3, 1)
-    (alone,) = points_of(records[:1], (), ("9",))
+    (alone,) = points_of(records[:1], (), ("9",), TEN)
     assert alone.feasible is None
     assert math.isnan(alone.accuracy.low)
 
@@ -396,7 +400,7 @@ def test_how_far_a_trial_is_from_its_limits_is_in_units_of_their_room():
 
 
 def sentences(records, axes, constraints=()):
-    points = points_of(records, constraints, ("9",))
+    points = points_of(records, constraints, ("9",), TEN)
     number = chosen_of(points, axes, constraints, misses(records, constraints))
     baseline = baseline_of(points)
     reached = tuple(
@@ -535,15 +539,35 @@ def test_a_row_is_what_numpy_makes_of_the_decisions(prior, seeds):
         focus=[2, 0], plain=scored(plain, labels, prior),
     )  # fmt: skip
     table = COSTS.matrix.numpy()
-    paid = table[labels, chosen.argmax(-1)]
+    made = chosen.argmax(-1)
+    paid = table[labels, made]
     right = (chosen.argmax(-1) == labels).astype(float)
     gap = paid - table[labels, plain.argmax(-1)]
     part = np.bincount(labels) / len(labels) if prior is None else prior
-    cost = interval(paid, labels, prior)
-    assert row.expected_cost == pytest.approx(cost, rel=1e-3)
-    assert row.expected_cost.value == pytest.approx(cost[0], abs=1e-12)
-    assert row.accuracy.value == pytest.approx(interval(right, labels, prior)[0], abs=1e-12)
-    assert row.accuracy.low < row.accuracy.value < row.accuracy.high
+    confusion = np.zeros((3, 3))
+    for m in made:
+        np.add.at(confusion, (labels, m), 1 / seeds)
+
+    def over_seeds(values, costs):
+        of_seed = [sum(p * v[labels == c].mean() for c, p in enumerate(part)) for v in values]
+        spread = 0.0
+        if seeds > 1:
+            spread = stats.t.ppf(0.975, seeds - 1) * np.std(of_seed, ddof=1) / math.sqrt(seeds)
+        value, low, high = cost_interval(torch.tensor(confusion), torch.tensor(costs), known)
+        assert value == pytest.approx(np.mean(of_seed), abs=1e-12)
+        ends = value - math.hypot(value - low, spread), value + math.hypot(high - value, spread)
+        return value, max(ends[0], 0.0), min(ends[1], costs.max())
+
+    assert row.expected_cost == pytest.approx(over_seeds(paid, table), rel=1e-3)
+    if seeds == 1:
+        (alone,) = scored(chosen, labels, prior)
+        assert row.expected_cost == pytest.approx(alone.expected_cost)
+    accuracy = (
+        part_interval(right.mean(1).tolist(), len(labels))
+        if prior is None
+        else over_seeds(right, np.eye(3))
+    )
+    assert row.accuracy == pytest.approx(accuracy, rel=1e-3)
     assert row.difference == pytest.approx(interval(gap, labels, prior), rel=1e-3)
     constant = (part @ table).min()
     assert row.normalised_cost == pytest.approx(np.array(row.expected_cost) / constant)

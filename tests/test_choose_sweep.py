@@ -871,7 +871,7 @@ def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     ]  # fmt: skip
     assert sorted(f.name for f in (out / "chosen").iterdir()) == [
         "checkpoint.safetensors", "config.toml", "confusion.png", "curves.png", "metrics.jsonl",
-        "model.safetensors", "predictions.png", "summary.json",
+        "model.safetensors", "predictions.png", "reliability.png", "summary.json",
     ]  # fmt: skip
     assert folder.foreign(out) == []
     assert ended.files[0] == out / "sweep.html"

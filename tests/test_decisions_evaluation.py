@@ -126,6 +126,50 @@ def test_zero_one_costs_are_scikit_learns_metrics(classes):
     assert 1 - balanced.argmax.normalised_cost == pytest.approx(chance, abs=1e-12)
 
 
+@pytest.mark.parametrize("prior", [None, [0.5, 0.3, 0.2, 0.0]], ids=["counted", "prior"])
+def test_f1_and_balanced_accuracy_are_scikit_learns(prior):
+    logits, labels, costs = problem(300, 4, 1)
+    costs.matrix[:, 4] = 0.5
+    judged = judge(logits, labels, costs, prior=None if prior is None else torch.tensor(prior))
+    y, weights = labels.numpy(), judged.weights.numpy()
+    occurs = [0, 1, 2, 3] if prior is None else [0, 1, 2]
+    for scores in judged.rules.values():
+        made = scores.decisions.numpy()
+        assert (made == 4).any() == (scores is judged.min_cost)  # no class: a mistake
+        theirs = metrics.f1_score(y, made, labels=range(4), average=None, sample_weight=weights)
+        assert_close(scores.f1.numpy()[occurs], theirs[occurs], atol=1e-7, rtol=0)
+        assert scores.macro_f1 == pytest.approx(theirs[occurs].mean(), abs=1e-7)
+        recalls = metrics.recall_score(y, made, labels=occurs, average=None)
+        assert scores.balanced_accuracy == pytest.approx(recalls.mean(), abs=1e-7)
+    if prior is None:
+        made = judged.argmax.decisions.numpy()
+        theirs = metrics.balanced_accuracy_score(y, made)
+        assert judged.argmax.balanced_accuracy == pytest.approx(theirs, abs=1e-12)
+    else:
+        assert judged.argmax.f1[3].isnan()
+
+
+def test_a_class_that_is_absent_has_no_f1_and_one_never_decided_has_0():
+    costs, labels = make_costs(tuple("abc")), torch.tensor([0, 0, 1])
+    scores = judge(torch.eye(3)[[0, 2, 0]], labels, costs).argmax  # c is decided, but absent
+    assert_close(scores.f1, torch.tensor([0.5, 0.0, math.nan]).double(), equal_nan=True)
+    assert (scores.macro_f1, scores.balanced_accuracy) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("prior", [None, torch.tensor([0.7, 0.2, 0.1])])
+def test_no_decisions_cost_less_or_more_than_is_possible(prior):
+    logits, labels, costs = problem(60, 3, 1, benefits=True)
+    judged = judge(logits, labels, costs, prior=prior)
+    low, high = judged.possible_costs
+    paid = costs.matrix[labels]
+    ends = (judged.weights @ paid.amin(1), judged.weights @ paid.amax(1))
+    expected = (paid.min(), paid.max()) if prior is None else ends
+    assert (low, high) == pytest.approx(tuple(map(float, expected)))
+    for made in (paid.argmin(1), paid.argmax(1)):
+        cost = judged.scored(made).expected_cost
+        assert low - 1e-12 <= cost.low <= cost.value <= cost.high <= high + 1e-12
+
+
 def test_under_a_prior_all_is_that_of_weighted_examples():
     logits, labels, costs = problem(300, 4, 1, benefits=True)
     prior = torch.tensor([0.7, 0.2, 0.1, 0.0])
@@ -189,7 +233,8 @@ def test_a_known_prior_is_no_uncertainty_of_the_cost():
     wrong = torch.eye(2)[1 - labels]  # costs 1 or 9, by the class alone
     known = judge(wrong, labels, costs, prior=torch.tensor([0.5, 0.5])).argmax.expected_cost
     sampled = judge(wrong, labels, costs).argmax.expected_cost
-    assert_close(tuple(known), (5.0, 5.0, 5.0))
+    assert_close((known.value, known.high), (5.0, 5.0))  # no decisions cost more
+    assert known.low > 4.7
     assert sampled.low < 4.3 < 5.7 < sampled.high
 
 
@@ -249,12 +294,13 @@ def test_other_dtypes_are_judged_as_their_values(dtype, integers):
 
 
 @pytest.mark.parametrize("prior", [None, torch.tensor([0.5, 0.25, 0.25])])
-def test_one_example_has_a_cost_and_no_interval(prior):
+def test_one_example_has_a_cost_and_hardly_an_interval(prior):
     costs = make_costs(("a", "b", "c"), class_cost={"b": 4})
     judged = judge(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([1]), costs, prior=prior)
     scores = judged.argmax
     assert scores.expected_cost.value == 4.0
-    assert math.isnan(scores.expected_cost.low)
+    assert 0.0 < scores.expected_cost.low < 0.7
+    assert scores.expected_cost.high == 4.0
     assert judged.prior.tolist() == [0.0, 1.0, 0.0]
     assert scores.recall.value.isnan().tolist() == [True, False, True]
     assert scores.precision.value.isnan().tolist() == [False, True, True]

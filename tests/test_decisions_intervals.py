@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from funcloss.decisions import mean_interval, seed_interval, student, wilson
+from funcloss.decisions import cost_interval, mean_interval, seed_interval, student, wilson
 
 COUNTS = [(h, n) for n in (1, 2, 5, 10, 37, 1000, 100_000) for h in {0, 1, n // 3, n - 1, n}]
 
@@ -29,6 +29,160 @@ def test_students_quantile_is_scipys_between_whole_numbers_too():
     got = [student(float(df)) for df in freedom]
     assert_close(np.array(got), stats.t.ppf(0.975, freedom), atol=2e-4, rtol=0)
     assert student(0.5) == student(1.0)
+
+
+@pytest.mark.parametrize(("hits", "trials"), COUNTS)
+@pytest.mark.parametrize("price", [1.0, 20.0, -3.0])
+def test_the_cost_of_two_decisions_of_a_class_has_jeffreys_interval(hits, trials, price):
+    confusion = torch.tensor([[trials - hits, hits], [0, 0]])
+    costs = torch.tensor([[0.0, price], [1e9, 0.0]])  # a class that does not occur costs nothing
+    ends = price * stats.beta.ppf([0.025, 0.975], hits + 0.5, trials - hits + 0.5)
+    value = price * hits / trials
+    expected = (value, min(*ends, value), max(*ends, value))
+    for prior in (None, torch.tensor([0.3, 0.7])):
+        got = cost_interval(confusion, costs, prior)
+        assert_close(tuple(got), expected, atol=1e-9, rtol=1e-6)
+    if hits in (0, trials):  # a rate that was not seen is possible, 0 and 1 are, too
+        assert value in (got.low, got.high)
+
+
+def table(rng, classes, decisions, n):
+    """Return counts and costs, some of them below 0, of a random classifier."""
+    rates = rng.dirichlet(np.full(classes * decisions, 0.2))
+    counts = rng.multinomial(n, rates).reshape(classes, decisions)
+    return torch.tensor(counts), torch.tensor(rng.normal(1, 3, (classes, decisions)).round(1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, 3000])
+@pytest.mark.parametrize("known", [False, True], ids=["counted", "known prior"])
+def test_the_interval_of_a_cost_holds_the_mean_and_lies_within_what_is_possible(known, n):
+    rng = np.random.default_rng(n)
+    for classes, decisions in [(1, 1), (1, 3), (2, 2), (4, 6), (30, 30)]:
+        for _ in range(20):
+            counts, costs = table(rng, classes, decisions, n)
+            prior = torch.tensor(rng.dirichlet(np.ones(classes))) if known else None
+            seen = counts.sum(1) > 0
+            part = counts.sum(1)[seen].double() if prior is None else prior[seen]
+            part = part / part.sum()
+            low, high = costs[seen].min(), costs[seen].max()
+            if known:
+                low, high = part @ costs[seen].amin(1), part @ costs[seen].amax(1)
+            paid = (counts * costs).sum(1)[seen] / counts.sum(1)[seen]
+            got = cost_interval(counts, costs, prior)
+            assert got.value == pytest.approx(float(part @ paid))
+            slack = 1e-9
+            assert low - slack <= got.low <= got.value <= got.high <= high + slack
+            assert got.low < got.high or low == high
+
+
+@pytest.mark.parametrize(("n", "off"), [(20, 0.1), (400, 0.03)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_interval_of_a_cost_is_nearly_that_of_draws_from_the_posterior(seed, n, off):
+    """One more example, half of it at the least and half at the largest cost: Dirichlet."""
+    rng = np.random.default_rng(seed)
+    counts, costs = table(rng, 3, 4, n)
+    cells = counts.flatten().double().numpy()
+    values = costs.flatten().numpy()
+    seen = np.repeat(counts.sum(1).numpy() > 0, 4)
+    cells[np.where(seen, values, np.inf).argmin()] += 0.5
+    cells[np.where(seen, values, -np.inf).argmax()] += 0.5
+    draws = rng.dirichlet(np.maximum(cells, 1e-12), 100_000) @ values
+    _, low, high = cost_interval(counts, costs)
+    assert_close(
+        [low, high], np.quantile(draws, [0.025, 0.975]).tolist(), atol=off * (high - low), rtol=0
+    )
+
+
+COSTLY = torch.tensor([[0.0, 1.0], [20.0, 0.0]])
+RATES = [(miss, alarm) for miss in (0.0, 0.05, 0.1, 0.3) for alarm in (0.02, 0.1)]
+
+
+def held(low, truth, high):
+    return low - 1e-12 <= truth <= high + 1e-12
+
+
+@pytest.mark.parametrize("prior", [(52 / 70, 18 / 70), (0.9, 0.1), (0.5, 0.5)])
+def test_the_cost_of_18_positives_and_52_negatives_is_held_at_95_percent(prior):
+    """Exactly: of all tables there can be. Where no positive can be missed, they hold the rest."""
+    tables = {
+        (wrong, missed): cost_interval(
+            torch.tensor([[52 - wrong, wrong], [missed, 18 - missed]]), COSTLY, torch.tensor(prior)
+        )
+        for wrong in range(16)  # of 52 at a rate of 0.1, more: 1e-4
+        for missed in range(19)
+    }
+    for miss, alarm in RATES:
+        truth = prior[0] * alarm + prior[1] * 20 * miss
+        covered = sum(
+            stats.binom.pmf(wrong, 52, alarm) * stats.binom.pmf(missed, 18, miss)
+            for (wrong, missed), (_, low, high) in tables.items()
+            if held(low, truth, high)
+        )
+        assert covered > 0.94, (miss, alarm)
+
+
+CELLS = {
+    "18 of 70, counted": (70, [52 / 70, 18 / 70], False, RATES),
+    "two of 1,000, counted": (2000, [0.5, 0.5], False, [(0.0, 0.02), (0.1, 0.1)]),
+    "two of 1,000, known": (2000, [0.5, 0.5], True, [(0.0, 0.02), (0.1, 0.1)]),
+}
+
+
+@pytest.mark.parametrize(("n", "parts", "known", "rates"), CELLS.values(), ids=CELLS)
+def test_the_cost_of_a_sample_is_held_at_95_percent(n, parts, known, rates):
+    rng, prior = np.random.default_rng(0), torch.tensor(parts) if known else None
+    for miss, alarm in rates:
+        inside = np.array([[1 - alarm, alarm], [miss, 1 - miss]])
+        if known:
+            rows = [
+                rng.multinomial(round(n * p), r, 300) for p, r in zip(parts, inside, strict=True)
+            ]
+            drawn = np.stack(rows, 1)
+        else:
+            joint = np.array(parts)[:, None] * inside
+            drawn = rng.multinomial(n, joint.flatten(), 300).reshape(-1, 2, 2)
+        truth = parts[0] * alarm + parts[1] * 20 * miss
+        found, often = np.unique(drawn, axis=0, return_counts=True)
+        ends = [cost_interval(torch.tensor(t), COSTLY, prior)[1:] for t in found]
+        covered = sum(
+            k for (low, high), k in zip(ends, often, strict=True) if held(low, truth, high)
+        )
+        assert covered / 300 > 0.92, (miss, alarm)
+
+
+@pytest.mark.parametrize("each", [1, 3, 10])
+@pytest.mark.parametrize("known", [False, True], ids=["counted", "known prior"])
+def test_many_classes_of_few_examples_do_not_add_up_to_a_bias(known, each):
+    classes, rng = 200, np.random.default_rng(0)
+    costs, prior = 1 - torch.eye(classes), torch.full((classes,), 1 / classes)
+    truth = np.arange(classes).repeat(each)
+    for error in (0.02, 0.3):
+        found = []
+        for _ in range(200):
+            labels = truth if known else rng.integers(classes, size=len(truth))
+            wrong = rng.random(len(truth)) < error
+            made = np.where(wrong, (labels + 1) % classes, labels)
+            cells = np.bincount(labels * classes + made, minlength=classes**2)
+            confusion = torch.tensor(cells.reshape(classes, classes))
+            found.append(cost_interval(confusion, costs, prior if known else None))
+        covered = np.mean([low <= error <= high for _, low, high in found])
+        assert covered > 0.9
+        exact = 2 * 1.96 * math.sqrt(error * (1 - error) / len(truth))
+        assert np.mean([high - low for _, low, high in found]) < 1.4 * exact
+
+
+def test_a_mean_and_its_interval_end_within_what_is_possible():
+    values = [0.8, 1.0]
+    free = seed_interval(values)
+    assert free.low < 0
+    assert free.high > 1
+    assert seed_interval(values, within=(0.0, 1.0)) == (0.9, 0.0, 1.0)
+    assert seed_interval([0.5, 0.51], within=(0.0, 1.0)) == seed_interval([0.5, 0.51])
+    paid = torch.tensor([[0.0, 0.0, 0.0, 8.0]])
+    assert mean_interval(paid).low < 0
+    bounded = mean_interval(paid, within=(0.0, 3.0))
+    assert bounded == (2.0, 0.0, 3.0)
+    assert math.isnan(seed_interval([0.5], within=(0.0, 1.0)).low)
 
 
 def plain(values):

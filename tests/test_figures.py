@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from funcloss.app.report import run_figures as figures
+from funcloss.decisions import reliability
 
 LONG = "a name that goes on and on, " * 400
 
@@ -116,3 +117,26 @@ def test_the_curves_of_a_long_training_are_of_one_size(tmp_path):
     figures.save_figure(figures.curves(records), tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert max(image.size) < 1_000
+
+
+def test_a_reliability_diagram_shows_accuracy_and_number_of_each_bin(tmp_path):
+    confidence = torch.tensor([0.95] * 40 + [0.7] * 4).double()
+    log_probs = torch.stack([confidence, 1 - confidence], 1).log()
+    labels = torch.tensor([0] * 30 + [1] * 10 + [0] * 3 + [1])
+    figure = figures.reliability(reliability(log_probs, labels))
+    top, bottom = figure.axes
+    named = {line.get_label(): line.get_xydata() for line in top.lines}
+    np.testing.assert_allclose(named["bin of examples"], [[0.95, 0.75]])
+    np.testing.assert_allclose(named["fewer than 10 examples"], [[0.7, 0.75]])
+    assert [text.get_text() for text in bottom.texts] == ["4", "40"]
+    error = (40 * 0.2 + 4 * 0.05) / 44
+    assert top.get_title().endswith(f"calibration error {error:.4f}")
+    figures.save_figure(figure, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert max(image.size) < 1_000
+
+
+def test_a_reliability_diagram_of_a_model_that_diverged_is_drawn(tmp_path):
+    bins = reliability(torch.full((5, 3), torch.nan), torch.tensor([0, 1, 2, 0, 1]))
+    figures.save_figure(figures.reliability(bins), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -298,6 +298,16 @@ def test_a_record_is_json_with_none_for_what_is_not_defined():
     assert argmax["decisions"] == ["a", "b", "c", "ask"]
     assert argmax["confusion"] == found.argmax.confusion.tolist()
     assert record["prior"] == pytest.approx({"a": 150 / 240, "b": 90 / 240, "c": 0.0})
+    assert argmax["f1"] == {**dict(zip("ab", found.argmax.f1.tolist(), strict=False)), "c": None}
+    assert argmax["macro_f1"] == found.argmax.macro_f1
+    assert argmax["balanced_accuracy"] == found.argmax.balanced_accuracy
+    measured = record["metrics"]
+    aucs = found.metrics.auc.tolist()
+    assert measured["auc"] == {"a": aucs[0], "b": aucs[1], "c": None}
+    assert measured["average_precision"]["c"] is None
+    assert sum(measured["reliability"]["count"]) == 240
+    assert measured["reliability"]["accuracy"][0] is None
+    assert measured["log_score"] == found.metrics.log_score
     assert list(record["rules"]) == ["argmax", "minimum expected cost"]
 
 
@@ -649,6 +659,18 @@ def test_evaluate_says_what_it_judged_by(run, run_cli):
     assert re.search(r"^accuracy \d\d\.\d\d%  loss \d\.\d{4}  on 500 examples of mnist-sample, "
                      r"test$", out, re.M)  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())["test"]
+    measured = summary["metrics"]
+    assert (
+        f"AUC {measured['mean_auc']:.4f}, average precision "
+        f"{measured['mean_average_precision']:.4f} (one class against the rest, class mean)\n"
+        f"log score {measured['log_score']:.4f} nats per example, "
+        f"Brier score {measured['brier_score']:.4f} (0 best, 2 worst)\n"
+    ) in out
+    scores = summary["rules"]["argmax"]
+    assert (
+        f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro F1 {scores['macro_f1']:.4f}, "
+    ) in out
+    assert re.search(rf"^9 +50 .* {scores['f1']['9']:.4f}$", out, re.M)
     cost, low, high = summary["rules"]["minimum expected cost"]["expected_cost"]
     assert f"expected cost {cost:.4f} [{low:.4f}, {high:.4f}]" in out
 

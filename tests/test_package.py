@@ -125,6 +125,7 @@ def loaded_by_room() -> dict[str, list[str]]:
 @pytest.mark.parametrize("room", PUBLIC_ROOMS)
 def test_a_room_of_the_library_loads_torch_and_library_rooms_only(room, loaded_by_room):
     heavy = ["torchvision", "matplotlib", "PIL", "jinja2", "rich", "typer", "safetensors", "einops"]
+    heavy += ["sklearn", "scipy"]
     modules = loaded_by_room[room]
     assert f"funcloss.{room}" in modules
     assert not {m.partition(".")[0] for m in modules} & set(heavy)

@@ -71,10 +71,11 @@ def test_a_run_leaves_all_of_it_in_its_folder(finished):
         "metrics.jsonl",
         "model.safetensors",
         "predictions.png",
+        "reliability.png",
         "summary.json",
     ]
     assert all((run / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in
-               ("curves", "predictions", "confusion"))  # fmt: skip
+               ("curves", "predictions", "confusion", "reliability"))  # fmt: skip
 
 
 def test_the_summary_says_what_was_reached(finished):

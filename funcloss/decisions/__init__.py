@@ -4,7 +4,15 @@ from funcloss.decisions.calibration import Calibration, calibrate, class_frequen
 from funcloss.decisions.cost_file import read_cost_matrix
 from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
 from funcloss.decisions.evaluation import DecisionScores, Evaluation, calibration_error, score
-from funcloss.decisions.intervals import Interval, mean_interval, seed_interval, student, wilson
+from funcloss.decisions.intervals import (
+    Interval,
+    cost_interval,
+    mean_interval,
+    seed_interval,
+    student,
+    wilson,
+)
+from funcloss.decisions.metrics import Metrics, Reliability, make_metrics, reliability
 from funcloss.decisions.rules import (
     RULES,
     DecisionRule,
@@ -35,6 +43,8 @@ __all__ = [
     "Decisions",
     "Evaluation",
     "Interval",
+    "Metrics",
+    "Reliability",
     "Sensitivity",
     "Threshold",
     "calibrate",
@@ -42,18 +52,21 @@ __all__ = [
     "class_frequencies",
     "class_index",
     "cost_curve",
+    "cost_interval",
     "cost_sentences",
     "decision_sentences",
     "expected_costs",
     "fit_temperature",
     "log_posterior",
     "make_costs",
+    "make_metrics",
     "mean_interval",
     "min_cost_decisions",
     "pair_thresholds",
     "posterior_shift",
     "ratio_sensitivity",
     "read_cost_matrix",
+    "reliability",
     "score",
     "seed_interval",
     "student",

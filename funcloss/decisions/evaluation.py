@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_labels, check_shape
-from funcloss.decisions.intervals import Interval, mean_interval, wilson
+from funcloss.decisions.intervals import Interval, cost_interval, wilson
+from funcloss.decisions.metrics import Metrics, make_metrics, reliability
 from funcloss.decisions.rules import DecisionRule, log_posterior
-
-_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,13 @@ class DecisionScores:
     accuracy: Interval  # under the prior; a decision that is no class is never right
     recall: Interval  # tensors by class; NaN for a class that does not occur
     precision: Interval  # tensors by class, under the prior; NaN for a class never decided
+    balanced_accuracy: float  # mean recall of the classes that occur
+    f1: Float[Tensor, " classes"]  # under the prior; NaN for a class that does not occur
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the classes that occur."""
+        return float(self.f1.nanmean())
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class Evaluation:
         return calibration_error(self.rule.log_probs(self.logits), self.labels, self.weights)
 
     @functools.cached_property
+    def metrics(self) -> Metrics:
+        """The metrics of the probabilities that the rule decides by."""
+        return make_metrics(self.rule.log_probs(self.logits), self.labels, self.weights)
+
+    @functools.cached_property
     def counts(self) -> Float[Tensor, " classes"]:
         """Examples of each class, float64."""
         return self.labels.bincount(minlength=len(self.rule.costs.classes)).double()
@@ -94,6 +105,16 @@ class Evaluation:
     def constant_decision(self) -> str:
         """The best constant decision."""
         return self.rule.costs.decisions[int(self.constant_costs.argmin())]
+
+    @functools.cached_property
+    def possible_costs(self) -> tuple[float, float]:
+        """The least and the largest expected cost that any decisions can have."""
+        occurs = self.prior > 0
+        costs = self.rule.costs.matrix[occurs]
+        if not self.known_prior:
+            return float(costs.min()), float(costs.max())
+        parts = self.prior[occurs]
+        return float(parts @ costs.amin(1)), float(parts @ costs.amax(1))
 
     def scored(self, decisions: Int[Tensor, " n"]) -> DecisionScores:
         """Return how decisions on the same examples score, however they were made.
@@ -125,10 +146,13 @@ class Evaluation:
         confusion = confusion.reshape(classes, columns)
         paid = costs.matrix[labels, decisions]
         right = (labels == decisions).double()
-        strata = labels if self.known_prior else None
-        expected = mean_interval(paid[None], self.weights, strata=strata)
+        known_prior = self.prior if self.known_prior else None
+        expected = cost_interval(confusion, costs.matrix, known_prior)
         support, hits = confusion.sum(1), confusion.diagonal()
+        recall = hits.double() / support
         precision, trials = _precision(decisions, right, self.weights, classes)
+        decided = trials * self.weights.max()  # fraction of all, under the prior
+        occurs = self.prior > 0
         constant = self.constant_cost
         return DecisionScores(
             decisions=decisions,
@@ -139,8 +163,10 @@ class Evaluation:
             class_cost=torch.zeros(classes).double().index_add(0, labels, self.weights * paid),
             normalised_cost=expected.value / constant if constant > 0 else math.nan,
             accuracy=_part(right, self.weights),
-            recall=Interval(hits.double() / support, *wilson(hits, support)),
+            recall=Interval(recall, *wilson(hits, support)),
             precision=Interval(precision, *wilson(precision * trials, trials)),
+            balanced_accuracy=float(recall[occurs].mean()),
+            f1=torch.where(occurs, 2 * self.prior * recall / (self.prior + decided), math.nan),
         )
 
 
@@ -155,9 +181,10 @@ def score(
     """Score a model's decisions by what they cost, under argmax and under minimum expected cost.
 
     The expected cost is ``sum_c prior[c] * mean over class c of cost_matrix[c, decision]``; without
-    a prior, the mean over the examples. A prior is taken as known, so that the interval of the cost
-    is that of a stratified sample; those of accuracy and precision are Wilson's for as many
-    examples as there would be if all weighed as much as the heaviest: at least as wide as is due.
+    a prior, the mean over the examples. A prior is taken as known, so that the interval of the
+    cost, see :func:`cost_interval`, is that of a stratified sample; those of accuracy and precision
+    are Wilson's for as many examples as there would be if all weighed as much as the heaviest: at
+    least as wide as is due.
 
     Args:
         logits: The model's scores, shape ``(n, classes)``.
@@ -237,12 +264,7 @@ def calibration_error(
         Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian
         binning", 2015; Guo, Pleiss, Sun and Weinberger, 2017.
     """
-    part = torch.ones(len(labels)) if weights is None else weights.cpu()
-    part = part.double() / part.double().sum()
-    confidence, guess = log_probs.detach().cpu().double().exp().max(-1)
-    bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1  # each with its upper edge
-    gap = part * ((guess == labels.cpu()).double() - confidence)
-    return float(torch.zeros(_BINS, dtype=torch.float64).index_add(0, bins, gap).abs().sum())
+    return reliability(log_probs, labels, weights).error
 
 
 def _precision(

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import torch
 
 from funcloss.app.report.choice import Row
-from funcloss.decisions import DecisionScores, Evaluation, Interval, mean_interval, student, wilson
+from funcloss.decisions import (
+    DecisionScores,
+    Evaluation,
+    Interval,
+    cost_interval,
+    mean_interval,
+    seed_interval,
+    wilson,
+)
 
 
 def row_of(
@@ -27,21 +35,31 @@ def row_of(
         plain: What is compared with, one a seed, on the same examples; None: nothing.
 
     Returns:
-        The row, intervals at 95 % over examples and seeds.
+        The row, intervals at 95 % over examples and seeds, none beyond what is possible.
     """
     labels, weights, known_prior = evaluation.labels, evaluation.weights, evaluation.known_prior
-    paid = torch.stack([s.example_cost for s in scores])
-    right = torch.stack([(s.decisions == labels).double() for s in scores])
-    strata = labels if known_prior else None
-    cost = mean_interval(paid, weights, strata=strata)
+    prior, costs = evaluation.prior if known_prior else None, evaluation.rule.costs.matrix
+    least, largest = evaluation.possible_costs
+    confusion = torch.stack([s.confusion.double() for s in scores]).mean(0)
+    cost = _over_seeds(
+        cost_interval(confusion, costs, prior),
+        [s.expected_cost.value for s in scores],
+        within=(least, largest),
+    )
     difference = None
     if plain is not None:
-        gap = paid - torch.stack([s.example_cost for s in plain])
-        difference = mean_interval(gap, weights, strata=strata)
+        ours, theirs = (torch.stack([s.example_cost for s in each]) for each in (scores, plain))
+        difference = mean_interval(
+            ours - theirs,
+            weights,
+            strata=labels if known_prior else None,
+            within=(least - largest, largest - least),
+        )
+    of_seed = [s.accuracy.value for s in scores]
     accuracy = (
-        mean_interval(right, weights, strata=strata)
+        _over_seeds(cost_interval(confusion, torch.eye(*costs.shape), prior), of_seed)
         if known_prior
-        else part_interval(right.mean(1).tolist(), len(labels))
+        else part_interval(of_seed, len(labels))
     )
     constant = evaluation.constant_cost if evaluation.constant_cost > 0 else math.nan
     return Row(
@@ -60,8 +78,7 @@ def row_of(
 def part_interval(parts: Sequence[float], n: int) -> Interval:
     """Return the mean of parts of the same ``n`` examples over seeds, with an interval at 95 %.
 
-    Wilson's bounds for the examples, moved out by the spread of the seeds: the squares of the two
-    distances from the mean add up.
+    Wilson's bounds for the examples, moved out by the spread of the seeds.
 
     Args:
         parts: One a seed.
@@ -76,9 +93,17 @@ def part_interval(parts: Sequence[float], n: int) -> Interval:
     """
     mean = sum(parts) / len(parts)
     low, high = wilson(torch.tensor(mean * n), torch.tensor(float(n)))
-    spread = 0.0
-    if len(parts) > 1:
-        variance = sum((p - mean) ** 2 for p in parts) / (len(parts) - 1)
-        spread = student(len(parts) - 1) * math.sqrt(variance / len(parts))
-    below, above = math.hypot(mean - float(low), spread), math.hypot(float(high) - mean, spread)
-    return Interval(mean, max(mean - below, 0.0), min(mean + above, 1.0))
+    return _over_seeds(Interval(mean, float(low), float(high)), parts)
+
+
+def _over_seeds(
+    of_examples: Interval, of_seed: Sequence[float], *, within: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
+    """Return an interval over examples moved out by the spread of the seeds.
+
+    The squares of the two distances from the mean add up.
+    """
+    value, low, high = of_examples
+    spread = value - seed_interval(list(of_seed)).low if len(of_seed) > 1 else 0.0
+    low, high = value - math.hypot(value - low, spread), value + math.hypot(high - value, spread)
+    return Interval(value, max(low, within[0]), min(high, within[1]))

@@ -257,8 +257,8 @@ def _points_table(choice: Choice) -> Table:
     for p in choice.points:
         notes = ["chosen"] * p.chosen + ["plain"] * p.plain + ["misses"] * (p.feasible is False)
         notes += [f"diverged on {p.diverged} of {p.seeds}"] * bool(p.diverged)
-        cells = [_ranged(score, ".2%") for score in (p.accuracy, *p.recall)]
-        cells += [_ranged(p.expected_cost, ".4f"), _ranged(p.rule_cost, ".4f")]
+        cells = [between(score, ".2%") for score in (p.accuracy, *p.recall)]
+        cells += [between(p.expected_cost, ".4f"), between(p.rule_cost, ".4f")]
         rows.append((p.name, *cells, ", ".join(notes)))
     table = make_table(head, rows)
     table.columns[-1].justify = "left"
@@ -275,12 +275,6 @@ def _rows_table(choice: Choice) -> Table:
         difference = "-" if row.difference is None else between(row.difference, "+.4f")
         rows.append((row.name, *cells, between(row.expected_cost, ".4f"), difference))
     return make_table(head, rows)
-
-
-def _ranged(score: Interval, form: str) -> str:
-    """Return a mean over seeds and half of its interval."""
-    half = number((score.high - score.low) / 2, form)
-    return number(score.value, form) + ("" if half == "-" else f" ± {half}")
 
 
 def _count(n: int, what: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # they load torch
     from rich.table import Table
 
     from funcloss.app.runs import EvaluationReport
-    from funcloss.decisions import CostCurve, Costs, DecisionScores, Sensitivity
+    from funcloss.decisions import CostCurve, Costs, DecisionScores, Metrics, Sensitivity
 
 _SQUARE = 20  # decisions in a printed matrix
 
@@ -69,6 +69,8 @@ def _print_evaluation(found: "EvaluationReport") -> None:
         f"calibration error here: {scored.calibration_error:.4f} of the softmax, "
         f"{scored.calibrated_error:.4f} of the probabilities in use"
     )
+    for line in _metric_lines(scored.metrics):
+        out.print(line)
     about = (scored.rule.log_probs(scored.logits), scored.labels, costs)
     if (curve := cost_curve(*about, weights=scored.weights)) is not None:
         out.print()
@@ -87,11 +89,22 @@ def _print_evaluation(found: "EvaluationReport") -> None:
                 out.print(_matrix_table(f"{title}, rows the truth", matrix, costs))
 
 
+def _metric_lines(found: "Metrics") -> list[str]:
+    """Return the metrics of the probabilities that the rule of minimum expected cost decides by."""
+    auc, precision = number(found.mean_auc, ".4f"), number(found.mean_average_precision, ".4f")
+    return [
+        f"AUC {auc}, average precision {precision} (one class against the rest, class mean)",
+        f"log score {number(found.log_score, '.4f')} nats per example, "
+        f"Brier score {number(found.brier_score, '.4f')} (0 best, 2 worst)",
+    ]
+
+
 def _rule_line(name: str, scores: "DecisionScores") -> str:
     normal = number(scores.normalised_cost, ".3f")
     compared = "" if normal == "-" else f", {normal} of the best constant decision"
     return (
         f"decisions by {name}: accuracy {between(scores.accuracy, '.2%')}, "
+        f"balanced accuracy {scores.balanced_accuracy:.2%}, macro F1 {scores.macro_f1:.4f}, "
         f"expected cost {between(scores.expected_cost, '.4f')}{compared}"
     )
 
@@ -111,15 +124,15 @@ def _matrix_table(title: str, matrix: Any, costs: "Costs") -> "Table":
 
 
 def _class_table(scores: "DecisionScores", classes: tuple[str, ...]) -> "Table":
-    """Return a table of count, recall and precision with their intervals, a row per class."""
+    """Return count, recall and precision with their intervals, and F1, a row per class."""
     rows = []
     for c, (name, count) in enumerate(zip(classes, scores.confusion.sum(1).tolist(), strict=True)):
         cells = []
         for value, low, high in (scores.recall, scores.precision):
             share = number(value[c], ".2%")
             cells += [share, "-" if share == "-" else f"{low[c]:.2%} to {high[c]:.2%}"]
-        rows.append((name, f"{count:,}", *cells))
-    return make_table(("class", "count", "recall", "95 %", "precision", "95 %"), rows)
+        rows.append((name, f"{count:,}", *cells, number(scores.f1[c], ".4f")))
+    return make_table(("class", "count", "recall", "95 %", "precision", "95 %", "F1"), rows)
 
 
 with_table(evaluate, fields(EvaluateOptions))

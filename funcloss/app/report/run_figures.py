@@ -15,9 +15,11 @@ from torch import Tensor
 
 from funcloss._files import replacing
 from funcloss._names import short
+from funcloss.decisions import Reliability
 
 _NAMED = 30  # classes whose names and counts are all written
 _CELLS, _TICKS = 500, 25  # of a larger matrix, along each side
+_FEW = 10  # examples in a bin below which its accuracy says little
 _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 
 
@@ -28,6 +30,7 @@ class Drawn:
     records: Sequence[dict[str, Any]]  # of metrics.jsonl
     classes: Sequence[str]
     confusion: Tensor  # of the test set by argmax, counts, (classes, classes)
+    reliability: Reliability  # of the test set, of the probabilities that decisions are made by
     images: Tensor | None  # a few of the test set, as ``predictions`` takes them; None: no images
     truths: Sequence[str]  # of these images
     guesses: Sequence[str]
@@ -148,10 +151,51 @@ def _write_counts(axes: Axes, counts: np.ndarray, parts: np.ndarray) -> None:
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
 
 
+def reliability(bins: Reliability) -> Figure:
+    """Accuracy over confidence in bins of the confidence, and below it the examples of each bin.
+
+    Args:
+        bins: The data of the diagram.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(5.6, 6.6), layout="constrained")
+    grid = {"height_ratios": (3, 1)}
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw=grid)
+    top.plot((0, 1), (0, 1), "--", color="grey", linewidth=1, label="perfectly calibrated")
+    count, confidence, accuracy = bins.count.numpy(), bins.confidence.numpy(), bins.accuracy.numpy()
+    seen, many = count > 0, count >= _FEW
+    top.vlines(confidence[seen], confidence[seen], accuracy[seen], color=_RED, alpha=0.5, zorder=1)
+    top.plot(confidence[many], accuracy[many], "o", color=_BLUE, label="bin of examples")
+    if (few := seen & ~many).any():
+        label = f"fewer than {_FEW} examples"
+        top.plot(
+            confidence[few], accuracy[few], "o", color=_BLUE, markerfacecolor="white", label=label
+        )
+    top.set_ylabel("accuracy")
+    top.set_ylim(-0.03, 1.03)
+    top.set_title(f"Confidence against accuracy, test set\ncalibration error {bins.error:.4f}")
+    top.legend(loc="upper left")
+    top.grid(alpha=0.3)
+    width = 1 / len(count)
+    edges = np.arange(len(count)) * width
+    bottom.bar(edges, count, width, align="edge", color=_BLUE, alpha=0.6, edgecolor="white")
+    for edge, n in zip(edges[seen], count[seen], strict=True):
+        bottom.text(edge + width / 2, n * 1.1, f"{n:,}", ha="center", va="bottom", fontsize=6.5)
+    bottom.set_yscale("log")
+    bottom.set_ylim(0.7, 4 * count.max())
+    bottom.set_ylabel("examples")
+    bottom.set_xlim(-0.015, 1.015)
+    bottom.set_xlabel("confidence: probability of the most likely class")
+    return figure
+
+
 # The figures of a run by name of the file; None: it has none of that kind.
 FIGURES: dict[str, Callable[[Drawn], Figure | None]] = {
     "curves.png": lambda run: curves(run.records),
     "confusion.png": lambda run: confusion(run.confusion, run.classes),
+    "reliability.png": lambda run: reliability(run.reliability),
     "predictions.png": lambda run: (
         None if run.images is None else predictions(run.images, run.truths, run.guesses)
     ),

@@ -222,6 +222,7 @@ def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any
             "temperature": rule.temperature,
             "calibration_error": evaluation.calibration_error,
             "calibrated_error": evaluation.calibrated_error,
+            "metrics": _metrics(evaluation),
             "prior": dict(zip(rule.costs.classes, evaluation.prior.tolist(), strict=True)),
             "constant_decision": evaluation.constant_decision,
             "constant_cost": evaluation.constant_cost,
@@ -231,6 +232,15 @@ def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any
             },
         }
     )
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, Any]:
+    found = vars(evaluation.metrics)
+    by_class = {
+        name: dict(zip(evaluation.rule.costs.classes, found[name].tolist(), strict=True))
+        for name in ("auc", "average_precision")
+    }
+    return found | by_class
 
 
 def _record(scores: DecisionScores, costs: Costs) -> dict[str, Any]:
@@ -244,6 +254,9 @@ def _record(scores: DecisionScores, costs: Costs) -> dict[str, Any]:
         "accuracy": list(scores.accuracy),
         "recall": by_class(scores.recall),
         "precision": by_class(scores.precision),
+        "balanced_accuracy": scores.balanced_accuracy,
+        "f1": dict(zip(costs.classes, scores.f1.tolist(), strict=True)),
+        "macro_f1": scores.macro_f1,
         "decisions": list(costs.decisions),
     }
 

@@ -80,6 +80,7 @@ def sum_up(
         records=records,
         classes=classes,
         confusion=evaluations["test"].argmax.confusion,
+        reliability=evaluations["test"].metrics.reliability,
         images=as_pixels(subset(test, few)) if setup.dataset.has_images else None,
         truths=[classes[i] for i in test.labels[few].tolist()],
         guesses=[classes[i] for i in evaluations["test"].logits[: len(few)].argmax(-1).tolist()],

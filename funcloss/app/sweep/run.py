@@ -99,7 +99,7 @@ def _reported(made: Sweep, records: list[Record], show: Show) -> Outcome:
     classes = made.setup.dataset.classes
     swept = [axis.key for axis in made.axes if axis.option == "class_weight"]
     focus = [classes[c] for c in focus_of(made.setup.costs, made.constraints, swept)]
-    points = points_of(records, made.constraints, focus)
+    points = points_of(records, made.constraints, focus, made.setup.costs)
     number = chosen_of(points, made.axes, made.constraints, misses(records, made.constraints))
     if number is None:
         raise RunError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from funcloss._json import or_nan
 from funcloss.app.report.choice import Point
 from funcloss.app.sweep.axes import Axis
 from funcloss.constraints.bounds import Constraint, held, violations
-from funcloss.decisions import Interval, seed_interval
+from funcloss.decisions import Costs, Interval, seed_interval
 
 Record = dict[str, Any]  # a trial at the end of a seed's training: a line of trials.jsonl
 _FADED = 0.001  # training error below which class weights have nothing left to weigh
@@ -20,6 +21,7 @@ def points_of(
     records: Sequence[Record],
     constraints: Sequence[Constraint],
     focus: Sequence[str],
+    costs: Costs,
 ) -> list[Point]:
     """Return the trials of a sweep on validation data, over their seeds, none chosen yet.
 
@@ -27,12 +29,17 @@ def points_of(
         records: The trials at the end of each seed's training.
         constraints: What is to hold; it does where it holds of the mean over the seeds.
         focus: Classes whose recall is told.
+        costs: What decisions cost: no interval goes beyond the least and the largest of them.
 
     Returns:
         A point a trial, in their order.
     """
     numbers = sorted({record["trial"] for record in records})
-    return [_point([r for r in records if r["trial"] == n], constraints, focus) for n in numbers]
+    possible = (float(costs.matrix.min()), float(costs.matrix.max()))
+    return [
+        _point([r for r in records if r["trial"] == n], constraints, focus, possible)
+        for n in numbers
+    ]
 
 
 def chosen_of(
@@ -141,16 +148,23 @@ def faded(records: Sequence[Record], axes: Sequence[Axis]) -> Interval | None:
     return Interval(mean, min(errors), max(errors)) if mean < _FADED else None
 
 
-def _point(own: list[Record], constraints: Sequence[Constraint], focus: Sequence[str]) -> Point:
+def _point(
+    own: list[Record],
+    constraints: Sequence[Constraint],
+    focus: Sequence[str],
+    possible: tuple[float, float],
+) -> Point:
     sound = [r for r in own if not r["diverged"]]
+    of_part = partial(seed_interval, within=(0.0, 1.0))
+    of_cost = partial(seed_interval, within=possible)
     values = means([r["reached"] for r in sound])
     return Point(
         name=own[0]["name"],
         values=own[0]["values"],
-        accuracy=seed_interval([r["accuracy"] for r in sound]),
-        expected_cost=seed_interval([r["expected_cost"] for r in sound]),
-        rule_cost=seed_interval([or_nan(r["rule_cost"]) for r in sound]),
-        recall=tuple(seed_interval([or_nan(r["recall"][name]) for r in sound]) for name in focus),
+        accuracy=of_part([r["accuracy"] for r in sound]),
+        expected_cost=of_cost([r["expected_cost"] for r in sound]),
+        rule_cost=of_cost([or_nan(r["rule_cost"]) for r in sound]),
+        recall=tuple(of_part([or_nan(r["recall"][name]) for r in sound]) for name in focus),
         plain=own[0]["plain"],
         chosen=False,
         feasible=(bool(sound) and held(constraints, values)) if constraints else None,
