@@ -74,7 +74,8 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     config = setup.config
     state, hyper = load_checkpoint(run_dir, setup)
     setup = replace(setup, hyper=hyper)
-    going_on = int(state.step) < config.epochs * setup.per_epoch
+    summary = folder.read_summary(run_dir)
+    going_on = summary is None and int(state.step) < setup.steps
     step = StepSpec(
         make_optimizer(config),
         hyper["learning_rate"],
@@ -84,6 +85,11 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     found = _audited(setup, state, options, step)
     over = "training has finished; the audited step is hypothetical, at the peak learning rate"
     notes = [] if going_on else [over]
+    if summary is not None and config.epochs == "auto":
+        notes.append(
+            f"audited after the last epoch, {summary['epochs']}; the model that the run kept is of "
+            f"epoch {summary['best_epoch']}"
+        )
     if config.amp != "off":
         notes.append(f"trained in {config.amp}, audited in float32")
     found = replace(found, notes=(*found.notes, *notes))

@@ -16,6 +16,15 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from funcloss.app.addresses import final, final_path, is_address, refusal
 from funcloss.app.data.names import DATASETS as PUBLISHED
 from funcloss.app.data.names import TORCHVISION
+from funcloss.app.length import (
+    BATCH_SIZE,
+    EPOCHS,
+    FEW,
+    MOST_EPOCHS,
+    MOST_STEPS,
+    PATIENCE,
+    STEPS,
+)
 from funcloss.app.registry import (
     LOSSES,
     MODELS,
@@ -222,7 +231,13 @@ class TrainConfig:
     eps: Annotated[float, Option(_of("eps", "Added to the denominator"), low=0)] = 1e-8
     weight_decay: Annotated[float, Option(_of("weight_decay", "Weight decay"), low=0)] = 0.0
     clip_norm: Annotated[float, Option("Clip gradients to this norm; 0: never.", low=0)] = 0.0
-    schedule: Annotated[str, Option("Learning rate over time.", tuple(SCHEDULES))] = "one-cycle"
+    schedule: Annotated[
+        str,
+        Option(
+            "Learning rate over time; auto: one-cycle, and constant where the epochs are auto.",
+            ("auto", *SCHEDULES),
+        ),
+    ] = "auto"
     warmup: Annotated[
         float,
         Option(_of("warmup", "Fraction of the steps that warm up"), low=0, high=0.99, above=True),
@@ -233,8 +248,29 @@ class TrainConfig:
     decay_factor: Annotated[
         float, Option(_of("decay_factor", "Factor of a decay"), low=0, high=1)
     ] = 0.1
-    epochs: Annotated[int, Option("Passes over the training set.", low=0, high=1e6)] = 3
-    batch_size: Annotated[int, Option("Examples a step.", low=1, high=1e9)] = 128
+    epochs: Annotated[
+        int | str,
+        Option(
+            "Passes over the training set; auto: until the validation loss has not fallen for "
+            f"{PATIENCE}, and at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps; the model of "
+            f"the lowest is kept. If not given: {EPOCHS}; auto for fewer than {FEW:,} training "
+            f"examples of data that is not in the list of --dataset ({STEPS:,} steps where auto "
+            "cannot be, as in a sweep).",
+            ("auto",),
+            low=0,
+            high=1e6,
+        ),
+    ] = ""
+    batch_size: Annotated[
+        int,
+        Option(
+            f"Batch size; 0: {BATCH_SIZE}; for fewer than {FEW:,} training examples of data that "
+            "is not in the list of --dataset, the power of two nearest to a sixteenth of them, 8 "
+            f"to {BATCH_SIZE}.",
+            low=0,
+            high=1e9,
+        ),
+    ] = 0
     seed: Annotated[int, Option("Seed of everything random.", low=0, high=2**63 - 1)] = 0
     device: Annotated[str, Option("Where to train.", ("auto", "cpu", "cuda", "mps"))] = "auto"
     compile: Annotated[
@@ -551,6 +587,8 @@ def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
             what = "tables" if get_origin(inner) is dict else "numbers"
             raise ConfigError(f"{name} must be a table of {what}, got {value!r}")
         return {str(k): _checked(f"{name} {k}", inner, option, v) for k, v in value.items()}
+    if kind == int | str:
+        return value if value in ("", *option.choices) else _number(name, option, value, int)
     if kind in (int, float):
         return _number(name, option, value, kind)
     if not isinstance(value, kind):
@@ -599,6 +637,7 @@ def _number(name: str, option: Option, value: Any, kind: type) -> Any:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
         what = "a whole number" if kind is int else "a number"
+        what = " or ".join((what, *option.choices))
         raise ConfigError(f"{name} must be {what}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
@@ -619,8 +658,32 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError("nesterov needs momentum above 0 and dampening 0")
     if config.reduction == "weighted_mean" and not config.class_weight:
         raise ConfigError("reduction weighted_mean needs a class_weight: without one it is mean")
+    if config.epochs == "auto":
+        _check_stops_early(config)
     if config.amp != "off" and config.device in ("cpu", "mps"):
         raise ConfigError(f"amp {config.amp} needs device cuda, got {config.device}")
+
+
+def _check_stops_early(config: TrainConfig) -> None:
+    if why := why_not_early(config):
+        fix = "use schedule auto" if why.startswith("schedule") else f"leave {why} out"
+        raise ConfigError(
+            f"epochs auto does not go with {why}, which needs the number of steps beforehand: "
+            f"{fix}, or set epochs to a number"
+        )
+
+
+def why_not_early(config: TrainConfig) -> str:
+    """Return the option of a configuration that needs to know when the training run will end.
+
+    Example:
+        >>> why_not_early(make_config({"schedule": "cosine"})), why_not_early(make_config())
+        ('schedule cosine', '')
+    """
+    row = SCHEDULES.get(config.schedule)
+    if row is not None and row.of_length:
+        return f"schedule {config.schedule}"
+    return next((name for name in ("floor", "ceiling") if getattr(config, name)), "")
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

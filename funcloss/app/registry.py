@@ -23,6 +23,7 @@ class Row:
         str, ...
     ] = ()  # options of a run that are ignored where no row that takes them is chosen
     image_size: int = 0  # height and width that a model needs; 0: any
+    of_length: bool = False  # whether a schedule needs the number of steps
 
     def load(self) -> Any:
         """Return what the name stands for."""
@@ -77,8 +78,8 @@ OPTIMIZERS = _by_name(  # functions of the options that they take
 SCHEDULES = _by_name(
     Row("constant", "funcloss.optim:constant"),
     Row("step", "funcloss.optim:step_decay", ("decay_every", "decay_factor")),
-    Row("cosine", "funcloss.optim:cosine"),
-    Row("one-cycle", "funcloss.optim:one_cycle", ("warmup",)),
+    Row("cosine", "funcloss.optim:cosine", of_length=True),
+    Row("one-cycle", "funcloss.optim:one_cycle", ("warmup",), of_length=True),
 )
 REDUCTIONS = _by_name(
     Row("mean", "funcloss.objectives:mean_of"),

@@ -54,7 +54,8 @@ class TrainingConsole:
         """Show everything, or, when ``quiet``, warnings only."""
         self._quiet = quiet
         self._audits: list[list[dict[str, Any]]] = []  # of the epoch
-        self._audit_seconds = 0.0
+        self._audit_seconds = self._epoch_seconds = 0.0  # since an epoch was shown
+        self._log_every, self._early = 1, False  # as the run that started has it
         self._before = self._of_seed = 0  # steps of a sweep: before this seed, and of each
         self._out = make_console()
         self._bar = Progress(
@@ -85,35 +86,27 @@ class TrainingConsole:
             case runs.Note(text):
                 self._print(text)
             case runs.Started(folder, config, step, steps):
+                self._log_every, self._early = config.log_every, config.epochs == "auto"
+                most = "at most " if self._early else ""
                 self._print(
                     f"training {short_name(config.model)} on {short_name(config.dataset)}, "
                     f"{config.device}, "
-                    f"{config.threads} threads, step {step:,} of {steps:,}, into {folder}"
+                    f"{config.threads} threads, step {step:,} of {most}{steps:,}, into {folder}"
                 )
-                self._begin(config.model, steps, step)
+                self._begin(config.model, None if self._early else steps, step)
             case training.Progress(step=step, loss=loss, images_per_second=rate):
                 for task in self._bar.task_ids:
                     done = self._before + step
                     self._bar.update(task, completed=done, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
-                if not self._out.is_terminal:
+                if not self._out.is_terminal and not (self._early and step % self._log_every):
                     self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} examples/s")
             case runs.Audited(_, seconds, rows):
                 self._audits.append(rows)
                 self._audit_seconds += seconds
-            case runs.EpochReport(number, epochs, loss, seconds, evaluations):
-                parts = "  ".join(
-                    f"{name} loss {scores.loss:.4f} accuracy {scores.argmax.accuracy.value:.2%}"
-                    for name, scores in evaluations.items()
-                )
-                self._print(
-                    f"epoch {number}/{epochs}  training loss {loss:.4f}  {parts}  {seconds:.1f} s"
-                )
-                if self._audits and not self._quiet:
-                    self._out.print(_shares_table(self._audits))
-                    took = self._audit_seconds / max(seconds, 1e-9)
-                    audits = _count(len(self._audits), "audit")
-                    self._print(f"{audits} took {took:.1%} of the epoch")
-                self._audits, self._audit_seconds = [], 0.0
+            case runs.EpochReport():
+                self._epoch_seconds += event.seconds
+                if not self._early or _is_round(event.number):
+                    self._epoch(event)
             case runs.Constrained(step, record):
                 self._print(f"step {step:,}  {_constrained(record)}")
             case sweep.SweepStarted(folder, trials, seeds, steps, done):
@@ -129,7 +122,26 @@ class TrainingConsole:
                 diverged = f", {lost} diverged" if lost else ""
                 self._print(f"seed {number}/{seeds} trained in {seconds:.1f} s{diverged}")
 
-    def _begin(self, name: str, total: int, done: int) -> None:
+    def _epoch(self, report: "runs.EpochReport") -> None:
+        """Show an epoch, and the audits since one was shown."""
+        parts = "  ".join(
+            f"{name} loss {scores.loss:.4f} accuracy {scores.argmax.accuracy.value:.2%}"
+            for name, scores in report.evaluations.items()
+        )
+        of = "" if self._early else f"/{report.epochs}"
+        self._print(
+            f"epoch {report.number}{of}  training loss {report.loss:.4f}  {parts}  "
+            f"{report.seconds:.1f} s"
+        )
+        if self._audits and not self._quiet:
+            self._out.print(_shares_table(self._audits))
+            took = self._audit_seconds / max(self._epoch_seconds, 1e-9)
+            audits = _count(len(self._audits), "audit")
+            what = "of these epochs" if self._early else "of the epoch"
+            self._print(f"{audits} took {took:.1%} {what}")
+        self._audits, self._audit_seconds, self._epoch_seconds = [], 0.0, 0.0
+
+    def _begin(self, name: str, total: int | None, done: int) -> None:
         """Begin a bar, in the place of one that has ended."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
@@ -221,6 +233,11 @@ def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
         f"  # {hardest} has a lower recall, {recall:.2%}: give it 5 times the weight in the loss",
         f"  funcloss-train --config {run}/config.toml {weighted}{allowed}",
     ]
+
+
+def _is_round(number: int) -> bool:
+    """Return whether a number is 1 to 9, or 10, 20 and so on, or 100, 200 and so on."""
+    return len(str(number).rstrip("0")) == 1
 
 
 def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:

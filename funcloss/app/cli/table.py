@@ -32,11 +32,19 @@ def _costs(name: str, path: Path, option: Option) -> dict[str, dict[str, float]]
     return read_cost_matrix(path)
 
 
+def _number_or_choice(name: str, text: str, option: Option) -> float | str:
+    try:
+        return float(text)
+    except ValueError:  # the table says whether it is one of the choices
+        return text
+
+
 # By type of the field, where it is not the type on the command line: that, its metavar unless the
 # option has one, and how it is read.
 _WRITTEN = {
     dict[str, float]: (list[str], None, pairs),
     dict[str, dict[str, float]]: (Path, None, _costs),
+    int | str: (str, "NUMBER|auto", _number_or_choice),
     tuple[float, ...]: (str, "NUMBER,...", _numbers),
     tuple[str, ...]: (list[str], None, lambda name, texts, option: texts),
 }

@@ -104,7 +104,7 @@ class Controller:
     def update(self, memory: Held, state: TrainState) -> tuple[Held, dict[str, Any]]:
         """Measure the constraints at a state; return the memory after it, and a record of it."""
         setup, constraints = self.setup, self.constraints
-        classes, half = setup.dataset.classes, setup.config.epochs * setup.per_epoch // 2
+        classes, half = setup.dataset.classes, setup.steps // 2
         scores = self._measured(state)
         now, values = snapshot_of(constraints, scores), reached(constraints, scores)
         best = Snapshot(bool(memory.feasible), float(memory.margin), float(memory.worth))

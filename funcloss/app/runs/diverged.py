@@ -44,7 +44,7 @@ def reason_of(setup: Setup, state: TrainState, hyper: Hyper, steps: int) -> str:
         step_on,
         len(setup.dataset.train.labels),
         iter_batches=setup.iter_batches,
-        epochs=setup.config.epochs,
+        epochs=setup.epochs,
         batch_size=setup.config.batch_size,
         should_stop=lambda: bool(found) or done >= steps,
     ):

@@ -25,7 +25,7 @@ class Started:
     folder: Path
     config: TrainConfig
     step: int
-    steps: int
+    steps: int  # at most, if it stops early
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EpochReport:
     """A finished epoch, stops within it included, and the evaluations after it."""
 
     number: int  # from 1
-    epochs: int  # how many there will be
+    epochs: int  # how many there will be; at most, if it stops early
     loss: float  # mean over its steps
     seconds: float  # of its steps
     evaluations: dict[str, Evaluation]  # by split

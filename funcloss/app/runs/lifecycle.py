@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +13,7 @@ import torch
 
 from funcloss._files import folder_replacing
 from funcloss._trees import flatten
+from funcloss.app import length
 from funcloss.app.config import TrainConfig, option_values
 from funcloss.app.data import short_name
 from funcloss.app.report.choice import Choice
@@ -20,6 +22,13 @@ from funcloss.app.runs.auditing import step_auditor
 from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
 from funcloss.app.runs.constrained import Controller, Held, make_controller
 from funcloss.app.runs.diverged import reason_of
+from funcloss.app.runs.early import (
+    Best,
+    better,
+    make_first_best,
+    sentence_on,
+    summary_of,
+)
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.lawful import check_loss
@@ -31,6 +40,10 @@ from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.loop import Progress, fit
 from funcloss.training.step import TrainState
 from funcloss.typing import Batch, Hyper, Metrics
+
+_SAVED_EVERY = 1.0  # seconds between two checkpoints, if epochs are shorter
+_REQUESTED = ("dataset", "epochs", "batch_size", "schedule", "device", "compile")
+Memory = Held | Best  # of a run under constraints, and of one that stops early
 
 
 @dataclass(frozen=True)
@@ -105,10 +118,17 @@ class _Job:
         """Return a step and the epoch that it is of, as records have them."""
         return {"step": step, "epoch": max(step - 1, 0) // self.setup.per_epoch + 1}
 
+    def is_over(self, step: int, memory: Memory | None) -> bool:
+        """Return whether the training is over after a step."""
+        per_epoch = self.setup.per_epoch
+        if isinstance(memory, Best):
+            return length.is_over(step // per_epoch, int(memory.step) // per_epoch, per_epoch)
+        return step >= self.setup.steps
+
 
 def _begun(
     config: TrainConfig, run_dir: Path | None, show: Show, *, overwrite: bool
-) -> tuple[_Job, TrainState, Held | None]:
+) -> tuple[_Job, TrainState, Memory | None]:
     """Make a new run folder."""
     if run_dir is not None:
         folder.check_free(run_dir, overwrite=overwrite)
@@ -118,7 +138,7 @@ def _begun(
         show(Note(note, warning=True))
     for note in setup.notes:
         show(Note(note))
-    controller = make_controller(setup)
+    controller, memory = make_controller(setup), make_first_best(setup)
     step, setup = _prepared(setup, config.compile, setup.state, show)
     if run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -127,11 +147,11 @@ def _begun(
     about = {
         "command": folder.command_line(),
         "dataset_note": setup.dataset.note,
-        "requested": {name: getattr(config, name) for name in ("dataset", "device", "compile")},
+        "requested": {name: getattr(config, name) for name in _REQUESTED},
         "environment": folder.environment(),
     }
     job = _Job(setup, run_dir, step, controller)
-    memory = controller and controller.init(setup.state)
+    memory = memory if controller is None else controller.init(setup.state)
     folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
@@ -142,16 +162,18 @@ def _begun(
 
 def _taken_up(
     config: TrainConfig, run_dir: Path, show: Show
-) -> tuple[_Job, TrainState, Held | None]:
+) -> tuple[_Job, TrainState, Memory | None]:
     """Read a run folder at its last checkpoint."""
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
     setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
-    controller, memory = make_controller(setup), None
+    controller, memory = make_controller(setup), make_first_best(setup)
     state = restore(setup.state, beneath(tensors, "state"))
     if controller is not None:
         memory = restore(controller.init(setup.state), beneath(tensors, "constraints"))
+    elif memory is not None:
+        memory = restore(memory, beneath(tensors, "best"))
     step, setup = _prepared(setup, config.compile, state, show)
     # What was logged after the checkpoint is about to be logged again.
     folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
@@ -249,7 +271,7 @@ def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
 def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[AnyStep, Setup]:
     """Return the step to run and the setup with the decision on compilation."""
     config = setup.config
-    if int(state.step) == config.epochs * setup.per_epoch:
+    if int(state.step) == setup.steps:
         return setup.train_step, setup
     made = prepare(setup.train_step, mode, state, (trial_batch(setup), setup.hyper))
     show(Note(f"step: {made.note}", made.warning))
@@ -265,8 +287,10 @@ class _Log:
         self.hyper = job.setup.hyper
         self.before: TrainState | None = None  # of the last report that was finite
         self.since: TrainState | None = None  # at the first step after it
+        self.records = folder.read_records(job.run_dir)  # of this epoch, and those before a stop
 
     def record(self, line: dict[str, Any]) -> None:
+        self.records.append(line)
         folder.append_record(self.job.run_dir, line)
         self.add_scalars(line)
 
@@ -290,21 +314,23 @@ class _Log:
     def epoch(self, line: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:
         classes = self.job.setup.dataset.classes
         self.record({"kind": "epoch"} | line | report.scores(evaluations, classes))
+        self.records.clear()
 
 
-def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watcher) -> Outcome:
+def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watcher) -> Outcome:
     """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
     setup, config, controller = job.setup, job.setup.config, job.controller
-    steps = config.epochs * setup.per_epoch
-    watcher.show(Started(job.run_dir, config, int(state.step), steps))
     done = int(state.step)  # a state's own counter may be on a busy device
-    audit = step_auditor(setup, watcher.show) if done < steps else None
+    over = job.is_over(done, memory)
+    watcher.show(Started(job.run_dir, config, done, setup.steps))
+    audit = None if over else step_auditor(setup, watcher.show)
+    saved = time.monotonic()
     with report.scalars(job.run_dir, config.tensorboard) as add_scalars:
         log = _Log(job, watcher.show, add_scalars)
 
-        def measured(memory: Held | None, state: TrainState) -> Held | None:
-            if controller is None or memory is None:
-                return None
+        def measured(memory: Memory | None, state: TrainState) -> Memory | None:
+            if controller is None or not isinstance(memory, Held):
+                return memory
             memory, line = controller.update(memory, state)
             log.record({"kind": "constraints"} | job.place(done) | line)
             watcher.show(Constrained(done, line))
@@ -327,7 +353,7 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
             return job.train_step(state, batch, hyper)
 
         evaluations: dict[str, Evaluation] = {}
-        if not folder.read_records(job.run_dir):
+        if not log.records:
             evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
             log.epoch({"epoch": 0, "step": 0, "examples": 0}, evaluations)
         for epoch in fit(
@@ -335,7 +361,7 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
             take_step,
             len(setup.dataset.train.labels),
             iter_batches=setup.iter_batches,
-            epochs=config.epochs,
+            epochs=done // setup.per_epoch if over else setup.epochs,
             batch_size=config.batch_size,
             log_every=config.log_every,
             on_progress=log.progress,
@@ -344,19 +370,30 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
             state = epoch.state
             if epoch.finished:
                 evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
-                loss, seconds = report.of_epoch(folder.read_records(job.run_dir), epoch.number)
+                loss, seconds = report.of_epoch(log.records, epoch.number)
                 line = {"epoch": epoch.number, "step": epoch.step, "examples": epoch.examples}
                 log.epoch(line | {"loss": loss, "seconds": seconds}, evaluations)
-                watcher.show(EpochReport(epoch.number, config.epochs, loss, seconds, evaluations))
+                watcher.show(EpochReport(epoch.number, setup.epochs, loss, seconds, evaluations))
+                if isinstance(memory, Best):
+                    memory = better(memory, state, evaluations["validation"].loss)
+                    over = job.is_over(epoch.step, memory)
+            if over:
+                break
+            if time.monotonic() - saved >= _SAVED_EVERY:
+                _save(job, state, memory)
+                saved = time.monotonic()
+        if not job.is_over(int(state.step), memory):
             _save(job, state, memory)
-        if int(state.step) < steps:
             return Outcome(job.run_dir, False, config)
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
         last = measured(memory, state)
     model, more = setup.trained(state), {}
-    if controller is not None and last is not None:
+    if controller is not None and isinstance(last, Held):
         model, more = controller.model(last), controller.summary(last)
+    elif isinstance(memory, Best):
+        model, more, evaluations = setup.trained(memory), summary_of(memory, setup), {}
+        watcher.show(Note(sentence_on(memory, setup, done)))
     if "test" not in evaluations:  # else the last epoch's are of this model, on all splits
         evaluations = evaluate(model, setup.dataset, ("validation", "test"))
     model = calibrated(model, evaluations.get("validation"), cut=setup.dataset.cut)
@@ -372,20 +409,23 @@ def _finished(outcome: Outcome, show: Show) -> Outcome:
     return outcome
 
 
-def _hyper(job: _Job, memory: Held | None) -> Hyper:
+def _hyper(job: _Job, memory: Memory | None) -> Hyper:
     """Return what the next step is given."""
-    if job.controller is None or memory is None:
+    if job.controller is None or not isinstance(memory, Held):
         return job.setup.hyper
     return job.controller.hyper(memory)
 
 
 def _save(
-    job: _Job, state: TrainState, memory: Held | None, model: TrainedModel | None = None
+    job: _Job, state: TrainState, memory: Memory | None, model: TrainedModel | None = None
 ) -> None:
     """Write the checkpoint to go on from, and the model to use."""
     setup, step = job.setup, int(state.step)
     kept: dict[str, Any] = {"state": state}
-    if job.controller is not None and memory is not None:
+    if isinstance(memory, Best):
+        kept |= {"best": memory}
+        model = model or setup.trained(memory)
+    elif job.controller is not None and memory is not None:
         # What the next step is given: an audit of the checkpoint needs it.
         kept |= {"constraints": memory, "hyper": _hyper(job, memory)}
         model = model or job.controller.model(memory)

@@ -97,7 +97,7 @@ def sum_up(
         "reduction": config.reduction,
         "class_weight": config.class_weight,
         "seed": config.seed,
-        "epochs": config.epochs,
+        "epochs": int(state.step) // setup.per_epoch,
         "steps": int(state.step),
         "examples": examples,
         "train_seconds": seconds,

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from funcloss import optim
-from funcloss.app.config import TrainConfig, check_code, with_final_names
+from funcloss.app import length
+from funcloss.app.config import (
+    DATASETS,
+    TrainConfig,
+    check_code,
+    why_not_early,
+    with_final_names,
+)
 from funcloss.app.data import (
     Dataset,
     InputSchema,
@@ -56,6 +63,16 @@ class Setup:
     untrained: TrainedModel  # with its first weights
     notes: tuple[str, ...] = ()  # what the user should read
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of the training run; of one that stops early, at most."""
+        return length.last_epoch(self.config.epochs, self.per_epoch)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the training run; of one that stops early, at most."""
+        return self.epochs * self.per_epoch
+
     def iter_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """Yield the training examples at one index after another."""
         return iter_batches(self.dataset, self.dataset.train, indices)
@@ -82,11 +99,12 @@ class Setup:
         )
 
 
-def make_setup(config: TrainConfig) -> Setup:
+def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     """Decide what a configuration leaves open and make what it names.
 
     Args:
         config: What is asked for. A resolved configuration stays as it is.
+        early: Whether the training may be decided to stop early.
 
     Returns:
         Everything for the training. The number of torch's CPU threads is set on the way.
@@ -104,7 +122,9 @@ def make_setup(config: TrainConfig) -> Setup:
         torch.set_num_threads(config.threads)
     config = with_absolute_paths(dataclasses.replace(config, device=device))
     config, dataset = _resolve(config, load_data(config))
-    return setup_on(config, moved(dataset, device))
+    config, note = _with_length(config, dataset, early=early)
+    setup = setup_on(config, moved(dataset, device))
+    return dataclasses.replace(setup, notes=(*setup.notes, note) if note else setup.notes)
 
 
 def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
@@ -285,7 +305,7 @@ def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     """Return the schedule that a configuration names, over steps of which an epoch has some."""
     make = SCHEDULES[config.schedule].load()
     known = {
-        "steps": max(config.epochs * per_epoch, 2),
+        "steps": max(length.last_epoch(config.epochs, per_epoch) * per_epoch, 2),
         "warmup": config.warmup,
         "every": config.decay_every * per_epoch,
         "factor": config.decay_factor,
@@ -307,6 +327,37 @@ def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Datase
     if len(weights) == len(classes) and not any(weights):
         raise ConfigError("class_weight: every class weighs 0, so nothing would be learnt")
     return resolved, _as_asked(config, dataset)
+
+
+def _with_length(config: TrainConfig, dataset: Dataset, *, early: bool) -> tuple[TrainConfig, str]:
+    """Fill in epochs, batch size and schedule by the number of examples; say what was chosen."""
+    n, epochs, batch_size = len(dataset.train.labels), config.epochs, config.batch_size
+    few = n < length.FEW and config.dataset not in DATASETS
+    batch_size = batch_size or (length.batch_size_for(n) if few else length.BATCH_SIZE)
+    fixed = ""  # why it cannot stop early
+    if epochs == "" and not few:
+        epochs = length.EPOCHS
+    elif epochs == "":
+        if not early:
+            fixed = "in a sweep"
+        elif option := why_not_early(config):
+            fixed = f"with {option}"
+        elif not len(dataset.validation.labels):
+            fixed = "without validation data"
+        epochs = length.epochs_for(max(n // batch_size, 1)) if fixed else "auto"
+    schedule = config.schedule
+    if schedule == "auto":
+        schedule = "constant" if epochs == "auto" else "one-cycle"
+    chosen = dataclasses.replace(config, epochs=epochs, batch_size=batch_size, schedule=schedule)
+    options = [
+        f"{name} {getattr(chosen, name)}"
+        for name in ("epochs", "batch_size")
+        if getattr(chosen, name) != getattr(config, name)
+    ]
+    if not (few and options):
+        return chosen, ""
+    why = f"; about {length.STEPS:,} steps, as there is no early stopping {fixed}" if fixed else ""
+    return chosen, f"{' and '.join(options)} for {n:,} training examples{why}"
 
 
 def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:

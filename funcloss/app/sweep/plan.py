@@ -73,7 +73,7 @@ class Sweep:
     @property
     def steps(self) -> int:
         """Return how many steps each trial takes."""
-        return self.config.epochs * self.setup.per_epoch
+        return self.setup.steps
 
 
 def seed_file(out: Path, seed: int) -> Path:
@@ -103,6 +103,10 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
         raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {spec.method!r}")
     if spec.seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {spec.seeds}")
+    if spec.config.epochs == "auto":
+        raise ConfigError(
+            "the trials of a sweep all train for the same number of epochs: set epochs to a number"
+        )
     if spec.config.seed + spec.seeds > _SEEDS:
         raise ConfigError(
             f"seeds count up from seed {spec.config.seed}, which leaves no room for {spec.seeds}"
@@ -189,7 +193,7 @@ def _assembled(spec: SweepSpec, out: Path) -> tuple[Sweep, list[Hyper]]:
     config, axes = spec.config, spec.axes
     grid = trials_of(axes)
     first = trial_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
-    setup = make_setup(first)
+    setup = make_setup(first, early=False)  # all trials end at one step
     classes = setup.dataset.classes
     if not len(setup.dataset.validation.labels):
         raise ConfigError(

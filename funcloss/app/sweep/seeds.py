@@ -205,7 +205,7 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> En
         take_step,
         len(setup.dataset.train.labels),
         iter_batches=setup.iter_batches,
-        epochs=config.epochs,
+        epochs=setup.epochs,
         batch_size=config.batch_size,
         log_every=config.log_every,
         on_progress=on_progress,
