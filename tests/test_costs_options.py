@@ -13,7 +13,7 @@ from conftest import StopAt, resume
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
-from funcloss.app import audits, data, registry, runs
+from funcloss.app import audits, data, registry, runs, sweep
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.options import AuditOptions, EvaluateOptions
@@ -192,11 +192,38 @@ def test_a_cost_matrix_reaches_the_setup_from_the_command_and_from_the_run(run_c
     assert config.prior == {"9": 0.01}
 
 
+def test_single_costs_reach_training_evaluation_and_a_sweep(run_cli, tmp_path, sample):
+    args = [*QUICK, "--loss", "expected_cost", "--class-cost", "9=2", "--cost", "9,4=20"]
+    args += ["--cost", "0,0=-1"]
+    code, _, err = run_cli(*args, "--run-dir", tmp_path / "run", program=shell.main_train)
+    assert code == 0, err
+    matrix = torch.ones(10, 10).double().fill_diagonal_(0.0)
+    matrix[9, :9], matrix[9, 4], matrix[0, 0] = 2.0, 20.0, -1.0
+    judged = runs.evaluate_run(tmp_path / "run").evaluation
+    assert torch.equal(judged.rule.costs.matrix, matrix)
+    expected = (matrix[sample.test.labels] * judged.logits.double().softmax(1)).sum(1).mean()
+    assert judged.loss == pytest.approx(float(expected), rel=1e-5)
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["costs"]
+    assert "calling a true 9 a 4 costs 20" in told
+    code, out, err = run_cli("evaluate", tmp_path / "run", "--cost", "3,8=7")
+    assert code == 0, err
+    assert out.startswith("cost: calling a true 3 a 8 costs 7\ncost: every other mistake costs 1")
+    own = sweep.sweep(
+        sweep.SweepSpec(make_config(TINY, {"cost": {"9,4": 20}, "audit_every": 0}),
+                        [sweep.Axis("class_weight", "9", (1.0, 2.0))]),
+        tmp_path / "sweep",
+    )  # fmt: skip
+    assert own.summary["costs"] == [
+        "calling a true 9 a 4 costs 20", "every other mistake costs 1, a right decision 0",
+    ]  # fmt: skip
+
+
 def test_every_new_option_survives_the_file_of_a_run(tmp_path):
     given = {
         "imbalance": 7.5,
         "loss_option": {"gamma": 0.5},
         "cost_matrix": MATRIX,
+        "cost": {"9,4": 20.0, 'a="b",c': -1.5},
         "prior": {"T-shirt/top": 0.25, "a \"name\" = 'x'": 0.5},
         "floor": {"9": 0.99, "a.b": 0.5},
         "ceiling": {"9:4": 0.01},
@@ -251,6 +278,11 @@ REFUSED = [
     (["--loss", "expected_cost", "--cost-matrix", "abstain.csv"],
      "loss expected_cost needs a square cost_matrix: the model has a logit a class, and none for "
      "abstain"),
+    (["--cost", "9,4"], "cost must be TRUE,DECIDED=COST, as in 9,4=20; got '9,4'"),
+    (["--cost", "9,4=x"], "cost: 'x' is not a number"),
+    (["--cost", "9,4=inf"], "cost 9,4 must be finite"),
+    (["--cost", "9,4=1", "--cost", "9,4=2"], "cost: true,decided '9,4' is given twice"),
+    (["--cost", "9,ten=1"], "cost '9,ten': no decision 'ten'; the decisions are 0, 1, 2"),
     (["--prior", "9=2"], "prior 9 must be at least 0 and at most 1, got 2"),
     (["--prior", "9"], "prior must be CLASS=PART, as in 9=0.01; got '9'"),
     (["--prior", "ten=0.5"], "prior: no class 'ten'"),
@@ -285,8 +317,10 @@ def test_a_bad_request_is_one_line_and_leaves_nothing(run_cli, tmp_path, monkeyp
 
 def test_help_says_how_each_option_is_written():
     result = typer.testing.CliRunner().invoke(shell.train_app, ["--help"], env={"COLUMNS": "200"})
-    for metavar in ("NAME=NUMBER", "CLASS=WEIGHT", "CLASS=COST", "CLASS=PART", "CLASS=RECALL",
-                    "TRUE:DECIDED=RATE", "FILE", "NUMBER,..."):  # fmt: skip
+    for metavar in (
+        *("NAME=NUMBER", "CLASS=WEIGHT", "CLASS=COST", "TRUE,DECIDED=COST", "CLASS=PART"),
+        *("CLASS=RECALL", "TRUE:DECIDED=RATE", "FILE", "NUMBER,..."),
+    ):
         assert metavar in result.output
 
 

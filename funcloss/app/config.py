@@ -176,6 +176,15 @@ class TrainConfig:
             example="9=5",
         ),
     ] = field(default_factory=dict)
+    cost: Annotated[
+        dict[str, float],
+        Option(
+            "Cost of one decision on one true class, over what --cost-matrix or --class-cost say; "
+            "repeatable.",
+            metavar="TRUE,DECIDED=COST",
+            example="9,4=20",
+        ),
+    ] = field(default_factory=dict)
     prior: Annotated[
         dict[str, float],
         Option(

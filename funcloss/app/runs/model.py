@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from funcloss.app.config import TrainConfig
 from funcloss.app.runs.checkpoint import load_tensors, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
-from funcloss.app.runs.options import make_criterion, make_hyper
-from funcloss.decisions import Costs, make_costs
+from funcloss.app.runs.options import costs_of, make_criterion, make_hyper
+from funcloss.decisions import Costs
 from funcloss.errors import ConfigError, RunError
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion, Forward, split_tensors
@@ -43,7 +43,7 @@ class TrainedModel:
     @functools.cached_property
     def costs(self) -> Costs:
         """What decisions cost."""
-        return make_costs(self.classes, self.config.cost_matrix, self.config.class_cost)
+        return costs_of(self.config, self.classes)
 
     @property
     def device(self) -> torch.device:

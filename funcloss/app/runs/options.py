@@ -20,7 +20,7 @@ from funcloss.combinators import (
     factor_names,
     options_of,
 )
-from funcloss.decisions import Costs, class_index
+from funcloss.decisions import Costs, class_index, make_costs
 from funcloss.errors import ConfigError
 from funcloss.objectives.supervised import Reduced
 from funcloss.typing import Hyper, LossFn
@@ -195,6 +195,15 @@ def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> No
             f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
             f"{(classes,)}; got shape {shape}"
         )
+
+
+def costs_of(config: TrainConfig, classes: tuple[str, ...]) -> Costs:
+    """Return what decisions cost, as a configuration has it.
+
+    Raises:
+        ConfigError: the costs do not fit the classes.
+    """
+    return make_costs(classes, config.cost_matrix, config.class_cost, config.cost)
 
 
 def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:

@@ -31,10 +31,11 @@ from funcloss.app.runs.network import make_model, resolve_model, try_model, with
 from funcloss.app.runs.options import (
     by_name,
     check_loss_options,
+    costs_of,
     make_hyper,
     resolved_costs,
 )
-from funcloss.decisions import Costs, make_costs
+from funcloss.decisions import Costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
 from funcloss.training.evaluation import HasTensors
@@ -145,7 +146,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
             not take.
     """
     device = config.device
-    costs = make_costs(dataset.classes, config.cost_matrix, config.class_cost)
+    costs = costs_of(config, dataset.classes)
     counts = class_counts(dataset.train, len(dataset.classes)).cpu()
     check_loss_options(config, costs, counts)
     hyper = make_hyper(config, costs, counts, device)
