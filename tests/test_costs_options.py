@@ -5,11 +5,13 @@ import functools
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import typer.testing
 from conftest import StopAt, resume
+from sklearn.utils.class_weight import compute_class_weight
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
@@ -18,7 +20,7 @@ from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.runs import folder
-from funcloss.app.runs.options import make_criterion, number_options
+from funcloss.app.runs.options import balanced_weights, make_criterion, number_options
 from funcloss.app.runs.setup import make_hyper, make_setup
 from funcloss.app.train import train
 from funcloss.decisions import make_costs
@@ -269,6 +271,11 @@ REFUSED = [
     (["--loss", "cross_entropy_with_cost"], "needs the loss_option price=NUMBER"),
     (["--loss", "softmax_focal", "--loss-option", "gamma=1e300"], "gamma must fit float32"),
     (["--loss", "expected_cost", "--class-cost", "9=1e300"], "cost_matrix must fit float32"),
+    (["--class-weight", "balanced:0"], "with a power above 0 and at most 10; got 'balanced:0'"),
+    (["--class-weight", "balanced:x"], "with a power above 0 and at most 10; got 'balanced:x'"),
+    (["--class-weight", "balance"], "class_weight must be CLASS=WEIGHT, as in 9=5; got 'balance'"),
+    (["--class-weight", "balanced", "--class-weight", "9=5"],
+     "class_weight balanced sets the weight of every class: give nothing else, got balanced, 9=5"),
     (["--class-cost", "9"], "class_cost must be CLASS=COST, as in 9=5; got '9'"),
     (["--class-cost", "ten=5"], "class_cost: no class 'ten'; the classes are 0, 1, 2"),
     (["--class-cost", "9=-5"], "class_cost 9 must be at least 0"),
@@ -411,6 +418,82 @@ def test_every_number_is_the_same_as_a_tensor(loss):
         del as_numbers["learning_rate"]
         expected = LOSSES[loss](logits, batch.targets, **as_numbers, **config.loss_option).mean()
         assert_close(make_criterion(loss)(logits, batch, hyper), expected)
+
+
+# Balanced class weights.
+
+BALANCED = [("balanced", 1.0), ("balanced:0.5", 0.5), ("balanced:2", 2.0)]
+
+
+@pytest.mark.parametrize(("text", "power"), BALANCED)
+def test_balanced_weights_are_those_of_sklearn_to_a_power(tmp_path, text, power):
+    made = make_config(TINY, {"class_weight": text, "imbalance": 20})
+    setup = make_setup(made)
+    labels = setup.dataset.train.labels.numpy()
+    theirs = compute_class_weight("balanced", classes=np.arange(10), y=labels) ** power
+    assert_close(setup.hyper["class_weights"], torch.tensor(theirs).float())
+    assert list(setup.config.class_weight) == list("0123456789")
+    assert setup.config.balance == 0.0
+    assert setup.notes[0].startswith(f"balanced class weights: 0={theirs[0]:.4g}, 1=")
+    folder.write_config(tmp_path / folder.CONFIG, setup.config, run={})
+    assert folder.read_config(tmp_path) == setup.config
+    again = make_setup(setup.config)
+    assert torch.equal(again.hyper["class_weights"], setup.hyper["class_weights"])
+    assert not any("balanced" in note for note in again.notes)
+
+
+def test_the_command_line_a_file_and_python_ask_for_balanced_weights_alike(run_cli, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('class_weight = "balanced:0.5"\nreduction = "weighted_mean"\n')
+    args = [*QUICK[:-1], "--imbalance", "5"]
+    code, out, _ = run_cli(*args, "--class-weight", "balanced:0.5", "--run-dir", tmp_path / "a",
+                           program=shell.main_train)  # fmt: skip
+    assert code == 0
+    assert "balanced class weights: 0=0.7" in out
+    code, _, _ = run_cli(*args, "--config", file, "--run-dir", tmp_path / "b",
+                         program=shell.main_train)  # fmt: skip
+    assert code == 0
+    python = make_setup(make_config(TINY, {"class_weight": "balanced:0.5", "imbalance": 5}))
+    for run in ("a", "b"):
+        assert folder.read_config(tmp_path / run).class_weight == python.config.class_weight
+    later = make_config({"class_weight": "balanced"}, {"class_weight": {"9": 5}})
+    assert (later.balance, later.class_weight) == (0.0, {"9": 5.0})
+
+
+def test_a_sweep_over_one_class_keeps_the_balanced_weights_of_the_others(run_cli, tmp_path):
+    args = ["sweep", *QUICK[:-1], "--imbalance", "5", "--class-weight", "balanced"]
+    args += ["--class-weight", "9=1:4:3", "--out", tmp_path / "s"]
+    code, _, err = run_cli(*args)
+    assert code == 0, err
+    own = read_toml(tmp_path / "s" / "sweep.toml")["class_weight"]
+    python = make_setup(make_config(TINY, {"class_weight": "balanced", "imbalance": 5})).config
+    assert {**python.class_weight, "9": 1.0} == own
+    chosen = folder.read_config(tmp_path / "s" / "chosen").class_weight
+    assert chosen in ({}, *({**own, "9": w} for w in (1.0, 2.5, 4.0)))
+
+
+def test_balanced_weights_need_an_example_of_every_class():
+    config = make_config({"class_weight": "balanced"})
+    counts = torch.tensor([6, 0, 2])
+    with pytest.raises(ConfigError, match="needs training examples of every class; of b there are"):
+        balanced_weights(config, ("a", "b", "c"), counts)
+    weighed = dataclasses.replace(config, class_weight={"b": 7.0})
+    found = balanced_weights(weighed, ("a", "b", "c"), counts)
+    assert found == pytest.approx({"a": 8 / 18, "c": 8 / 6})
+
+
+def test_a_class_called_balanced_has_a_weight_of_its_own(tmp_path, run_cli):
+    rows = ["x,y", *(f"{i},{'balanced' if i % 3 else 'other'}" for i in range(60))]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    args = ["--dataset", tmp_path / "rows.csv", "--target", "y", "--epochs", "0", "--quiet"]
+    args += ["--batch-size", "8", "--compile", "off"]
+    for text, expected in (("balanced=3", {"balanced": 3.0}), ("balanced", None)):
+        run = tmp_path / text
+        code, _, err = run_cli(*args, "--class-weight", text, "--run-dir", run,
+                               program=shell.main_train)  # fmt: skip
+        assert code == 0, err
+        found = folder.read_config(run).class_weight
+        assert found == (expected or {"balanced": 0.75, "other": 1.5})
 
 
 # The long tail, and who sees it.

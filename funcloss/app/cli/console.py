@@ -174,8 +174,12 @@ class TrainingConsole:
                 (r, c) for c, (r, *_) in argmax["recall"].items() if r is not None
             )
             print(f"hardest class: {hardest}, recall {recall:.2%}")
-            weight = 5 * outcome.summary["class_weight"].get(hardest, 1.0)
-            costly = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
+            weights = outcome.summary["class_weight"]  # the command line replaces all of them
+            weights = weights | {hardest: 5 * weights.get(hardest, 1.0)}
+            costly = " ".join(
+                f"--class-weight {shlex.quote(f'{name}={weight:g}')}"
+                for name, weight in weights.items()
+            )
             hints = [
                 "  # give this class 5 times the weight in the loss",
                 f"  funcloss-train --config {run}/config.toml {costly}{allowed}",

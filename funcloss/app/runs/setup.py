@@ -29,6 +29,7 @@ from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
 from funcloss.app.runs.options import (
+    balanced_weights,
     by_name,
     check_loss_options,
     costs_of,
@@ -41,6 +42,8 @@ from funcloss.objectives import make_forward, supervised
 from funcloss.training.evaluation import HasTensors
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
+
+_SHOWN = 20  # class weights that a note lists
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,11 @@ def make_setup(config: TrainConfig) -> Setup:
     if config.threads:
         torch.set_num_threads(config.threads)
     config = with_absolute_paths(dataclasses.replace(config, device=device))
-    config, dataset = _resolve(config, load_data(config))
-    return setup_on(config, moved(dataset, device))
+    dataset = load_data(config)
+    balanced = _balanced(config, dataset)
+    config, dataset = _resolve(config, dataset, balanced)
+    made = setup_on(config, moved(dataset, device))
+    return dataclasses.replace(made, notes=(*_in_words(balanced), *made.notes))
 
 
 def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
@@ -292,14 +298,28 @@ def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     return make(**{name: known[name] for name in known.keys() & inspect.signature(make).parameters})
 
 
-def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
+def _balanced(config: TrainConfig, dataset: Dataset) -> dict[str, float]:
+    counts = class_counts(dataset.train, len(dataset.classes))
+    return balanced_weights(config, dataset.classes, counts)
+
+
+def _in_words(balanced: dict[str, float]) -> list[str]:
+    few = ", ".join(f"{name}={weight:.4g}" for name, weight in [*balanced.items()][:_SHOWN])
+    more = f" and {len(balanced) - _SHOWN} more" if len(balanced) > _SHOWN else ""
+    return [f"balanced class weights: {few}{more}"] if balanced else []
+
+
+def _resolve(
+    config: TrainConfig, dataset: Dataset, balanced: dict[str, float]
+) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
     resolved = dataclasses.replace(
         resolved_costs(config, classes),
         dataset=dataset.name if config.dataset == "auto" else config.dataset,
         model=resolve_model(config.model, dataset.input_shape),
-        class_weight=by_name("class_weight", config.class_weight, classes),
+        class_weight=balanced | by_name("class_weight", config.class_weight, classes),
+        balance=0.0,
         threads=torch.get_num_threads(),
     )
     weights = resolved.class_weight.values()
