@@ -145,6 +145,7 @@ MATRIX = {t: {d: float(3 * (t < d) + (t > d)) for d in "0123456789"} for t in "0
 RESUMED = {
     "costs": {"loss": "cross_entropy_with_cost", "loss_option": {"price": 2}, "imbalance": 5}
     | {"cost_matrix": MATRIX},
+    "oversampled": {"oversample": 0.7, "imbalance": 20, "batch_size": 40},
     "counts": {"loss": "vector_scaling", "loss_option": {"tau": 0.5}, "imbalance": 20},
 }
 
@@ -519,6 +520,39 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     expected = float(F.cross_entropy(told, elsewhere.evaluation.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
     assert audits.audit_run(run, AuditOptions(examples=5000)).audit.count.tolist() == counts
+
+
+def test_an_oversampled_run_repeats_rarer_classes_and_is_judged_by_the_data(run_cli, tmp_path):
+    args = [*QUICK[:-1], "--imbalance", "20", "--oversample", "0.5", "--batch-size", "40"]
+    run, counts = tmp_path / "run", torch.tensor(long_tail(400, 20))
+    code, out, _ = run_cli(*args, "--run-dir", run, program=shell.main_train)
+    assert code == 0
+    draws = (counts * (400 / counts) ** 0.5).round().long()
+    assert f"oversampling: an epoch is {draws.sum():,} draws of {counts.sum():,} examples" in out
+    assert folder.read_summary(run)["steps"] == int(draws.sum()) // 40
+    setup = make_setup(folder.read_config(run))
+    order = setup.order(setup.state.key, 0)
+    assert setup.dataset.train.labels[order].bincount().tolist() == draws.tolist()
+    assert setup.counts.tolist() == counts.tolist()
+    judged = runs.evaluate_run(run).evaluation
+    # Validation data has as many of each class, the draws are the prior that was learnt.
+    expected = -(draws / draws.sum()).double().log()
+    shift = judged.rule.log_shift
+    assert_close(shift - shift.mean(), expected - expected.mean())
+    found = audits.audit_run(run, AuditOptions(examples=400))
+    assert any("repeated in training" in note for note in found.audit.notes)
+
+
+def test_a_trial_of_an_oversampled_sweep_trains_as_it_would_alone(tmp_path):
+    options = {"oversample": 1, "imbalance": 10, "audit_every": 0}
+    axes = [sweep.Axis("class_weight", "9", (1.0, 3.0))]
+    made = sweep.sweep(sweep.SweepSpec(make_config(TINY, options), axes), tmp_path / "s")
+    assert made.summary["steps"] == 400 * 10 // 128
+    config = folder.read_config(made.run_dir)
+    alone = train(config, tmp_path / "alone").folder
+    together = runs.load_tensors(made.run_dir / folder.MODEL)[0]
+    for name, tensor in runs.load_tensors(alone / folder.MODEL)[0].items():
+        assert_close(tensor, together[name], atol=1e-4, rtol=1e-3)
 
 
 AUDITED = {

@@ -103,6 +103,15 @@ class TrainConfig:
             low=1,
         ),
     ] = 1.0
+    oversample: Annotated[
+        float,
+        Option(
+            "Repeat training examples of rarer classes in each epoch; 0: each example once, 1: all "
+            "classes as often as the largest.",
+            low=0,
+            high=1,
+        ),
+    ] = 0.0
     image_size: Annotated[
         int,
         Option("Resize images to this height and width; 0: as the model needs.", low=0, high=4096),

@@ -331,7 +331,8 @@ def _run_from(job: _Job, state: TrainState, memory: Held | None, watcher: Watche
         for epoch in fit(
             state,
             take_step,
-            len(setup.dataset.train.labels),
+            setup.drawn,
+            order=setup.order,
             iter_batches=setup.iter_batches,
             epochs=config.epochs,
             batch_size=config.batch_size,

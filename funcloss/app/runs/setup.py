@@ -40,6 +40,7 @@ from funcloss.decisions import Costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
 from funcloss.training.evaluation import HasTensors
+from funcloss.training.loop import epoch_order, oversampled_counts, oversampled_order
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
 
@@ -63,6 +64,18 @@ class Setup:
     def iter_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """Yield the training examples at one index after another."""
         return iter_batches(self.dataset, self.dataset.train, indices)
+
+    @property
+    def drawn(self) -> int:
+        """Examples that an epoch goes through, repeated ones among them."""
+        return int(oversampled_counts(self.counts, self.config.oversample).sum())
+
+    def order(self, key: Tensor, epoch: int) -> Tensor:
+        """Return the indices of the training examples in an epoch, see :func:`fit`."""
+        labels, power = self.dataset.train.labels, self.config.oversample
+        if not power:
+            return epoch_order(key, epoch, len(labels))
+        return oversampled_order(key, epoch, labels, power)
 
     @property
     def counts(self) -> Tensor:
@@ -183,7 +196,8 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         columns=dataset.columns,
         images=dataset.has_images,
     )
-    per_epoch = len(dataset.train.labels) // config.batch_size
+    drawn = int(oversampled_counts(counts, config.oversample).sum())
+    per_epoch = drawn // config.batch_size
     train_step = make_train_step(
         supervised(model, untrained.criterion, bfloat16=config.amp == "bf16"),
         optimizer,
@@ -199,8 +213,13 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         state=state,
         per_epoch=per_epoch,
         untrained=untrained,
-        notes=tuple(filter(None, (_on_streaming(dataset), note))),
+        notes=tuple(filter(None, (_on_streaming(dataset), _on_sampling(counts, drawn), note))),
     )
+
+
+def _on_sampling(counts: Tensor, drawn: int) -> str:
+    n = int(counts.sum())
+    return "" if drawn == n else f"oversampling: an epoch is {drawn:,} draws of {n:,} examples"
 
 
 def _on_streaming(dataset: Dataset) -> str:
