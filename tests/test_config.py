@@ -64,6 +64,8 @@ REFUSED = [
     ({"class_weight": {"9": -1}}, "class_weight 9 must be at least 0, got -1"),
     ({"class_weight": {"9": float("nan")}}, "class_weight 9 must be finite, got nan"),
     ({"class_weight": 5}, "class_weight must be a table of numbers, got 5"),
+    ({"class_weight": "balance"}, "a table of numbers, balanced or balanced:POWER with a power"),
+    ({"class_weight": "balanced:11"}, "above 0 and at most 10; got 'balanced:11'"),
     ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
     ({"loss_option": {"gamma": "2"}}, "loss_option gamma must be a number, got '2'"),
     ({"loss_option": {"gamma": True}}, "loss_option gamma must be a number, got True"),

@@ -5,20 +5,22 @@ import functools
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import typer.testing
 from conftest import StopAt, resume
+from sklearn.utils.class_weight import compute_class_weight
 from torch.testing import assert_close
 
 from funcloss import class_weighted, custom_vjp, losses, mixup, scaled
-from funcloss.app import audits, data, registry, runs
+from funcloss.app import audits, data, registry, runs, sweep
 from funcloss.app.cli import app as shell
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.runs import folder
-from funcloss.app.runs.options import make_criterion, number_options
+from funcloss.app.runs.options import balanced_weights, make_criterion, number_options
 from funcloss.app.runs.setup import make_hyper, make_setup
 from funcloss.app.train import train
 from funcloss.decisions import make_costs
@@ -143,6 +145,7 @@ MATRIX = {t: {d: float(3 * (t < d) + (t > d)) for d in "0123456789"} for t in "0
 RESUMED = {
     "costs": {"loss": "cross_entropy_with_cost", "loss_option": {"price": 2}, "imbalance": 5}
     | {"cost_matrix": MATRIX},
+    "oversampled": {"oversample": 0.7, "imbalance": 20, "batch_size": 40},
     "counts": {"loss": "vector_scaling", "loss_option": {"tau": 0.5}, "imbalance": 20},
 }
 
@@ -192,11 +195,38 @@ def test_a_cost_matrix_reaches_the_setup_from_the_command_and_from_the_run(run_c
     assert config.prior == {"9": 0.01}
 
 
+def test_single_costs_reach_training_evaluation_and_a_sweep(run_cli, tmp_path, sample):
+    args = [*QUICK, "--loss", "expected_cost", "--class-cost", "9=2", "--cost", "9,4=20"]
+    args += ["--cost", "0,0=-1"]
+    code, _, err = run_cli(*args, "--run-dir", tmp_path / "run", program=shell.main_train)
+    assert code == 0, err
+    matrix = torch.ones(10, 10).double().fill_diagonal_(0.0)
+    matrix[9, :9], matrix[9, 4], matrix[0, 0] = 2.0, 20.0, -1.0
+    judged = runs.evaluate_run(tmp_path / "run").evaluation
+    assert torch.equal(judged.rule.costs.matrix, matrix)
+    expected = (matrix[sample.test.labels] * judged.logits.double().softmax(1)).sum(1).mean()
+    assert judged.loss == pytest.approx(float(expected), rel=1e-5)
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["costs"]
+    assert "calling a true 9 a 4 costs 20" in told
+    code, out, err = run_cli("evaluate", tmp_path / "run", "--cost", "3,8=7")
+    assert code == 0, err
+    assert out.startswith("cost: calling a true 3 a 8 costs 7\ncost: every other mistake costs 1")
+    own = sweep.sweep(
+        sweep.SweepSpec(make_config(TINY, {"cost": {"9,4": 20}, "audit_every": 0}),
+                        [sweep.Axis("class_weight", "9", (1.0, 2.0))]),
+        tmp_path / "sweep",
+    )  # fmt: skip
+    assert own.summary["costs"] == [
+        "calling a true 9 a 4 costs 20", "every other mistake costs 1, a right decision 0",
+    ]  # fmt: skip
+
+
 def test_every_new_option_survives_the_file_of_a_run(tmp_path):
     given = {
         "imbalance": 7.5,
         "loss_option": {"gamma": 0.5},
         "cost_matrix": MATRIX,
+        "cost": {"9,4": 20.0, 'a="b",c': -1.5},
         "prior": {"T-shirt/top": 0.25, "a \"name\" = 'x'": 0.5},
         "floor": {"9": 0.99, "a.b": 0.5},
         "ceiling": {"9:4": 0.01},
@@ -242,6 +272,11 @@ REFUSED = [
     (["--loss", "cross_entropy_with_cost"], "needs the loss_option price=NUMBER"),
     (["--loss", "softmax_focal", "--loss-option", "gamma=1e300"], "gamma must fit float32"),
     (["--loss", "expected_cost", "--class-cost", "9=1e300"], "cost_matrix must fit float32"),
+    (["--class-weight", "balanced:0"], "with a power above 0 and at most 10; got 'balanced:0'"),
+    (["--class-weight", "balanced:x"], "with a power above 0 and at most 10; got 'balanced:x'"),
+    (["--class-weight", "balance"], "class_weight must be CLASS=WEIGHT, as in 9=5; got 'balance'"),
+    (["--class-weight", "balanced", "--class-weight", "9=5"],
+     "class_weight balanced sets the weight of every class: give nothing else, got balanced, 9=5"),
     (["--class-cost", "9"], "class_cost must be CLASS=COST, as in 9=5; got '9'"),
     (["--class-cost", "ten=5"], "class_cost: no class 'ten'; the classes are 0, 1, 2"),
     (["--class-cost", "9=-5"], "class_cost 9 must be at least 0"),
@@ -251,6 +286,11 @@ REFUSED = [
     (["--loss", "expected_cost", "--cost-matrix", "abstain.csv"],
      "loss expected_cost needs a square cost_matrix: the model has a logit a class, and none for "
      "abstain"),
+    (["--cost", "9,4"], "cost must be TRUE,DECIDED=COST, as in 9,4=20; got '9,4'"),
+    (["--cost", "9,4=x"], "cost: 'x' is not a number"),
+    (["--cost", "9,4=inf"], "cost 9,4 must be finite"),
+    (["--cost", "9,4=1", "--cost", "9,4=2"], "cost: true,decided '9,4' is given twice"),
+    (["--cost", "9,ten=1"], "cost '9,ten': no decision 'ten'; the decisions are 0, 1, 2"),
     (["--prior", "9=2"], "prior 9 must be at least 0 and at most 1, got 2"),
     (["--prior", "9"], "prior must be CLASS=PART, as in 9=0.01; got '9'"),
     (["--prior", "ten=0.5"], "prior: no class 'ten'"),
@@ -285,8 +325,10 @@ def test_a_bad_request_is_one_line_and_leaves_nothing(run_cli, tmp_path, monkeyp
 
 def test_help_says_how_each_option_is_written():
     result = typer.testing.CliRunner().invoke(shell.train_app, ["--help"], env={"COLUMNS": "200"})
-    for metavar in ("NAME=NUMBER", "CLASS=WEIGHT", "CLASS=COST", "CLASS=PART", "CLASS=RECALL",
-                    "TRUE:DECIDED=RATE", "FILE", "NUMBER,..."):  # fmt: skip
+    for metavar in (
+        *("NAME=NUMBER", "CLASS=WEIGHT", "CLASS=COST", "TRUE,DECIDED=COST", "CLASS=PART"),
+        *("CLASS=RECALL", "TRUE:DECIDED=RATE", "FILE", "NUMBER,..."),
+    ):
         assert metavar in result.output
 
 
@@ -379,6 +421,82 @@ def test_every_number_is_the_same_as_a_tensor(loss):
         assert_close(make_criterion(loss)(logits, batch, hyper), expected)
 
 
+# Balanced class weights.
+
+BALANCED = [("balanced", 1.0), ("balanced:0.5", 0.5), ("balanced:2", 2.0)]
+
+
+@pytest.mark.parametrize(("text", "power"), BALANCED)
+def test_balanced_weights_are_those_of_sklearn_to_a_power(tmp_path, text, power):
+    made = make_config(TINY, {"class_weight": text, "imbalance": 20})
+    setup = make_setup(made)
+    labels = setup.dataset.train.labels.numpy()
+    theirs = compute_class_weight("balanced", classes=np.arange(10), y=labels) ** power
+    assert_close(setup.hyper["class_weights"], torch.tensor(theirs).float())
+    assert list(setup.config.class_weight) == list("0123456789")
+    assert setup.config.balance == 0.0
+    assert setup.notes[0].startswith(f"balanced class weights: 0={theirs[0]:.4g}, 1=")
+    folder.write_config(tmp_path / folder.CONFIG, setup.config, run={})
+    assert folder.read_config(tmp_path) == setup.config
+    again = make_setup(setup.config)
+    assert torch.equal(again.hyper["class_weights"], setup.hyper["class_weights"])
+    assert not any("balanced" in note for note in again.notes)
+
+
+def test_the_command_line_a_file_and_python_ask_for_balanced_weights_alike(run_cli, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('class_weight = "balanced:0.5"\nreduction = "weighted_mean"\n')
+    args = [*QUICK[:-1], "--imbalance", "5"]
+    code, out, _ = run_cli(*args, "--class-weight", "balanced:0.5", "--run-dir", tmp_path / "a",
+                           program=shell.main_train)  # fmt: skip
+    assert code == 0
+    assert "balanced class weights: 0=0.7" in out
+    code, _, _ = run_cli(*args, "--config", file, "--run-dir", tmp_path / "b",
+                         program=shell.main_train)  # fmt: skip
+    assert code == 0
+    python = make_setup(make_config(TINY, {"class_weight": "balanced:0.5", "imbalance": 5}))
+    for run in ("a", "b"):
+        assert folder.read_config(tmp_path / run).class_weight == python.config.class_weight
+    later = make_config({"class_weight": "balanced"}, {"class_weight": {"9": 5}})
+    assert (later.balance, later.class_weight) == (0.0, {"9": 5.0})
+
+
+def test_a_sweep_over_one_class_keeps_the_balanced_weights_of_the_others(run_cli, tmp_path):
+    args = ["sweep", *QUICK[:-1], "--imbalance", "5", "--class-weight", "balanced"]
+    args += ["--class-weight", "9=1:4:3", "--out", tmp_path / "s"]
+    code, _, err = run_cli(*args)
+    assert code == 0, err
+    own = read_toml(tmp_path / "s" / "sweep.toml")["class_weight"]
+    python = make_setup(make_config(TINY, {"class_weight": "balanced", "imbalance": 5})).config
+    assert {**python.class_weight, "9": 1.0} == own
+    chosen = folder.read_config(tmp_path / "s" / "chosen").class_weight
+    assert chosen in ({}, *({**own, "9": w} for w in (1.0, 2.5, 4.0)))
+
+
+def test_balanced_weights_need_an_example_of_every_class():
+    config = make_config({"class_weight": "balanced"})
+    counts = torch.tensor([6, 0, 2])
+    with pytest.raises(ConfigError, match="needs training examples of every class; of b there are"):
+        balanced_weights(config, ("a", "b", "c"), counts)
+    weighed = dataclasses.replace(config, class_weight={"b": 7.0})
+    found = balanced_weights(weighed, ("a", "b", "c"), counts)
+    assert found == pytest.approx({"a": 8 / 18, "c": 8 / 6})
+
+
+def test_a_class_called_balanced_has_a_weight_of_its_own(tmp_path, run_cli):
+    rows = ["x,y", *(f"{i},{'balanced' if i % 3 else 'other'}" for i in range(60))]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    args = ["--dataset", tmp_path / "rows.csv", "--target", "y", "--epochs", "0", "--quiet"]
+    args += ["--batch-size", "8", "--compile", "off"]
+    for text, expected in (("balanced=3", {"balanced": 3.0}), ("balanced", None)):
+        run = tmp_path / text
+        code, _, err = run_cli(*args, "--class-weight", text, "--run-dir", run,
+                               program=shell.main_train)  # fmt: skip
+        assert code == 0, err
+        found = folder.read_config(run).class_weight
+        assert found == (expected or {"balanced": 0.75, "other": 1.5})
+
+
 # The long tail, and who sees it.
 
 
@@ -402,6 +520,39 @@ def test_a_run_is_evaluated_and_audited_on_the_tail_that_it_was_trained_on(tmp_p
     expected = float(F.cross_entropy(told, elsewhere.evaluation.labels))
     assert elsewhere.evaluation.loss == pytest.approx(expected, rel=2e-6)
     assert audits.audit_run(run, AuditOptions(examples=5000)).audit.count.tolist() == counts
+
+
+def test_an_oversampled_run_repeats_rarer_classes_and_is_judged_by_the_data(run_cli, tmp_path):
+    args = [*QUICK[:-1], "--imbalance", "20", "--oversample", "0.5", "--batch-size", "40"]
+    run, counts = tmp_path / "run", torch.tensor(long_tail(400, 20))
+    code, out, _ = run_cli(*args, "--run-dir", run, program=shell.main_train)
+    assert code == 0
+    draws = (counts * (400 / counts) ** 0.5).round().long()
+    assert f"oversampling: an epoch is {draws.sum():,} draws of {counts.sum():,} examples" in out
+    assert folder.read_summary(run)["steps"] == int(draws.sum()) // 40
+    setup = make_setup(folder.read_config(run))
+    order = setup.order(setup.state.key, 0)
+    assert setup.dataset.train.labels[order].bincount().tolist() == draws.tolist()
+    assert setup.counts.tolist() == counts.tolist()
+    judged = runs.evaluate_run(run).evaluation
+    # Validation data has as many of each class, the draws are the prior that was learnt.
+    expected = -(draws / draws.sum()).double().log()
+    shift = judged.rule.log_shift
+    assert_close(shift - shift.mean(), expected - expected.mean())
+    found = audits.audit_run(run, AuditOptions(examples=400))
+    assert any("repeated in training" in note for note in found.audit.notes)
+
+
+def test_a_trial_of_an_oversampled_sweep_trains_as_it_would_alone(tmp_path):
+    options = {"oversample": 1, "imbalance": 10, "audit_every": 0}
+    axes = [sweep.Axis("class_weight", "9", (1.0, 3.0))]
+    made = sweep.sweep(sweep.SweepSpec(make_config(TINY, options), axes), tmp_path / "s")
+    assert made.summary["steps"] == 400 * 10 // 128
+    config = folder.read_config(made.run_dir)
+    alone = train(config, tmp_path / "alone").folder
+    together = runs.load_tensors(made.run_dir / folder.MODEL)[0]
+    for name, tensor in runs.load_tensors(alone / folder.MODEL)[0].items():
+        assert_close(tensor, together[name], atol=1e-4, rtol=1e-3)
 
 
 AUDITED = {

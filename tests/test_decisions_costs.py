@@ -50,6 +50,31 @@ MADE = [
     pytest.param(
         ("Käse", "猫"), {"class_cost": {"猫": 7}}, [[0, 1], [7, 0]], ("Käse", "猫"), id="unicode"
     ),
+    pytest.param(PETS, {"cost": {"cat,dog": 20}}, [[0, 20], [1, 0]], PETS, id="one-cell"),
+    pytest.param(
+        PETS,
+        {"class_cost": {"dog": 5}, "cost": {"1,0": 7, "1,dog": -2}},
+        [[0, 1], [7, -2]],
+        PETS,
+        id="cells-over-a-cost-of-the-class",
+    ),
+    pytest.param(
+        PETS,
+        {
+            "table": {"cat": {"cat": 0, "dog": 2, "ask": 1}, "dog": {"cat": 9, "dog": 0, "ask": 1}},
+            "cost": {"dog,ask": 0.5},
+        },
+        [[0, 2, 1], [9, 0, 0.5]],
+        ("cat", "dog", "ask"),
+        id="cells-over-a-table",
+    ),
+    pytest.param(
+        ("a,b", "c=d", "e"),
+        {"cost": {"a,b,c=d": 2, "e,a,b": 3, "a,b,2": 4, "2,c=d": 5}},
+        [[0, 2, 4], [1, 0, 1], [3, 5, 0]],
+        ("a,b", "c=d", "e"),
+        id="commas-in-names",
+    ),
     pytest.param(("only",), {"class_cost": {"only": 7}}, [[0]], ("only",), id="one-class"),
     pytest.param(
         ("only",),
@@ -85,6 +110,12 @@ REFUSED = [
     ({"class_cost": {"dog": float("nan")}}, "at least 0, got nan"),
     ({"class_cost": {"dog": float("inf")}}, "at least 0, got inf"),
     ({"class_cost": {"dog": "5"}}, "class_cost dog must be finite and at least 0, got 5"),
+    ({"cost": {"dog": 1}}, "cost 'dog' must be a true class and a decision, as in dog,cat"),
+    ({"cost": {"dog,cat,cat": 1}}, "cost 'dog,cat,cat' must be a true class and a decision"),
+    ({"cost": {"dog,bird": 1}}, "cost 'dog,bird': no decision 'bird'; the decisions are cat, dog"),
+    ({"cost": {"bird,cat": 1}}, "cost 'bird,cat': no class 'bird'; the classes are cat, dog"),
+    ({"cost": {"dog,cat": 1, "1,0": 2}}, "cost: 'dog' decided as 'cat' is given twice"),
+    ({"cost": {"dog,cat": float("nan")}}, "cost dog,cat must be a finite number, got nan"),
     ({"table": {"cat": {"cat": 0, "dog": 1}}}, "no row for class dog; every class is a row"),
     (
         {"table": table(PETS, ["cat"], [[0], [1]])},
@@ -141,6 +172,11 @@ def test_two_classes_of_one_name_are_refused():
 def test_a_name_comes_before_an_index(key, classes, index):
     assert class_index("floor", key, classes) == index
     assert class_index("floor", key, list(classes)) == index
+
+
+def test_a_cell_that_commas_leave_open_is_refused():
+    with pytest.raises(ConfigError, match="'a' decided as 'b,c' or 'a,b' decided as 'c': give"):
+        make_costs(("a", "b,c", "a,b", "c"), cost={"a,b,c": 2.0})
 
 
 def test_where_classes_are_numbers_an_index_is_no_name():

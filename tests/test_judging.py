@@ -31,8 +31,17 @@ from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.options import check_loss_options, make_criterion, make_hyper
 from funcloss.app.runs.rules import rule_caveat, rule_fits
 from funcloss.app.train import train
-from funcloss.decisions import DecisionRule, fit_temperature, make_costs, score
+from funcloss.decisions import (
+    DecisionRule,
+    fit_temperature,
+    log_posterior,
+    make_costs,
+    posterior_shift,
+    score,
+)
 from funcloss.errors import ConfigError
+from funcloss.keys import make_key
+from funcloss.training import oversampled_order
 from funcloss.typing import Batch
 
 ABC = ("a", "b", "c")
@@ -95,6 +104,41 @@ def test_the_implied_prior_is_what_the_loss_is_least_at(options, weights, by_han
     optimizer.step(closure)
     scores = logits.detach() * logit_scale(config, COUNTS)
     assert_close(scores.softmax(-1), found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_oversampling_implies_the_prior_of_balanced_weights_to_its_power(power):
+    weights = (COUNTS.sum() / (3 * COUNTS)) ** power
+    sampled = implied_prior(make_config({"oversample": power}), COUNTS, None)
+    weighed = implied_prior(make_config(), COUNTS, weights)
+    assert_close(sampled, weighed, atol=2e-3, rtol=0)  # draws are whole numbers
+    losses = {"loss": "logit_adjusted", "loss_option": {"tau": 0.5}}
+    both = implied_prior(make_config(losses, {"oversample": power}), COUNTS, None)
+    assert_close(both, implied_prior(make_config(losses), COUNTS, weights), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("power", "tolerance"), [(1.0, 1e-12), (0.7, 0.01)])
+def test_what_an_oversampled_training_learns_is_corrected_to_the_data_as_it_is(power, tolerance):
+    """Eight kinds of inputs; a model that is perfect has their class frequencies in an epoch."""
+    counts = torch.tensor([240, 120, 40])
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(counts)
+    kinds = (labels + torch.randint(0, 6, labels.shape, generator=generator)) % 8
+
+    def frequencies(order):
+        pairs = (kinds[order] * 3 + labels[order]).bincount(minlength=24).reshape(8, 3)
+        return pairs.double()
+
+    # Whole multiples at 1, so that one epoch is enough; else the mean over many.
+    epochs = 1 if power == 1.0 else 100
+    orders = [oversampled_order(make_key(0), e, labels, power) for e in range(epochs)]
+    learnt = sum(map(frequencies, orders)).log()
+    implied = implied_prior(make_config({"oversample": power}), counts, None)
+    shift = posterior_shift(prior=counts.double() / counts.sum(), train_prior=implied)
+    plain = frequencies(torch.arange(len(labels)))
+    found = log_posterior(learnt, log_shift=shift).exp()
+    assert_close(found, plain / plain.sum(1, keepdim=True), atol=tolerance, rtol=0)
+    assert (learnt.softmax(1) - found).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(

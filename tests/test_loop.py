@@ -13,6 +13,8 @@ from funcloss.training import (
     fit,
     init_state,
     make_train_step,
+    oversampled_counts,
+    oversampled_order,
 )
 
 HYPER = {"learning_rate": torch.tensor(0.05)}
@@ -94,6 +96,63 @@ def test_the_order_hangs_on_key_and_epoch_alone():
     assert not torch.equal(orders[0], epoch_order(make_key(1), 0, 100))
     assert all(torch.equal(o.sort().values, torch.arange(100)) for o in orders)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+OVERSAMPLED = [
+    ([90, 30, 7], 0.0, [90, 30, 7]),
+    ([90, 30, 7], 1.0, [90, 90, 90]),
+    ([90, 0, 40, 10], 0.5, [90, 0, 60, 30]),
+    ([5, 5], 1.0, [5, 5]),
+    ([64, 1], 1 / 3, [64, 4]),
+]
+
+
+@pytest.mark.parametrize(("counts", "power", "draws"), OVERSAMPLED)
+def test_an_oversampled_epoch_repeats_the_examples_of_rarer_classes(counts, power, draws):
+    counts, key, before = torch.tensor(counts), make_key(3), torch.get_rng_state()
+    assert oversampled_counts(counts, power).tolist() == draws
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    orders = [oversampled_order(key, epoch, labels, power) for epoch in range(30)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(orders[7], oversampled_order(key, 7, labels, power))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], oversampled_order(make_key(4), 0, labels, power))
+    often = torch.stack([order.bincount(minlength=len(labels)) for order in orders])
+    for c, n in enumerate(counts.tolist()):
+        own = often[:, labels == c]
+        assert (own.sum(1) == draws[c]).all()
+        if n:
+            assert own.min() >= draws[c] // n
+            assert own.max() <= -(-draws[c] // n)
+            if draws[c] % n:  # which come once more is another choice in each epoch
+                assert (own.double().mean(0) - draws[c] / n).abs().max() < 0.4
+                assert len(own.unique(dim=0)) > 4
+    mixed = labels[orders[0]][: len(orders[0]) // 2].bincount(minlength=len(counts))
+    assert (mixed - torch.tensor(draws) / 2).abs().max() < 20  # shuffled
+
+
+def test_a_loop_goes_through_the_order_that_it_is_given(training):
+    labels = torch.tensor([0] * 100 + [1] * 10)
+    seen = []
+
+    def note(index):
+        seen.append(index)
+        return index
+
+    def epochs(state=None, **options):
+        return run(training, n=200, batch_size=20, state=state,
+                   order=lambda key, epoch: oversampled_order(key, epoch, labels, 1.0),
+                   iter_batches=lambda indices: map(note, indices), **options)  # fmt: skip
+
+    whole = epochs()[-1].state
+    key = whole.key
+    expected = torch.cat([oversampled_order(key, epoch, labels, 1.0) for epoch in (0, 1)])
+    assert torch.equal(torch.cat(seen), expected)
+    steps = iter(range(1, 100))
+    part = epochs(should_stop=lambda: next(steps) >= 13)[-1]
+    assert not part.finished
+    assert same(epochs(state=part.state)[-1].state, whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 500, 9999])

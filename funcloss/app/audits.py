@@ -92,6 +92,8 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
         )
     if config.amp != "off":
         notes.append(f"trained in {config.amp}, audited in float32")
+    if config.oversample:
+        notes.append("rarer classes were repeated in training; here each example counts once")
     found = replace(found, notes=(*found.notes, *notes))
     history = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
     return _with_report(setup, found, options, run_dir.name, int(state.step), history)

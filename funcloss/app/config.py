@@ -50,11 +50,13 @@ class Option:
     metavar: str = ""  # how the command line writes a value; empty: as its type says
     example: str = ""
     own: str = ""  # what else than its choices it may name; empty: nothing
+    word: str = ""  # of a table: may be given instead, alone or as WORD:NUMBER; empty: nothing
     flag: str = ""  # of a switch that the command line has no opposite of
 
 
 FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
 DATASETS = tuple(PUBLISHED)
+_MOST_POWER = 10.0  # of balanced weights
 _DATA = ("dataset", "validation_dataset", "test_dataset")
 CODE = (*_DATA, "model", "loss")  # the options that may name it
 
@@ -110,6 +112,15 @@ class TrainConfig:
             low=1,
         ),
     ] = 1.0
+    oversample: Annotated[
+        float,
+        Option(
+            "Repeat training examples of rarer classes in each epoch; 0: each example once, 1: all "
+            "classes as often as the largest.",
+            low=0,
+            high=1,
+        ),
+    ] = 0.0
     image_size: Annotated[
         int,
         Option("Resize images to this height and width; 0: as the model needs.", low=0, high=4096),
@@ -159,10 +170,13 @@ class TrainConfig:
     class_weight: Annotated[
         dict[str, float],
         Option(
-            "Cost of a true class, CLASS=WEIGHT, by name or index; repeatable.",
+            "Weight of a true class in the loss, CLASS=WEIGHT, by name or index; repeatable. Or "
+            "balanced: n / (classes * n_c) of n training examples, n_c of the class; balanced:0.5: "
+            "that to the power of 0.5.",
             low=0,
             metavar="CLASS=WEIGHT",
             example="9=5",
+            word="balanced",
         ),
     ] = field(default_factory=dict)
     reduction: Annotated[
@@ -183,6 +197,15 @@ class TrainConfig:
             low=0,
             metavar="CLASS=COST",
             example="9=5",
+        ),
+    ] = field(default_factory=dict)
+    cost: Annotated[
+        dict[str, float],
+        Option(
+            "Cost of one decision on one true class, over what --cost-matrix or --class-cost say; "
+            "repeatable.",
+            metavar="TRUE,DECIDED=COST",
+            example="9,4=20",
         ),
     ] = field(default_factory=dict)
     prior: Annotated[
@@ -283,6 +306,8 @@ class TrainConfig:
         int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
     ] = 100
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
+    # No option: the power of class_weight balanced, of which a setup makes weights; 0: none.
+    balance: float = 0.0
     # No option: code that a file named and nobody allowed to import, with the file.
     refused_code: dict[str, str] = field(default_factory=dict)
 
@@ -390,6 +415,8 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}{did_you_mean(name, list(known))}")
             row = known[name]
+            if name == "class_weight":
+                value, values["balance"] = _without_word(value)
             values[name] = _checked(name, row.type, row.option, short_name(name, value))
             origin[name] = number
     _leave_out_ignored(values, origin, layers)
@@ -401,6 +428,34 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         if isinstance(layer := layers[origin[name]], FileOptions) and not layer.allow_import
     }
     return replace(config, refused_code=refused)
+
+
+def gives_word(option: Option, text: str) -> bool:
+    """Return whether a text is the word of an option, alone or with a number, and no pair.
+
+    Example:
+        >>> option = Option("", word="balanced")
+        >>> [gives_word(option, t) for t in ("balanced", "balanced:0.5", "balanced=2", "9=5")]
+        [True, True, False, False]
+    """
+    return bool(option.word) and "=" not in text and text.partition(":")[0] == option.word
+
+
+def _without_word(value: Any) -> tuple[Any, float]:
+    """Return class weights without ``balanced``, and the power that it was given with, else 0."""
+    if not isinstance(value, str):
+        return value, 0.0
+    word, colon, text = value.partition(":")
+    try:
+        power = float(text) if colon else 1.0
+    except ValueError:
+        power = math.nan
+    if word != "balanced" or not 0.0 < power <= _MOST_POWER:
+        raise ConfigError(
+            "class_weight must be a table of numbers, balanced or balanced:POWER with a power "
+            f"above 0 and at most {_MOST_POWER:g}; got {value!r}"
+        )
+    return {}, power
 
 
 def _leave_out_ignored(
@@ -454,6 +509,7 @@ def plain_config(config: TrainConfig) -> TrainConfig:
         loss="cross_entropy",
         loss_option={},
         class_weight={},
+        balance=0.0,
         reduction="mean",
         floor={},
         ceiling={},
@@ -656,7 +712,8 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError("pixel_mean and pixel_std must be given together")
     if config.nesterov and (not config.momentum or config.dampening):
         raise ConfigError("nesterov needs momentum above 0 and dampening 0")
-    if config.reduction == "weighted_mean" and not config.class_weight:
+    weighted = bool(config.class_weight) or config.balance > 0.0
+    if config.reduction == "weighted_mean" and not weighted:
         raise ConfigError("reduction weighted_mean needs a class_weight: without one it is mean")
     if config.epochs == "auto":
         _check_stops_early(config)

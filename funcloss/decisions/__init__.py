@@ -2,7 +2,7 @@
 
 from funcloss.decisions.calibration import Calibration, calibrate, class_frequencies
 from funcloss.decisions.cost_file import read_cost_matrix
-from funcloss.decisions.costs import Costs, class_index, cost_sentences, make_costs
+from funcloss.decisions.costs import Costs, class_index, cost_cell, cost_sentences, make_costs
 from funcloss.decisions.evaluation import DecisionScores, Evaluation, calibration_error, score
 from funcloss.decisions.intervals import (
     Interval,
@@ -51,6 +51,7 @@ __all__ = [
     "calibration_error",
     "class_frequencies",
     "class_index",
+    "cost_cell",
     "cost_curve",
     "cost_interval",
     "cost_sentences",

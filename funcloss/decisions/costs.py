@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -34,6 +34,7 @@ def make_costs(
     classes: Sequence[str],
     table: CostTable | None = None,
     class_cost: Mapping[str, float] | None = None,
+    cost: Mapping[str, float] | None = None,
 ) -> Costs:
     """Return the costs that a table or a cost of each true class names; else 1 for every mistake.
 
@@ -43,18 +44,24 @@ def make_costs(
             row and a column; further columns are decisions that are no class.
         class_cost: Cost of every mistake on a true class, by name or index; 1 for the others. The
             row form of ``table``, instead of it.
+        cost: Cost of single decisions on a true class, over what the others say, by a key as
+            :func:`cost_cell` reads it: ``{"9,4": 20.0}``.
 
     Returns:
         The costs, columns in the order of ``classes`` and then of the table's first row.
 
     Raises:
-        ConfigError: both are given, two classes share a name, a name does not fit the classes, a
-            cost is missing, not finite or, in ``class_cost``, negative.
+        ConfigError: ``table`` and ``class_cost`` are both given, two classes share a name, a name
+            does not fit the classes, a cell is named twice, a cost is missing, not finite or, in
+            ``class_cost``, negative.
 
     Example:
         >>> make_costs(("cat", "dog"), class_cost={"dog": 5.0}).matrix
         tensor([[0., 1.],
                 [5., 0.]], dtype=torch.float64)
+        >>> make_costs(("cat", "dog"), cost={"cat,dog": 20.0}).matrix
+        tensor([[ 0., 20.],
+                [ 1.,  0.]], dtype=torch.float64)
     """
     classes = tuple(classes)
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
@@ -62,9 +69,10 @@ def make_costs(
     if table and class_cost:
         raise ConfigError("cost_matrix and class_cost are two forms of the same: give one")
     if table:
-        return _from_table(classes, table)
+        return _with_cells(_from_table(classes, table), cost or {})
     rows = _by_class(classes, class_cost or {})
-    return Costs(rows[:, None] * (1.0 - torch.eye(len(classes)).double()), classes, classes)
+    matrix = rows[:, None] * (1.0 - torch.eye(len(classes)).double())
+    return _with_cells(Costs(matrix, classes, classes), cost or {})
 
 
 def class_index(what: str, key: str, classes: Sequence[str]) -> int:
@@ -88,13 +96,67 @@ def class_index(what: str, key: str, classes: Sequence[str]) -> int:
         >>> class_index("floor", "dog", ("cat", "dog")), class_index("floor", "0", ("cat", "dog"))
         (1, 0)
     """
+    if (index := _place(key, classes)) is None:
+        raise ConfigError(f"{what}: no class {key!r}; the classes are {_listed(classes)}")
+    return index
+
+
+def _place(key: str, classes: Sequence[str]) -> int | None:
     if key in classes:
         return classes.index(key)
     numbered = any(name.isdecimal() for name in classes)
     if not numbered and key.isascii() and key.isdecimal() and int(key) < len(classes):
         return int(key)
-    known = ", ".join(classes[:20]) + (" and more" if len(classes) > 20 else "")
-    raise ConfigError(f"{what}: no class {key!r}; the classes are {known}")
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (" and more" if len(names) > 20 else "")
+
+
+def cost_cell(key: str, classes: Sequence[str], extra: Sequence[str] = ()) -> tuple[int, int]:
+    """Return the row and the column of the cost that ``key`` names, as in ``"9,4"``.
+
+    A name may have commas in it: every comma of the key is tried as the one between the two.
+
+    Args:
+        key: The true class and the decision, by name or index as :func:`class_index` takes it.
+        classes: Names of the classes, in the order of the labels.
+        extra: Decisions that are no class, the columns after those of the classes.
+
+    Returns:
+        Index of the true class, index of the decision.
+
+    Raises:
+        ConfigError: there is no such cell, or the key could be read as several.
+
+    Example:
+        >>> cost_cell("dog,cat", ("cat", "dog")), cost_cell("a, b,c", ("a, b", "c"))
+        ((1, 0), (0, 1))
+    """
+    found = []
+    pieces = key.split(",")
+    for i in range(1, len(pieces)):
+        truth, decision = ",".join(pieces[:i]), ",".join(pieces[i:])
+        row, column = _place(truth, classes), _place(decision, classes)
+        if column is None and decision in extra:
+            column = len(classes) + extra.index(decision)
+        if row is not None and column is not None:
+            found.append((row, column))
+    if len(found) == 1:
+        return found[0]
+    decisions = (*classes, *extra)
+    if found:
+        ways = " or ".join(f"{classes[t]!r} decided as {decisions[d]!r}" for t, d in found)
+        raise ConfigError(f"cost {key!r} can be read as {ways}: give that cost in cost_matrix")
+    if len(pieces) == 2:
+        class_index(f"cost {key!r}", pieces[0], classes)
+        known = f"the decisions are {_listed(decisions)}"
+        raise ConfigError(f"cost {key!r}: no decision {pieces[1]!r}; {known}")
+    raise ConfigError(
+        f"cost {key!r} must be a true class and a decision, as in "
+        f"{classes[-1]},{classes[0]}; the decisions are {_listed(decisions)}"
+    )
 
 
 def cost_sentences(costs: Costs) -> list[str]:
@@ -162,6 +224,21 @@ def _commonest(values: list[float]) -> float:
 
 def _number(cost: float) -> str:
     return f"{cost + 0.0:.10g}"  # + 0.0: no -0
+
+
+def _with_cells(costs: Costs, cost: Mapping[str, float]) -> Costs:
+    """Return costs with single cells replaced."""
+    matrix, seen = costs.matrix.clone(), set()
+    for key, value in cost.items():
+        cell = cost_cell(key, costs.classes, costs.extra)
+        if cell in seen:
+            truth, decision = costs.classes[cell[0]], costs.decisions[cell[1]]
+            raise ConfigError(f"cost: {truth!r} decided as {decision!r} is given twice")
+        if not _finite(value):
+            raise ConfigError(f"cost {key} must be a finite number, got {value!r}")
+        seen.add(cell)
+        matrix[cell] = float(value)
+    return replace(costs, matrix=matrix)
 
 
 def _by_class(classes: tuple[str, ...], class_cost: Mapping[str, float]) -> Tensor:

@@ -2,7 +2,14 @@
 
 from funcloss.training.compilation import Compiled, prepare
 from funcloss.training.evaluation import evaluate
-from funcloss.training.loop import Epoch, Progress, epoch_order, fit
+from funcloss.training.loop import (
+    Epoch,
+    Progress,
+    epoch_order,
+    fit,
+    oversampled_counts,
+    oversampled_order,
+)
 from funcloss.training.step import TrainState, init_state, make_train_step
 
 __all__ = [
@@ -15,5 +22,7 @@ __all__ = [
     "fit",
     "init_state",
     "make_train_step",
+    "oversampled_counts",
+    "oversampled_order",
     "prepare",
 ]

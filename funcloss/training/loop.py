@@ -1,12 +1,13 @@
 """The loop: batches in a seeded order through the step, an epoch at a time."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from funcloss.keys import fold_in
@@ -61,6 +62,7 @@ def fit(
     n: int,
     *,
     iter_batches: Callable[[Iterable[Tensor]], Iterator[Drawn]] = iter,
+    order: Callable[[Tensor, int], Tensor] | None = None,
     epochs: int,
     batch_size: int,
     log_every: int = 50,
@@ -77,11 +79,13 @@ def fit(
         state: Where to begin.
         step_on: ``(state, drawn) -> (state, metrics)``, the step on what ``iter_batches`` gives;
             compiled or not. Say ``lambda state, batch: train_step(state, batch, hyper)``.
-        n: Number of training examples.
+        n: Number of training examples that an epoch goes through.
         iter_batches: From the indices of the steps of an epoch, each ``(batch,)`` int64 on the
             device of the state, to what each step takes, ``lambda indices:
             data.iter_batches(dataset, examples, indices)`` of :mod:`funcloss.app.data` say, which
             may read ahead; ``iter``: the index.
+        order: From the key of the state and the number of an epoch, from 0, to the indices of its
+            examples, ``(n,)``; None: :func:`epoch_order`.
         epochs: Number of the last epoch.
         batch_size: Examples a step.
         log_every: Steps between two reports; between them nothing is read from the device.
@@ -101,14 +105,15 @@ def fit(
     per_epoch = n // batch_size
     if per_epoch == 0:
         raise ValueError(f"fit: a batch of {batch_size} needs as many examples, got {n}")
+    order = order or functools.partial(epoch_order, n=n)
     step = int(state.step)
     while step < epochs * per_epoch:
         epoch, position = divmod(step, per_epoch)
-        order = epoch_order(state.key, epoch, n).to(state.key.device)
+        indices = order(state.key, epoch).to(state.key.device)
         reported = time.perf_counter()
         losses: list[Tensor] = []
         total, counted, stopped = 0.0, 0, False
-        for drawn in iter_batches(order.split(batch_size)[position:per_epoch]):
+        for drawn in iter_batches(indices.split(batch_size)[position:per_epoch]):
             state, metrics = step_on(state, drawn)
             losses.append(metrics["loss"])
             position, step = position + 1, step + 1
@@ -158,6 +163,68 @@ def epoch_order(key: Int[Tensor, ""], epoch: int, n: int) -> Int[Tensor, " n"]:
         >>> sorted(epoch_order(make_key(0), 0, 5).tolist())
         [0, 1, 2, 3, 4]
     """
+    return torch.randperm(n, generator=_generator_of(key, epoch))
+
+
+def oversampled_counts(counts: Num[Tensor, " classes"], power: float) -> Int[Tensor, " classes"]:
+    """Return how often an oversampled epoch draws each class, ``n_c * (max(n) / n_c) ** power``.
+
+    So the classes occur in proportion to ``n_c ** (1 - power)``, as they weigh under class weights
+    in proportion to ``n_c ** -power``.
+
+    Args:
+        counts: Examples of each class, ``n_c``, shape ``(classes,)``.
+        power: 0: as often as there are examples; 1: all that have one as often as the largest.
+
+    Returns:
+        Numbers of draws, rounded, at least ``counts``, on the CPU.
+
+    Example:
+        >>> oversampled_counts(torch.tensor([100, 25, 0]), 0.5)
+        tensor([100,  50,   0])
+    """
+    n = counts.cpu().double()
+    draws = n * (n.max() / n.clamp(min=1.0)) ** power
+    return draws.round().long()
+
+
+def oversampled_order(
+    key: Int[Tensor, ""], epoch: int, labels: Int[Tensor, " n"], power: float
+) -> Int[Tensor, " draws"]:
+    """Return the order of the examples in an epoch in which rarer classes are repeated.
+
+    Each example of a class comes equally often, or once more: which do is drawn afresh in each
+    epoch. Like :func:`epoch_order` it depends on key and number alone.
+
+    Args:
+        key: The key of the training.
+        epoch: Number of the epoch, from 0.
+        labels: Class of each example.
+        power: As for :func:`oversampled_counts`.
+
+    Returns:
+        Indices, on the CPU, as many as the sum of :func:`oversampled_counts`.
+
+    Example:
+        >>> from funcloss.keys import make_key
+        >>> order = oversampled_order(make_key(0), 0, torch.tensor([0, 0, 0, 0, 1]), 1.0)
+        >>> order.bincount()
+        tensor([1, 1, 1, 1, 4])
+    """
+    generator, labels = _generator_of(key, epoch), labels.cpu()
+    counts = labels.bincount()
+    draws = oversampled_counts(counts, power)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    members = shuffled[labels[shuffled].argsort(stable=True)]  # class by class
+    of_member = labels[members]
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[of_member]  # in its class
+    held = counts.clamp(min=1)
+    repeats = (draws // held)[of_member] + (place < (draws % held)[of_member])
+    drawn = members.repeat_interleave(repeats)
+    return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+def _generator_of(key: Tensor, epoch: int) -> torch.Generator:
     # A step's keys fold its number into the key; this counter is one that no step reaches.
     seed = int(fold_in(key.cpu(), torch.tensor(2**32 - 1 - epoch)))
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return torch.Generator().manual_seed(seed)

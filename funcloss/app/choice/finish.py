@@ -33,7 +33,7 @@ from funcloss.decisions import Costs, DecisionScores, Evaluation, cost_sentences
 from funcloss.errors import AuditError
 from funcloss.objectives import supervised
 from funcloss.sensitivity import cost_gradient, mean_expected_cost
-from funcloss.training import TrainState, epoch_order, make_train_step
+from funcloss.training import TrainState, make_train_step
 from funcloss.typing import Hyper
 
 _HORIZON = 5  # steps of the cost gradient
@@ -185,7 +185,7 @@ def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[st
         make_optimizer(config),
         clip_norm=config.clip_norm,
     )
-    order = epoch_order(state.key, 0, len(dataset.train.labels)).to(device)
+    order = setup.order(state.key, 0).to(device)
     size = min(_BATCH, config.batch_size)
     pieces = [piece for piece in order.split(size)[:_HORIZON] if len(piece) == size]
     held = torch.arange(len(dataset.validation.labels), device=device)

@@ -227,8 +227,11 @@ def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
     recall, _, high, hardest = min(known)
     if summary["warnings"] or not high < argmax["accuracy"][1]:  # no difference beyond chance
         return []
-    weight = 5 * summary["class_weight"].get(hardest, 1.0)
-    weighted = f"--class-weight {shlex.quote(f'{hardest}={weight:g}')}"
+    weights = summary["class_weight"]  # the command line replaces all of them
+    weights = weights | {hardest: 5 * weights.get(hardest, 1.0)}
+    weighted = " ".join(
+        f"--class-weight {shlex.quote(f'{name}={weight:g}')}" for name, weight in weights.items()
+    )
     return [
         f"  # {hardest} has a lower recall, {recall:.2%}: give it 5 times the weight in the loss",
         f"  funcloss-train --config {run}/config.toml {weighted}{allowed}",

@@ -1,11 +1,18 @@
 """How the commands read what is given as text."""
 
-from funcloss.app.config import Option
+from funcloss.app.config import Option, gives_word
 from funcloss.errors import ConfigError
 
 
-def pairs(name: str, texts: list[str], option: Option) -> dict[str, float]:
-    """Read ``KEY=NUMBER``, the last = being the one that counts."""
+def pairs(name: str, texts: list[str], option: Option) -> dict[str, float] | str:
+    """Read ``KEY=NUMBER``, the last = being the one that counts, or the word of the option."""
+    if words := [text for text in texts if gives_word(option, text)]:
+        if len(texts) > 1:
+            raise ConfigError(
+                f"{name} {words[0]} sets the weight of every class: give nothing else, got "
+                f"{', '.join(texts)}"
+            )
+        return words[0]
     read: dict[str, float] = {}
     for text in texts:
         key, equals, number = text.rpartition("=")

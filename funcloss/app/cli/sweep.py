@@ -19,9 +19,10 @@ from funcloss.app.cli.table import (
     parsed,
     with_table,
 )
-from funcloss.app.config import make_config
+from funcloss.app.config import fields, gives_word, make_config
 from funcloss.errors import ConfigError
 
+_CLASS_WEIGHT = next(row.option for row in fields() if row.name == "class_weight")
 _SWEPT = ("class_weight", "loss_option", "learning_rate")
 
 
@@ -92,7 +93,7 @@ def _parted(given: dict[str, Any]) -> tuple[list[tuple[str, str, str]], dict[str
         kept = []
         for text in texts:
             key, _, values = text.rpartition("=")
-            if ":" in values or "," in values:
+            if not gives_word(_CLASS_WEIGHT, text) and (":" in values or "," in values):
                 swept.append((option, key, values))
             else:
                 kept.append(text)
@@ -109,7 +110,8 @@ def _swept_weights(
 ) -> dict[str, Any]:
     """Return the class weights with those swept among them, which a weighted mean may need."""
     for option, key, _ in swept:
-        if key in layers[-1].get(option, {}):
+        fixed = layers[-1].get(option, {})
+        if not isinstance(fixed, str) and key in fixed:
             raise ConfigError(f"{option} {key} is given a value and swept: leave out one of them")
     keys = [key for option, key, _ in swept if option == "class_weight" and key]
     fixed = ChainMap(*reversed(layers)).get("class_weight", {})

@@ -42,7 +42,8 @@ def reason_of(setup: Setup, state: TrainState, hyper: Hyper, steps: int) -> str:
     for _ in fit(
         state,
         step_on,
-        len(setup.dataset.train.labels),
+        setup.drawn,
+        order=setup.order,
         iter_batches=setup.iter_batches,
         epochs=setup.epochs,
         batch_size=setup.config.batch_size,

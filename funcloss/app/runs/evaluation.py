@@ -26,6 +26,7 @@ from funcloss.decisions import (
     score,
 )
 from funcloss.training import evaluate as run_model
+from funcloss.training import oversampled_counts
 from funcloss.typing import Correction
 
 _EVALUATED_AT_ONCE = 1024 * 3 * 32 * 32  # values of the inputs
@@ -56,8 +57,9 @@ def implied_prior(
 ) -> Float[Tensor, " classes"]:
     """Return the prior of which ``softmax(logits)`` is the posterior, as far as the loss tells.
 
-    The training prior times the class weights, for the cross-entropy; what other losses state that
-    they add to the logits is out, see :class:`funcloss.typing.Correction`.
+    The prior of the examples that an epoch draws times the class weights, for the cross-entropy;
+    what other losses state that they add to the logits is out, see
+    :class:`funcloss.typing.Correction`.
 
     Args:
         config: The training.
@@ -71,7 +73,7 @@ def implied_prior(
     """
     offset = _correction(config, counts, costs).offset
     offset = torch.as_tensor(offset, dtype=torch.float64).cpu()
-    parts = counts.cpu().double() * (-offset).exp()
+    parts = oversampled_counts(counts, config.oversample).double() * (-offset).exp()
     if class_weights is not None:
         parts = parts * class_weights.cpu().double()
     seen = (counts.cpu() > 0) & (parts > 0)

@@ -359,7 +359,8 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
         for epoch in fit(
             state,
             take_step,
-            len(setup.dataset.train.labels),
+            setup.drawn,
+            order=setup.order,
             iter_batches=setup.iter_batches,
             epochs=done // setup.per_epoch if over else setup.epochs,
             batch_size=config.batch_size,

@@ -13,9 +13,9 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.data import normalised
 from funcloss.app.runs.checkpoint import load_tensors, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
-from funcloss.app.runs.options import make_criterion, make_hyper
+from funcloss.app.runs.options import costs_of, make_criterion, make_hyper
 from funcloss.app.runs.rules import usual_rule
-from funcloss.decisions import Calibration, Costs, DecisionRule, Decisions, make_costs
+from funcloss.decisions import Calibration, Costs, DecisionRule, Decisions
 from funcloss.errors import ConfigError, RunError
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion, Forward, split_tensors
@@ -51,7 +51,7 @@ class TrainedModel:
     @functools.cached_property
     def costs(self) -> Costs:
         """What decisions cost."""
-        return make_costs(self.classes, self.config.cost_matrix, self.config.class_cost)
+        return costs_of(self.config, self.classes)
 
     @functools.cached_property
     def rule(self) -> DecisionRule:

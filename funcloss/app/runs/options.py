@@ -20,7 +20,7 @@ from funcloss.combinators import (
     factor_names,
     options_of,
 )
-from funcloss.decisions import Costs, class_index
+from funcloss.decisions import Costs, class_index, make_costs
 from funcloss.errors import ConfigError
 from funcloss.objectives.supervised import Reduced
 from funcloss.typing import Hyper, LossFn
@@ -195,6 +195,45 @@ def _check_probabilities(config: TrainConfig, options: dict, classes: int) -> No
             f"loss {loss}: its probabilities must give a Correction of numbers or tensors of shape "
             f"{(classes,)}; got shape {shape}"
         )
+
+
+def balanced_weights(
+    config: TrainConfig, classes: tuple[str, ...], counts: Tensor
+) -> dict[str, float]:
+    """Return the class weights of ``class_weight balanced``, ``(n / (C * n_c)) ** power``.
+
+    Args:
+        config: Its ``balance`` is the power. A class that its ``class_weight`` names has none here.
+        classes: Names of the ``C`` classes, in the order of the labels.
+        counts: Training examples of each class, ``(C,)``, ``n`` in all.
+
+    Returns:
+        Weights by name of the class; empty unless the configuration asks for them.
+
+    Raises:
+        ConfigError: there is no training example of a class.
+    """
+    if not config.balance:
+        return {}
+    numbers = counts.tolist()
+    named = by_name("class_weight", config.class_weight, classes)
+    sizes = {c: n for c, n in zip(classes, numbers, strict=True) if c not in named}
+    if missing := [name for name, n in sizes.items() if not n]:
+        raise ConfigError(
+            "class_weight balanced needs training examples of every class; of "
+            f"{', '.join(missing[:5])} there are none"
+        )
+    mean = sum(numbers) / len(classes)
+    return {name: (mean / n) ** config.balance for name, n in sizes.items()}
+
+
+def costs_of(config: TrainConfig, classes: tuple[str, ...]) -> Costs:
+    """Return what decisions cost, as a configuration has it.
+
+    Raises:
+        ConfigError: the costs do not fit the classes.
+    """
+    return make_costs(classes, config.cost_matrix, config.class_cost, config.cost)
 
 
 def resolved_costs(config: TrainConfig, classes: tuple[str, ...]) -> TrainConfig:

@@ -16,7 +16,7 @@ def usual_rule(config: TrainConfig) -> str:
 
     A run without costs, or whose logits are no scores of probabilities, takes the likeliest class.
     """
-    has_costs = bool(config.cost_matrix or config.class_cost)
+    has_costs = bool(config.cost_matrix or config.class_cost or config.cost)
     argmax, min_cost = RULES
     return min_cost if has_costs and rule_fits(config) else argmax
 

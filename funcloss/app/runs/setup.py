@@ -36,17 +36,22 @@ from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
 from funcloss.app.runs.options import (
+    balanced_weights,
     by_name,
     check_loss_options,
+    costs_of,
     make_hyper,
     resolved_costs,
 )
-from funcloss.decisions import Calibration, Costs, make_costs
+from funcloss.decisions import Calibration, Costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
 from funcloss.training.evaluation import HasTensors
+from funcloss.training.loop import epoch_order, oversampled_counts, oversampled_order
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
+
+_SHOWN = 20  # class weights that a note lists
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,18 @@ class Setup:
     def iter_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """Yield the training examples at one index after another."""
         return iter_batches(self.dataset, self.dataset.train, indices)
+
+    @property
+    def drawn(self) -> int:
+        """Examples that an epoch goes through, repeated ones among them."""
+        return int(oversampled_counts(self.counts, self.config.oversample).sum())
+
+    def order(self, key: Tensor, epoch: int) -> Tensor:
+        """Return the indices of the training examples in an epoch, see :func:`fit`."""
+        labels, power = self.dataset.train.labels, self.config.oversample
+        if not power:
+            return epoch_order(key, epoch, len(labels))
+        return oversampled_order(key, epoch, labels, power)
 
     @property
     def counts(self) -> Tensor:
@@ -121,10 +138,13 @@ def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     if config.threads:
         torch.set_num_threads(config.threads)
     config = with_absolute_paths(dataclasses.replace(config, device=device))
-    config, dataset = _resolve(config, load_data(config))
+    dataset = load_data(config)
+    balanced = _balanced(config, dataset)
+    config, dataset = _resolve(config, dataset, balanced)
     config, note = _with_length(config, dataset, early=early)
     setup = setup_on(config, moved(dataset, device))
-    return dataclasses.replace(setup, notes=(*setup.notes, note) if note else setup.notes)
+    notes = (*_in_words(balanced), *setup.notes, *([note] if note else []))
+    return dataclasses.replace(setup, notes=notes)
 
 
 def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
@@ -165,7 +185,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
             not take.
     """
     device = config.device
-    costs = make_costs(dataset.classes, config.cost_matrix, config.class_cost)
+    costs = costs_of(config, dataset.classes)
     counts = class_counts(dataset.train, len(dataset.classes)).cpu()
     check_loss_options(config, costs, counts)
     hyper = make_hyper(config, costs, counts, device)
@@ -198,7 +218,8 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         images=dataset.has_images,
         calibration=Calibration(even, even),
     )
-    per_epoch = len(dataset.train.labels) // config.batch_size
+    drawn = int(oversampled_counts(counts, config.oversample).sum())
+    per_epoch = drawn // config.batch_size
     train_step = make_train_step(
         supervised(model, untrained.criterion, bfloat16=config.amp == "bf16"),
         optimizer,
@@ -214,8 +235,13 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         state=state,
         per_epoch=per_epoch,
         untrained=untrained,
-        notes=tuple(filter(None, (_on_streaming(dataset), note))),
+        notes=tuple(filter(None, (_on_streaming(dataset), _on_sampling(counts, drawn), note))),
     )
+
+
+def _on_sampling(counts: Tensor, drawn: int) -> str:
+    n = int(counts.sum())
+    return "" if drawn == n else f"oversampling: an epoch is {drawn:,} draws of {n:,} examples"
 
 
 def _on_streaming(dataset: Dataset) -> str:
@@ -313,14 +339,28 @@ def make_schedule(config: TrainConfig, per_epoch: int) -> optim.Schedule:
     return make(**{name: known[name] for name in known.keys() & inspect.signature(make).parameters})
 
 
-def _resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Dataset]:
+def _balanced(config: TrainConfig, dataset: Dataset) -> dict[str, float]:
+    counts = class_counts(dataset.train, len(dataset.classes))
+    return balanced_weights(config, dataset.classes, counts)
+
+
+def _in_words(balanced: dict[str, float]) -> list[str]:
+    few = ", ".join(f"{name}={weight:.4g}" for name, weight in [*balanced.items()][:_SHOWN])
+    more = f" and {len(balanced) - _SHOWN} more" if len(balanced) > _SHOWN else ""
+    return [f"balanced class weights: {few}{more}"] if balanced else []
+
+
+def _resolve(
+    config: TrainConfig, dataset: Dataset, balanced: dict[str, float]
+) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
     resolved = dataclasses.replace(
         resolved_costs(config, classes),
         dataset=dataset.name if config.dataset == "auto" else config.dataset,
         model=resolve_model(config.model, dataset.input_shape),
-        class_weight=by_name("class_weight", config.class_weight, classes),
+        class_weight=balanced | by_name("class_weight", config.class_weight, classes),
+        balance=0.0,
         threads=torch.get_num_threads(),
     )
     weights = resolved.class_weight.values()

@@ -153,10 +153,10 @@ def _scored_by(
     config: TrainConfig, classes: tuple[str, ...], options: EvaluateOptions
 ) -> TrainConfig:
     """Return the configuration with the costs and the prior that were asked for."""
-    names = ("cost_matrix", "class_cost", "prior")
-    asked = {name: value for name in names if (value := getattr(options, name))}
-    if "cost_matrix" in asked or "class_cost" in asked:
-        config = dataclasses.replace(config, cost_matrix={}, class_cost={})
+    costs = ("cost_matrix", "class_cost", "cost")
+    asked = {name: value for name in (*costs, "prior") if (value := getattr(options, name))}
+    if asked.keys() & set(costs):
+        config = dataclasses.replace(config, **dict.fromkeys(costs, {}))
     checked = make_config(asked)
     config = dataclasses.replace(config, **{name: getattr(checked, name) for name in asked})
     return resolved_costs(config, classes)

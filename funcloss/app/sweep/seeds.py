@@ -203,7 +203,8 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> En
     for epoch in fit(
         trials,
         take_step,
-        len(setup.dataset.train.labels),
+        setup.drawn,
+        order=setup.order,
         iter_batches=setup.iter_batches,
         epochs=setup.epochs,
         batch_size=config.batch_size,
