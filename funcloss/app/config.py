@@ -104,6 +104,19 @@ class TrainConfig:
             above=True,
         ),
     ] = 0.1
+    folds: Annotated[
+        int,
+        Option(
+            "Cross-validate: train once more without each of so many folds of the data, stratified "
+            "by class; scores, temperature and thresholds come from the examples held out. No test "
+            "split is cut then. 0: off.",
+            low=0,
+            high=1000,
+        ),
+    ] = 0
+    repeats: Annotated[
+        int, Option("How often to cross-validate, with other folds.", low=1, high=1000)
+    ] = 1
     imbalance: Annotated[
         float,
         Option(
@@ -717,6 +730,14 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError("reduction weighted_mean needs a class_weight: without one it is mean")
     if config.epochs == "auto":
         _check_stops_early(config)
+    if config.folds == 1:
+        raise ConfigError("folds must be 2 or more, or 0 for none; got 1")
+    if config.repeats > 1 and not config.folds:
+        raise ConfigError(f"repeats {config.repeats} is of folds: set folds, to 5 say")
+    clash = [n for n in ("floor", "ceiling") if getattr(config, n)]
+    clash += ["imbalance"] if config.imbalance != 1 else []
+    if config.folds and clash:
+        raise ConfigError(f"folds does not go with {clash[0]}: leave one of them out")
     if config.amp != "off" and config.device in ("cpu", "mps"):
         raise ConfigError(f"amp {config.amp} needs device cuda, got {config.device}")
 

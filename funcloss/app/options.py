@@ -38,7 +38,13 @@ class EvaluateOptions(_Checked):
             own="torchvision:NAME, or a path",
         ),
     ] = ""
-    split: Annotated[str, Option("Split to evaluate.", ("test", "validation", "train"))] = "test"
+    split: Annotated[
+        str,
+        Option(
+            "Split to evaluate; of a run with folds that has no test split, test is out-of-fold.",
+            ("test", "validation", "train", "out-of-fold"),
+        ),
+    ] = "test"
     cost_matrix: Annotated[dict[str, dict[str, float]], _TRAINING["cost_matrix"]] = field(
         default_factory=dict
     )

@@ -7,6 +7,7 @@ from funcloss.decisions.evaluation import DecisionScores, Evaluation, calibratio
 from funcloss.decisions.intervals import (
     Interval,
     cost_interval,
+    fold_interval,
     mean_interval,
     seed_interval,
     student,
@@ -58,6 +59,7 @@ __all__ = [
     "decision_sentences",
     "expected_costs",
     "fit_temperature",
+    "fold_interval",
     "log_posterior",
     "make_costs",
     "make_metrics",

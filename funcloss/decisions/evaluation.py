@@ -50,6 +50,7 @@ class Evaluation:
     prior: Float[Tensor, " classes"]  # that everything is weighted by; sums to 1
     known_prior: bool  # it was given, not counted: how often each class comes is then certain
     loss: float = math.nan  # of all examples together
+    repeats: int = 1  # how often each example is among them; the intervals count it once
 
     @functools.cached_property
     def argmax(self) -> DecisionScores:
@@ -147,11 +148,12 @@ class Evaluation:
         paid = costs.matrix[labels, decisions]
         right = (labels == decisions).double()
         known_prior = self.prior if self.known_prior else None
-        expected = cost_interval(confusion, costs.matrix, known_prior)
-        support, hits = confusion.sum(1), confusion.diagonal()
+        expected = cost_interval(confusion / self.repeats, costs.matrix, known_prior)
+        support, hits = confusion.sum(1) / self.repeats, confusion.diagonal() / self.repeats
         recall = hits.double() / support
         precision, trials = _precision(decisions, right, self.weights, classes)
         decided = trials * self.weights.max()  # fraction of all, under the prior
+        trials = trials / self.repeats
         occurs = self.prior > 0
         constant = self.constant_cost
         return DecisionScores(
@@ -162,7 +164,7 @@ class Evaluation:
             expected_cost=expected,
             class_cost=torch.zeros(classes).double().index_add(0, labels, self.weights * paid),
             normalised_cost=expected.value / constant if constant > 0 else math.nan,
-            accuracy=_part(right, self.weights),
+            accuracy=_part(right, self.weights, self.repeats),
             recall=Interval(recall, *wilson(hits, support)),
             precision=Interval(precision, *wilson(precision * trials, trials)),
             balanced_accuracy=float(recall[occurs].mean()),
@@ -177,6 +179,7 @@ def score(
     *,
     prior: Float[Tensor, " classes"] | None = None,
     loss: float = math.nan,
+    repeats: int = 1,
 ) -> Evaluation:
     """Score a model's decisions by what they cost, under argmax and under minimum expected cost.
 
@@ -193,6 +196,8 @@ def score(
         prior: Fraction of each class where the model is used; None: as among the examples. Classes
             without an example here are left out of it.
         loss: Of all examples together, if it is known.
+        repeats: How often each example is among them, scored by as many models. Confusion matrices
+            count every time, intervals count it once.
 
     Returns:
         Scores under both rules.
@@ -234,6 +239,7 @@ def score(
         prior=_of_present("score", prior, counts),
         known_prior=prior is not None,
         loss=loss,
+        repeats=repeats,
     )
 
 
@@ -284,9 +290,9 @@ def _precision(
     return by_decision(weights * right) / total, total / weights.max()
 
 
-def _part(right: Tensor, weights: Tensor) -> Interval:
+def _part(right: Tensor, weights: Tensor, repeats: int) -> Interval:
     total = weights.sum()
-    part, trials = (weights * right).sum() / total, total / weights.max()
+    part, trials = (weights * right).sum() / total, total / weights.max() / repeats
     low, high = wilson(part * trials, trials)
     return Interval(float(part), float(low), float(high))
 

@@ -16,6 +16,7 @@ from funcloss.app.cli.tables import between, make_console, make_table, number
 from funcloss.app.config import DATASETS, code_in, option_values
 from funcloss.app.data import short_name
 from funcloss.app.report.choice import Choice
+from funcloss.app.runs.folds import OUT_OF_FOLD
 from funcloss.decisions import Interval
 
 _SHOWN = 10  # classes side by side
@@ -109,6 +110,12 @@ class TrainingConsole:
                     self._epoch(event)
             case runs.Constrained(step, record):
                 self._print(f"step {step:,}  {_constrained(record)}")
+            case runs.FoldReport(number, folds, seconds, epochs, found):
+                self._print(
+                    f"fold {number}/{folds}  {epochs} epochs  accuracy "
+                    f"{found.argmax.accuracy.value:.2%}  expected cost "
+                    f"{found.min_cost.expected_cost.value:.4f}  {seconds:.1f} s"
+                )
             case sweep.SweepStarted(folder, trials, seeds, steps, done):
                 self._print(
                     f"training {trials} trials with {_count(seeds, 'seed')} each, "
@@ -169,11 +176,12 @@ class TrainingConsole:
         self._out.print(f"report: {outcome.files[0]}")
 
     def _summary(self, outcome: "runs.Outcome") -> None:
-        test = outcome.summary["test"]
-        argmax = test["rules"]["argmax"]
+        summary = outcome.summary
+        name, scores = _headline(summary)
+        accuracy = scores["rules"]["argmax"]["accuracy"][0]
         print(
-            f"test accuracy {argmax['accuracy'][0]:.2%} on {test['n']:,} examples of "
-            f"{short_name(outcome.summary['dataset'])}; run folder {outcome.folder}"
+            f"{name} accuracy {accuracy:.2%} on {scores['n']:,} examples of "
+            f"{short_name(summary['dataset'])}; run folder {outcome.folder}"
         )
         if self._quiet:
             return
@@ -200,7 +208,10 @@ class TrainingConsole:
                 "cost: every mistake costs 1, whatever its class weighs in training; --class-cost "
                 "sets others"
             )
-        for name, rule in summary["test"]["rules"].items():
+        split, scores = _headline(summary)
+        over = summary["over_folds"] if split == OUT_OF_FOLD else {}
+        for name, rule in scores["rules"].items():
+            rule |= over.get(name, {})
             cost, normal = between(Interval(*rule["expected_cost"]), ".4f"), rule["normalised_cost"]
             part = "" if normal is None else f", {normal:.3f} of the best constant decision"
             self._print(
@@ -215,6 +226,12 @@ class TrainingConsole:
             self._out.print(text)
 
 
+def _headline(summary: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the split that a summary is told by, and its scores."""
+    name = "test" if "test" in summary else OUT_OF_FOLD
+    return name, summary[name]
+
+
 def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
     """Return what to try next, by the user's costs; else by a class that is surely harder."""
     if summary["costs"] != decisions.cost_sentences(decisions.make_costs(_ANY_TWO)):
@@ -222,7 +239,7 @@ def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
             "  # decide new data by these costs",
             f"  funcloss predict {run} FILE{allowed}",
         ]
-    argmax = summary["test"]["rules"]["argmax"]
+    argmax = _headline(summary)[1]["rules"]["argmax"]
     known = [(*row, name) for name, row in argmax["recall"].items() if row[0] is not None]
     recall, _, high, hardest = min(known)
     if summary["warnings"] or not high < argmax["accuracy"][1]:  # no difference beyond chance

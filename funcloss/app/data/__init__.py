@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         as_pixels,
         get_batch,
         iter_batches,
+        joined,
         moved,
         normalised,
         resized,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from funcloss.app.data.table import read_features, read_table
 
 _HOMES = {
-    "dataset": "Dataset Examples as_pixels get_batch iter_batches moved normalised resized subset",
+    "dataset": (
+        "Dataset Examples as_pixels get_batch iter_batches joined moved normalised resized subset"
+    ),
     "images": "read_image",
     "loading": "load_dataset short_name",
     "published": "data_folder",
@@ -50,6 +53,7 @@ __all__ = [
     "data_folder",
     "get_batch",
     "iter_batches",
+    "joined",
     "load_dataset",
     "long_tailed",
     "make_dataset",

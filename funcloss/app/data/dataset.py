@@ -39,7 +39,7 @@ class Dataset:
     std: Float[Tensor, " channels"]
     note: str = ""  # what readers of the results must know
     columns: tuple[str, ...] = ()  # names of the features of a table
-    cut: bool = False  # validation was cut from train: they have the same class frequencies
+    cut: tuple[str, ...] = ()  # splits that were cut from train, of the same class frequencies
 
     @property
     def splits(self) -> dict[str, Examples]:
@@ -167,6 +167,14 @@ def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
     inputs = examples.inputs
     chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
     return Examples(chosen, examples.labels[index])
+
+
+def joined(first: Examples, second: Examples) -> Examples:
+    """Return the examples of both, held in memory."""
+    assert isinstance(first.inputs, Tensor)
+    assert isinstance(second.inputs, Tensor)
+    inputs = torch.cat([first.inputs, second.inputs])
+    return Examples(inputs, torch.cat([first.labels, second.labels]))
 
 
 def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:

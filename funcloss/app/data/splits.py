@@ -63,7 +63,7 @@ def make_dataset(
         )
     kept, held, tested = stratified_split(train.labels, *fractions)
     test = given.get("test") or subset(train, tested)
-    if not len(kept) or not len(test.labels):
+    if not len(kept) or not (len(test.labels) or fractions[1] == 0.0):
         what = "train" if not len(kept) else "test"
         raise ConfigError(
             f"{name}: {len(train.labels):,} examples leave none to {what} on, at val_fraction "
@@ -82,7 +82,7 @@ def make_dataset(
         std=torch.tensor(std),
         note=note,
         columns=first.columns,
-        cut="validation" not in given,
+        cut=tuple(split for split in ("validation", "test") if split not in given),
     )
 
 
@@ -224,7 +224,7 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
     index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
-    return dataclasses.replace(dataset, train=subset(dataset.train, index), cut=False)
+    return dataclasses.replace(dataset, train=subset(dataset.train, index), cut=())
 
 
 def _check_examples(what: str, raw: RawSplit, classes: int) -> None:

@@ -11,6 +11,7 @@ from funcloss.app.runs.events import (
     Started,
     Watcher,
 )
+from funcloss.app.runs.folds import FoldReport, OutOfFold, read_folds
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.use import (
@@ -30,7 +31,9 @@ __all__ = [
     "EpochReport",
     "EvaluationReport",
     "Event",
+    "FoldReport",
     "Note",
+    "OutOfFold",
     "Outcome",
     "Predictions",
     "Started",
@@ -44,6 +47,7 @@ __all__ = [
     "load_checkpoint",
     "load_tensors",
     "predict_files",
+    "read_folds",
     "restore",
     "run",
     "save_tensors",

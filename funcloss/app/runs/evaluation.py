@@ -152,22 +152,26 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
     return run_model(model.forward, model, batches, model.criterion, model.hyper, rule=model.rule)
 
 
-def calibrated(model: TrainedModel, validation: Evaluation | None, *, cut: bool) -> TrainedModel:
-    """Return a model with its probabilities fitted on validation data.
+def calibrated(
+    model: TrainedModel, held_out: Evaluation | None, *, cut: bool, on: str = "validation"
+) -> TrainedModel:
+    """Return a model with its probabilities fitted on held-out data.
 
     Args:
         model: The model.
-        validation: It on validation data; None: there are none, and the temperature is 1.
+        held_out: It, or models trained as it was, on data that they were not trained on; None:
+            there are none, and the temperature is 1.
         cut: Whether these were cut from the training data, so that the training's class frequencies
             are theirs too, and surer. Where they were not, a class that is missing from them keeps
             its share of the training.
+        on: What they are called.
 
     Returns:
         The model with its calibration: for the prior of the deployment if one is given, else for
         that of the validation data.
     """
     config, costs, counts = model.config, model.costs, model.class_counts
-    theirs = counts if validation is None or cut else validation.counts
+    theirs = counts if held_out is None or cut else held_out.counts
     here = class_frequencies(theirs, counts)
     deployment = deployment_prior(config, costs.classes, here)
     plain = Calibration(
@@ -175,8 +179,12 @@ def calibrated(model: TrainedModel, validation: Evaluation | None, *, cut: bool)
         prior=here if deployment is None else deployment,
         scale=logit_scale(config, counts, costs=costs),
     )
-    if validation is not None:
-        plain = calibrate(plain, validation.logits, validation.labels, held_out_prior=here)
+    if held_out is not None:
+        plain = calibrate(
+            plain, held_out.logits, held_out.labels, held_out_prior=here, fitted_on=on
+        )
+        examples = plain.examples // held_out.repeats
+        plain = dataclasses.replace(plain, examples=examples)
     return dataclasses.replace(model, calibration=plain)
 
 
@@ -194,6 +202,7 @@ def rescored(model: TrainedModel, evaluations: Mapping[str, Evaluation]) -> dict
             model.rule,
             prior=deployment_prior(model.config, model.classes, found.counts),
             loss=found.loss,
+            repeats=found.repeats,
         )
         for name, found in evaluations.items()
     }
@@ -202,7 +211,9 @@ def rescored(model: TrainedModel, evaluations: Mapping[str, Evaluation]) -> dict
 def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
     """Evaluate a model on validation and test set, by the rule fitted on validation data."""
     found = evaluate(model, dataset, ("validation", "test"))
-    return rescored(calibrated(model, found.get("validation"), cut=dataset.cut), found)
+    return rescored(
+        calibrated(model, found.get("validation"), cut="validation" in dataset.cut), found
+    )
 
 
 def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any]:
@@ -219,7 +230,7 @@ def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any
     rule = evaluation.rule
     return jsonable(
         {
-            "n": len(evaluation.labels),
+            "n": len(evaluation.labels) // evaluation.repeats,
             "loss": evaluation.loss,
             "temperature": rule.temperature,
             "calibration_error": evaluation.calibration_error,

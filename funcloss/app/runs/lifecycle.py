@@ -31,6 +31,7 @@ from funcloss.app.runs.early import (
 )
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
+from funcloss.app.runs.folds import OUT_OF_FOLD, cross_validated
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
@@ -219,7 +220,7 @@ def write_run(
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
         held_out = evaluations.get("validation")
-        model = calibrated(setup.trained(state), held_out, cut=setup.dataset.cut)
+        model = calibrated(setup.trained(state), held_out, cut="validation" in setup.dataset.cut)
         _save(_Job(setup, beside, setup.train_step, None), state, None, model)
         folder.write_records(beside, [*records, *epochs])
         return report.sum_up(beside, setup, state, model, rescored(model, evaluations), {})
@@ -397,9 +398,19 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
         watcher.show(Note(sentence_on(memory, setup, done)))
     if "test" not in evaluations:  # else the last epoch's are of this model, on all splits
         evaluations = evaluate(model, setup.dataset, ("validation", "test"))
-    model = calibrated(model, evaluations.get("validation"), cut=setup.dataset.cut)
+    held_out, on, folds = evaluations.get("validation"), "validation", None
+    if config.folds:
+        folds = cross_validated(setup, job.run_dir, watcher)
+        if folds is None:
+            return Outcome(job.run_dir, False, config)
+        held_out, on = folds.evaluation(model), OUT_OF_FOLD
+        evaluations = {OUT_OF_FOLD: held_out, **evaluations}
+    model = calibrated(model, held_out, cut="validation" in setup.dataset.cut, on=on)
     _save(job, state, memory, model)
     evaluations = rescored(model, evaluations)
+    if folds is not None:
+        over = folds.over_folds(evaluations[OUT_OF_FOLD])
+        more |= {"over_folds": over, "folds": config.folds, "repeats": config.repeats}
     summary = report.sum_up(job.run_dir, setup, state, model, evaluations, more)
     return _finished(Outcome(job.run_dir, True, config, summary), watcher.show)
 
@@ -439,5 +450,5 @@ def _save(
     save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)
     model = model or setup.trained(state)
     if not model.calibration.fitted_on:  # in the middle of a training
-        model = calibrated(model, None, cut=setup.dataset.cut)
+        model = calibrated(model, None, cut="validation" in setup.dataset.cut)
     save_model(job.run_dir / folder.MODEL, model, step=step)

@@ -18,6 +18,7 @@ from funcloss.app.data import as_pixels, subset
 from funcloss.app.report import run_figures as figures
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import record_of
+from funcloss.app.runs.folds import OUT_OF_FOLD
 from funcloss.app.runs.learned import learning_warnings
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.rules import rule_caveat, usual_rule
@@ -76,14 +77,16 @@ def sum_up(
     losses = [] if config.floor or config.ceiling else _losses(records)
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     few = torch.arange(min(_SHOWN, len(test.labels)), device=test.labels.device)
+    shown = evaluations["test" if "test" in evaluations else OUT_OF_FOLD]
+    guesses = shown.logits[: len(few)].argmax(-1).tolist()
     drawn = figures.Drawn(
         records=records,
         classes=classes,
-        confusion=evaluations["test"].argmax.confusion,
-        reliability=evaluations["test"].metrics.reliability,
-        images=as_pixels(subset(test, few)) if setup.dataset.has_images else None,
+        confusion=shown.argmax.confusion,
+        reliability=shown.metrics.reliability,
+        images=as_pixels(subset(test, few)) if setup.dataset.has_images and len(few) else None,
         truths=[classes[i] for i in test.labels[few].tolist()],
-        guesses=[classes[i] for i in evaluations["test"].logits[: len(few)].argmax(-1).tolist()],
+        guesses=[classes[i] for i in guesses],
     )
     for name, draw in figures.FIGURES.items():
         if figure := draw(drawn):
@@ -109,7 +112,7 @@ def sum_up(
         "threads": config.threads,
         "torch": torch.__version__,
         "warnings": learning_warnings(
-            evaluations["test"].argmax.confusion, classes, losses, trained=bool(state.step)
+            shown.argmax.confusion, classes, losses, trained=bool(state.step)
         ),
         **more,
         "costs": cost_sentences(setup.costs),

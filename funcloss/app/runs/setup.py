@@ -161,6 +161,8 @@ def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Data
     names = [field.name for field in dataclasses.fields(LoadOptions)]
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked["image_size"] = _image_size(config)
+    if config.folds and not config.test_dataset and config.dataset not in ("auto", *DATASETS):
+        asked["test_fraction"] = 0.0  # every example is held out once
     return load_dataset(LoadOptions(**asked), schema=schema, refused_code=config.refused_code)
 
 

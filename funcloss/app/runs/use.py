@@ -31,6 +31,7 @@ from funcloss.app.runs.evaluation import (
     record_of,
     rescored,
 )
+from funcloss.app.runs.folds import OUT_OF_FOLD, read_folds
 from funcloss.app.runs.model import TrainedModel, load_model
 from funcloss.app.runs.options import resolved_costs
 from funcloss.app.runs.rules import rule_caveat, usual_rule
@@ -101,7 +102,9 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
     run = load(run_dir, device=device, allow_import=options.allow_import)
     config = run.config
     fitted = moved(_fitted(_loaded(run, options), run), device)
-    examples = split_of(fitted, options.split)
+    split = options.split
+    if split == "test" and config.folds and not len(fitted.test.labels):
+        split = OUT_OF_FOLD
     config = _scored_by(config, fitted.classes, options)
     calibration = run.calibration
     if options.prior:
@@ -111,13 +114,18 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
     scored = dataclasses.replace(
         run, config=config, classes=fitted.classes, calibration=calibration
     )
-    found = {options.split: evaluate_examples(scored, fitted, examples)}
+    if split == OUT_OF_FOLD:
+        if not run.config.folds or options.dataset:
+            raise ConfigError("split out-of-fold is of a run with folds, on its own data")
+        found = read_folds(Path(run_dir).expanduser()).evaluation(scored)
+    else:
+        found = evaluate_examples(scored, fitted, split_of(fitted, split))
     return EvaluationReport(
-        evaluation=rescored(scored, found)[options.split],
+        evaluation=rescored(scored, {split: found})[split],
         calibration=calibration,
         rule=usual_rule(config),
         dataset=fitted.name,
-        split=options.split,
+        split=split,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
     )
 
@@ -143,7 +151,15 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
 
 def _as_other_data(config: TrainConfig) -> TrainConfig:
     """Return a configuration without what it says of reading and splitting the run's own data."""
-    splitting = ("imbalance", "test_fraction", "validation_dataset", "test_dataset", "stream")
+    splitting = (
+        "imbalance",
+        "folds",
+        "repeats",
+        "test_fraction",
+        "validation_dataset",
+        "test_dataset",
+        "stream",
+    )
     reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
     plain = TrainConfig()
     return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*splitting, *reading)})

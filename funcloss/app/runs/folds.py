@@ -1,0 +1,255 @@
+"""Cross-validation: the same training on folds of the data, and what it says of held-out examples.
+
+On a few hundred examples one split holds out too few to conclude anything from. Here every example
+is held out once per repeat, from a model that is trained as the run's own is, on the other folds.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from funcloss.app import length
+from funcloss.app.data import Dataset, Examples, joined, stratified_split, subset
+from funcloss.app.data.streaming import Stream
+from funcloss.app.runs.checkpoint import load_tensors, save_tensors
+from funcloss.app.runs.early import better, make_first_best
+from funcloss.app.runs.evaluation import evaluate_examples
+from funcloss.app.runs.events import Watcher
+from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.setup import Setup, setup_on
+from funcloss.decisions import Evaluation, fold_interval, score
+from funcloss.errors import ConfigError, RunError
+from funcloss.training import fit
+from funcloss.typing import Batch
+
+FILE = "folds.safetensors"
+OUT_OF_FOLD = "out-of-fold"  # as a split
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """A fold is trained, and its examples are scored."""
+
+    number: int  # from 1, over all repeats
+    folds: int  # of all repeats together
+    seconds: float
+    epochs: int
+    evaluation: Evaluation  # of its examples
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """The scores of models on examples that they were not trained on."""
+
+    logits: Float[Tensor, "repeats n classes"]
+    labels: Int[Tensor, " n"]
+    fold: Int[Tensor, "repeats n"]  # that each example was held out in
+
+    def evaluation(self, model: TrainedModel, prior: Tensor | None = None) -> Evaluation:
+        """Return the evaluation of all of them by the rule of a model."""
+        repeats, logits = len(self.logits), self.logits.flatten(0, 1)
+        labels = self.labels.repeat(repeats)
+        batch = Batch(inputs=labels[:0], targets=labels)
+        loss = float(model.criterion(logits, batch, model.hyper))
+        return score(logits, labels, model.rule, prior=prior, loss=loss, repeats=repeats)
+
+    def over_folds(self, evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
+        """Return expected cost and accuracy by rule, with intervals over the folds.
+
+        Args:
+            evaluation: Theirs.
+
+        Returns:
+            By name of the rule, the mean over the folds and its interval at 95 %.
+        """
+        folds = int(self.fold.max()) + 1
+        place = (self.fold + folds * torch.arange(len(self.fold))[:, None]).flatten()
+        total = torch.zeros(folds * len(self.fold)).double().index_add(0, place, evaluation.weights)
+
+        def over(values: Tensor, within: tuple[float, float]) -> list[float]:
+            summed = torch.zeros_like(total).index_add(0, place, evaluation.weights * values)
+            return list(fold_interval((summed / total).tolist(), folds, within=within))
+
+        return {
+            name: {
+                "expected_cost": over(scores.example_cost, evaluation.possible_costs),
+                "accuracy": over((scores.decisions == evaluation.labels).double(), (0.0, 1.0)),
+            }
+            for name, scores in evaluation.rules.items()
+        }
+
+
+def folds_of(labels: Int[Tensor, " n"], folds: int, repeats: int, seed: int) -> Tensor:
+    """Return the fold of each example in each repeat, stratified by class, int64 ``(repeats, n)``.
+
+    They are scikit-learn's: ``StratifiedKFold(folds, shuffle=True, random_state=seed + repeat)``.
+
+    Args:
+        labels: Class of each example, shape ``(n,)``.
+        folds: How many.
+        repeats: How often the examples are dealt out anew.
+        seed: Of the first repeat.
+
+    Raises:
+        ConfigError: a class has fewer examples than there are folds.
+
+    Example:
+        >>> folds_of(torch.tensor([0, 1] * 4), 4, 1, 0).bincount(minlength=4)
+        tensor([2, 2, 2, 2])
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    counts = labels.bincount()
+    fewest = int(torch.where(counts > 0, counts, len(labels)).argmin())
+    if counts[fewest] < folds:
+        raise ConfigError(
+            f"folds {folds}: class number {fewest} has {int(counts[fewest])} examples, and each "
+            "fold needs one: use fewer folds"
+        )
+    found = torch.empty(repeats, len(labels), dtype=torch.int64)
+    for repeat in range(repeats):
+        dealt = StratifiedKFold(folds, shuffle=True, random_state=(seed + repeat) % 2**32)
+        for number, (_, held) in enumerate(dealt.split(np.zeros(len(labels)), labels.numpy())):
+            found[repeat, torch.from_numpy(held)] = number
+    return found
+
+
+def pooled(dataset: Dataset) -> Examples:
+    """Return the examples that are dealt into folds: training, and validation cut from it.
+
+    Raises:
+        ConfigError: they are streamed.
+    """
+    if isinstance(dataset.train.inputs, Stream):
+        raise ConfigError("folds needs the data in memory: set stream to off")
+    if "validation" not in dataset.cut:
+        return dataset.train
+    return joined(dataset.train, dataset.validation)
+
+
+def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold | None:
+    """Train on the folds of a run's data, from where its folder's file is.
+
+    Args:
+        setup: The training of the run.
+        run_dir: Its folder, which keeps the scores of every fold that is done.
+        watcher: Its callbacks.
+
+    Returns:
+        The scores of every example; None if it was told to stop.
+
+    Raises:
+        ConfigError: a class is too small for so many folds, or the data is streamed.
+        RunError: a training diverged, or the file cannot be written.
+    """
+    config, pool = setup.config, pooled(setup.dataset)
+    labels = pool.labels.cpu()
+    fold = folds_of(labels, config.folds, config.repeats, config.seed)
+    found, done = _read(run_dir / FILE, labels, fold, len(setup.dataset.classes))
+    total = config.folds * config.repeats
+    for number in range(done, total):
+        began = time.perf_counter()
+        repeat, k = divmod(number, config.folds)
+        held = fold[repeat] == k
+        own = dataclasses.replace(config, seed=(config.seed + 1 + number) % 2**63)
+        made = setup_on(own, _without(setup.dataset, pool, held, config.val_fraction))
+        trained = _trained(made, watcher)
+        if trained is None:
+            return None
+        model, epochs = trained
+        evaluation = evaluate_examples(model, made.dataset, made.dataset.test)
+        if not evaluation.logits.isfinite().all():
+            raise RunError(f"fold {number + 1} of {total} diverged: lower learning_rate")
+        found.logits[repeat, held] = evaluation.logits
+        _write(run_dir / FILE, found, number + 1)
+        seconds = time.perf_counter() - began
+        watcher.show(FoldReport(number + 1, total, seconds, epochs, evaluation))
+    return found
+
+
+def read_folds(run_dir: Path) -> OutOfFold:
+    """Return the scores that a finished run keeps of its folds.
+
+    Raises:
+        RunError: they cannot be read.
+    """
+    tensors, _ = load_tensors(run_dir / FILE)
+    try:
+        return OutOfFold(tensors["logits"], tensors["labels"], tensors["fold"])
+    except KeyError as error:
+        raise RunError(f"{run_dir / FILE} has no {error}") from None
+
+
+def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float) -> Dataset:
+    """Return the data without a fold, which is its test set; validation is cut as for the run."""
+    device = pool.labels.device
+    rest = (~held).nonzero().squeeze(1)
+    train, validation = rest, rest[:0]
+    if "validation" in dataset.cut:
+        parts = stratified_split(pool.labels.cpu()[rest], val_fraction)
+        train, validation = (rest[part] for part in parts)
+    given = dataset.validation
+    return dataclasses.replace(
+        dataset,
+        train=subset(pool, train.to(device)),
+        validation=subset(pool, validation.to(device)) if len(validation) else given,
+        test=subset(pool, held.nonzero().squeeze(1).to(device)),
+    )
+
+
+def _trained(setup: Setup, watcher: Watcher) -> tuple[TrainedModel, int] | None:
+    """Train in memory, as a run does; return the model, and after how many epochs it was."""
+    best, stopped = make_first_best(setup), False
+
+    def should_stop() -> bool:
+        nonlocal stopped
+        stopped = stopped or watcher.should_stop()
+        return stopped
+
+    state = setup.state
+    for epoch in fit(
+        state,
+        lambda state, batch: setup.train_step(state, batch, setup.hyper),
+        setup.drawn,
+        iter_batches=setup.iter_batches,
+        order=setup.order,
+        epochs=setup.epochs,
+        batch_size=setup.config.batch_size,
+        log_every=setup.steps + 1,
+        should_stop=should_stop,
+    ):
+        if stopped:
+            return None
+        state = epoch.state
+        if best is not None:
+            found = evaluate_examples(setup.trained(state), setup.dataset, setup.dataset.validation)
+            best = better(best, state, found.loss)
+            at = int(best.step) // setup.per_epoch
+            if length.is_over(epoch.number, at, setup.per_epoch):
+                break
+    if best is None:
+        return setup.trained(state), setup.epochs
+    return setup.trained(best), int(best.step) // setup.per_epoch
+
+
+def _read(path: Path, labels: Tensor, fold: Tensor, classes: int) -> tuple[OutOfFold, int]:
+    """Return the scores of a file and how many folds are done; none if it is of other data."""
+    logits = torch.full((*fold.shape, classes), torch.nan)
+    if path.exists():
+        tensors, header = load_tensors(path, needs=("done",))
+        kept = OutOfFold(tensors["logits"], tensors["labels"], tensors["fold"])
+        same = kept.fold.equal(fold) and kept.labels.equal(labels)
+        if same and kept.logits.shape == logits.shape:
+            return kept, int(header["done"])
+    return OutOfFold(logits, labels, fold), 0
+
+
+def _write(path: Path, found: OutOfFold, done: int) -> None:
+    tensors = {name: getattr(found, name) for name in ("logits", "labels", "fold")}
+    save_tensors(path, tensors, {"done": done})
