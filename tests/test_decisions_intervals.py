@@ -93,6 +93,12 @@ def test_the_interval_of_a_cost_is_nearly_that_of_draws_from_the_posterior(seed,
     )
 
 
+@pytest.mark.parametrize("prior", [None, torch.tensor([1.0, 0.0])])
+def test_without_an_example_the_cost_is_not_known(prior):
+    confusion = torch.zeros(2, 2) if prior is None else torch.tensor([[0, 0], [1, 2]])
+    assert all(map(math.isnan, cost_interval(confusion, torch.ones(2, 2), prior)))
+
+
 COSTLY = torch.tensor([[0.0, 1.0], [20.0, 0.0]])
 RATES = [(miss, alarm) for miss in (0.0, 0.05, 0.1, 0.3) for alarm in (0.02, 0.1)]
 

@@ -101,6 +101,8 @@ def cost_interval(
     support = counts.sum(1)
     share = support if prior is None else prior.cpu().double()
     present = (support > 0) & (share > 0)
+    if not present.any():
+        return Interval(math.nan)
     counts, costs, share = counts[present], costs[present], share[present] / share[present].sum()
     value = float(share @ ((counts * costs).sum(1) / counts.sum(1)))
     if prior is None:  # one sample of all classes

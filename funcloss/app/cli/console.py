@@ -289,7 +289,8 @@ def _constrained(record: dict[str, Any]) -> str:
 def _points_table(choice: Choice) -> Table:
     """Return a row per trial of a sweep, on validation data."""
     recalls = (f"recall {name}" for name in choice.focus)
-    head = ("on validation data", "accuracy", *recalls, "expected cost", "by the rule", "note")
+    what = "on validation data" + ", 95 % over the seeds" * (choice.seeds > 1)
+    head = (what, "accuracy", *recalls, "expected cost", "by the rule", "note")
     rows = []
     for p in choice.points:
         notes = ["chosen"] * p.chosen + ["plain"] * p.plain + ["misses"] * (p.feasible is False)
