@@ -376,7 +376,8 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: an option is unknown, of the wrong type, not among its choices or out of range,
             two options clash, or the optimiser or schedule ignores one that is given with it or in
-            a later layer (one of an earlier layer is left out).
+            a later layer (one of an earlier layer is left out, and so is a schedule that does not
+            go with a later ``epochs = "auto"``).
 
     Example:
         >>> make_config({"epochs": 5}, {"epochs": 2}).epochs
@@ -392,6 +393,9 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
             row = known[name]
             values[name] = _checked(name, row.type, row.option, short_name(name, value))
             origin[name] = number
+    earlier = origin.get("schedule", math.inf) < origin.get("epochs", -1)
+    if values.get("epochs") == "auto" and earlier and _needs_length(values["schedule"]):
+        values["schedule"], origin["schedule"] = "auto", origin["epochs"]
     _leave_out_ignored(values, origin, layers)
     config = with_final_names(TrainConfig(**values))
     _check_together(config)
@@ -680,10 +684,13 @@ def why_not_early(config: TrainConfig) -> str:
         >>> why_not_early(make_config({"schedule": "cosine"})), why_not_early(make_config())
         ('schedule cosine', '')
     """
-    row = SCHEDULES.get(config.schedule)
-    if row is not None and row.of_length:
+    if _needs_length(config.schedule):
         return f"schedule {config.schedule}"
     return next((name for name in ("floor", "ceiling") if getattr(config, name)), "")
+
+
+def _needs_length(schedule: str) -> bool:
+    return schedule != "auto" and SCHEDULES[schedule].of_length
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
