@@ -252,10 +252,10 @@ class TrainConfig:
         int | str,
         Option(
             "Passes over the training set; auto: until the validation loss has not fallen for "
-            f"{PATIENCE}, and at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps; the model of "
-            f"the lowest is kept. If not given: {EPOCHS}; auto for fewer than {FEW:,} training "
-            f"examples of data that is not in the list of --dataset ({STEPS:,} steps where auto "
-            "cannot be, as in a sweep).",
+            f"{PATIENCE}, at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps, and the model of "
+            f"the lowest is kept. If not given: {EPOCHS}; for fewer than {FEW:,} training examples "
+            f"of other data than {', '.join(DATASETS)}: auto, or about {STEPS:,} steps where auto "
+            "cannot be, as in a sweep.",
             ("auto",),
             low=0,
             high=1e6,
@@ -264,9 +264,8 @@ class TrainConfig:
     batch_size: Annotated[
         int,
         Option(
-            f"Batch size; 0: {BATCH_SIZE}; for fewer than {FEW:,} training examples of data that "
-            "is not in the list of --dataset, the power of two nearest to a sixteenth of them, 8 "
-            f"to {BATCH_SIZE}.",
+            f"Batch size; 0: {BATCH_SIZE}; for as few examples as make --epochs auto, the power of "
+            f"two nearest to a sixteenth of them, 8 to {BATCH_SIZE}.",
             low=0,
             high=1e9,
         ),
