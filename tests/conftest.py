@@ -103,6 +103,7 @@ class StopAt:
 def but_learning(err: str) -> str:
     """Return what a command said on stderr, but for that noise for data teaches a model nothing."""
     signs = "test accuracy .* is no higher than|the training loss (did not fall|is not a finite)"
+    signs += "|underfitted: "
     return "".join(
         line for line in err.splitlines(keepends=True) if not re.match(f"warning: ({signs})", line)
     )

@@ -12,7 +12,7 @@ from funcloss.errors import ConfigError
 
 def test_later_layers_win():
     made = config.make_config({"epochs": 1, "seed": 3}, {"epochs": 2})
-    assert (made.epochs, made.seed, made.batch_size) == (2, 3, 128)
+    assert (made.epochs, made.seed, made.batch_size) == (2, 3, 0)
 
 
 def test_numbers_become_the_type_of_their_field():
@@ -54,9 +54,9 @@ REFUSED = [
     ({"epoch": 3}, r"unknown option 'epoch' \(did you mean 'epochs'\?\)"),
     ({"model": "lenet"}, r"model must be one of .*; got 'lenet' \(did you mean 'lenet5'\?\)"),
     ({"model": 3}, "model must be a str, got 3"),
-    ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
-    ({"epochs": "3"}, "epochs must be a whole number, got '3'"),
-    ({"epochs": True}, "epochs must be a whole number, got True"),
+    ({"epochs": 1.5}, "epochs must be a whole number or auto, got 1.5"),
+    ({"epochs": "3"}, "epochs must be a whole number or auto, got '3'"),
+    ({"epochs": True}, "epochs must be a whole number or auto, got True"),
     ({"epochs": -1}, r"epochs must be at least 0 and at most 1e\+06, got -1"),
     ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
     ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
@@ -116,7 +116,7 @@ OF_ONE_CHOICE = {  # layers, the earliest first, and what is refused; empty: not
     "of the schedule step": ([{"decay_every": 2}], "decay_every is an option of schedule step"),
     "typed": (
         [config.Typed(decay_every=2)],
-        "^--decay-every is an option of --schedule step, and the schedule is one-cycle: leave "
+        "^--decay-every is an option of --schedule step, and the schedule is auto: leave "
         "--decay-every out, or use --schedule step$",
     ),
     "earlier than the choice": ([{"optimizer": "sgd", "momentum": 0.5}, {"optimizer": "adam"}], ""),

@@ -288,10 +288,10 @@ class TrainConfig:
         int | str,
         Option(
             "Passes over the training set; auto: until the validation loss has not fallen for "
-            f"{PATIENCE}, and at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps; the model of "
-            f"the lowest is kept. If not given: {EPOCHS}; auto for fewer than {FEW:,} training "
-            f"examples of data that is not in the list of --dataset ({STEPS:,} steps where auto "
-            "cannot be, as in a sweep).",
+            f"{PATIENCE}, at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps, and the model of "
+            f"the lowest is kept. If not given: {EPOCHS}; for fewer than {FEW:,} training examples "
+            f"of other data than {', '.join(DATASETS)}: auto, or about {STEPS:,} steps where auto "
+            "cannot be, as in a sweep.",
             ("auto",),
             low=0,
             high=1e6,
@@ -300,9 +300,8 @@ class TrainConfig:
     batch_size: Annotated[
         int,
         Option(
-            f"Batch size; 0: {BATCH_SIZE}; for fewer than {FEW:,} training examples of data that "
-            "is not in the list of --dataset, the power of two nearest to a sixteenth of them, 8 "
-            f"to {BATCH_SIZE}.",
+            f"Batch size; 0: {BATCH_SIZE}; for as few examples as make --epochs auto, the power of "
+            f"two nearest to a sixteenth of them, 8 to {BATCH_SIZE}.",
             low=0,
             high=1e9,
         ),
@@ -414,7 +413,8 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: an option is unknown, of the wrong type, not among its choices or out of range,
             two options clash, or the optimiser or schedule ignores one that is given with it or in
-            a later layer (one of an earlier layer is left out).
+            a later layer (one of an earlier layer is left out, and so is a schedule that does not
+            go with a later ``epochs = "auto"``).
 
     Example:
         >>> make_config({"epochs": 5}, {"epochs": 2}).epochs
@@ -432,6 +432,9 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
                 value, values["balance"] = _without_word(value)
             values[name] = _checked(name, row.type, row.option, short_name(name, value))
             origin[name] = number
+    earlier = origin.get("schedule", math.inf) < origin.get("epochs", -1)
+    if values.get("epochs") == "auto" and earlier and _needs_length(values["schedule"]):
+        values["schedule"], origin["schedule"] = "auto", origin["epochs"]
     _leave_out_ignored(values, origin, layers)
     config = with_final_names(TrainConfig(**values))
     _check_together(config)
@@ -758,10 +761,13 @@ def why_not_early(config: TrainConfig) -> str:
         >>> why_not_early(make_config({"schedule": "cosine"})), why_not_early(make_config())
         ('schedule cosine', '')
     """
-    row = SCHEDULES.get(config.schedule)
-    if row is not None and row.of_length:
+    if _needs_length(config.schedule):
         return f"schedule {config.schedule}"
     return next((name for name in ("floor", "ceiling") if getattr(config, name)), "")
+
+
+def _needs_length(schedule: str) -> bool:
+    return schedule != "auto" and SCHEDULES[schedule].of_length
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -95,7 +95,8 @@ def _parameter(field: Field, *, as_text: bool) -> inspect.Parameter:
     """Return a row of a table of options as a parameter of the command."""
     option = field.option
     kind, metavar, _ = _WRITTEN.get(field.type, (field.type, None, None))
-    choices = f" One of {', '.join(option.choices)}" if option.choices else ""
+    named = option.choices if field.type is str else ()  # a number or a word says so itself
+    choices = f" One of {', '.join(named)}" if named else ""
     choices += f"; or {option.own}." if option.own else "." if choices else ""
     shown = typer.Option(
         *([option.flag] if option.flag else []),

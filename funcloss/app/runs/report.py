@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from funcloss._files import write_text
-from funcloss._json import jsonable
+from funcloss._json import jsonable, or_nan
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import as_pixels, subset
 from funcloss.app.report import run_figures as figures
 from funcloss.app.runs import folder
-from funcloss.app.runs.evaluation import record_of
+from funcloss.app.runs.evaluation import evaluate_examples, record_of
 from funcloss.app.runs.folds import OUT_OF_FOLD
-from funcloss.app.runs.learned import learning_warnings
+from funcloss.app.runs.learned import learning_warnings, no_better_than_constant, underfitted
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.rules import rule_caveat, usual_rule
 from funcloss.app.runs.setup import Setup
@@ -28,6 +28,7 @@ from funcloss.errors import ConfigError
 from funcloss.training.evaluation import Evaluation
 from funcloss.training.step import TrainState
 
+_TRAINING = 10_000  # examples at most that tell whether a model predicts a constant
 _SHOWN = 6  # test images with what the model says
 _MATRICES = 100  # classes at most whose confusion matrices are in a summary
 
@@ -113,7 +114,8 @@ def sum_up(
         "torch": torch.__version__,
         "warnings": learning_warnings(
             shown.argmax.confusion, classes, losses, trained=bool(state.step)
-        ),
+        )
+        + _underfitted(setup, model, shown, records, losses),
         **more,
         "costs": cost_sentences(setup.costs),
         "decisions": decision_sentences(setup.costs),
@@ -128,6 +130,27 @@ def sum_up(
     }
     write_text(run_dir / folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _underfitted(
+    setup: Setup,
+    model: TrainedModel,
+    test: Evaluation,
+    records: list[dict[str, Any]],
+    losses: list[tuple[float, int]],
+) -> list[str]:
+    """Return a warning if a training of a fixed number of epochs was too short."""
+    epochs, train = setup.config.epochs, setup.dataset.train
+    if not isinstance(epochs, int) or not losses:
+        return []
+    constant = no_better_than_constant(test.argmax.confusion)
+    if constant:  # else not on training data either, of which a part will do
+        n, device = len(train.labels), train.labels.device
+        few = torch.arange(0, n, math.ceil(n / _TRAINING), device=device)
+        on_train = evaluate_examples(model, setup.dataset, subset(train, few))
+        constant = no_better_than_constant(on_train.argmax.confusion)
+    validation = [or_nan(r["validation"]["loss"]) for r in records if "validation" in r]
+    return underfitted(losses, validation, epochs=epochs, constant=constant)
 
 
 def _losses(records: list[dict[str, Any]]) -> list[tuple[float, int]]:
