@@ -2,7 +2,8 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from funcloss.decisions.intervals import Interval, mean_interval, wilson
 from funcloss.decisions.rules import DecisionRule, log_posterior
 
 _BINS = 15
+_AT_ONCE = 4096  # examples with a cost matrix of their own
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Evaluation:
     prior: Float[Tensor, " classes"]  # that everything is weighted by; sums to 1
     known_prior: bool  # it was given, not counted: how often each class comes is then certain
     loss: float = math.nan  # of all examples together
+    # costs of each example by name, for the cells of the costs that have one
+    amounts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
     @functools.cached_property
     def argmax(self) -> DecisionScores:
@@ -53,7 +57,14 @@ class Evaluation:
     @functools.cached_property
     def min_cost(self) -> DecisionScores:
         """The decisions of minimum expected cost, at calibrated probabilities."""
-        return self.scored(self.rule.decide(self.logits))
+        rule, costs = self.rule, self.rule.costs
+        if not costs.amounts:
+            return self.scored(rule.decide(self.logits))
+        decided = []
+        for some in torch.arange(len(self.labels)).split(_AT_ONCE):
+            own = costs.of_examples({name: a[some] for name, a in self.amounts.items()})
+            decided.append(rule.decide(self.logits[some], own))
+        return self.scored(torch.cat(decided))
 
     @property
     def rules(self) -> dict[str, DecisionScores]:
@@ -83,7 +94,11 @@ class Evaluation:
     @functools.cached_property
     def constant_costs(self) -> Float[Tensor, " decisions"]:
         """Expected cost of always deciding one way, for each decision."""
-        return self.prior @ self.rule.costs.matrix
+        matrix = self.rule.costs.matrix.clone()
+        for truth, decision, values in self.rule.costs.cells(self.amounts, len(self.labels)):
+            own = values[self.labels == truth]
+            matrix[truth, decision] = own.mean() if len(own) else 0.0
+        return self.prior @ matrix
 
     @property
     def constant_cost(self) -> float:
@@ -124,6 +139,11 @@ class Evaluation:
         confusion = (labels * columns + decisions).bincount(minlength=classes * columns)
         confusion = confusion.reshape(classes, columns)
         paid = costs.matrix[labels, decisions]
+        in_cells = torch.where(confusion > 0, confusion * costs.matrix, 0.0)
+        for truth, decision, values in costs.cells(self.amounts, len(labels)):
+            here = (labels == truth) & (decisions == decision)
+            paid[here] = values[here]
+            in_cells[truth, decision] = paid[here].sum()
         right = (labels == decisions).double()
         strata = labels if self.known_prior else None
         expected = mean_interval(paid[None], self.weights, strata=strata)
@@ -134,7 +154,7 @@ class Evaluation:
             decisions=decisions,
             example_cost=paid,
             confusion=confusion,
-            cost=torch.where(confusion > 0, confusion * costs.matrix, 0.0),
+            cost=in_cells,
             expected_cost=expected,
             class_cost=torch.zeros(classes).double().index_add(0, labels, self.weights * paid),
             normalised_cost=expected.value / constant if constant > 0 else math.nan,
@@ -151,6 +171,7 @@ def score(
     *,
     prior: Float[Tensor, " classes"] | None = None,
     loss: float = math.nan,
+    amounts: Mapping[str, Float[Tensor, " n"]] | None = None,
 ) -> Evaluation:
     """Score a model's decisions by what they cost, under argmax and under minimum expected cost.
 
@@ -166,14 +187,15 @@ def score(
         prior: Fraction of each class where the model is used; None: as among the examples. Classes
             without an example here are left out of it.
         loss: Of all examples together, if it is known.
+        amounts: Costs of each example by name, for the cells of ``rule.costs`` that have one.
 
     Returns:
         Scores under both rules.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``labels`` is.
-        ValueError: a shape does not fit, a label is no class, there are no examples, or ``prior``
-            is negative, not finite or 0 for all classes that occur.
+        ValueError: a shape does not fit, a label is no class, there are no examples, an amount is
+            missing, or ``prior`` is negative, not finite or 0 for all classes that occur.
 
     Example:
         >>> from funcloss.decisions import make_costs
@@ -200,6 +222,8 @@ def score(
         raise ValueError("score: there are no examples")
     _check_indices("score", "labels", labels, classes)
     counts = labels.bincount(minlength=classes).double()
+    amounts = {name: a.detach().cpu() for name, a in (amounts or {}).items()}
+    list(rule.costs.cells(amounts, len(labels)))  # checked
     return Evaluation(
         logits=logits.detach().cpu(),
         labels=labels,
@@ -207,6 +231,7 @@ def score(
         prior=_of_present("score", prior, counts),
         known_prior=prior is not None,
         loss=loss,
+        amounts=amounts,
     )
 
 

@@ -1,9 +1,10 @@
 """A model on labelled examples, in one pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from funcloss.decisions import Costs, DecisionRule, Evaluation, make_costs, score
 from funcloss.objectives.supervised import Criterion, Forward
@@ -32,6 +33,7 @@ def evaluate(
     hyper: Hyper,
     *,
     costs: Costs | None = None,
+    amounts: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
     """Evaluate a model on labelled examples in one pass.
 
@@ -42,12 +44,13 @@ def evaluate(
         criterion: The loss to report, over all examples at once.
         hyper: What the criterion takes.
         costs: What decisions cost; None: 1 for every mistake.
+        amounts: Costs of each example by name, for the cells of ``costs`` that have one.
 
     Returns:
         The evaluation, its tensors on the CPU.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or an amount is missing.
 
     Example:
         >>> from funcloss import losses, models, optim
@@ -60,15 +63,17 @@ def evaluate(
         >>> found.argmax.confusion.sum()
         tensor(4)
     """
-    logits, labels = [], []
+    logits, labels, own = [], [], []
     with torch.no_grad():
         for batch in batches:
             logits.append(forward(model.params, model.buffers, batch.inputs)[0])
             labels.append(batch.targets)
+            own += [] if batch.costs is None else [batch.costs]
         if not labels:
             raise ValueError("evaluate: there are no examples")
         scores, targets = torch.cat(logits).float(), torch.cat(labels)
-        loss = float(criterion(scores, Batch(inputs=targets[:0], targets=targets), hyper))
+        whole = Batch(targets[:0], targets, costs=torch.cat(own) if own else None)
+        loss = float(criterion(scores, whole, hyper))
     if costs is None:
         costs = make_costs(tuple(map(str, range(scores.shape[-1]))))
-    return score(scores, targets, DecisionRule(costs), loss=loss)
+    return score(scores, targets, DecisionRule(costs), loss=loss, amounts=amounts)

@@ -13,7 +13,7 @@ from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, iter_batches
 from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.options import chosen_loss
+from funcloss.app.runs.options import chosen_loss, with_costs
 from funcloss.combinators import (
     Combined,
     correction_of,
@@ -146,7 +146,7 @@ def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Cor
     """Return the correction that the loss states, under the options of the training, in float64."""
     counted = _counted(counts.cpu())
     options = {"class_counts": counted, "class_prior": counted / counted.sum()}
-    if costs is not None:
+    if costs is not None and not costs.amounts:
         options["cost_matrix"] = costs.matrix.cpu().double()
     return correction_of(chosen_loss(config), options | config.loss_option)
 
@@ -207,9 +207,18 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
         The evaluation, by a rule that takes the softmax of the scores for probabilities.
     """
     index = torch.arange(len(examples.labels), device=examples.labels.device)
+    examples = with_costs(model.config, model.costs, examples)
     size = max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
     batches = iter_batches(dataset, examples, index.split(size))
-    return run_model(model.forward, model, batches, model.criterion, model.hyper, costs=model.costs)
+    return run_model(
+        model.forward,
+        model,
+        batches,
+        model.criterion,
+        model.hyper,
+        costs=model.costs,
+        amounts=examples.amounts,
+    )
 
 
 def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
@@ -250,6 +259,7 @@ def with_fitted_rule(
             rule,
             prior=deployment_prior(config, costs.classes, found.counts),
             loss=found.loss,
+            amounts=found.amounts,
         )
         for name, found in evaluations.items()
     }

@@ -29,12 +29,14 @@ from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
 from funcloss.app.runs.options import (
+    amounts_of,
     balanced_weights,
     by_name,
     check_loss_options,
     costs_of,
     make_hyper,
     resolved_costs,
+    with_costs,
 )
 from funcloss.decisions import Costs
 from funcloss.errors import ConfigError
@@ -127,20 +129,32 @@ def make_setup(config: TrainConfig) -> Setup:
     return dataclasses.replace(made, notes=(*_in_words(balanced), *made.notes))
 
 
-def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
+def load_data(
+    config: TrainConfig,
+    *,
+    schema: InputSchema | None = None,
+    columns: tuple[str, ...] = (),
+    amounts: tuple[str, ...] | None = None,
+) -> Dataset:
     """Return the data set that a configuration names, as it describes it.
 
     Args:
-        config: Its data options; of the others only ``model``, for the size that lenet5 takes.
+        config: Its data options; of the others only ``model``, for the size that lenet5 takes, and
+            ``cost``.
         schema: As for :func:`funcloss.app.data.load_dataset`.
+        columns: The features of a table; empty: all columns that are nothing else.
+        amounts: Names of the costs of each example; None: those of ``cost``.
 
     Raises:
         ConfigError: the request does not fit the data.
         DataError: the data cannot be had.
     """
-    names = [field.name for field in dataclasses.fields(LoadOptions)]
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    names = [field.name for field in dataclasses.fields(LoadOptions) if field.name in known]
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked["image_size"] = _image_size(config)
+    asked["columns"] = columns
+    asked["amounts"] = amounts_of(config) if amounts is None else amounts
     return load_dataset(LoadOptions(**asked), schema=schema, refused_code=config.refused_code)
 
 
@@ -169,6 +183,8 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     counts = class_counts(dataset.train, len(dataset.classes)).cpu()
     check_loss_options(config, costs, counts)
     hyper = make_hyper(config, costs, counts, device)
+    splits = {name: with_costs(config, costs, part) for name, part in dataset.splits.items()}
+    dataset = dataclasses.replace(dataset, **splits)
     if len(dataset.train.labels) < config.batch_size:
         raise ConfigError(
             f"batch_size {config.batch_size} is more than the {len(dataset.train.labels):,} "
