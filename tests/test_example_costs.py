@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -99,8 +100,10 @@ def test_a_rule_of_such_costs_needs_them():
 
 
 @pytest.mark.parametrize("prior", [None, torch.tensor([0.1, 0.9])])
-@pytest.mark.parametrize("n", [60, 5000])  # the second in pieces
-def test_an_evaluation_adds_up_what_each_example_costs(prior, n):
+@pytest.mark.parametrize("at_once", [2**22, 100])  # the second in pieces
+def test_an_evaluation_adds_up_what_each_example_costs(monkeypatch, prior, at_once):
+    n = 333
+    monkeypatch.setattr("funcloss.decisions.evaluation._AT_ONCE", at_once)
     amounts, labels = 100 * random(n) ** 3, (random(n, seed=1) > 0.3).long()
     logits = torch.stack([random(n, seed=2), 2 * random(n, seed=3)], 1)
     found = score(
@@ -343,6 +346,28 @@ def test_amounts_that_are_not_there_or_spoilt_are_refused(tmp_path, write, error
     with pytest.raises(error) as raised:
         loaded(write(tmp_path))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("extras", "error", "message"),
+    [
+        ("{'amount': 3}", DataError, "amount must be one number per example, (n,); got int64 ()"),
+        ("{'amount': amount[1:]}", DataError, "239 values of amount but 240 labels"),
+        ("amount", DataError, "after inputs and labels goes a dict, got Tensor"),
+        ("{'amount': -amount}", DataError, "amount must be finite and at least 0"),
+        ("{'amount': amount.bfloat16()}", None, ""),
+        ("{'amount': amount.tolist()}", None, ""),
+    ],
+)
+def test_amounts_of_code_are_checked(tmp_path, extras, error, message):
+    address = write_code(tmp_path, "other")
+    file = tmp_path / "mine.py"
+    file.write_text(f"{file.read_text()}\n\ndef other():\n    return features, labels, {extras}\n")
+    if error is None:
+        assert loaded(address).train.amounts["amount"].dtype == torch.float64
+        return
+    with pytest.raises(error, match=re.escape(message)):
+        loaded(address)
 
 
 OTHER = [

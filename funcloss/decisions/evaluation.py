@@ -14,7 +14,7 @@ from funcloss.decisions.intervals import Interval, mean_interval, wilson
 from funcloss.decisions.rules import DecisionRule, log_posterior
 
 _BINS = 15
-_AT_ONCE = 4096  # examples with a cost matrix of their own
+_AT_ONCE = 2**22  # costs, of examples with a matrix of their own
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Evaluation:
         if not costs.amounts:
             return self.scored(rule.decide(self.logits))
         decided = []
-        for some in torch.arange(len(self.labels)).split(_AT_ONCE):
+        size = max(1, _AT_ONCE // costs.matrix.numel())
+        for some in torch.arange(len(self.labels)).split(size):
             own = costs.of_examples({name: a[some] for name, a in self.amounts.items()})
             decided.append(rule.decide(self.logits[some], own))
         return self.scored(torch.cat(decided))

@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,12 +169,13 @@ def check_amount(what: str, name: str, known: Collection[str]) -> None:
         )
 
 
-def as_amounts(what: str, array: np.ndarray | Tensor) -> Tensor:
+def as_amounts(what: str, array: Any) -> Tensor:
     """Return costs of examples, ``(n,)`` in float64; ``what`` names them in errors.
 
     Raises ``DataError`` for another form, and for what is negative or not finite.
     """
-    array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    array = array.detach().cpu().double() if isinstance(array, Tensor) else array
+    array = np.asarray(array)
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if array.ndim != 1 or array.dtype.kind not in "buif":
         raise DataError(

@@ -12,7 +12,7 @@ from funcloss.app.data.streaming import Stream
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which data set to load, how to read it and how to split it; the names are those of options.
+    """Which data set to load, how to read it and how to split it; most names are those of options.
 
     Of a published data set only ``data_dir``, ``val_fraction`` and ``imbalance`` may be given.
     """
