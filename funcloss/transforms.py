@@ -52,16 +52,17 @@ def per_sample_grads(
         PyTorch, "Per-sample-gradients", tutorial of torch.func.
     """
 
-    def loss_of_one(params, buffers, inputs, targets, key, hyper):
-        one = Batch(tree_map(lambda x: x[None], inputs), targets[None])
+    def loss_of_one(params, buffers, inputs, targets, costs, key, hyper):
+        inputs = tree_map(lambda x: x[None], inputs)
+        one = Batch(inputs, targets[None], costs=None if costs is None else costs[None])
         return objective(params, buffers, one, key[None], hyper)
-
-    each = vmap(grad(loss_of_one, has_aux=True), in_dims=(None, None, 0, 0, 0, None))
 
     def grads_of(
         params: Params, buffers: Buffers, batch: Batch, keys: Tensor, hyper: Hyper
     ) -> Grads:
-        grads, _ = each(params, buffers, batch.inputs, batch.targets, keys, hyper)
+        costs = None if batch.costs is None else 0
+        each = vmap(grad(loss_of_one, has_aux=True), in_dims=(None, None, 0, 0, costs, 0, None))
+        grads, _ = each(params, buffers, batch.inputs, batch.targets, batch.costs, keys, hyper)
         if batch.where is None:
             return grads
         return {name: _kept(g, batch.where) for name, g in grads.items()}

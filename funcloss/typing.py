@@ -47,6 +47,7 @@ class Batch(NamedTuple):
     inputs: Any  # (batch, *features), or ``Inputs`` of which each tensor begins with the batch
     targets: Tensor  # (batch,) labels, or (batch, ...) values
     where: Tensor | None = None  # (batch,) bool: which examples count; None: all
+    costs: Tensor | None = None  # (batch, decisions), for a loss that takes the costs of each one
 
 
 class Objective(Protocol):

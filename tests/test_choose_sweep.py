@@ -784,7 +784,8 @@ class Reads(TorchDispatchMode):
 
     def __init__(self, examples):
         super().__init__()
-        self.places = {t.untyped_storage().data_ptr(): n for n, t in vars(examples).items()}
+        tensors = {n: t for n, t in vars(examples).items() if isinstance(t, torch.Tensor)}
+        self.places = {t.untyped_storage().data_ptr(): n for n, t in tensors.items()}
         self.log = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

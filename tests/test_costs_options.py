@@ -287,7 +287,7 @@ REFUSED = [
      "loss expected_cost needs a square cost_matrix: the model has a logit a class, and none for "
      "abstain"),
     (["--cost", "9,4"], "cost must be TRUE,DECIDED=COST, as in 9,4=20; got '9,4'"),
-    (["--cost", "9,4=x"], "cost: 'x' is not a number"),
+    (["--cost", "9,4=x"], "cost names 'x', which is no number, and the cost of each example comes"),
     (["--cost", "9,4=inf"], "cost 9,4 must be finite"),
     (["--cost", "9,4=1", "--cost", "9,4=2"], "cost: true,decided '9,4' is given twice"),
     (["--cost", "9,ten=1"], "cost '9,ten': no decision 'ten'; the decisions are 0, 1, 2"),

@@ -219,7 +219,7 @@ def test_a_threshold_tuned_by_scikit_learn_decides_the_same(false_alarm, miss):
         (
             lambda: min_cost_decisions(torch.zeros(2, 3), torch.zeros(2, 3)),
             ValueError,
-            r"cost_matrix must have shape \(3, decisions\), one row a class, got \(2, 3\)",
+            r"cost_matrix must have shape \(3, decisions\), one row per class, or .*; got \(2, 3\)",
         ),
     ],
 )

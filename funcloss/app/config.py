@@ -213,10 +213,11 @@ class TrainConfig:
         ),
     ] = field(default_factory=dict)
     cost: Annotated[
-        dict[str, float],
+        dict[str, float | str],
         Option(
-            "Cost of one decision on one true class, over what --cost-matrix or --class-cost say; "
-            "repeatable.",
+            "Cost of one decision on one true class, over what --cost-matrix or --class-cost say: "
+            "a number, or the column of a table (the array of a file) that has that of each "
+            "example; repeatable.",
             metavar="TRUE,DECIDED=COST",
             example="9,4=20",
         ),
@@ -663,6 +664,8 @@ def _checked(name: str, kind: Any, option: Option, value: Any) -> Any:
         return value if value in ("", *option.choices) else _number(name, option, value, int)
     if kind in (int, float):
         return _number(name, option, value, kind)
+    if kind == float | str:
+        return _number(name, option, value, float) if not isinstance(value, str) else value
     if not isinstance(value, kind):
         raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
     if option.choices and value not in option.choices and not (option.own and names_own(value)):

@@ -49,7 +49,7 @@ class EvaluateOptions(_Checked):
         default_factory=dict
     )
     class_cost: Annotated[dict[str, float], _TRAINING["class_cost"]] = field(default_factory=dict)
-    cost: Annotated[dict[str, float], _TRAINING["cost"]] = field(default_factory=dict)
+    cost: Annotated[dict[str, float | str], _TRAINING["cost"]] = field(default_factory=dict)
     prior: Annotated[dict[str, float], _TRAINING["prior"]] = field(default_factory=dict)
     data_dir: Annotated[str, _DATA_DIR] = ""
     device: Annotated[str, Option("Where to run.", _TRAINING["device"].choices)] = "auto"

@@ -118,6 +118,8 @@ def as_batch(item: Any) -> Batch:
     Raises:
         AuditError: it is none.
     """
+    if isinstance(item, Batch):
+        return _checked(item)
     if isinstance(item, Mapping):
         targets = [name for name in _TARGETS if name in item]
         if len(targets) != 1:
@@ -137,6 +139,11 @@ def as_batch(item: Any) -> Batch:
 
 
 def _checked(batch: Batch) -> Batch:
+    if batch.costs is not None:
+        raise AuditError(
+            "audit: a loss under costs of each example cannot be audited: leave out the batch's "
+            "costs, and give the loss a cost_matrix"
+        )
     leaves = tree_leaves(batch.inputs)
     wrong = [x for x in [*leaves, batch.targets] if not isinstance(x, Tensor)]
     if wrong or not leaves:

@@ -2,17 +2,21 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from types import MappingProxyType
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss._checks import check_shape
 from funcloss.errors import ConfigError
 
 CostTable = Mapping[str, Mapping[str, float]]  # by name of the true class, then of the decision
+_NO_AMOUNTS: Mapping[str, Tensor] = MappingProxyType({})
+_Spoken = float | str  # a cost, or the name of those that each example has
 _SPOKEN = 20  # costs that are read out one by one
 
 
@@ -20,21 +24,103 @@ _SPOKEN = 20  # costs that are read out one by one
 class Costs:
     """What decisions cost: rows the truth, columns the decision."""
 
-    matrix: Float[Tensor, "classes decisions"]  # float64
+    matrix: Float[Tensor, "classes decisions"]  # float64; NaN where each example has a cost
     classes: tuple[str, ...]
     decisions: tuple[str, ...]  # the classes in their order, then those that are no class
+    # cells that cost another amount for each example: true class, decision, name of the amounts
+    amounts: tuple[tuple[int, int, str], ...] = ()
 
     @property
     def extra(self) -> tuple[str, ...]:
         """Return the decisions that are no class, such as to abstain."""
         return self.decisions[len(self.classes) :]
 
+    def of_labels(
+        self, labels: Int[Tensor, " n"], amounts: Mapping[str, Float[Tensor, " n"]] = _NO_AMOUNTS
+    ) -> Float[Tensor, "n decisions"]:
+        """Return what each decision costs on examples whose class is known.
+
+        Args:
+            labels: Class of each example, on the CPU.
+            amounts: Costs of each example by name, for the cells that have one.
+
+        Returns:
+            A row per example, float64.
+
+        Raises:
+            ValueError: an amount is missing, or has not the shape of the labels.
+
+        Example:
+            >>> costs = make_costs(("legit", "fraud"), cost={"fraud,legit": "amount"})
+            >>> costs.of_labels(torch.tensor([0, 1]), {"amount": torch.tensor([30.0, 80.0])})
+            tensor([[ 0.,  1.],
+                    [80.,  0.]], dtype=torch.float64)
+        """
+        rows = self.matrix[labels]
+        for truth, decision, values in self.cells(amounts, len(labels)):
+            rows[:, decision] = torch.where(labels == truth, values, rows[:, decision])
+        return rows
+
+    def of_examples(
+        self, amounts: Mapping[str, Float[Tensor, " n"]]
+    ) -> Float[Tensor, "n classes decisions"]:
+        """Return the cost matrix of each example, whose class need not be known.
+
+        Args:
+            amounts: Costs of each example by name, for the cells that have one.
+
+        Returns:
+            A matrix per example, float64.
+
+        Raises:
+            ValueError: an amount is missing, or they differ in length.
+
+        Example:
+            >>> costs = make_costs(("legit", "fraud"), cost={"fraud,legit": "amount"})
+            >>> costs.of_examples({"amount": torch.tensor([30.0, 80.0])})[1]
+            tensor([[ 0.,  1.],
+                    [80.,  0.]], dtype=torch.float64)
+        """
+        n = len(next(iter(amounts.values())))
+        matrices = self.matrix.repeat(n, 1, 1)
+        for truth, decision, values in self.cells(amounts, n):
+            matrices[:, truth, decision] = values
+        return matrices
+
+    def cells(
+        self, amounts: Mapping[str, Float[Tensor, " n"]], n: int
+    ) -> Iterator[tuple[int, int, Float[Tensor, " n"]]]:
+        """Yield the cells that cost another amount for each example.
+
+        Args:
+            amounts: Costs of each example by name.
+            n: Number of examples.
+
+        Yields:
+            True class, decision, and what it costs on each example, float64 on the CPU.
+
+        Raises:
+            ValueError: an amount is missing, of another shape, negative or not finite.
+        """
+        for truth, decision, name in self.amounts:
+            if name not in amounts:
+                raise ValueError(
+                    f"Costs: a true {self.classes[truth]} decided as {self.decisions[decision]} "
+                    f"costs each example its {name}: give amounts with {name!r}, got "
+                    f"{', '.join(amounts) or 'none'}"
+                )
+            values = amounts[name]
+            check_shape("Costs", name, values, (n,), "the other values of the examples")
+            if not ((values >= 0) & values.isfinite()).all():
+                raise ValueError(f"Costs: {name} must be finite and at least 0")
+            yield truth, decision, values.detach().cpu().double()
+
 
 def make_costs(
     classes: Sequence[str],
     table: CostTable | None = None,
     class_cost: Mapping[str, float] | None = None,
-    cost: Mapping[str, float] | None = None,
+    cost: Mapping[str, float | str] | None = None,
 ) -> Costs:
     """Return the costs that a table or a cost of each true class names; else 1 for every mistake.
 
@@ -45,7 +131,8 @@ def make_costs(
         class_cost: Cost of every mistake on a true class, by name or index; 1 for the others. The
             row form of ``table``, instead of it.
         cost: Cost of single decisions on a true class, over what the others say, by a key as
-            :func:`cost_cell` reads it: ``{"9,4": 20.0}``.
+            :func:`cost_cell` reads it: ``{"9,4": 20.0}``. A text is the name of amounts, of which
+            each example has its own: ``{"fraud,legit": "amount"}``.
 
     Returns:
         The costs, columns in the order of ``classes`` and then of the table's first row.
@@ -173,17 +260,17 @@ def cost_sentences(costs: Costs) -> list[str]:
         calling a true dog a cat costs 5
         every other mistake costs 1, a right decision 0
     """
-    size = len(costs.classes)
+    size, table = len(costs.classes), _table(costs)
     lines = []
-    for decision, column in zip(costs.extra, costs.matrix.T[size:].tolist(), strict=True):
+    for decision, column in zip(costs.extra, [*zip(*table, strict=True)][size:], strict=True):
         each = [
             (f"deciding {decision} on a true {t}", c)
             for t, c in zip(costs.classes, column, strict=True)
         ]
         whole = f"deciding {decision}, whatever the truth,"
         lines += _spoken(each, rest=f"deciding {decision} otherwise", whole=whole)
-    lines += _spoken(_mistakes(costs), rest="every other mistake", whole="every mistake")
-    own = costs.matrix.diagonal().tolist()
+    lines += _spoken(_mistakes(costs, table), rest="every other mistake", whole="every mistake")
+    own = [row[t] for t, row in enumerate(table)]
     right = [(f"rightly deciding {t}", c) for t, c in zip(costs.classes, own, strict=True)]
     told = _spoken(right, rest="every other right decision", whole="a right decision")
     if len(told) > 1 or size == 1:
@@ -191,10 +278,18 @@ def cost_sentences(costs: Costs) -> list[str]:
     return [*lines[:-1], f"{lines[-1]}, a right decision {_number(own[0])}"]
 
 
-def _mistakes(costs: Costs) -> list[tuple[str, float]]:
+def _table(costs: Costs) -> list[list[_Spoken]]:
+    """Return the matrix as lists, the name of the amounts where each example has its own."""
+    table: list[list[_Spoken]] = costs.matrix.tolist()
+    for truth, decision, name in costs.amounts:
+        table[truth][decision] = name
+    return table
+
+
+def _mistakes(costs: Costs, table: list[list[_Spoken]]) -> list[tuple[str, _Spoken]]:
     """Return mistakes of classes and what they cost, a row of equal costs of its own as one."""
     size = len(costs.classes)
-    rows = costs.matrix[:, :size].tolist()
+    rows = [row[:size] for row in table]
     common = _commonest([c for t, row in enumerate(rows) for c in row[:t] + row[t + 1 :]])
     found = []
     for name, row in zip(costs.classes, rows, strict=True):
@@ -206,7 +301,7 @@ def _mistakes(costs: Costs) -> list[tuple[str, float]]:
     return found
 
 
-def _spoken(each: list[tuple[str, float]], *, rest: str, whole: str) -> list[str]:
+def _spoken(each: list[tuple[str, _Spoken]], *, rest: str, whole: str) -> list[str]:
     """Return what costs other than the most, at most some of it, and then what the most costs."""
     if not each:
         return []
@@ -218,27 +313,32 @@ def _spoken(each: list[tuple[str, float]], *, rest: str, whole: str) -> list[str
     return [*odd[:_SPOKEN], *(more if left > 0 else []), ending]
 
 
-def _commonest(values: list[float]) -> float:
-    return Counter(values).most_common(1)[0][0] if values else 0.0
+def _commonest(values: list[_Spoken]) -> _Spoken:
+    numbers = [value for value in values if not isinstance(value, str)]  # a name stands out
+    return Counter(numbers or values).most_common(1)[0][0] if values else 0.0
 
 
-def _number(cost: float) -> str:
-    return f"{cost + 0.0:.10g}"  # + 0.0: no -0
+def _number(cost: _Spoken) -> str:
+    return f"its {cost}" if isinstance(cost, str) else f"{cost + 0.0:.10g}"  # + 0.0: no -0
 
 
-def _with_cells(costs: Costs, cost: Mapping[str, float]) -> Costs:
+def _with_cells(costs: Costs, cost: Mapping[str, float | str]) -> Costs:
     """Return costs with single cells replaced."""
-    matrix, seen = costs.matrix.clone(), set()
+    matrix, seen, amounts = costs.matrix.clone(), set(), []
     for key, value in cost.items():
         cell = cost_cell(key, costs.classes, costs.extra)
         if cell in seen:
             truth, decision = costs.classes[cell[0]], costs.decisions[cell[1]]
             raise ConfigError(f"cost: {truth!r} decided as {decision!r} is given twice")
-        if not _finite(value):
-            raise ConfigError(f"cost {key} must be a finite number, got {value!r}")
         seen.add(cell)
-        matrix[cell] = float(value)
-    return replace(costs, matrix=matrix)
+        if isinstance(value, str):
+            amounts.append((*cell, value))
+            matrix[cell] = math.nan
+        elif _finite(value):
+            matrix[cell] = float(value)
+        else:
+            raise ConfigError(f"cost {key} must be a finite number, got {value!r}")
+    return replace(costs, matrix=matrix, amounts=tuple(amounts))
 
 
 def _by_class(classes: tuple[str, ...], class_cost: Mapping[str, float]) -> Tensor:

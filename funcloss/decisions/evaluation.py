@@ -2,16 +2,19 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss._checks import check_floating, check_labels, check_shape
-from funcloss.decisions.intervals import Interval, cost_interval, wilson
+from funcloss.decisions.intervals import Interval, cost_interval, mean_interval, wilson
 from funcloss.decisions.metrics import Metrics, make_metrics, reliability
 from funcloss.decisions.rules import DecisionRule, log_posterior
+
+_AT_ONCE = 2**22  # costs, of examples with a matrix of their own
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Evaluation:
     known_prior: bool  # it was given, not counted: how often each class comes is then certain
     loss: float = math.nan  # of all examples together
     repeats: int = 1  # how often each example is among them; the intervals count it once
+    # costs of each example by name, for the cells of the costs that have one
+    amounts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
     @functools.cached_property
     def argmax(self) -> DecisionScores:
@@ -60,7 +65,15 @@ class Evaluation:
     @functools.cached_property
     def min_cost(self) -> DecisionScores:
         """The decisions of minimum expected cost, at calibrated probabilities."""
-        return self.scored(self.rule.decide(self.logits))
+        rule, costs = self.rule, self.rule.costs
+        if not costs.amounts:
+            return self.scored(rule.decide(self.logits))
+        decided = []
+        size = max(1, _AT_ONCE // costs.matrix.numel())
+        for some in torch.arange(len(self.labels)).split(size):
+            own = costs.of_examples({name: a[some] for name, a in self.amounts.items()})
+            decided.append(rule.decide(self.logits[some], own))
+        return self.scored(torch.cat(decided))
 
     @property
     def rules(self) -> dict[str, DecisionScores]:
@@ -95,7 +108,11 @@ class Evaluation:
     @functools.cached_property
     def constant_costs(self) -> Float[Tensor, " decisions"]:
         """Expected cost of always deciding one way, for each decision."""
-        return self.prior @ self.rule.costs.matrix
+        matrix = self.rule.costs.matrix.clone()
+        for truth, decision, values in self.rule.costs.cells(self.amounts, len(self.labels)):
+            own = values[self.labels == truth]
+            matrix[truth, decision] = own.mean() if len(own) else 0.0
+        return self.prior @ matrix
 
     @property
     def constant_cost(self) -> float:
@@ -111,11 +128,22 @@ class Evaluation:
     def possible_costs(self) -> tuple[float, float]:
         """The least and the largest expected cost that any decisions can have."""
         occurs = self.prior > 0
-        costs = self.rule.costs.matrix[occurs]
+        cells = self.rule.costs.cells(self.amounts, len(self.labels))
+        least, most = self.rule.costs.matrix.clone(), self.rule.costs.matrix.clone()
+        for truth, decision, values in cells:
+            least[truth, decision], most[truth, decision] = values.min(), values.max()
+        least, most = least[occurs].amin(1), most[occurs].amax(1)
         if not self.known_prior:
-            return float(costs.min()), float(costs.max())
+            return float(least.min()), float(most.max())
         parts = self.prior[occurs]
-        return float(parts @ costs.amin(1)), float(parts @ costs.amax(1))
+        return float(parts @ least), float(parts @ most)
+
+    def _mean_cost(self, paid: Tensor) -> Interval:
+        """Return the mean of what each example costs."""
+        each = paid.reshape(self.repeats, -1)
+        n = each.shape[1]
+        strata = self.labels[:n] if self.known_prior else None
+        return mean_interval(each, self.weights[:n], strata=strata, within=self.possible_costs)
 
     def scored(self, decisions: Int[Tensor, " n"]) -> DecisionScores:
         """Return how decisions on the same examples score, however they were made.
@@ -146,9 +174,16 @@ class Evaluation:
         confusion = (labels * columns + decisions).bincount(minlength=classes * columns)
         confusion = confusion.reshape(classes, columns)
         paid = costs.matrix[labels, decisions]
+        in_cells = torch.where(confusion > 0, confusion * costs.matrix, 0.0)
+        for truth, decision, values in costs.cells(self.amounts, len(labels)):
+            here = (labels == truth) & (decisions == decision)
+            paid[here] = values[here]
+            in_cells[truth, decision] = paid[here].sum()
         right = (labels == decisions).double()
         known_prior = self.prior if self.known_prior else None
         expected = cost_interval(confusion / self.repeats, costs.matrix, known_prior)
+        if costs.amounts:  # not those of a matrix
+            expected = self._mean_cost(paid)
         support, hits = confusion.sum(1) / self.repeats, confusion.diagonal() / self.repeats
         recall = hits.double() / support
         precision, trials = _precision(decisions, right, self.weights, classes)
@@ -160,7 +195,7 @@ class Evaluation:
             decisions=decisions,
             example_cost=paid,
             confusion=confusion,
-            cost=torch.where(confusion > 0, confusion * costs.matrix, 0.0),
+            cost=in_cells,
             expected_cost=expected,
             class_cost=torch.zeros(classes).double().index_add(0, labels, self.weights * paid),
             normalised_cost=expected.value / constant if constant > 0 else math.nan,
@@ -180,6 +215,7 @@ def score(
     prior: Float[Tensor, " classes"] | None = None,
     loss: float = math.nan,
     repeats: int = 1,
+    amounts: Mapping[str, Float[Tensor, " n"]] | None = None,
 ) -> Evaluation:
     """Score a model's decisions by what they cost, under argmax and under minimum expected cost.
 
@@ -198,14 +234,15 @@ def score(
         loss: Of all examples together, if it is known.
         repeats: How often each example is among them, scored by as many models. Confusion matrices
             count every time, intervals count it once.
+        amounts: Costs of each example by name, for the cells of ``rule.costs`` that have one.
 
     Returns:
         Scores under both rules.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``labels`` is.
-        ValueError: a shape does not fit, a label is no class, there are no examples, or ``prior``
-            is negative, not finite or 0 for all classes that occur.
+        ValueError: a shape does not fit, a label is no class, there are no examples, an amount is
+            missing, or ``prior`` is negative, not finite or 0 for all classes that occur.
 
     Example:
         >>> from funcloss.decisions import make_costs
@@ -232,6 +269,8 @@ def score(
         raise ValueError("score: there are no examples")
     _check_indices("score", "labels", labels, classes)
     counts = labels.bincount(minlength=classes).double()
+    amounts = {name: a.detach().cpu() for name, a in (amounts or {}).items()}
+    list(rule.costs.cells(amounts, len(labels)))  # checked
     return Evaluation(
         logits=logits.detach().cpu(),
         labels=labels,
@@ -240,6 +279,7 @@ def score(
         known_prior=prior is not None,
         loss=loss,
         repeats=repeats,
+        amounts=amounts,
     )
 
 

@@ -163,37 +163,46 @@ def fit_temperature(
 
 
 def expected_costs(
-    log_probs: Float[Tensor, "*batch classes"], cost_matrix: Float[Tensor, "classes decisions"]
+    log_probs: Float[Tensor, "*batch classes"],
+    cost_matrix: Float[Tensor, "*#batch classes decisions"],
 ) -> Float[Tensor, "*batch decisions"]:
     """Return what each decision is expected to cost, ``softmax @ cost_matrix``.
 
     Args:
         log_probs: Log-probabilities of the classes, shape ``(*batch, classes)``.
-        cost_matrix: Cost of each decision (column) in each true class (row).
+        cost_matrix: Cost of each decision (column) in each true class (row), shape
+            ``(classes, decisions)``; or a matrix per example, ``(*batch, classes, decisions)``.
 
     Returns:
         Expected costs, shape ``(*batch, decisions)``, in float32 at least.
 
     Raises:
-        ValueError: ``cost_matrix`` has not a row a class.
+        ValueError: ``cost_matrix`` has not one row per class, or not one matrix per example.
 
     Example:
         >>> cost_matrix = torch.tensor([[0.0, 1.0, 0.3], [9.0, 0.0, 0.3]])  # the last: abstain
         >>> expected_costs(torch.tensor([0.9, 0.1]).log(), cost_matrix)
         tensor([0.9000, 0.9000, 0.3000])
     """
-    got, classes = tuple(cost_matrix.shape), log_probs.shape[-1]
-    if len(got) != 2 or got[0] != classes:
+    got, (*batch, classes) = tuple(cost_matrix.shape), log_probs.shape
+    if got[:-1] not in ((classes,), (*batch, classes)):
         raise ValueError(
-            f"expected_costs: cost_matrix must have shape ({classes}, decisions), one row a class, "
-            f"got {got}"
+            f"expected_costs: cost_matrix must have shape ({classes}, decisions), one row per "
+            f"class, or (*batch, {classes}, decisions), one matrix per example; got {got}"
         )
     precise = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-    return precise.exp() @ cost_matrix.to(precise)
+    return _expected(precise.exp(), cost_matrix.to(precise))
+
+
+def _expected(probs: Tensor, cost_matrix: Tensor) -> Tensor:
+    if cost_matrix.dim() == 2:
+        return probs @ cost_matrix
+    return (probs.unsqueeze(-2) @ cost_matrix).squeeze(-2)
 
 
 def min_cost_decisions(
-    log_probs: Float[Tensor, "*batch classes"], cost_matrix: Float[Tensor, "classes decisions"]
+    log_probs: Float[Tensor, "*batch classes"],
+    cost_matrix: Float[Tensor, "*#batch classes decisions"],
 ) -> Int[Tensor, "*batch"]:
     """Return the decisions of minimum expected cost, ``argmin(softmax @ cost_matrix)``.
 
@@ -202,13 +211,14 @@ def min_cost_decisions(
 
     Args:
         log_probs: Log-probabilities of the classes, shape ``(*batch, classes)``.
-        cost_matrix: Cost of each decision (column) in each true class (row).
+        cost_matrix: Cost of each decision (column) in each true class (row), shape
+            ``(classes, decisions)``; or a matrix per example, ``(*batch, classes, decisions)``.
 
     Returns:
         Decisions, shape ``(*batch)``.
 
     Raises:
-        ValueError: ``cost_matrix`` has not a row a class.
+        ValueError: ``cost_matrix`` has not one row per class, or not one matrix per example.
 
     Example:
         >>> log_probs = torch.tensor([[0.8, 0.2], [0.95, 0.05]]).log()
@@ -221,7 +231,7 @@ def min_cost_decisions(
     expected = expected_costs(log_probs.double(), cost_matrix)
     cheapest = expected.amin(-1, keepdim=True)
     # Of what is compared: one enormous cost must not make equals of all the others.
-    size = log_probs.double().exp() @ cost_matrix.abs().double()
+    size = _expected(log_probs.double().exp(), cost_matrix.abs().double())
     slack = _ROUNDING * size.gather(-1, expected.argmin(-1, keepdim=True))
     return (expected <= cheapest + slack).byte().argmax(-1)
 
@@ -278,28 +288,63 @@ class DecisionRule:
             scores = scores * self.scale
         return log_posterior(scores, temperature=self.temperature, log_shift=self.log_shift)
 
-    def decide(self, logits: Float[Tensor, "*batch classes"]) -> Int[Tensor, "*batch"]:
-        """Return the index of each decision among ``costs.decisions``."""
-        return min_cost_decisions(self.log_probs(logits), self.costs.matrix)
+    def decide(
+        self,
+        logits: Float[Tensor, "*batch classes"],
+        example_costs: Float[Tensor, "*batch classes decisions"] | None = None,
+    ) -> Int[Tensor, "*batch"]:
+        """Return the index of each decision among ``costs.decisions``.
 
-    def decisions(self, logits: Float[Tensor, "n classes"], *, by: str = "min-cost") -> Decisions:
+        Args:
+            logits: The model's scores, shape ``(*batch, classes)``.
+            example_costs: The cost matrix of each example, as ``costs.of_examples`` makes it of its
+                amounts; None: ``costs.matrix`` for all.
+
+        Raises:
+            ValueError: a cost is another for each example, and ``example_costs`` is not given.
+
+        Example:
+            >>> from funcloss.decisions import make_costs
+            >>> costs = make_costs(("legit", "fraud"), cost={"fraud,legit": "amount"})
+            >>> each = costs.of_examples({"amount": torch.tensor([3.0, 80.0])})
+            >>> DecisionRule(costs).decide(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), each)
+            tensor([0, 1])
+        """
+        if example_costs is None and self.costs.amounts:
+            names = ", ".join(dict.fromkeys(name for *_, name in self.costs.amounts))
+            raise ValueError(
+                f"DecisionRule.decide: the costs depend on the {names} of each example: give "
+                "example_costs, made by costs.of_examples"
+            )
+        matrix = self.costs.matrix if example_costs is None else example_costs.cpu()
+        return min_cost_decisions(self.log_probs(logits), matrix)
+
+    def decisions(
+        self,
+        logits: Float[Tensor, "n classes"],
+        example_costs: Float[Tensor, "n classes decisions"] | None = None,
+        *,
+        by: str = "min-cost",
+    ) -> Decisions:
         """Return the decisions on examples with their probabilities and expected costs.
 
         Args:
             logits: The model's scores, shape ``(n, classes)``.
+            example_costs: As for :meth:`decide`.
             by: ``min-cost``; or ``argmax``, the largest logit, whatever mistakes cost.
 
         Raises:
-            ValueError: there is no such rule.
+            ValueError: there is no such rule, or as for :meth:`decide`.
         """
         if by not in RULES:
             raise ValueError(f"decisions: by must be one of {', '.join(RULES)}, got {by!r}")
         log_probs = self.log_probs(logits)
-        likeliest = by == "argmax"
+        decided = self.decide(logits, example_costs)
+        matrix = self.costs.matrix if example_costs is None else example_costs.cpu()
         return Decisions(
             rule=by,
             costs=self.costs,
-            index=logits.detach().cpu().argmax(-1) if likeliest else self.decide(logits),
+            index=logits.detach().cpu().argmax(-1) if by == "argmax" else decided,
             probabilities=log_probs.exp(),
-            expected_costs=expected_costs(log_probs, self.costs.matrix),
+            expected_costs=expected_costs(log_probs, matrix),
         )

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcloss.combinators import class_weighted, masking, target_weights
+from funcloss.combinators import class_weighted, masking, options_of, target_weights
 from funcloss.keys import keyed_randomness
 from funcloss.reduction import fraction
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
@@ -22,16 +22,24 @@ Forward = Callable[[Params, Buffers, Inputs], tuple[Tensor, Buffers]]
 class Reduced:
     """The criterion of a loss and a reduction; it is given everything in ``hyper`` by name.
 
-    Of ``weighted_mean`` the loss is an unweighted one, and ``hyper`` holds ``class_weights``.
+    A loss that takes ``costs`` is given those of the batch, where it has some. Of
+    ``weighted_mean`` the loss is an unweighted one, and ``hyper`` holds ``class_weights``.
     """
 
     loss: LossFn
     reduction: str = "mean"
+    takes_costs: bool = field(init=False)  # found here: a compiled step cannot read a signature
+
+    def __post_init__(self) -> None:
+        """Read from the loss whether it takes the costs of each example."""
+        object.__setattr__(self, "takes_costs", "costs" in options_of(self.loss))
 
     def __call__(self, predictions: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
         """Return the scalar to minimise."""
         loss, weights = self.loss, None
         options = {name: value for name, value in hyper.items() if name != "learning_rate"}
+        if self.takes_costs and batch.costs is not None:
+            options["costs"] = batch.costs
         if self.reduction == "weighted_mean":
             loss = class_weighted(self.loss)
             weights = target_weights(

@@ -371,7 +371,8 @@ def _less(tensors: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tenso
 
 
 def _with_inputs(batch: Batch, inputs: Tensor) -> Batch:
-    return Batch(inputs, batch.targets, batch.where)  # torch 2.6 does not trace _replace
+    # torch 2.6 does not trace _replace
+    return Batch(inputs, batch.targets, batch.where, batch.costs)
 
 
 def _of_inputs(

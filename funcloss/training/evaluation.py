@@ -1,9 +1,10 @@
 """A model on labelled examples, in one pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from funcloss.decisions import DecisionRule, Evaluation, make_costs, score
 from funcloss.objectives.supervised import Criterion, Forward
@@ -32,6 +33,7 @@ def evaluate(
     hyper: Hyper,
     *,
     rule: DecisionRule | None = None,
+    amounts: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
     """Evaluate a model on labelled examples in one pass.
 
@@ -43,12 +45,13 @@ def evaluate(
         hyper: What the criterion takes.
         rule: How decisions are made of the scores, and what they cost; None: their softmax for
             probabilities, and 1 for every mistake.
+        amounts: Costs of each example by name, for the cells of the rule's costs that have one.
 
     Returns:
         The evaluation, its tensors on the CPU.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or an amount is missing.
 
     Example:
         >>> from funcloss import losses, models, optim
@@ -61,14 +64,16 @@ def evaluate(
         >>> found.argmax.confusion.sum()
         tensor(4)
     """
-    logits, labels = [], []
+    logits, labels, own = [], [], []
     with torch.no_grad():
         for batch in batches:
             logits.append(forward(model.params, model.buffers, batch.inputs)[0])
             labels.append(batch.targets)
+            own += [] if batch.costs is None else [batch.costs]
         if not labels:
             raise ValueError("evaluate: there are no examples")
         scores, targets = torch.cat(logits).float(), torch.cat(labels)
-        loss = float(criterion(scores, Batch(inputs=targets[:0], targets=targets), hyper))
+        whole = Batch(targets[:0], targets, costs=torch.cat(own) if own else None)
+        loss = float(criterion(scores, whole, hyper))
     rule = rule or DecisionRule(make_costs(tuple(map(str, range(scores.shape[-1])))))
-    return score(scores, targets, rule, loss=loss)
+    return score(scores, targets, rule, loss=loss, amounts=amounts)

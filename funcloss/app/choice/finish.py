@@ -165,7 +165,8 @@ def focus_of(
     """
     named = [constraint.truth for constraint in constraints if constraint.truth >= 0]
     named += [costs.classes.index(name) for name in swept]
-    rows = costs.matrix.clamp(min=0).sum(1)
+    # What costs each example another amount goes before all that has one cost.
+    rows = costs.matrix.nan_to_num(math.inf).clamp(min=0).sum(1)
     if not named and float(rows.max()) > float(rows.min()):
         named.append(int(rows.argmax()))
     return list(dict.fromkeys(named or [len(costs.classes) - 1]))[:most]
@@ -175,9 +176,9 @@ def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[st
     """Return what one more unit of each class's weight would do to the validation cost.
 
     Through five further steps at the peak learning rate, on a fraction of the validation data; none
-    where there are no class weights.
+    where there are no class weights, decisions that are no class, or costs of each example.
     """
-    if "class_weights" not in hyper or setup.costs.extra:
+    if "class_weights" not in hyper or setup.costs.extra or setup.costs.amounts:
         return {}, 0
     dataset, config, device = setup.dataset, setup.config, state.key.device
     step = make_train_step(

@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from funcloss.app.cli.parsing import as_number, pairs
+from funcloss.app.cli.parsing import as_number, number_or_name, pairs
 from funcloss.app.config import Field, Option, Typed, fields, read_recipe, read_toml, recipe_names
 from funcloss.app.options import ALLOW_IMPORT
 from funcloss.errors import ConfigError
@@ -43,6 +44,7 @@ def _number_or_choice(name: str, text: str, option: Option) -> float | str:
 # option has one, and how it is read.
 _WRITTEN = {
     dict[str, float]: (list[str], None, pairs),
+    dict[str, float | str]: (list[str], None, partial(pairs, read_value=number_or_name)),
     dict[str, dict[str, float]]: (Path, None, _costs),
     int | str: (str, "NUMBER|auto", _number_or_choice),
     tuple[float, ...]: (str, "NUMBER,...", _numbers),

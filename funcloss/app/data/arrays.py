@@ -1,9 +1,11 @@
 """Arrays in one file: ``.npz`` and ``.safetensors`` with ``images`` and ``labels``."""
 
+import contextlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from funcloss._files import reading
+from funcloss.app.config import did_you_mean
 from funcloss.app.data.records import RawSplit, ordered, physical_memory
-from funcloss.errors import DataError
+from funcloss.errors import ConfigError, DataError
 
 # name of a split, and what the names of its arrays may begin with
 _PREFIXES = {"train": ("", "train_"), "validation": ("validation_", "val_"), "test": ("test_",)}
@@ -20,7 +23,7 @@ _CHANNELS = (1, 3, 4)
 _HELD = 0.5  # of the machine's memory may go into the arrays of a file
 
 
-def read_arrays(path: Path) -> dict[str, RawSplit]:
+def read_arrays(path: Path, amounts: Sequence[str] = ()) -> dict[str, RawSplit]:
     """Read a file of arrays: ``images`` and ``labels``, perhaps ``classes``, in several splits.
 
     Images are ``(n, height, width)`` or ``(n, height, width, channels)``, or features
@@ -29,22 +32,25 @@ def read_arrays(path: Path) -> dict[str, RawSplit]:
 
     Args:
         path: An ``.npz`` or ``.safetensors`` file; no pickle in it is ever loaded.
+        amounts: Names of further arrays, ``(n,)``, with a cost of each example; before them goes
+            what goes before ``labels``.
 
     Returns:
         The splits that are there, by name.
 
     Raises:
+        ConfigError: there is no array of such a name.
         DataError: the file cannot be read, or its arrays are not of these forms.
     """
-    with reading(path):
+    with reading(path), contextlib.ExitStack() as opened:
         read = _from_npz if path.suffix.lower() == ".npz" else _from_safetensors
-        return _splits(path, *read(path))
+        return _splits(path, *read(path, opened), amounts)
 
 
 Reader = Callable[[str], np.ndarray | Tensor]
 
 
-def _from_npz(path: Path) -> tuple[list[str], Reader]:
+def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
     broken = (zipfile.BadZipFile, ValueError, EOFError)
     with reading(path, kind="an .npz file", broken=broken):
         with zipfile.ZipFile(path) as archive:
@@ -54,7 +60,7 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
                 f"{path} unpacks to {size / 2**30:.1f} GiB, which this machine cannot hold: use a "
                 "folder of images, or module:function that returns a torch.utils.data.Dataset"
             )
-        file = np.load(path, allow_pickle=False)
+        file = opened.enter_context(np.load(path, allow_pickle=False))
 
     def read(name: str) -> np.ndarray:
         try:
@@ -73,7 +79,7 @@ def _from_npz(path: Path) -> tuple[list[str], Reader]:
     return list(file.files), read
 
 
-def _from_safetensors(path: Path) -> tuple[list[str], Reader]:
+def _from_safetensors(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
     with (
         reading(path, kind="a .safetensors file", broken=(SafetensorError,)),
         safe_open(path, framework="pt") as file,
@@ -96,7 +102,9 @@ def _from_safetensors(path: Path) -> tuple[list[str], Reader]:
     return names + ["classes"] * (named is not None), read
 
 
-def _splits(path: Path, names: list[str], read: Reader) -> dict[str, RawSplit]:
+def _splits(
+    path: Path, names: list[str], read: Reader, amounts: Sequence[str]
+) -> dict[str, RawSplit]:
     classes = None
     if "classes" in names:
         classes = tuple(map(str, np.asarray(read("classes")).reshape(-1).tolist()))
@@ -109,7 +117,10 @@ def _splits(path: Path, names: list[str], read: Reader) -> dict[str, RawSplit]:
             raise DataError(f"{path} has {prefix}images but no {prefix}labels")
         inputs = as_inputs(f"{path}: {prefix}images", read(f"{prefix}images"))
         labels, own = as_labels(f"{path}: {prefix}labels", read(f"{prefix}labels"), classes)
-        found[split] = RawSplit(inputs, labels, own)
+        for name in amounts:
+            check_amount(f"{path}", f"{prefix}{name}", names)
+        each = {n: as_amounts(f"{path}: {prefix}{n}", read(f"{prefix}{n}")) for n in amounts}
+        found[split] = RawSplit(inputs, labels, own, amounts=each)
     if "train" not in found:
         raise DataError(
             f"{path} must hold images and labels, or train_images and train_labels; it holds "
@@ -147,6 +158,38 @@ def as_inputs(what: str, array: np.ndarray | Tensor) -> Tensor:
         array = array.float()
     check_finite(what, array)
     return array
+
+
+def check_amount(what: str, name: str, known: Collection[str]) -> None:
+    """Raise ``ConfigError`` unless data has the amounts that a cost names."""
+    if name not in known:
+        has = f"; it has {', '.join([*known][:12])}" if known else ""
+        raise ConfigError(
+            f"{what} has no {name!r}, which cost names{did_you_mean(name, known)}{has}"
+        )
+
+
+def as_amounts(what: str, array: Any) -> Tensor:
+    """Return costs of examples, ``(n,)`` in float64; ``what`` names them in errors.
+
+    Raises ``DataError`` for another form, and for what is negative or not finite.
+    """
+    array = array.detach().cpu().double() if isinstance(array, Tensor) else array
+    array = np.asarray(array)
+    array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if array.ndim != 1 or array.dtype.kind not in "buif":
+        raise DataError(
+            f"{what} must be one number per example, (n,); got {array.dtype} {array.shape}"
+        )
+    values = torch.from_numpy(array.astype(np.float64))
+    wrong = ~(values.isfinite() & (values >= 0))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise DataError(
+            f"{what} must be finite and at least 0, as costs of single examples are; got "
+            f"{values[at]:g} in example {at}"
+        )
+    return values
 
 
 def check_finite(what: str, array: Tensor) -> None:

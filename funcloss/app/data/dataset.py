@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.errors import ConfigError
-from funcloss.typing import Batch
+from funcloss.typing import Batch, Inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +23,9 @@ class Examples:
     # features (n, features); or whatever a model takes
     inputs: Tensor | Stream
     labels: Int[Tensor, " n"]
+    # costs of each example by name, float64 on the CPU
+    amounts: dict[str, Float[Tensor, " n"]] = dataclasses.field(default_factory=dict)
+    costs: Float[Tensor, "n decisions"] | None = None  # made of them, for a loss that takes costs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,8 +97,8 @@ def get_batch(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]
         index: Which examples, shape ``(batch,)``, on their device.
 
     Returns:
-        Inputs ``(batch, channels, height, width)`` of images, ``(batch, features)`` of a table, and
-        labels ``(batch,)``.
+        Inputs ``(batch, channels, height, width)`` of images, ``(batch, features)`` of a table,
+        labels ``(batch,)``, and costs ``(batch, decisions)`` where the examples have some.
 
     Raises:
         DataError: a streamed input cannot be read.
@@ -103,7 +106,12 @@ def get_batch(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]
     if isinstance(examples.inputs, Stream):
         return next(iter_batches(dataset, examples, [index]))
     inputs = normalised(examples.inputs[index], dataset.mean, dataset.std)
-    return Batch(inputs, examples.labels[index])
+    return _batch(inputs, examples, index)
+
+
+def _batch(inputs: Inputs, examples: Examples, index: Tensor) -> Batch:
+    costs = None if examples.costs is None else examples.costs[index]
+    return Batch(inputs, examples.labels[index], costs=costs)
 
 
 def iter_batches(
@@ -121,17 +129,17 @@ def iter_batches(
     Raises:
         DataError: a streamed input cannot be read.
     """
-    inputs, labels = examples.inputs, examples.labels
+    inputs, device = examples.inputs, examples.labels.device
     if isinstance(inputs, Tensor):
         yield from (get_batch(dataset, examples, index) for index in indices)
         return
-    indices, device = list(indices), labels.device
+    indices = list(indices)
     read = inputs.batches(indices, pinned=device.type == "cuda")
     for index, piece in zip(indices, read, strict=True):
         there = tree_map(lambda x: x.to(device, non_blocking=True), piece)
         if isinstance(there, Tensor):
             there = normalised(there, dataset.mean, dataset.std)
-        yield Batch(there, labels[index])
+        yield _batch(there, examples, index)
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:
@@ -145,7 +153,7 @@ def resized(dataset: Dataset, size: int) -> Dataset:
         if not dataset.has_images or isinstance(examples.inputs, Stream):
             raise ConfigError(f"image_size: {dataset.name} has no images that can be resized")
         pieces = [_interpolated(piece, size) for piece in examples.inputs.split(4096)]
-        return Examples(torch.cat(pieces), examples.labels)
+        return dataclasses.replace(examples, inputs=torch.cat(pieces))
 
     return _with_splits(dataset, resize)
 
@@ -156,7 +164,9 @@ def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
     def move(examples: Examples) -> Examples:
         inputs = examples.inputs
         there = inputs.to(device) if isinstance(inputs, Tensor) else inputs
-        return Examples(there, examples.labels.to(device))
+        costs = None if examples.costs is None else examples.costs.to(device)
+        labels = examples.labels.to(device)
+        return dataclasses.replace(examples, inputs=there, labels=labels, costs=costs)
 
     scale = {"mean": dataset.mean.to(device), "std": dataset.std.to(device)}
     return dataclasses.replace(_with_splits(dataset, move), **scale)
@@ -166,7 +176,13 @@ def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
     """Return the examples at ``index``."""
     inputs = examples.inputs
     chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
-    return Examples(chosen, examples.labels[index])
+    place = index.cpu()
+    return Examples(
+        chosen,
+        examples.labels[index],
+        {name: values[place] for name, values in examples.amounts.items()},
+        None if examples.costs is None else examples.costs[index],
+    )
 
 
 def joined(first: Examples, second: Examples) -> Examples:

@@ -15,7 +15,14 @@ from torch.utils.data import IterableDataset
 
 from funcloss.app.addresses import imported, is_address
 from funcloss.app.config import did_you_mean, names_own
-from funcloss.app.data.arrays import as_inputs, as_labels, check_finite, read_arrays
+from funcloss.app.data.arrays import (
+    as_amounts,
+    as_inputs,
+    as_labels,
+    check_amount,
+    check_finite,
+    read_arrays,
+)
 from funcloss.app.data.dataset import Dataset, Examples
 from funcloss.app.data.images import read_folder
 from funcloss.app.data.names import DATASETS, TORCHVISION
@@ -80,6 +87,7 @@ def load_dataset(
 
 def _load_published(options: LoadOptions) -> Dataset:
     default = LoadOptions(options.dataset)
+    _refuse_amounts(options)
     own = ("target", "ignore", "validation_dataset", "test_dataset", "test_fraction")
     given = [option for option in own if getattr(options, option) != getattr(default, option)]
     given += ["stream"] if options.stream == "on" else []
@@ -92,6 +100,14 @@ def _load_published(options: LoadOptions) -> Dataset:
     return make_dataset(
         name, splits, scale=DATASETS[name].scale, val_fraction=options.val_fraction, note=note
     )
+
+
+def _refuse_amounts(options: LoadOptions) -> None:
+    if options.amounts:
+        raise ConfigError(
+            f"cost names {options.amounts[0]!r}, which is no number, and the cost of each example "
+            f"comes from a table, a file of arrays or module:function: {options.dataset} has none"
+        )
 
 
 def load_own(
@@ -107,6 +123,9 @@ def load_own(
     if isinstance(splits, Dataset):
         if any(places.values()):
             raise ConfigError(f"{address} has splits of its own: name no validation or test data")
+        for split, examples in splits.splits.items():
+            for name in options.amounts:
+                check_amount(f"{address}, {split}", name, examples.amounts)
         return splits
     for split, place in places.items():
         if place and split in splits:
@@ -160,7 +179,7 @@ def _read(
 ) -> dict[str, RawSplit] | Dataset:
     torchvision = address.startswith(TORCHVISION)
     if is_address(address) and not torchvision:
-        return _from_code(address, options.workers, refused)
+        return _from_code(address, options, refused)
     path = Path(address).expanduser()
     suffix = path.suffix.lower()
     if not torchvision and not path.exists():
@@ -170,21 +189,26 @@ def _read(
         raise ConfigError(f"target and ignore are for a CSV table, and {address} is none")
     if options.stream == "on" and not pictures:
         raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
+    if pictures:
+        _refuse_amounts(options)
     if torchvision:
         return read_torchvision(address, options, schema)
     if pictures:
         return read_folder(path, options, schema)
     if suffix in _ARRAYS:
-        return read_arrays(path)
+        return read_arrays(path, options.amounts)
     if suffix in TABLES:
-        columns = () if schema is None else schema.columns
+        columns = options.columns if schema is None else schema.columns
         ignore = () if columns else options.ignore
-        return {"train": read_table(path, target=options.target, ignore=ignore, columns=columns)}
+        table = read_table(
+            path, target=options.target, ignore=ignore, columns=columns, amounts=options.amounts
+        )
+        return {"train": table}
     raise DataError(f"{path} is of no form that can be read: a data set is {_FORMS}")
 
 
 def _from_code(
-    address: str, workers: int, refused: Mapping[str, str]
+    address: str, options: LoadOptions, refused: Mapping[str, str]
 ) -> dict[str, RawSplit] | Dataset:
     """Call the function of an address and take what it returns as data."""
     try:
@@ -204,7 +228,7 @@ def _from_code(
     if isinstance(data, Dataset):
         return data
     if not isinstance(data, Mapping):
-        return {"train": _split(address, data, None, workers)}
+        return {"train": _split(address, data, None, options)}
     classes = data.get("classes")
     names = None if classes is None else tuple(map(str, classes))
     for name in data:
@@ -216,28 +240,30 @@ def _from_code(
     if "train" not in data:
         raise DataError(f"{address}() must return train, or the data itself")
     return {
-        name: _split(f"{address}, {name}", split, names, workers)
+        name: _split(f"{address}, {name}", split, names, options)
         for name, split in data.items()
         if name != "classes"
     }
 
 
-def _split(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) -> RawSplit:
+def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadOptions) -> RawSplit:
     if isinstance(data, IterableDataset):
         raise DataError(
             f"{what}: an IterableDataset has no order to shuffle: return a Dataset with __len__ "
             "and __getitem__"
         )
     if isinstance(data, TorchDataset):
-        return _streamed(what, data, classes, workers)
+        own = {n: v for n in options.amounts if (v := getattr(data, n, None)) is not None}
+        raw = _streamed(what, data, classes, options.workers)
+        return replace(raw, amounts=_amounts_of(what, own, options, len(raw.labels)))
     if isinstance(data, Examples):
-        data = (data.inputs, data.labels)
-    if not isinstance(data, Sequence) or len(data) != 2:
+        data = (data.inputs, data.labels, data.amounts)
+    if not isinstance(data, Sequence) or len(data) not in (2, 3):
         raise DataError(
             f"{what} must be (inputs, labels), a torch.utils.data.Dataset, or a dict of them by "
             f"split; got {type(data).__name__}"
         )
-    inputs, labels = data
+    inputs, labels, *more = data
     for name, value in (("inputs", inputs), ("labels", labels)):
         if not isinstance(value, Tensor | np.ndarray):
             kind = type(value).__name__
@@ -246,6 +272,7 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) 
             raise DataError(f"{what}: the {name} must begin with the examples, got a single number")
     if len(inputs) != len(labels):
         raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
+    amounts = _amounts_of(what, more[0] if more else {}, options, len(labels))
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "buif":
         raise DataError(f"{what}: the inputs must be numbers, got {inputs.dtype}")
     tensor = torch.as_tensor(inputs).detach()
@@ -253,10 +280,23 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, workers: int) 
         raise DataError(f"{what}: the inputs must be dense, got {tensor.layout}: .to_dense()")
     found, names = as_labels(f"{what}: labels", labels, classes)
     if tensor.dtype == torch.uint8 and tensor.dim() in (3, 4):
-        return RawSplit(as_inputs(f"{what}: images", tensor), found, names)
+        return RawSplit(as_inputs(f"{what}: images", tensor), found, names, amounts=amounts)
     tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
     check_finite(f"{what}: the inputs", tensor)
-    return RawSplit(tensor, found, names, unscaled=True)
+    return RawSplit(tensor, found, names, unscaled=True, amounts=amounts)
+
+
+def _amounts_of(what: str, given: Any, options: LoadOptions, n: int) -> dict[str, Tensor]:
+    """Return the amounts that are asked for, of those that code gives."""
+    if not isinstance(given, Mapping):
+        raise DataError(f"{what}: after inputs and labels goes a dict, got {type(given).__name__}")
+    found = {}
+    for name in options.amounts:
+        check_amount(what, name, given)
+        found[name] = as_amounts(f"{what}: {name}", given[name])
+        if len(found[name]) != n:
+            raise DataError(f"{what}: {len(found[name]):,} values of {name} but {n:,} labels")
+    return found
 
 
 def _streamed(

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss.app.data.streaming import Stream
@@ -12,7 +12,7 @@ from funcloss.app.data.streaming import Stream
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which data set to load, how to read it and how to split it; the names are those of options.
+    """Which data set to load, how to read it and how to split it; most names are those of options.
 
     Of a published data set only ``data_dir``, ``val_fraction`` and ``imbalance`` may be given.
     """
@@ -29,6 +29,8 @@ class LoadOptions:
     image_size: int = 0  # height and width that images of several sizes are brought to
     stream: str = "auto"  # "on": read images as they are needed; auto: if they fill the memory
     workers: int = 2  # processes that read ahead
+    columns: tuple[str, ...] = ()  # the features of a table; empty: all that are nothing else
+    amounts: tuple[str, ...] = ()  # columns, or arrays of a file, with a cost of each example
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RawSplit:
     classes: tuple[str, ...]  # names, in the order of these labels
     columns: tuple[str, ...] = ()  # names of the features of a table
     unscaled: bool = False  # the inputs are what a model takes
+    amounts: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)  # by name, float64
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def make_dataset(
     first = splits["train"]
     for split, raw in splits.items():
         _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(first.classes))
-    given = {split: Examples(raw.inputs, raw.labels) for split, raw in splits.items()}
+    given = {split: Examples(raw.inputs, raw.labels, raw.amounts) for split, raw in splits.items()}
     train = given["train"]
     fractions = (
         val_fraction if "validation" not in given else 0.0,
@@ -230,6 +230,11 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
 def _check_examples(what: str, raw: RawSplit, classes: int) -> None:
     if len(raw.inputs) != len(raw.labels):
         raise DataError(f"{what}: {len(raw.inputs):,} inputs but {len(raw.labels):,} labels")
+    for name, values in raw.amounts.items():
+        if len(values) != len(raw.labels):
+            raise DataError(
+                f"{what}: {len(values):,} values of {name} but {len(raw.labels):,} labels"
+            )
     if not len(raw.labels):
         raise DataError(f"{what}: no examples")
     low, high = int(raw.labels.min()), int(raw.labels.max())

@@ -1,6 +1,7 @@
 """A CSV table: one column of classes, the others numbers."""
 
 import array
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from funcloss._files import csv_rows, is_number
 from funcloss.app.config import did_you_mean
+from funcloss.app.data.arrays import check_amount
 from funcloss.app.data.records import RawSplit, ordered
 from funcloss.errors import ConfigError, DataError
 
 
 def read_table(
-    path: Path, *, target: str, ignore: Sequence[str] = (), columns: Sequence[str] = ()
+    path: Path,
+    *,
+    target: str,
+    ignore: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    amounts: Sequence[str] = (),
 ) -> RawSplit:
     """Read a CSV file whose first row names the columns.
 
@@ -29,18 +36,23 @@ def read_table(
         target: The column of the classes.
         ignore: Columns to leave out.
         columns: The columns to take, in this order; empty: all others.
+        amounts: Columns with a cost of each example, which are no features unless ``columns`` names
+            them too.
 
     Returns:
-        Features, labels and names.
+        Features, labels, amounts and names.
 
     Raises:
         ConfigError: there is no such column, or no target was named.
-        DataError: the file cannot be read, or a cell is missing, not a number or not finite.
+        DataError: the file cannot be read, or a cell is missing, not a number or not finite, or an
+            amount is negative.
     """
     with csv_rows(path) as rows:
         header = _header(path, rows)
-        names = _feature_names(path, header, target, ignore, columns)
-        return _read(path, header, names, header.index(target), rows)
+        for name in amounts:
+            check_amount(str(path), name, header)
+        names = _feature_names(path, header, target, (*ignore, *amounts), columns)
+        return _read(path, header, names, header.index(target), rows, amounts)
 
 
 def read_features(path: Path, columns: Sequence[str]) -> Float[Tensor, "n columns"]:
@@ -90,7 +102,9 @@ def _feature_names(
     _check_columns(path, header, "column to ignore,", ignore)
     _check_columns(path, header, "column", columns)
     if target in ignore:
-        raise ConfigError(f"{path}: target {target!r} cannot be ignored")
+        raise ConfigError(
+            f"{path}: target {target!r} cannot be ignored, nor be the cost of an example"
+        )
     left = [name for name in header if name != target and name not in ignore]
     features = list(columns) or left
     if not features:
@@ -111,7 +125,9 @@ def _read(
     names: Sequence[str],
     target: int | None,
     rows: Iterator[list[str]],
+    amounts: Sequence[str] = (),
 ) -> RawSplit:
+    own = {name: (header.index(name), array.array("d")) for name in amounts}
     cells, labels = array.array("f"), array.array("q")
     number_of: dict[str, int] = {}  # of a class, in the order in which they occur
     chosen = [header.index(name) for name in names]
@@ -128,6 +144,8 @@ def _read(
             cells.extend(map(float, pick(row)))
         except ValueError:
             raise _no_number(path, number, header, row, chosen) from None
+        for name, (place, values) in own.items():
+            values.append(_amount(path, number, name, row[place]))
     if not number:
         raise DataError(f"{path} has a header and no rows")
     features = np.frombuffer(cells, dtype=np.float32).reshape(number, len(chosen))
@@ -136,7 +154,26 @@ def _read(
     classes = ordered(number_of)
     place_of = {name: i for i, name in enumerate(classes)}
     place = torch.tensor([place_of[name] for name in number_of], dtype=torch.int64)
-    return RawSplit(torch.from_numpy(features), place[found], classes, tuple(names))
+    each = {
+        name: torch.from_numpy(np.frombuffer(values, dtype=np.float64))
+        for name, (_, values) in own.items()
+    }
+    return RawSplit(torch.from_numpy(features), place[found], classes, tuple(names), amounts=each)
+
+
+def _amount(path: Path, number: int, name: str, cell: str) -> float:
+    if not cell.strip():
+        raise DataError(
+            f"{path}: row {number} has no {name!r}, which cost names: fill it in, or leave out the "
+            "row"
+        )
+    value = float(cell) if is_number(cell) else math.nan
+    if not 0.0 <= value < math.inf:
+        raise DataError(
+            f"{path}: row {number}, column {name!r}: the cost of an example must be finite and at "
+            f"least 0, got {cell.strip()[:40]!r}"
+        )
+    return value
 
 
 def _no_number(

@@ -39,6 +39,8 @@ def step_auditor(setup: Setup, show: Show) -> Audit | None:
         told = True
 
     try:
+        if setup.dataset.train.costs is not None:
+            raise AuditError(f"each example has costs of its own, by which {config.loss} learns")
         audit_step = make_audit_step(
             setup.model,
             LossSpec(loss_of(setup), reduction=config.reduction),

@@ -159,7 +159,8 @@ class Controller:
         setup = self.setup
         found = evaluate(setup.trained(state), setup.dataset, ("validation",))["validation"]
         prior = deployment_prior(setup.config, setup.dataset.classes, found.counts)
-        return score(found.logits, found.labels, found.rule, prior=prior).argmax
+        judged = score(found.logits, found.labels, found.rule, prior=prior, amounts=found.amounts)
+        return judged.argmax
 
     def _given(self, log_weights: Tensor) -> Hyper:
         base = self.setup.hyper["class_weights"]

@@ -57,6 +57,8 @@ def reason_of(setup: Setup, state: TrainState, hyper: Hyper, steps: int) -> str:
     before, batch = found[0]
     loss = chosen_loss(setup.config)
     options = {n: x for n, x in hyper.items() if n in options_of(loss) and n != "class_weights"}
+    if batch.costs is not None:
+        options["costs"] = batch.costs
     logits, _ = setup.untrained.forward(before.params, before.buffers, batch.inputs)
     place = f"the loss {name} is not finite at step {int(before.step) + 1:,}"
     fault = _of_example(loss, logits.detach(), batch.targets, options)

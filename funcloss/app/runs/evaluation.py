@@ -13,7 +13,7 @@ from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, iter_batches
 from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.options import chosen_loss
+from funcloss.app.runs.options import chosen_loss, with_costs
 from funcloss.combinators import correction_of
 from funcloss.decisions import (
     Calibration,
@@ -86,7 +86,7 @@ def _correction(config: TrainConfig, counts: Tensor, costs: Costs | None) -> Cor
     """Return the correction that the loss states, under the options of the training, in float64."""
     counted = counts.cpu().double().clamp(min=0.5)  # a class that was not met is rare
     options = {"class_counts": counted, "class_prior": counted / counted.sum()}
-    if costs is not None:
+    if costs is not None and not costs.amounts:
         options["cost_matrix"] = costs.matrix.cpu().double()
     return correction_of(chosen_loss(config), options | config.loss_option)
 
@@ -147,9 +147,18 @@ def evaluate_examples(model: TrainedModel, dataset: Dataset, examples: Examples)
         The evaluation, by the rule of the model.
     """
     index = torch.arange(len(examples.labels), device=examples.labels.device)
+    examples = with_costs(model.config, model.costs, examples)
     size = max(16, min(1024, _EVALUATED_AT_ONCE // math.prod(dataset.input_shape)))
     batches = iter_batches(dataset, examples, index.split(size))
-    return run_model(model.forward, model, batches, model.criterion, model.hyper, rule=model.rule)
+    return run_model(
+        model.forward,
+        model,
+        batches,
+        model.criterion,
+        model.hyper,
+        rule=model.rule,
+        amounts=examples.amounts,
+    )
 
 
 def calibrated(
@@ -203,6 +212,7 @@ def rescored(model: TrainedModel, evaluations: Mapping[str, Evaluation]) -> dict
             prior=deployment_prior(model.config, model.classes, found.counts),
             loss=found.loss,
             repeats=found.repeats,
+            amounts=found.amounts,
         )
         for name, found in evaluations.items()
     }

@@ -32,6 +32,8 @@ def check_loss(setup: Setup) -> tuple[str, ...]:
     loss = chosen_loss(config)
     takes = options_of(loss)
     given = {name: t.cpu() for name, t in setup.hyper.items() if name in takes}
+    if setup.costs.amounts and "cost_matrix" in takes:
+        given["cost_matrix"] = setup.costs.matrix.nan_to_num(1.0).float()
     given.pop("class_weights", None)  # put on its values from outside
     # What comes from the data is of as many classes as the data has.
     classes = len(setup.dataset.classes) if given else min(len(setup.costs.classes), _MOST_CLASSES)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcloss.app.config import TrainConfig, did_you_mean
+from funcloss.app.data import Examples
 from funcloss.app.registry import REDUCTIONS, loss_named
 from funcloss.combinators import (
     Combined,
@@ -94,6 +95,12 @@ def data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
             f"loss {loss} needs training examples of every class; of {', '.join(missing[:5])} "
             "there are none"
         )
+    if costs.amounts and "cost_matrix" in takes and "costs" not in takes:
+        raise ConfigError(
+            f"loss {loss} reads one cost_matrix for all examples, and cost names "
+            f"{costs.amounts[0][2]!r}, of which each example has its own: use a loss that takes "
+            "costs, such as expected_cost, or give a number"
+        )
     if "cost_matrix" in takes and costs.extra:
         raise ConfigError(
             f"loss {loss} needs a square cost_matrix: the model has a logit a class, and none for "
@@ -104,7 +111,32 @@ def data_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Hyper:
         "class_prior": counts.double() / counts.sum(),
         "cost_matrix": costs.matrix,
     }
+    if costs.amounts:  # the batches bring them
+        del known["cost_matrix"]
     return {name: value.float() for name, value in known.items() if name in takes}
+
+
+def with_costs(config: TrainConfig, costs: Costs, examples: Examples) -> Examples:
+    """Return examples with what each decision costs on them, if the loss is to be given that.
+
+    Args:
+        config: The training, for its loss.
+        costs: What decisions cost.
+        examples: Examples with the amounts that the costs name.
+
+    Returns:
+        The same examples; their ``costs`` are float32, on the device of the labels, or None.
+    """
+    rows = None
+    if costs.amounts and "costs" in options_of(chosen_loss(config)):
+        labels = examples.labels
+        rows = costs.of_labels(labels.cpu(), examples.amounts).float().to(labels.device)
+    return replace(examples, costs=rows)
+
+
+def amounts_of(config: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the costs of each example that a configuration asks for."""
+    return tuple(dict.fromkeys(v for v in config.cost.values() if isinstance(v, str)))
 
 
 def number_options(loss: Callable[..., Tensor]) -> dict[str, bool]:
@@ -161,8 +193,11 @@ def check_loss_options(config: TrainConfig, costs: Costs, counts: Tensor) -> Non
             raise ConfigError(f"loss_option: {loss} has no option {name!r}{guess}; {there}")
     if missing := [name for name, needed in known.items() if needed and name not in given]:
         raise ConfigError(f"loss {loss} needs the loss_option {missing[0]}=NUMBER")
+    own = {}
+    if costs.amounts and "costs" in options_of(function):
+        own["costs"] = costs.matrix.nan_to_num(1.0).float()
     try:  # a loss checks the range of plain numbers only: in training they are tensors
-        values = function(torch.eye(classes), torch.arange(classes), **data, **given)
+        values = function(torch.eye(classes), torch.arange(classes), **data, **given, **own)
     except ValueError as error:
         raise ConfigError(f"loss_option: {error}") from None
     except Exception as error:  # somebody's own

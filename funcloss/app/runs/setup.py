@@ -36,12 +36,14 @@ from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
 from funcloss.app.runs.options import (
+    amounts_of,
     balanced_weights,
     by_name,
     check_loss_options,
     costs_of,
     make_hyper,
     resolved_costs,
+    with_costs,
 )
 from funcloss.decisions import Calibration, Costs
 from funcloss.errors import ConfigError
@@ -147,22 +149,34 @@ def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     return dataclasses.replace(setup, notes=notes)
 
 
-def load_data(config: TrainConfig, *, schema: InputSchema | None = None) -> Dataset:
+def load_data(
+    config: TrainConfig,
+    *,
+    schema: InputSchema | None = None,
+    columns: tuple[str, ...] = (),
+    amounts: tuple[str, ...] | None = None,
+) -> Dataset:
     """Return the data set that a configuration names, as it describes it.
 
     Args:
-        config: Its data options; of the others only ``model``, for the size that lenet5 takes.
+        config: Its data options; of the others only ``model``, for the size that lenet5 takes, and
+            ``cost``.
         schema: As for :func:`funcloss.app.data.load_dataset`.
+        columns: The features of a table; empty: all columns that are nothing else.
+        amounts: Names of the costs of each example; None: those of ``cost``.
 
     Raises:
         ConfigError: the request does not fit the data.
         DataError: the data cannot be had.
     """
-    names = [field.name for field in dataclasses.fields(LoadOptions)]
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    names = [field.name for field in dataclasses.fields(LoadOptions) if field.name in known]
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     asked["image_size"] = _image_size(config)
     if config.folds and not config.test_dataset and config.dataset not in ("auto", *DATASETS):
         asked["test_fraction"] = 0.0  # every example is held out once
+    asked["columns"] = columns
+    asked["amounts"] = amounts_of(config) if amounts is None else amounts
     return load_dataset(LoadOptions(**asked), schema=schema, refused_code=config.refused_code)
 
 
@@ -191,6 +205,8 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     counts = class_counts(dataset.train, len(dataset.classes)).cpu()
     check_loss_options(config, costs, counts)
     hyper = make_hyper(config, costs, counts, device)
+    splits = {name: with_costs(config, costs, part) for name, part in dataset.splits.items()}
+    dataset = dataclasses.replace(dataset, **splits)
     if len(dataset.train.labels) < config.batch_size:
         raise ConfigError(
             f"batch_size {config.batch_size} is more than the {len(dataset.train.labels):,} "

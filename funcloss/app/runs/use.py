@@ -33,9 +33,10 @@ from funcloss.app.runs.evaluation import (
 )
 from funcloss.app.runs.folds import OUT_OF_FOLD, read_folds
 from funcloss.app.runs.model import TrainedModel, load_model
-from funcloss.app.runs.options import resolved_costs
+from funcloss.app.runs.options import amounts_of, chosen_loss, resolved_costs
 from funcloss.app.runs.rules import rule_caveat, usual_rule
 from funcloss.app.runs.setup import load_data, resolve_device, with_absolute_paths
+from funcloss.combinators import options_of
 from funcloss.decisions import Calibration, Decisions, Evaluation, decision_sentences
 from funcloss.errors import ConfigError, DataError
 
@@ -119,7 +120,10 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
             raise ConfigError("split out-of-fold is of a run with folds, on its own data")
         found = read_folds(Path(run_dir).expanduser()).evaluation(scored)
     else:
-        found = evaluate_examples(scored, fitted, split_of(fitted, split))
+        # A loss that takes costs is that of the run's; for others its costs need not be at hand.
+        by_costs = options_of(chosen_loss(config)) & {"cost_matrix", "costs"}
+        judged = run if by_costs else scored
+        found = evaluate_examples(judged, fitted, split_of(fitted, split))
     return EvaluationReport(
         evaluation=rescored(scored, {split: found})[split],
         calibration=calibration,
@@ -142,11 +146,22 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
     if options.dataset:  # it is asked for here, whatever the run says
         refused = {a: by for a, by in asked.refused_code.items() if a != asked.dataset}
         asked = dataclasses.replace(asked, refused_code=refused)
+    amounts = _amounts_for(run, options)
     if own:
-        return load_data(asked)
+        return load_data(asked, columns=run.columns, amounts=amounts)
     shape = run.input_shape if run.images else ()
     schema = InputSchema(run.classes, run.columns, shape)
-    return load_data(_as_other_data(asked), schema=schema)
+    return load_data(_as_other_data(asked), schema=schema, amounts=amounts)
+
+
+def _amounts_for(run: TrainedModel, options: EvaluateOptions) -> tuple[str, ...]:
+    """Return the costs of each example that the evaluation needs, and those that the loss does."""
+    others = options.cost_matrix or options.class_cost or options.cost
+    learnt_by = run.config if not others or "costs" in options_of(chosen_loss(run.config)) else None
+    scored_by = make_config({"cost": options.cost})
+    return tuple(
+        dict.fromkeys(n for c in (learnt_by, scored_by) if c is not None for n in amounts_of(c))
+    )
 
 
 def _as_other_data(config: TrainConfig) -> TrainConfig:
