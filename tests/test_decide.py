@@ -82,7 +82,7 @@ def test_the_same_rows_get_the_same_decisions_whoever_asks(table, run, run_cli, 
     assert len(set(first["decision"])) == 2
     # The run's own splits, which are cut from the same file.
     by_row = {}
-    inputs = runs.use.read_features(table / "rows.csv", model.columns)
+    inputs, _ = runs.use.read_features(table / "rows.csv", model.columns)
     for row, decision in zip(inputs.tolist(), first["decision"], strict=True):
         by_row[tuple(row)] = decision
     for split in ("train", "validation", "test"):
@@ -115,7 +115,7 @@ def test_a_row_of_the_table_adds_up(run, table, run_cli, tmp_path):
 
 def test_the_rule_can_be_asked_for_and_costs_can_be_others(run, table, run_cli):
     model = funcloss.load(run)
-    inputs = runs.use.read_features(table / "rows.csv", model.columns)
+    inputs, _ = runs.use.read_features(table / "rows.csv", model.columns)
     assert model.decide(inputs).rule == "min-cost"
     sure = model.decide(inputs, by="argmax")
     assert sure.index.tolist() == sure.probabilities.argmax(-1).tolist()
@@ -166,7 +166,7 @@ def test_without_costs_the_likeliest_class_is_predicted(table, run_cli, tmp_path
                          "--run-dir", run)  # fmt: skip
     assert code == 0
     model = funcloss.load(run)
-    inputs = runs.use.read_features(table / "rows.csv", model.columns)
+    inputs, _ = runs.use.read_features(table / "rows.csv", model.columns)
     decided = model.decide(inputs)
     assert decided.rule == "argmax"
     logits = model.model((inputs - model.mean) / model.std)

@@ -18,8 +18,10 @@ from funcloss.app.data.names import DATASETS as PUBLISHED
 from funcloss.app.data.names import TORCHVISION
 from funcloss.app.length import (
     BATCH_SIZE,
+    CONSTANT_RATE,
     EPOCHS,
     FEW,
+    LEARNING_RATE,
     MOST_EPOCHS,
     MOST_STEPS,
     PATIENCE,
@@ -255,7 +257,14 @@ class TrainConfig:
         Option("Steps between two measurements under floors; 0: five an epoch.", low=0, high=1e9),
     ] = 0
     optimizer: Annotated[str, Option("Optimiser.", tuple(OPTIMIZERS))] = "adam"
-    learning_rate: Annotated[float, Option("Peak learning rate.", low=0, above=True)] = 0.01
+    learning_rate: Annotated[
+        float,
+        Option(
+            f"Peak learning rate; 0: {LEARNING_RATE:g}, and {CONSTANT_RATE:g} where the schedule is "
+            "constant.",
+            low=0,
+        ),
+    ] = 0.0
     momentum: Annotated[float, Option(_of("momentum", "Momentum"), low=0, high=0.9999)] = 0.9
     dampening: Annotated[
         float, Option(_of("dampening", "Dampening of the momentum"), low=0, high=1)

@@ -6,9 +6,11 @@ Nothing here loads torch: the help of the options says the same numbers.
 import math
 
 EPOCHS, BATCH_SIZE = 3, 128  # of many examples, and of the published data sets
+LEARNING_RATE, CONSTANT_RATE = 0.01, 0.003  # at the peak of a schedule; of a constant one
 FEW = 20_000  # training examples; of fewer, EPOCHS make less than 500 steps
 STEPS = 1_000  # of few examples, where a run cannot stop early
 MOST_EPOCHS, MOST_STEPS = 1_000, 20_000  # of a run that stops early: whichever comes first
+LEAST = 1e-4  # that the validation loss must fall by to have fallen; else it may fall for ever
 PATIENCE = "10 epochs, 200 steps and a fifth of the epochs done, whichever is most"
 
 

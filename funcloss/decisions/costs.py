@@ -81,7 +81,7 @@ class Costs:
             tensor([[ 0.,  1.],
                     [80.,  0.]], dtype=torch.float64)
         """
-        n = len(next(iter(amounts.values())))
+        n = len(next(iter(amounts.values()), ()))
         matrices = self.matrix.repeat(n, 1, 1)
         for truth, decision, values in self.cells(amounts, n):
             matrices[:, truth, decision] = values

@@ -189,8 +189,11 @@ def joined(first: Examples, second: Examples) -> Examples:
     """Return the examples of both, held in memory."""
     assert isinstance(first.inputs, Tensor)
     assert isinstance(second.inputs, Tensor)
-    inputs = torch.cat([first.inputs, second.inputs])
-    return Examples(inputs, torch.cat([first.labels, second.labels]))
+    return Examples(
+        torch.cat([first.inputs, second.inputs]),
+        torch.cat([first.labels, second.labels]),
+        {name: torch.cat([a, second.amounts[name]]) for name, a in first.amounts.items()},
+    )
 
 
 def as_pixels(examples: Examples) -> UInt8[Tensor, "n height width channels"]:

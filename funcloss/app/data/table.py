@@ -55,15 +55,18 @@ def read_table(
         return _read(path, header, names, header.index(target), rows, amounts)
 
 
-def read_features(path: Path, columns: Sequence[str]) -> Float[Tensor, "n columns"]:
+def read_features(
+    path: Path, columns: Sequence[str], amounts: Sequence[str] = ()
+) -> tuple[Float[Tensor, "n columns"], dict[str, Float[Tensor, " n"]]]:
     """Read some columns of a CSV file, whose classes are not known.
 
     Args:
         path: A file in UTF-8.
         columns: The columns to take, in this order.
+        amounts: Columns with a cost of each example.
 
     Returns:
-        Features, float32.
+        Features, float32, and the amounts by name.
 
     Raises:
         ConfigError: there is no such column.
@@ -72,9 +75,11 @@ def read_features(path: Path, columns: Sequence[str]) -> Float[Tensor, "n column
     with csv_rows(path) as rows:
         header = _header(path, rows)
         _check_columns(path, header, "column", columns)
-        inputs = _read(path, header, columns, None, rows).inputs
-        assert isinstance(inputs, Tensor)
-        return inputs
+        for name in amounts:
+            check_amount(str(path), name, header)
+        read = _read(path, header, columns, None, rows, amounts)
+        assert isinstance(read.inputs, Tensor)
+        return read.inputs, dict(read.amounts)
 
 
 def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:

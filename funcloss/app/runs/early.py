@@ -38,10 +38,11 @@ def better(best: Best, state: TrainState, loss: float) -> Best:
         loss: Its loss on validation data.
 
     Returns:
-        The model of ``state`` if its loss is lower, or if it is the first; else ``best``.
+        The model of ``state`` if its loss is lower by 1e-4 at least, or if it is the first; else
+        ``best``.
     """
     now = torch.tensor(math.inf if math.isnan(loss) else loss, dtype=torch.float64)
-    if best.step > 0 and now >= best.loss:
+    if best.step > 0 and now > best.loss - length.LEAST:
         return best
     return Best(state.params, state.buffers, now, state.step.cpu())
 

@@ -14,14 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss._trees import flatten
 from funcloss.app import length
 from funcloss.app.data import Dataset, Examples, joined, stratified_split, subset
 from funcloss.app.data.streaming import Stream
-from funcloss.app.runs.checkpoint import load_tensors, save_tensors
+from funcloss.app.runs.checkpoint import beneath, load_tensors, save_tensors
 from funcloss.app.runs.early import better, make_first_best
 from funcloss.app.runs.evaluation import evaluate_examples
 from funcloss.app.runs.events import Watcher
 from funcloss.app.runs.model import TrainedModel
+from funcloss.app.runs.options import with_costs
 from funcloss.app.runs.setup import Setup, setup_on
 from funcloss.decisions import Evaluation, fold_interval, score
 from funcloss.errors import ConfigError, RunError
@@ -50,14 +52,19 @@ class OutOfFold:
     logits: Float[Tensor, "repeats n classes"]
     labels: Int[Tensor, " n"]
     fold: Int[Tensor, "repeats n"]  # that each example was held out in
+    amounts: dict[str, Float[Tensor, " n"]]  # costs of each example, as its data set has them
 
     def evaluation(self, model: TrainedModel, prior: Tensor | None = None) -> Evaluation:
         """Return the evaluation of all of them by the rule of a model."""
         repeats, logits = len(self.logits), self.logits.flatten(0, 1)
         labels = self.labels.repeat(repeats)
-        batch = Batch(inputs=labels[:0], targets=labels)
+        amounts = {name: values.repeat(repeats) for name, values in self.amounts.items()}
+        examples = with_costs(model.config, model.costs, Examples(labels, labels, amounts))
+        batch = Batch(labels[:0], labels, costs=examples.costs)
         loss = float(model.criterion(logits, batch, model.hyper))
-        return score(logits, labels, model.rule, prior=prior, loss=loss, repeats=repeats)
+        return score(
+            logits, labels, model.rule, prior=prior, loss=loss, repeats=repeats, amounts=amounts
+        )
 
     def over_folds(self, evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
         """Return expected cost and accuracy by rule, with intervals over the folds.
@@ -151,7 +158,12 @@ def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold 
     config, pool = setup.config, pooled(setup.dataset)
     labels = pool.labels.cpu()
     fold = folds_of(labels, config.folds, config.repeats, config.seed)
-    found, done = _read(run_dir / FILE, labels, fold, len(setup.dataset.classes))
+    logits = torch.full((*fold.shape, len(setup.dataset.classes)), torch.nan)
+    found, done = OutOfFold(logits, labels, fold, pool.amounts), 0
+    if (run_dir / FILE).exists():
+        kept, so_far = _read(run_dir / FILE)
+        if kept.fold.equal(fold) and kept.labels.equal(labels):
+            found, done = kept, so_far
     total = config.folds * config.repeats
     for number in range(done, total):
         began = time.perf_counter()
@@ -174,16 +186,15 @@ def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold 
 
 
 def read_folds(run_dir: Path) -> OutOfFold:
-    """Return the scores that a finished run keeps of its folds.
+    """Return the scores that a run keeps of its folds.
 
     Raises:
-        RunError: they cannot be read.
+        RunError: they cannot be read, or not all folds are done.
     """
-    tensors, _ = load_tensors(run_dir / FILE)
-    try:
-        return OutOfFold(tensors["logits"], tensors["labels"], tensors["fold"])
-    except KeyError as error:
-        raise RunError(f"{run_dir / FILE} has no {error}") from None
+    found, _ = _read(run_dir / FILE)
+    if found.logits.isnan().any():
+        raise RunError(f"{run_dir} is not finished: not all of its folds are done; resume it")
+    return found
 
 
 def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float) -> Dataset:
@@ -238,18 +249,15 @@ def _trained(setup: Setup, watcher: Watcher) -> tuple[TrainedModel, int] | None:
     return setup.trained(best), int(best.step) // setup.per_epoch
 
 
-def _read(path: Path, labels: Tensor, fold: Tensor, classes: int) -> tuple[OutOfFold, int]:
-    """Return the scores of a file and how many folds are done; none if it is of other data."""
-    logits = torch.full((*fold.shape, classes), torch.nan)
-    if path.exists():
-        tensors, header = load_tensors(path, needs=("done",))
-        kept = OutOfFold(tensors["logits"], tensors["labels"], tensors["fold"])
-        same = kept.fold.equal(fold) and kept.labels.equal(labels)
-        if same and kept.logits.shape == logits.shape:
-            return kept, int(header["done"])
-    return OutOfFold(logits, labels, fold), 0
+def _read(path: Path) -> tuple[OutOfFold, int]:
+    """Return the scores of a file, and how many folds are done."""
+    tensors, header = load_tensors(path, needs=("done",))
+    try:
+        scores = (tensors["logits"], tensors["labels"], tensors["fold"])
+    except KeyError as error:
+        raise RunError(f"{path} has no {error}: it is of another program") from None
+    return OutOfFold(*scores, beneath(tensors, "amounts")), int(header["done"])
 
 
 def _write(path: Path, found: OutOfFold, done: int) -> None:
-    tensors = {name: getattr(found, name) for name in ("logits", "labels", "fold")}
-    save_tensors(path, tensors, {"done": done})
+    save_tensors(path, flatten(vars(found)), {"done": done})

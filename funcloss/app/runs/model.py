@@ -1,6 +1,7 @@
 """A trained model, and the file that keeps it."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,20 @@ class TrainedModel:
         """How decisions of minimum expected cost are made of its scores."""
         return self.calibration.rule(self.costs)
 
-    def decide(self, inputs: Tensor, *, by: str = "") -> Decisions:
+    def decide(
+        self, inputs: Tensor, *, amounts: Mapping[str, Tensor] | None = None, by: str = ""
+    ) -> Decisions:
         """Return the decisions on examples, with their probabilities and expected costs.
 
         Args:
             inputs: As the data set has them, neither scaled nor moved: images ``(n, height, width,
                 channels)``, uint8 or in 0..1; the features of a table ``(n, features)``; else what
                 the model takes.
+            amounts: Costs of each example by name, where the run's costs name some.
             by: ``min-cost`` or ``argmax``; empty: the first if the run was given costs.
+
+        Raises:
+            ValueError: there is no such rule, or an amount is missing.
 
         Example:
             >>> import funcloss
@@ -76,7 +83,8 @@ class TrainedModel:
         with torch.no_grad():
             pieces = [normalised(x, self.mean, self.std) for x in inputs.split(1024)]
             logits = [self.forward(self.params, self.buffers, x.to(self.device))[0] for x in pieces]
-        return self.rule.decisions(torch.cat(logits), by=by or usual_rule(self.config))
+        each = self.costs.of_examples(amounts or {}) if self.costs.amounts else None
+        return self.rule.decisions(torch.cat(logits), each, by=by or usual_rule(self.config))
 
     @property
     def device(self) -> torch.device:

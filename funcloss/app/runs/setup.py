@@ -406,7 +406,14 @@ def _with_length(config: TrainConfig, dataset: Dataset, *, early: bool) -> tuple
     schedule = config.schedule
     if schedule == "auto":
         schedule = "constant" if epochs == "auto" else "one-cycle"
-    chosen = dataclasses.replace(config, epochs=epochs, batch_size=batch_size, schedule=schedule)
+    rate = length.CONSTANT_RATE if schedule == "constant" else length.LEARNING_RATE
+    chosen = dataclasses.replace(
+        config,
+        epochs=epochs,
+        batch_size=batch_size,
+        schedule=schedule,
+        learning_rate=config.learning_rate or rate,
+    )
     options = [
         f"{name} {getattr(chosen, name)}"
         for name in ("epochs", "batch_size")

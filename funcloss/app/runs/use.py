@@ -282,10 +282,12 @@ def write_evaluated(path: Path, report: EvaluationReport) -> None:
         RunError: the file cannot be written; what was there is as it was.
     """
     found = report.evaluation
-    classes = found.rule.costs.classes
+    costs = found.rule.costs
+    classes = costs.classes
+    each = costs.of_examples(found.amounts) if costs.amounts else None
     write_decisions(
         path,
-        found.rule.decisions(found.logits, by=report.rule),
+        found.rule.decisions(found.logits, each, by=report.rule),
         [(f"{report.dataset}, {report.split}", i + 1) for i in range(len(found.labels))],
         [classes[i] for i in found.labels.tolist()],
     )
@@ -336,7 +338,7 @@ def predict_files(
         DataError: a file cannot be read, is not an image or lacks a column, or a folder has none.
         RunError: the run cannot be read.
     """
-    run = load(run_dir, allow_import=allow_import)
+    run, amounts = load(run_dir, allow_import=allow_import), {}
     if run.images:
         channels, *size = run.input_shape
         files = _files(paths, IMAGES)
@@ -346,17 +348,18 @@ def predict_files(
         if invert:
             raise ConfigError("invert is for images, and the model takes the rows of a table")
         files = _files(paths, TABLES)
-        tables = [read_features(path, run.columns) for path in files]
-        sources = [
-            (str(p), i + 1) for p, t in zip(files, tables, strict=True) for i in range(len(t))
-        ]
-        inputs = torch.cat(tables)
+        names = amounts_of(run.config)
+        tables = [read_features(path, run.columns, names) for path in files]
+        counted = [(path, len(table)) for path, (table, _) in zip(files, tables, strict=True)]
+        sources = [(str(path), row + 1) for path, n in counted for row in range(n)]
+        inputs = torch.cat([table for table, _ in tables])
+        amounts = {name: torch.cat([own[name] for _, own in tables]) for name in names}
     else:
         raise ConfigError(
             f"the model takes {_described(run.input_shape)}, which no file holds: use "
             "funcloss.load and its decide"
         )
-    return Predictions(sources, run.decide(inputs, by=rule))
+    return Predictions(sources, run.decide(inputs, amounts=amounts, by=rule))
 
 
 def _files(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:

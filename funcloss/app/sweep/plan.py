@@ -207,7 +207,7 @@ def _assembled(spec: SweepSpec, out: Path) -> tuple[Sweep, list[Hyper]]:
     options = {axis.key for axis in axes if axis.option == "loss_option"}
     base = dataclasses.replace(
         setup.config,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or setup.config.learning_rate,
         class_weight={k: v for k, v in setup.config.class_weight.items() if k not in swept},
         loss_option={k: v for k, v in setup.config.loss_option.items() if k not in options},
         floor=config.floor,
