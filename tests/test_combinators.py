@@ -370,7 +370,8 @@ def test_a_combinator_may_be_called_in_what_is_traced():
 
     def inside(logits, labels, class_weights):
         twice = scaled(scaled(class_weighted(smoothed(smoothed(ce, 0.1), 0.3)), 2.0), 3.0)
-        return twice(logits, labels, class_weights=class_weights)
+        of_labels = twice(logits, labels, class_weights=class_weights)
+        return of_labels, soft(scaled(ce, 2.0))(logits, logits.softmax(-1))
 
     compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
     assert_close(compiled(LOGITS, LABELS, WEIGHTS), inside(LOGITS, LABELS, WEIGHTS))

@@ -73,7 +73,7 @@ class Combined:
 
 
 def name_of(loss: Callable[..., Any]) -> str:
-    """Return what a loss is called."""
+    """Return what a loss is called, for an error: the compiler of torch 2.6 traces no repr."""
     return getattr(loss, "__name__", None) or repr(loss)
 
 

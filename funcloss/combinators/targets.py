@@ -215,7 +215,8 @@ class Soft(Combined):
         (loss,) = self.losses
         check_floating("soft", "targets", targets)
         classes, batch = classes_of(loss, logits, options=options), tuple(logits.shape[:-1])
-        check_shape("soft", "targets", targets, (*batch, classes), f"logits and {name_of(loss)}")
+        if targets.shape != (shape := (*batch, classes)):  # see name_of
+            check_shape("soft", "targets", targets, shape, f"logits and {name_of(loss)}")
         check_where("soft", where, batch)
         targets = masked(targets, where).to(logits.dtype)
         return product(targets, _of_each_class(loss, logits, where, options, classes)).sum(-1)

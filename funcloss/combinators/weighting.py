@@ -127,7 +127,7 @@ class ClassWeighted(Combined):
         *predictions, labels = data
         check_floating("class_weighted", "class_weights", class_weights)
         classes = stated_classes(loss, *predictions, options=options)
-        if classes is not None:
+        if classes is not None and class_weights.shape != (classes,):  # see name_of
             given = name_of(loss)
             check_shape("class_weighted", "class_weights", class_weights, (classes,), given)
         values = loss(*data, **masking(where), **options)
