@@ -260,7 +260,7 @@ class TrainConfig:
     learning_rate: Annotated[
         float,
         Option(
-            f"Peak learning rate; 0: {LEARNING_RATE:g}, and {CONSTANT_RATE:g} where the schedule is "
+            f"Peak learning rate; 0: {LEARNING_RATE:g}, and {CONSTANT_RATE:g} if the schedule is "
             "constant.",
             low=0,
         ),
