@@ -183,6 +183,11 @@ class TrainingConsole:
             f"{name} accuracy {accuracy:.2%} on {scores['n']:,} examples of "
             f"{short_name(summary['dataset'])}; run folder {outcome.folder}"
         )
+        if name == "test" and OUT_OF_FOLD in summary:
+            self._print(
+                f"out-of-fold accuracy {summary['over_folds']['argmax']['accuracy'][0]:.2%} on "
+                f"{summary[OUT_OF_FOLD]['n']:,} examples"
+            )
         if self._quiet:
             return
         self._print_costs(outcome.summary)

@@ -42,6 +42,7 @@ class Dataset:
     std: Float[Tensor, " channels"]
     note: str = ""  # what readers of the results must know
     columns: tuple[str, ...] = ()  # names of the features of a table
+    measured: bool = False  # mean and deviation are those of train
     cut: tuple[str, ...] = ()  # splits that were cut from train, of the same class frequencies
 
     @property

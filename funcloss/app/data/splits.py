@@ -71,7 +71,8 @@ def make_dataset(
         )
     validation = given.get("validation") or subset(train, held)
     train = train if len(kept) == len(train.labels) else subset(train, kept)
-    mean, std = ((), ()) if first.unscaled else scale or _measured_scale(train)
+    measured = scale is None and not first.unscaled
+    mean, std = ((), ()) if first.unscaled else scale or measured_scale(train)
     return Dataset(
         name=name,
         classes=first.classes,
@@ -82,18 +83,19 @@ def make_dataset(
         std=torch.tensor(std),
         note=note,
         columns=first.columns,
+        measured=measured,
         cut=tuple(split for split in ("validation", "test") if split not in given),
     )
 
 
-def _measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and deviation of each channel or feature, the last axis; of a stream some count.
 
     uint8 pixels stand for 0..1; a constant has the standard deviation 1.
 
     Example:
         >>> features = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
-        >>> _measured_scale(Examples(features, torch.tensor([0, 1])))
+        >>> measured_scale(Examples(features, torch.tensor([0, 1])))
         ((1.0, 5.0), (1.0, 1.0))
     """
     inputs = examples.inputs

@@ -6,6 +6,7 @@ is held out once per repeat, from a model that is trained as the run's own is, o
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from funcloss._trees import flatten
 from funcloss.app import length
 from funcloss.app.data import Dataset, Examples, joined, stratified_split, subset
+from funcloss.app.data.splits import measured_scale
 from funcloss.app.data.streaming import Stream
 from funcloss.app.runs.checkpoint import beneath, load_tensors, save_tensors
 from funcloss.app.runs.early import better, make_first_best
@@ -92,7 +94,9 @@ class OutOfFold:
         }
 
 
-def folds_of(labels: Int[Tensor, " n"], folds: int, repeats: int, seed: int) -> Tensor:
+def folds_of(
+    labels: Int[Tensor, " n"], folds: int, repeats: int, seed: int, classes: Sequence[str]
+) -> Int[Tensor, "repeats n"]:
     """Return the fold of each example in each repeat, stratified by class, int64 ``(repeats, n)``.
 
     They are scikit-learn's: ``StratifiedKFold(folds, shuffle=True, random_state=seed + repeat)``.
@@ -102,12 +106,13 @@ def folds_of(labels: Int[Tensor, " n"], folds: int, repeats: int, seed: int) -> 
         folds: How many.
         repeats: How often the examples are dealt out anew.
         seed: Of the first repeat.
+        classes: Names of the classes, for the error.
 
     Raises:
         ConfigError: a class has fewer examples than there are folds.
 
     Example:
-        >>> folds_of(torch.tensor([0, 1] * 4), 4, 1, 0).bincount(minlength=4)
+        >>> folds_of(torch.tensor([0, 1] * 4), 4, 1, 0, ("a", "b"))[0].bincount()
         tensor([2, 2, 2, 2])
     """
     from sklearn.model_selection import StratifiedKFold
@@ -116,7 +121,7 @@ def folds_of(labels: Int[Tensor, " n"], folds: int, repeats: int, seed: int) -> 
     fewest = int(torch.where(counts > 0, counts, len(labels)).argmin())
     if counts[fewest] < folds:
         raise ConfigError(
-            f"folds {folds}: class number {fewest} has {int(counts[fewest])} examples, and each "
+            f"folds {folds}: class {classes[fewest]} has {int(counts[fewest])} examples, and each "
             "fold needs one: use fewer folds"
         )
     found = torch.empty(repeats, len(labels), dtype=torch.int64)
@@ -140,6 +145,17 @@ def pooled(dataset: Dataset) -> Examples:
     return joined(dataset.train, dataset.validation)
 
 
+def make_folds(setup: Setup) -> Int[Tensor, "repeats n"]:
+    """Return the fold of each example of a run in each repeat.
+
+    Raises:
+        ConfigError: a class is too small for so many folds, or the data is streamed.
+    """
+    config = setup.config
+    labels = pooled(setup.dataset).labels.cpu()
+    return folds_of(labels, config.folds, config.repeats, config.seed, setup.dataset.classes)
+
+
 def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold | None:
     """Train on the folds of a run's data, from where its folder's file is.
 
@@ -157,7 +173,7 @@ def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold 
     """
     config, pool = setup.config, pooled(setup.dataset)
     labels = pool.labels.cpu()
-    fold = folds_of(labels, config.folds, config.repeats, config.seed)
+    fold = make_folds(setup)
     logits = torch.full((*fold.shape, len(setup.dataset.classes)), torch.nan)
     found, done = OutOfFold(logits, labels, fold, pool.amounts), 0
     if (run_dir / FILE).exists():
@@ -205,12 +221,17 @@ def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float
     if "validation" in dataset.cut:
         parts = stratified_split(pool.labels.cpu()[rest], val_fraction)
         train, validation = (rest[part] for part in parts)
-    given = dataset.validation
+    examples = subset(pool, train.to(device))
+    scale = measured_scale(examples) if dataset.measured else (dataset.mean, dataset.std)
+    mean, std = (torch.as_tensor(values).to(device) for values in scale)
+    cut = "validation" in dataset.cut
     return dataclasses.replace(
         dataset,
-        train=subset(pool, train.to(device)),
-        validation=subset(pool, validation.to(device)) if len(validation) else given,
+        train=examples,
+        validation=subset(pool, validation.to(device)) if cut else dataset.validation,
         test=subset(pool, held.nonzero().squeeze(1).to(device)),
+        mean=mean,
+        std=std,
     )
 
 

@@ -139,6 +139,8 @@ def _begun(
         show(Note(note, warning=True))
     for note in setup.notes:
         show(Note(note))
+    if config.folds:
+        make_folds(setup)  # it refuses what cannot be dealt into folds, before anything is trained
     controller, memory = make_controller(setup), make_first_best(setup)
     step, setup = _prepared(setup, config.compile, setup.state, show)
     if run_dir is None:

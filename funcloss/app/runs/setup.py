@@ -443,7 +443,7 @@ def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
     if not len(config.pixel_mean) == len(config.pixel_std) == channels:
         raise ConfigError(f"pixel_mean and pixel_std must have a number a channel: {channels}")
     mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
-    return dataclasses.replace(dataset, mean=mean, std=std)
+    return dataclasses.replace(dataset, mean=mean, std=std, measured=False)
 
 
 def _image_size(config: TrainConfig) -> int:
