@@ -981,6 +981,7 @@ def killing(monkeypatch, at):
         if record["kind"] == "constraints":
             count()
 
+    monkeypatch.setattr(runs.lifecycle, "_SAVED_EVERY", 0.0)  # a checkpoint after each epoch
     monkeypatch.setattr(Path, "replace", dying_replace)
     monkeypatch.setattr(folder, "append_record", dying_append)
 
