@@ -31,7 +31,7 @@ from funcloss.app.runs.early import (
 )
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
-from funcloss.app.runs.folds import OUT_OF_FOLD, cross_validated
+from funcloss.app.runs.folds import OUT_OF_FOLD, cross_validated, make_folds
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
