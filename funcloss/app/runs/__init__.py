@@ -11,6 +11,7 @@ from funcloss.app.runs.events import (
     Started,
     Watcher,
 )
+from funcloss.app.runs.export import ExportReport, export_run
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.use import (
@@ -30,6 +31,7 @@ __all__ = [
     "EpochReport",
     "EvaluationReport",
     "Event",
+    "ExportReport",
     "Note",
     "Outcome",
     "Predictions",
@@ -38,6 +40,7 @@ __all__ = [
     "Watcher",
     "beneath",
     "evaluate_run",
+    "export_run",
     "folder",
     "kept_model",
     "load",
