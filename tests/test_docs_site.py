@@ -127,7 +127,7 @@ def test_the_reference_shows_signatures_examples_and_fields(site):
 @pytest.mark.slow
 def test_the_commands_speak_for_themselves(site):
     said = shown((site / "reference" / "commands.html").read_text(encoding="utf-8"))
-    for command in ("train", "evaluate", "predict", "check", "audit", "sweep"):
+    for command in ("train", "evaluate", "predict", "export", "check", "audit", "sweep"):
         assert f"Usage: funcloss {command} " in said
     for option in ("--class-weight", "--floor", "--amp", "--checkpoint", "--cost-matrix"):
         assert option in said

@@ -190,7 +190,8 @@ def expected_costs(
             f"expected_costs: cost_matrix must have shape ({classes}, decisions), one row per "
             f"class, or (*batch, {classes}, decisions), one matrix per example; got {got}"
         )
-    precise = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    # Not promote_types: torch 2.6 keeps it in an exported graph and cannot read it back.
+    precise = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
     return _expected(precise.exp(), cost_matrix.to(precise))
 
 

@@ -9,6 +9,7 @@ import typer
 from funcloss.app.cli.audit import audit
 from funcloss.app.cli.check import check
 from funcloss.app.cli.evaluate import evaluate
+from funcloss.app.cli.export import export
 from funcloss.app.cli.predict import predict
 from funcloss.app.cli.stopping import INTERRUPTED
 from funcloss.app.cli.sweep import sweep
@@ -27,7 +28,7 @@ def _app(**settings: Any) -> typer.Typer:
 
 
 app = _app(no_args_is_help=True, callback=_group)
-for command in (train, evaluate, predict, check, audit, sweep):
+for command in (train, evaluate, predict, export, check, audit, sweep):
     app.command()(command)
 
 train_app = _app(add_completion=False)

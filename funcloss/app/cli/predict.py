@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from funcloss.app.cli.table import AllowImport
+from funcloss.app.cli.table import AllowImport, Rule
 from funcloss.errors import ConfigError
 
 _RULES = ("argmax", "min-cost")
@@ -22,13 +22,7 @@ def predict(
         ),
     ],
     *,
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="argmax: the most probable class; min-cost: least expected cost. "
-            "Default: min-cost if the run was given costs, else argmax."
-        ),
-    ] = "",
+    rule: Rule = "",
     csv: Annotated[
         Path | None,
         typer.Option(

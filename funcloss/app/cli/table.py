@@ -14,6 +14,13 @@ from funcloss.app.options import ALLOW_IMPORT
 from funcloss.errors import ConfigError
 
 AllowImport = Annotated[bool, typer.Option(ALLOW_IMPORT.flag, help=ALLOW_IMPORT.help)]
+Rule = Annotated[
+    str,
+    typer.Option(
+        help="argmax: the most probable class; min-cost: least expected cost. "
+        "Default: min-cost if the run was given costs, else argmax."
+    ),
+]
 Recipe = Annotated[
     str, typer.Option(help=f"Options that come with funcloss: {', '.join(recipe_names())}.")
 ]

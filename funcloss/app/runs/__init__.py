@@ -11,6 +11,7 @@ from funcloss.app.runs.events import (
     Started,
     Watcher,
 )
+from funcloss.app.runs.export import ExportReport, export_run
 from funcloss.app.runs.folds import FoldReport, OutOfFold, read_folds
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
@@ -31,6 +32,7 @@ __all__ = [
     "EpochReport",
     "EvaluationReport",
     "Event",
+    "ExportReport",
     "FoldReport",
     "Note",
     "OutOfFold",
@@ -41,6 +43,7 @@ __all__ = [
     "Watcher",
     "beneath",
     "evaluate_run",
+    "export_run",
     "folder",
     "kept_model",
     "load",
