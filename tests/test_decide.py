@@ -183,3 +183,65 @@ def test_a_run_that_is_not_finished_decides_and_says_that_it_is_not_calibrated(t
     model = funcloss.load(tmp_path / "run")
     assert "not calibrated" in model.calibration.sentence
     assert len(model.decide(torch.zeros(3, 30)).names) == 3
+
+
+@pytest.fixture(scope="module")
+def payments(tmp_path_factory):
+    """A table of payments, each of which costs its own amount if it is a fraud let through."""
+    generator = np.random.default_rng(1)
+    place = tmp_path_factory.mktemp("payments")
+    fraud = generator.random(120) < 0.3
+    x = generator.normal(size=(120, 2)) + fraud[:, None]
+    amount = np.round(generator.lognormal(1.0, 1.5, size=120), 2)
+    with (place / "payments.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["u", "v", "amount", "kind"])
+        for row, price, is_fraud in zip(x, amount, fraud, strict=True):
+            writer.writerow([*row, price, "fraud" if is_fraud else "legit"])
+    options = {"dataset": str(place / "payments.csv"), "target": "kind", "model": "linear",
+               "cost": {"fraud,legit": "amount", "legit,fraud": 2.0}, "epochs": 5, "folds": 3,
+               "batch_size": 16, "audit_every": 0, "compile": "off"}  # fmt: skip
+    train(make_config(options), place / "run")
+    return place
+
+
+def test_the_cost_of_each_example_is_its_own_everywhere(payments, run_cli, tmp_path):
+    (tmp_path / "copy.csv").write_bytes((payments / "payments.csv").read_bytes())
+    run, found = payments / "run", {}
+    for command in (("predict", run, tmp_path / "copy.csv"),
+                    ("evaluate", run, "--dataset", tmp_path / "copy.csv")):  # fmt: skip
+        code, _, err = run_cli(*command, "--csv", tmp_path / "out.csv")
+        assert (code, err) == (0, "")
+        found[command[0]] = columns_of(tmp_path / "out.csv")
+    for name in ("decision", "expected_cost", "cost fraud", "cost legit"):
+        assert found["predict"][name] == found["evaluate"][name]
+    rows = columns_of(tmp_path / "copy.csv")
+    amount = np.array(rows["amount"], dtype=float)
+    p = np.array(found["predict"]["probability fraud"], dtype=float)
+    by_hand = np.where(p * amount > (1 - p) * 2, "fraud", "legit")
+    assert found["predict"]["decision"] == by_hand.tolist()
+    assert set(by_hand) == {"fraud", "legit"}
+    model = funcloss.load(run)
+    inputs, amounts = runs.use.read_features(tmp_path / "copy.csv", model.columns, ["amount"])
+    assert model.columns == ("u", "v")
+    assert model.decide(inputs, amounts=amounts).names == by_hand.tolist()
+    with pytest.raises(ValueError, match="costs each example its amount"):
+        model.decide(inputs)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["decisions"] == ["the threshold of each example depends on its amount"]
+    paid = runs.evaluate_run(run).evaluation  # out of fold
+    truth = paid.labels == paid.rule.costs.classes.index("fraud")
+    missed = truth & (paid.argmax.decisions != paid.labels)
+    expected = (paid.amounts["amount"] * missed).sum() + 2 * (
+        ~truth & (paid.argmax.decisions != paid.labels)
+    ).sum()
+    assert paid.argmax.expected_cost.value == pytest.approx(float(expected) / 120)
+    assert not (run / "threshold.png").exists()
+    (tmp_path / "bare.csv").write_text("u,v\n0,1\n")
+    code, _, err = run_cli("predict", run, tmp_path / "bare.csv")
+    assert code == 2
+    assert "amount" in err
+
+
+def test_a_curve_of_the_cost_is_drawn_for_two_classes(run):
+    assert (run / "threshold.png").stat().st_size > 10_000

@@ -13,6 +13,7 @@ from funcloss._checks import check_floating, check_labels, check_shape
 from funcloss.decisions.intervals import Interval, cost_interval, mean_interval, wilson
 from funcloss.decisions.metrics import Metrics, make_metrics, reliability
 from funcloss.decisions.rules import DecisionRule, log_posterior
+from funcloss.decisions.thresholds import CostCurve, Sensitivity, cost_curve, ratio_sensitivity
 
 _AT_ONCE = 2**22  # costs, of examples with a matrix of their own
 
@@ -94,6 +95,18 @@ class Evaluation:
     def metrics(self) -> Metrics:
         """The metrics of the probabilities that the rule decides by."""
         return make_metrics(self.rule.log_probs(self.logits), self.labels, self.weights)
+
+    @functools.cached_property
+    def curve(self) -> CostCurve | None:
+        """The expected cost at every threshold, of two classes whose mistakes have one cost."""
+        log_probs = self.rule.log_probs(self.logits)
+        return cost_curve(log_probs, self.labels, self.rule.costs, weights=self.weights)
+
+    @functools.cached_property
+    def sensitivity(self) -> list[Sensitivity]:
+        """How the expected cost depends on the ratio of the costs; none where there is no curve."""
+        log_probs = self.rule.log_probs(self.logits)
+        return ratio_sensitivity(log_probs, self.labels, self.rule.costs, weights=self.weights)
 
     @functools.cached_property
     def counts(self) -> Float[Tensor, " classes"]:

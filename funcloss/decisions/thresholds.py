@@ -33,7 +33,8 @@ def pair_thresholds(costs: Costs) -> list[Threshold]:
 
     Returns:
         One per pair, of the decision with the lower threshold; none for a pair of which one
-        decision is never the worse, or a right decision costs more than a wrong one.
+        decision is never the worse, a right decision costs more than a wrong one, or each example
+        has its own cost.
 
     Example:
         >>> from funcloss.decisions import make_costs
@@ -44,11 +45,12 @@ def pair_thresholds(costs: Costs) -> list[Threshold]:
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 2.
     """
     matrix, found = costs.matrix, []
+    own = {frozenset(cell[:2]) for cell in costs.amounts}  # pairs of classes
     for a in range(len(costs.classes)):
         for b in range(a + 1, len(costs.classes)):
             miss = float(matrix[a, b] - matrix[a, a])  # of a true a, by deciding b
             false_alarm = float(matrix[b, a] - matrix[b, b])
-            if miss > 0 and false_alarm > 0:
+            if miss > 0 and false_alarm > 0 and {a, b} not in own:
                 of_a, of_b = (
                     Threshold(d, o, cost / (miss + false_alarm))
                     for d, o, cost in (
@@ -77,6 +79,9 @@ def decision_sentences(costs: Costs) -> list[str]:
         predict malignant when its probability exceeds 0.0476
     """
     thresholds = pair_thresholds(costs)
+    if costs.amounts:
+        names = ", ".join(dict.fromkeys(name for *_, name in costs.amounts))
+        return [f"the threshold of each example depends on its {names}"]
     if len(costs.classes) == 2 and not costs.extra:
         if not thresholds:
             return []
@@ -131,7 +136,7 @@ def cost_curve(
 
     Returns:
         The curve, a point per distinct probability and one at each end; None unless there are two
-        classes, two decisions and a threshold between them.
+        classes, two decisions and a threshold between them, the same for every example.
 
     Example:
         >>> from funcloss.decisions import make_costs

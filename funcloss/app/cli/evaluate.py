@@ -57,7 +57,7 @@ def evaluate(
 
 def _print_evaluation(found: "EvaluationReport") -> None:
     """Print what a model's decisions cost, by rule, class by class and pair by pair."""
-    from funcloss.decisions import cost_curve, cost_sentences, decision_sentences, ratio_sensitivity
+    from funcloss.decisions import cost_sentences, decision_sentences
 
     out, scored, costs = make_console(), found.evaluation, found.evaluation.rule.costs
     for line in cost_sentences(costs):
@@ -71,15 +71,14 @@ def _print_evaluation(found: "EvaluationReport") -> None:
     )
     for line in _metric_lines(scored.metrics):
         out.print(line)
-    about = (scored.rule.log_probs(scored.logits), scored.labels, costs)
-    if (curve := cost_curve(*about, weights=scored.weights)) is not None:
+    if (curve := scored.curve) is not None:
         out.print()
         out.print(
             f"expected cost {curve.cost:.4f} at the threshold {curve.threshold:.3g} of "
             f"{curve.positive}; the least on these examples is {curve.lowest[1]:.4f}, at "
             f"{curve.lowest[0]:.3g}"
         )
-        out.print(_sensitivity_table(ratio_sensitivity(*about, weights=scored.weights), curve))
+        out.print(_sensitivity_table(scored.sensitivity, curve))
     for name, scores in scored.rules.items():
         out.print()
         out.print(_rule_line(name, scores))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcloss._files import replacing
 from funcloss._names import short
-from funcloss.decisions import Reliability
+from funcloss.decisions import CostCurve, Reliability, Sensitivity
 
 _NAMED = 30  # classes whose names and counts are all written
 _CELLS, _TICKS = 500, 25  # of a larger matrix, along each side
@@ -29,11 +29,14 @@ class Drawn:
 
     records: Sequence[dict[str, Any]]  # of metrics.jsonl
     classes: Sequence[str]
-    confusion: Tensor  # of the test set by argmax, counts, (classes, classes)
-    reliability: Reliability  # of the test set, of the probabilities that decisions are made by
+    confusion: Tensor  # by argmax, counts, (classes, classes)
+    reliability: Reliability  # of the probabilities that decisions are made by
     images: Tensor | None  # a few of the test set, as ``predictions`` takes them; None: no images
     truths: Sequence[str]  # of these images
     guesses: Sequence[str]
+    curve: CostCurve | None = None  # of the same examples, of two classes
+    sensitivity: Sequence[Sensitivity] = ()  # to the ratio of their costs
+    what: str = "test set"  # what these examples are called
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -100,7 +103,7 @@ def predictions(
     return figure
 
 
-def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
+def confusion(matrix: Tensor, classes: Sequence[str], what: str = "test set") -> Figure:
     """Confusion matrix, rows the truth, coloured by the fraction of each true class.
 
     Up to 30 classes are all named, with the counts in the cells. Beyond that the figure has a fixed
@@ -109,6 +112,7 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     Args:
         matrix: Counts, shape ``(classes, classes)``.
         classes: Names of the classes.
+        what: What the examples are called.
 
     Returns:
         The figure.
@@ -135,11 +139,11 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if named:
-        axes.set_title("Confusion matrix, test set")
+        axes.set_title(f"Confusion matrix, {what}")
         _write_counts(axes, counts, parts)
     else:
         joined = f"\neach cell joins {each} by {each} neighbouring classes" if each > 1 else ""
-        axes.set_title(f"Confusion matrix, test set: {total:,} classes{joined}")
+        axes.set_title(f"Confusion matrix, {what}: {total:,} classes{joined}")
         figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.75)
     return figure
 
@@ -151,11 +155,12 @@ def _write_counts(axes: Axes, counts: np.ndarray, parts: np.ndarray) -> None:
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
 
 
-def reliability(bins: Reliability) -> Figure:
+def reliability(bins: Reliability, what: str = "test set") -> Figure:
     """Accuracy over confidence in bins of the confidence, and below it the examples of each bin.
 
     Args:
         bins: The data of the diagram.
+        what: What the examples are called.
 
     Returns:
         The figure.
@@ -175,7 +180,7 @@ def reliability(bins: Reliability) -> Figure:
         )
     top.set_ylabel("accuracy")
     top.set_ylim(-0.03, 1.03)
-    top.set_title(f"Confidence against accuracy, test set\ncalibration error {bins.error:.4f}")
+    top.set_title(f"Confidence against accuracy, {what}\ncalibration error {bins.error:.4f}")
     top.legend(loc="upper left")
     top.grid(alpha=0.3)
     width = 1 / len(count)
@@ -191,11 +196,55 @@ def reliability(bins: Reliability) -> Figure:
     return figure
 
 
+def threshold(
+    curve: CostCurve, sensitivity: Sequence[Sensitivity], what: str = "test set"
+) -> Figure:
+    """Expected cost over the threshold; and over the cost of a miss, if it is not what was thought.
+
+    Args:
+        curve: The expected cost at each threshold.
+        sensitivity: To the cost of missing the positive class.
+        what: What the examples are called.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.step(curve.thresholds, curve.costs, where="post", color=_BLUE)
+    label = f"threshold in use, {curve.threshold:.3g}: {curve.cost:.4g}"
+    left.axvline(curve.threshold, color=_RED, linestyle="--", label=label)
+    place, least = curve.lowest
+    label = f"least on these examples, {place:.3g}: {least:.4g}"
+    left.plot([place], [least], "o", color=_GREEN, label=label)
+    left.set_xlabel(f"threshold on the probability of {short(curve.positive)}")
+    left.set_ylabel("expected cost per example")
+    left.set_title(f"Expected cost at each threshold, {what}")
+    factors = [row.factor for row in sensitivity]
+    right.plot(factors, [row.kept for row in sensitivity], "o-", color=_RED,
+               label=f"at the threshold in use, {curve.threshold:.3g}")  # fmt: skip
+    right.plot(factors, [row.right for row in sensitivity], "o--", color=_BLUE,
+               label="at the threshold for that cost")  # fmt: skip
+    right.set_xscale("log", base=2)
+    right.set_xticks(factors, [f"{factor:g} x" for factor in factors])
+    right.set_xlabel(f"cost of missing {short(curve.positive)}, against what was given")
+    right.set_title("If the costs are other than given")
+    for axes in (left, right):
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        plain_text([axes.xaxis.label])
+    return figure
+
+
 # The figures of a run by name of the file; None: it has none of that kind.
 FIGURES: dict[str, Callable[[Drawn], Figure | None]] = {
     "curves.png": lambda run: curves(run.records),
-    "confusion.png": lambda run: confusion(run.confusion, run.classes),
-    "reliability.png": lambda run: reliability(run.reliability),
+    "confusion.png": lambda run: confusion(run.confusion, run.classes, run.what),
+    "reliability.png": lambda run: reliability(run.reliability, run.what),
+    "threshold.png": lambda run: (
+        None if run.curve is None else threshold(run.curve, run.sensitivity, run.what)
+    ),
     "predictions.png": lambda run: (
         None if run.images is None else predictions(run.images, run.truths, run.guesses)
     ),

@@ -78,7 +78,8 @@ def sum_up(
     losses = [] if config.floor or config.ceiling else _losses(records)
     audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
     few = torch.arange(min(_SHOWN, len(test.labels)), device=test.labels.device)
-    shown = evaluations["test" if "test" in evaluations else OUT_OF_FOLD]
+    split = "test" if "test" in evaluations else OUT_OF_FOLD
+    shown = evaluations[split]
     guesses = shown.logits[: len(few)].argmax(-1).tolist()
     drawn = figures.Drawn(
         records=records,
@@ -88,6 +89,9 @@ def sum_up(
         images=as_pixels(subset(test, few)) if setup.dataset.has_images and len(few) else None,
         truths=[classes[i] for i in test.labels[few].tolist()],
         guesses=[classes[i] for i in guesses],
+        curve=shown.curve,
+        sensitivity=shown.sensitivity,
+        what="test set" if split == "test" else "out-of-fold examples",
     )
     for name, draw in figures.FIGURES.items():
         if figure := draw(drawn):
