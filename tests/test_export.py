@@ -20,7 +20,7 @@ from funcloss.decisions import DecisionRule, make_costs
 from funcloss.errors import ConfigError, RunError
 
 # torch 2.6's own, of what it reads back
-pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")
 
 CLASSES = ("malignant", "benign")
 COSTS = {
