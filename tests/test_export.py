@@ -256,7 +256,7 @@ def test_every_output_is_compared(run, by):
 def test_either_of_two_equal_decisions_is_right():
     rule = DecisionRule(make_costs(("a", "b")))
     even = SimpleNamespace(model=lambda x: x, rule=rule, by="min-cost")
-    even.mean = even.std = torch.zeros(0)
+    even.input_mean = even.input_std = torch.zeros(0)
 
     def model(inputs):
         return export.DecidingModel.forward(even, inputs)
