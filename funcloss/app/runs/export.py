@@ -53,20 +53,20 @@ class DecidingModel(nn.Module):
         rule: ``min-cost`` or ``argmax``.
     """
 
-    mean: Tensor
-    std: Tensor
+    input_mean: Tensor  # of no name that torch 2.6 gives a node, as "mean" is
+    input_std: Tensor
 
     def __init__(self, run: TrainedModel, rule: str) -> None:
         """Take the parts of a run."""
         super().__init__()
         self.model = run.model
         self.rule, self.by = run.rule, rule
-        self.register_buffer("mean", run.mean)
-        self.register_buffer("std", run.std)
+        self.register_buffer("input_mean", run.mean)
+        self.register_buffer("input_std", run.std)
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return logits, probabilities, expected costs and decisions, by name."""
-        logits = self.model(normalised(inputs, self.mean, self.std))
+        logits = self.model(normalised(inputs, self.input_mean, self.input_std))
         found = self.rule.decisions(logits, by=self.by)
         outputs = (logits, found.probabilities, found.expected_costs, found.index)
         return dict(zip(OUTPUTS, outputs, strict=True))
