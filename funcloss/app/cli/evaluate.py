@@ -49,7 +49,7 @@ def evaluate(
     scores = found.evaluation
     print(
         f"accuracy {scores.argmax.accuracy.value:.2%}  loss {scores.loss:.4f}  "
-        f"on {len(scores.labels):,} examples of {found.dataset}, {options.split}"
+        f"on {len(scores.labels):,} examples of {found.dataset}, {found.split}"
     )
     if found.note:
         print(f"note: {found.note}")
