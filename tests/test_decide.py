@@ -237,6 +237,9 @@ def test_the_cost_of_each_example_is_its_own_everywhere(payments, run_cli, tmp_p
     ).sum()
     assert paid.argmax.expected_cost.value == pytest.approx(float(expected) / 120)
     assert not (run / "threshold.png").exists()
+    code, _, err = run_cli("export", run, "--torch", tmp_path / "run.pt2")
+    assert code == 2
+    assert "decides by the amount of each example" in err
     (tmp_path / "bare.csv").write_text("u,v\n0,1\n")
     code, _, err = run_cli("predict", run, tmp_path / "bare.csv")
     assert code == 2

@@ -215,12 +215,13 @@ class TrainingConsole:
             )
         split, scores = _headline(summary)
         over = summary["over_folds"] if split == OUT_OF_FOLD else {}
+        folds = " (95 % over the folds)" if over else ""
         for name, rule in scores["rules"].items():
             rule |= over.get(name, {})
             cost, normal = between(Interval(*rule["expected_cost"]), ".4f"), rule["normalised_cost"]
             part = "" if normal is None else f", {normal:.3f} of the best constant decision"
             self._print(
-                f"decisions by {name}: expected cost {cost}{part}; "
+                f"decisions by {name}: expected cost {cost}{folds}{part}; "
                 f"accuracy {rule['accuracy'][0]:.2%}"
             )
         if summary["caveat"]:

@@ -113,6 +113,12 @@ def export_run(
     """
     _check_request(onnx, torch, rule, dtype)
     run = load(run_dir, allow_import=allow_import)
+    if run.costs.amounts:
+        names = ", ".join(dict.fromkeys(name for *_, name in run.costs.amounts))
+        raise ConfigError(
+            f"{run_dir} decides by the {names} of each example, and a graph takes inputs alone: use "
+            "funcloss predict, or decide of funcloss.load"
+        )
     dtype = dtype or ("uint8" if run.images else "float32")
     by = rule or usual_rule(run.config)
     model = DecidingModel(run, by).eval()
