@@ -353,7 +353,7 @@ def test_amounts_that_are_not_there_or_spoilt_are_refused(tmp_path, write, error
     [
         ("{'amount': 3}", DataError, "amount must be one number per example, (n,); got int64 ()"),
         ("{'amount': amount[1:]}", DataError, "239 values of amount but 240 labels"),
-        ("amount", DataError, "after inputs and labels goes a dict, got Tensor"),
+        ("amount", DataError, "must be (inputs, labels), a torch"),
         ("{'amount': -amount}", DataError, "amount must be finite and at least 0"),
         ("{'amount': amount.bfloat16()}", None, ""),
         ("{'amount': amount.tolist()}", None, ""),

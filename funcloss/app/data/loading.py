@@ -258,12 +258,14 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadO
         return replace(raw, amounts=_amounts_of(what, own, options, len(raw.labels)))
     if isinstance(data, Examples):
         data = (data.inputs, data.labels, data.amounts)
-    if not isinstance(data, Sequence) or len(data) not in (2, 3):
+    parts = len(data) if isinstance(data, Sequence) else 0
+    if parts != 2 and not (parts == 3 and isinstance(data[2], Mapping)):
         raise DataError(
             f"{what} must be (inputs, labels), a torch.utils.data.Dataset, or a dict of them by "
             f"split; got {type(data).__name__}"
         )
-    inputs, labels, *more = data
+    inputs, labels = data[:2]
+    given = data[2] if parts == 3 else {}
     for name, value in (("inputs", inputs), ("labels", labels)):
         if not isinstance(value, Tensor | np.ndarray):
             kind = type(value).__name__
@@ -272,7 +274,7 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadO
             raise DataError(f"{what}: the {name} must begin with the examples, got a single number")
     if len(inputs) != len(labels):
         raise DataError(f"{what}: {len(inputs):,} inputs but {len(labels):,} labels")
-    amounts = _amounts_of(what, more[0] if more else {}, options, len(labels))
+    amounts = _amounts_of(what, given, options, len(labels))
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "buif":
         raise DataError(f"{what}: the inputs must be numbers, got {inputs.dtype}")
     tensor = torch.as_tensor(inputs).detach()
@@ -286,10 +288,10 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadO
     return RawSplit(tensor, found, names, unscaled=True, amounts=amounts)
 
 
-def _amounts_of(what: str, given: Any, options: LoadOptions, n: int) -> dict[str, Tensor]:
+def _amounts_of(
+    what: str, given: Mapping[str, Any], options: LoadOptions, n: int
+) -> dict[str, Tensor]:
     """Return the amounts that are asked for, of those that code gives."""
-    if not isinstance(given, Mapping):
-        raise DataError(f"{what}: after inputs and labels goes a dict, got {type(given).__name__}")
     found = {}
     for name in options.amounts:
         check_amount(what, name, given)
