@@ -264,7 +264,8 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadO
             f"{what} must be (inputs, labels), a torch.utils.data.Dataset, or a dict of them by "
             f"split; got {type(data).__name__}"
         )
-    inputs, labels, given = (*data, {})[:3]
+    inputs, labels = data[:2]
+    given = data[2] if parts == 3 else {}
     for name, value in (("inputs", inputs), ("labels", labels)):
         if not isinstance(value, Tensor | np.ndarray):
             kind = type(value).__name__

@@ -116,8 +116,8 @@ def export_run(
     if run.costs.amounts:
         names = ", ".join(dict.fromkeys(name for *_, name in run.costs.amounts))
         raise ConfigError(
-            f"{run_dir} decides by the {names} of each example, and a graph takes inputs alone: use "
-            "funcloss predict, or decide of funcloss.load"
+            f"{run_dir} decides by the {names} of each example, and a graph takes inputs alone: "
+            "use funcloss predict, or decide of funcloss.load"
         )
     dtype = dtype or ("uint8" if run.images else "float32")
     by = rule or usual_rule(run.config)
