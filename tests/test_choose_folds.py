@@ -181,7 +181,7 @@ def test_no_validation_data_is_needed_and_epochs_may_be_auto(table, tmp_path):
     made = config(table, val_fraction=0.0, repeats=1)
     assert swept(made, [WEIGHTS], tmp_path / "without").finished
     shown = []
-    made = config(table, epochs="auto", folds=2, repeats=1)
+    made = config(table, epochs="auto", folds=2, repeats=1, batch_size=20, learning_rate=1.0)
     assert swept(made, [WEIGHTS], tmp_path / "auto", show=shown.append).finished
     assert sum(isinstance(e, runs.FoldReport) for e in shown) == 4
 
