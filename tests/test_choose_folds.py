@@ -177,12 +177,18 @@ def test_a_test_split_of_its_own_is_read_once_for_both(table, tmp_path):
     assert "low side" not in " ".join(ended.choice.lines)
 
 
-def test_no_validation_data_is_needed_and_epochs_may_be_auto(table, tmp_path):
+def test_no_validation_data_is_needed(table, tmp_path):
     made = config(table, val_fraction=0.0, repeats=1)
-    assert swept(made, [WEIGHTS], tmp_path / "without").finished
+    ended = swept(made, [WEIGHTS], tmp_path / "sweep")
+    assert ended.finished
+    assert not ended.choice.gradient
+
+
+@pytest.mark.slow
+def test_epochs_may_be_auto(table, tmp_path):
     shown = []
     made = config(table, epochs="auto", folds=2, repeats=1, batch_size=20, learning_rate=1.0)
-    assert swept(made, [WEIGHTS], tmp_path / "auto", show=shown.append).finished
+    assert swept(made, [WEIGHTS], tmp_path / "sweep", show=shown.append).finished
     assert sum(isinstance(e, runs.FoldReport) for e in shown) == 4
 
 
