@@ -634,7 +634,7 @@ CHOSEN = row("class_weight 9=5", 0.1, Interval(-0.1, -0.11, 0.01))
 )  # fmt: skip
 def test_the_costs_in_training_are_held_against_the_decision_rule(gap, said):
     constraints = [("recall of 9 at least 0.9", 0.875)]
-    lines = words.tested_sentences(PLAIN, CHOSEN, RULE, gap, constraints, ("9",))
+    lines = words.tested_sentences(PLAIN, CHOSEN, RULE, gap, constraints, ("9",), "test set")
     scores = "accuracy 90.00 [88.00, 92.00] %, recall of 9 90.00 [88.00, 92.00] %, expected cost"
     assert lines == [
         f"On the test set, read once: {scores} 0.1000 [0.0900, 0.1100]; plain: {scores} 0.2000 "
@@ -649,11 +649,11 @@ def test_the_costs_in_training_are_held_against_the_decision_rule(gap, said):
 
 
 def test_where_plain_training_is_chosen_it_is_not_compared_with_itself():
-    lines = words.tested_sentences(PLAIN, None, RULE, None, [], ("9",))
+    lines = words.tested_sentences(PLAIN, None, RULE, None, [], ("9",), "test set")
     assert len(lines) == 2
     assert lines[0].startswith("On the test set, read once: accuracy 90.00")
     assert "; plain:" not in lines[0]
     same = row("plain, minimum expected cost", 0.2, Interval(0.0, 0.0, 0.0))
-    assert words.tested_sentences(PLAIN, None, same, None, [], ("9",))[1].endswith(
+    assert words.tested_sentences(PLAIN, None, same, None, [], ("9",), "test set")[1].endswith(
         "; the same decisions."
     )

@@ -301,7 +301,7 @@ class TrainConfig:
             f"{PATIENCE}, at most {MOST_EPOCHS:,} epochs or {MOST_STEPS:,} steps, and the model of "
             f"the lowest is kept. If not given: {EPOCHS}; for fewer than {FEW:,} training examples "
             f"of other data than {', '.join(DATASETS)}: auto, or about {STEPS:,} steps where auto "
-            "cannot be, as in a sweep.",
+            "cannot be, as in a sweep without folds.",
             ("auto",),
             low=0,
             high=1e6,

@@ -42,12 +42,14 @@ _BATCH, _VALIDATION = 128, 1000  # examples of each step, and of what it is judg
 
 @dataclass(frozen=True)
 class Candidates:
-    """The models that are compared on the test set: evaluations by split, one per seed."""
+    """The models that are compared: evaluations by split, one per seed or repeat of folds."""
 
     plain: Sequence[Mapping[str, Evaluation]]  # the baseline
     chosen: Sequence[Mapping[str, Evaluation]] | None  # None: it is the baseline
     name: str  # of the chosen model
     plain_name: str = "plain"  # of the baseline, or of another model that stands in for it
+    chosen_on: str = "validation data"
+    tested_on: str = "test set"  # what the evaluations call ``test``
 
 
 def report_on(
@@ -89,6 +91,8 @@ def report_on(
         gradient=gradient,
         gradient_steps=horizon,
         seeds=len(candidates.plain),
+        chosen_on=candidates.chosen_on,
+        tested_on=candidates.tested_on,
     )
 
 
@@ -135,7 +139,13 @@ def _on_test(
     held_out = [(text, sum(v) / len(v)) for text, v in zip(texts, reaches, strict=True)]
     trained = None if chosen is None else rows[name]
     lines = tested_sentences(
-        rows[plain_name], trained, rows[cheap], gap, held_out, [classes[c] for c in focus]
+        rows[plain_name],
+        trained,
+        rows[cheap],
+        gap,
+        held_out,
+        [classes[c] for c in focus],
+        candidates.tested_on,
     )
     return tuple(rows.values()), lines
 
@@ -176,9 +186,11 @@ def _gradient_of(setup: Setup, state: TrainState, hyper: Hyper) -> tuple[dict[st
     """Return what one more unit of each class's weight would do to the validation cost.
 
     Through five further steps at the peak learning rate, on a fraction of the validation data; none
-    where there are no class weights, decisions that are no class, or costs of each example.
+    where there are no class weights or no validation data, decisions that are no class, or costs of
+    each example.
     """
-    if "class_weights" not in hyper or setup.costs.extra or setup.costs.amounts:
+    held_out = len(setup.dataset.validation.labels)
+    if "class_weights" not in hyper or setup.costs.extra or setup.costs.amounts or not held_out:
         return {}, 0
     dataset, config, device = setup.dataset, setup.config, state.key.device
     step = make_train_step(

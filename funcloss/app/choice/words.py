@@ -4,7 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from funcloss.app.report.choice import Ascent, Constraint, Point, Row
+from funcloss.app.report.choice import OUT_OF_FOLD_EXAMPLES, Ascent, Constraint, Point, Row
 from funcloss.decisions import Interval
 
 
@@ -14,8 +14,9 @@ def sweep_sentences(
     plain: Point | None,
     constraints: Sequence[Constraint],
     by: str,
+    on: str = "validation data",
 ) -> list[str]:
-    """Return what a sweep chose on validation data, and what must be known of it.
+    """Return what a sweep chose, and what must be known of it.
 
     Args:
         points: Its trials.
@@ -23,14 +24,16 @@ def sweep_sentences(
         plain: The plain training that it is compared with; None: it diverged.
         constraints: What had to hold, and what it reaches.
         by: What the chosen one is among those that keep the constraints: "the smallest weight".
+        on: What it was chosen on.
 
     Returns:
         Sentences, the answer first.
     """
-    lines = [_answer(chosen, plain, constraints, by)]
+    lines = [_answer(chosen, plain, constraints, by, on)]
     lost = [p for p in points if p.diverged]
     if lost:
-        names = ", ".join(f"{p.name} on {p.diverged} of {p.seeds} seeds" for p in lost[:5])
+        seeds = "" if on == OUT_OF_FOLD_EXAMPLES else " on {p.diverged} of {p.seeds} seeds"
+        names = ", ".join(p.name + seeds.format(p=p) for p in lost[:5])
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         lines.append(f"Diverged, and out of the choice: {names}{more}.")
     return lines
@@ -111,36 +114,45 @@ def tested_sentences(
     gap: Interval | None,
     reached: Sequence[tuple[str, float]],
     focus: Sequence[str],
+    on: str,
 ) -> list[str]:
-    """Return what the test set, read once, says of the model beside its cheap alternative.
+    """Return what held-out examples say of the model beside its cheap alternative.
 
     Args:
         plain: Plain training by argmax.
         chosen: The chosen model by argmax; None: it is plain training.
         cheap: What needs no training: plain training under another rule.
         gap: Expected cost of the chosen model less that of ``cheap``, paired.
-        reached: Each constraint in words, and what the chosen model reaches of it on the test set.
+        reached: Each constraint in words, and what the chosen model reaches of it there.
         focus: Classes whose recall is told.
+        on: The examples of the rows: the test set, read once, or those of the choice again.
 
     Returns:
         Sentences.
     """
     lines = []
+    of_choice = on == OUT_OF_FOLD_EXAMPLES
+    where = f"On the {on}{', which the choice was made on too' if of_choice else ', read once'}"
     if chosen is None:
-        lines.append(f"On the test set, read once: {_row(plain, focus)}.")
+        lines.append(f"{where}: {_row(plain, focus)}.")
     else:
         told = f"{_row(chosen, focus)}; plain: {_row(plain, focus)}"
-        lines.append(f"On the test set, read once: {told}.")
+        lines.append(f"{where}: {told}.")
         lines.append(
             f"Expected cost of {chosen.name} against plain: {_difference(chosen.difference)}."
         )
     if reached:
         told = "; ".join(f"{text}: {_four(value)}" for text, value in reached)
-        lines.append(f"The constraints on the test set: {told}.")
+        lines.append(f"The constraints on the {on}: {told}.")
     told = f"{_row(cheap, focus)}; {_difference(cheap.difference)}"
     lines.append(f"Without training anew, {cheap.name}: {told}.")
     if gap is not None and not math.isnan(gap.low):
         lines.append(f"{_verdict(gap)} ({_difference(gap)}).")
+    if of_choice:
+        lines.append(
+            "The chosen trial is the best of several on the same examples, so its cost is on the "
+            "low side: judge it on data of its own."
+        )
     return lines
 
 
@@ -164,24 +176,24 @@ def slope_sentences(gradient: dict[str, float], steps: int) -> list[str]:
     ]
 
 
-def _answer(chosen: Point, plain: Point | None, constraints: Sequence[Constraint], by: str) -> str:
+def _answer(
+    chosen: Point, plain: Point | None, constraints: Sequence[Constraint], by: str, on: str
+) -> str:
     if not constraints:
         if plain is None or chosen.plain:
             against = "no trial that was swept costs less" if chosen.plain else "plain diverged"
         else:
             against = f"plain training costs {_four(plain.expected_cost.value)}"
         return (
-            f"{chosen.name} has the least expected cost on validation data, "
+            f"{chosen.name} has the least expected cost on {on}, "
             f"{_four(chosen.expected_cost.value)} an example; {against}."
         )
     told = "; ".join(
         f"{constraint.text}: {_four(constraint.reached)}" for constraint in constraints
     )
     if not chosen.feasible:
-        return (
-            f"No trial keeps every constraint on validation data; nearest is {chosen.name}. {told}."
-        )
-    return f"{chosen.name} is {by} that keeps every constraint on validation data. {told}."
+        return f"No trial keeps every constraint on {on}; nearest is {chosen.name}. {told}."
+    return f"{chosen.name} is {by} that keeps every constraint on {on}. {told}."
 
 
 def _missed(constraint: Constraint) -> str:

@@ -293,9 +293,9 @@ def _constrained(record: dict[str, Any]) -> str:
 
 
 def _points_table(choice: Choice) -> Table:
-    """Return a row per trial of a sweep, on validation data."""
+    """Return a row per trial of a sweep, on what it was chosen on."""
     recalls = (f"recall {name}" for name in choice.focus)
-    what = "on validation data" + ", 95 % over the seeds" * (choice.seeds > 1)
+    what = f"on {choice.chosen_on}" + f", 95 % over the {choice.over}s" * (choice.seeds > 1)
     head = (what, "accuracy", *recalls, "expected cost", "by the rule", "note")
     rows = []
     for p in choice.points:
@@ -310,9 +310,10 @@ def _points_table(choice: Choice) -> Table:
 
 
 def _rows_table(choice: Choice) -> Table:
-    """Return a row per model and rule, on the test set."""
+    """Return a row per model and rule, on what they were tested on."""
     recalls = (f"recall {name}" for name in choice.focus)
-    head = ("on the test set, 95 %", "accuracy", *recalls, "expected cost", "against plain, paired")
+    what = f"on the {choice.tested_on}, 95 %"
+    head = (what, "accuracy", *recalls, "expected cost", "against plain, paired")
     rows = []
     for row in choice.rows:
         cells = [between(score, ".2%") for score in (row.accuracy, *row.recall)]

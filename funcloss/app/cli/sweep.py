@@ -55,7 +55,8 @@ def sweep(
     --class-weight, --loss-option and --learning-rate take values to sweep: 9=1:100:log16 is sixteen
     from 1 to 100 in equal ratios, tau=0:2:5 five in equal steps, 0.01,0.1 a list. Under --floor and
     --ceiling the weight nearest to 1 that keeps them is chosen, else the trial of least expected
-    cost.
+    cost. With --folds the choice is by out-of-fold predictions, and the chosen trial is trained on
+    all of the data at the end.
     """
     given = given_of(options)
     swept, fixed = _parted(given)

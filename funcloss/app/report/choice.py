@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from funcloss.decisions import Interval
 
+OUT_OF_FOLD_EXAMPLES = "out-of-fold examples"  # that models were chosen or tested on
+
 
 @dataclass(frozen=True)
 class Point:
-    """A trial of a sweep on validation data, intervals from seed to seed."""
+    """A trial of a sweep on validation data, intervals from seed to seed, or from fold to fold."""
 
     name: str  # "class_weight 9=5"
     values: dict[str, float]  # by axis: {"class_weight 9": 5.0}
@@ -24,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """A model under a decision rule on the test set, which is read once, at the end."""
+    """A model under a decision rule on the test set, read once, or on out-of-fold examples."""
 
     name: str  # "plain, minimum expected cost"
     accuracy: Interval
@@ -70,4 +72,11 @@ class Choice:
     rows: tuple[Row, ...]
     gradient: dict[str, float]  # by class: change of validation cost per unit of its weight
     gradient_steps: int
-    seeds: int
+    seeds: int  # or folds, of all repeats, that an interval of the points is over
+    chosen_on: str = "validation data"
+    tested_on: str = "test set"
+
+    @property
+    def over(self) -> str:
+        """What the intervals of the points are over: "seed" or "fold"."""
+        return "fold" if self.chosen_on == OUT_OF_FOLD_EXAMPLES else "seed"

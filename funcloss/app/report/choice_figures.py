@@ -181,7 +181,7 @@ def _notes(choice: Choice) -> str:
     if len(choice.axes) == 1:
         notes.append(f"joined in the order of {short(choice.axes[0], 40)}")
     if any(ranged(p.accuracy) for p in choice.points):
-        notes.append("thin lines: 95 % from seed to seed")
+        notes.append(f"thin lines: 95 % from {choice.over} to {choice.over}")
     if any(p.feasible is False for p in choice.points):
         notes.append("hollow: breaks a constraint")
     return "; ".join(notes)

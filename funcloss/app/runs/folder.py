@@ -43,7 +43,7 @@ _WRITTEN = (
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
     *("floor.html", "floor.json", "frontier.png"),
     *("sweep.toml", "sweep.html", "sweep.json", "sweep.csv", "steps.jsonl", "trials.jsonl"),
-    "seed-[0-9]*.safetensors",
+    *("seed-[0-9]*.safetensors", "folds-[0-9]*.safetensors"),
 )
 SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
 _FOLDERS = ("plain", "chosen", "tensorboard")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from funcloss._trees import flatten
@@ -27,13 +27,17 @@ from funcloss.app.runs.events import Watcher
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.options import with_costs
 from funcloss.app.runs.setup import Setup, setup_on
-from funcloss.decisions import Evaluation, fold_interval, score
+from funcloss.decisions import Evaluation, Interval, fold_interval, score
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import fit
 from funcloss.typing import Batch
 
 FILE = "folds.safetensors"
 OUT_OF_FOLD = "out-of-fold"  # as a split
+
+
+class DivergedError(RunError):
+    """The training on the other folds ended in scores that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class OutOfFold:
         amounts = {name: values.repeat(repeats) for name, values in self.amounts.items()}
         examples = with_costs(model.config, model.costs, Examples(labels, labels, amounts))
         batch = Batch(labels[:0], labels, costs=examples.costs)
-        loss = float(model.criterion(logits, batch, model.hyper))
+        hyper = {name: values.to(logits.device) for name, values in model.hyper.items()}
+        loss = float(model.criterion(logits, batch, hyper))
         return score(
             logits, labels, model.rule, prior=prior, loss=loss, repeats=repeats, amounts=amounts
         )
@@ -77,21 +82,35 @@ class OutOfFold:
         Returns:
             By name of the rule, the mean over the folds and its interval at 95 %.
         """
-        folds = int(self.fold.max()) + 1
-        place = (self.fold + folds * torch.arange(len(self.fold))[:, None]).flatten()
-        total = torch.zeros(folds * len(self.fold)).double().index_add(0, place, evaluation.weights)
-
-        def over(values: Tensor, within: tuple[float, float]) -> list[float]:
-            summed = torch.zeros_like(total).index_add(0, place, evaluation.weights * values)
-            return list(fold_interval((summed / total).tolist(), folds, within=within))
-
+        weights, possible = evaluation.weights, evaluation.possible_costs
         return {
             name: {
-                "expected_cost": over(scores.example_cost, evaluation.possible_costs),
-                "accuracy": over((scores.decisions == evaluation.labels).double(), (0.0, 1.0)),
+                "expected_cost": list(self.mean(scores.example_cost, weights, within=possible)),
+                "accuracy": list(self.mean(scores.decisions == evaluation.labels, weights)),
             }
             for name, scores in evaluation.rules.items()
         }
+
+    def mean(
+        self,
+        values: Shaped[Tensor, " repeats*n"],
+        weights: Shaped[Tensor, " repeats*n"],
+        *,
+        within: tuple[float, float] = (0.0, 1.0),
+    ) -> Interval:
+        """Return the mean over the folds of what holds of each example, with its interval at 95 %.
+
+        Args:
+            values: In the order of :meth:`evaluation`.
+            weights: Of each example within its fold, in the same order.
+            within: Least and largest mean there can be.
+        """
+        folds = int(self.fold.max()) + 1
+        place = (self.fold + folds * torch.arange(len(self.fold))[:, None]).flatten()
+        none = torch.zeros(folds * len(self.fold)).double()
+        total = none.index_add(0, place, weights.double())
+        summed = none.index_add(0, place, weights.double() * values)
+        return fold_interval((summed / total).tolist(), folds, within=within)
 
 
 def folds_of(
@@ -156,12 +175,12 @@ def make_folds(setup: Setup) -> Int[Tensor, "repeats n"]:
     return folds_of(labels, config.folds, config.repeats, config.seed, setup.dataset.classes)
 
 
-def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold | None:
-    """Train on the folds of a run's data, from where its folder's file is.
+def cross_validated(setup: Setup, path: Path, watcher: Watcher) -> OutOfFold | None:
+    """Train on the folds of a run's data, from where a file is.
 
     Args:
         setup: The training of the run.
-        run_dir: Its folder, which keeps the scores of every fold that is done.
+        path: The file, which keeps the scores of every fold that is done.
         watcher: Its callbacks.
 
     Returns:
@@ -169,15 +188,16 @@ def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold 
 
     Raises:
         ConfigError: a class is too small for so many folds, or the data is streamed.
-        RunError: a training diverged, or the file cannot be written.
+        DivergedError: a training diverged.
+        RunError: the file cannot be written.
     """
     config, pool = setup.config, pooled(setup.dataset)
     labels = pool.labels.cpu()
     fold = make_folds(setup)
     logits = torch.full((*fold.shape, len(setup.dataset.classes)), torch.nan)
     found, done = OutOfFold(logits, labels, fold, pool.amounts), 0
-    if (run_dir / FILE).exists():
-        kept, so_far = _read(run_dir / FILE)
+    if path.exists():
+        kept, so_far = _read(path)
         if kept.fold.equal(fold) and kept.labels.equal(labels):
             found, done = kept, so_far
     total = config.folds * config.repeats
@@ -193,9 +213,9 @@ def cross_validated(setup: Setup, run_dir: Path, watcher: Watcher) -> OutOfFold 
         model, epochs = trained
         evaluation = evaluate_examples(model, made.dataset, made.dataset.test)
         if not evaluation.logits.isfinite().all():
-            raise RunError(f"fold {number + 1} of {total} diverged: lower learning_rate")
+            raise DivergedError(f"fold {number + 1} of {total} diverged: lower learning_rate")
         found.logits[repeat, held] = evaluation.logits
-        _write(run_dir / FILE, found, number + 1)
+        _write(path, found, number + 1)
         seconds = time.perf_counter() - began
         watcher.show(FoldReport(number + 1, total, seconds, epochs, evaluation))
     return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from funcloss.app.runs.early import (
 )
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
-from funcloss.app.runs.folds import OUT_OF_FOLD, cross_validated, make_folds
+from funcloss.app.runs.folds import FILE, OUT_OF_FOLD, cross_validated, make_folds
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
@@ -67,6 +68,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     test_once: bool = False,
+    folds: Path | None = None,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Train as a configuration says, into a run folder.
@@ -78,6 +80,7 @@ def run(
         overwrite: A run that is at ``run_dir`` may be replaced.
         test_once: Evaluate on the test set at the end only, not after each epoch too. So it is
             under floors and ceilings.
+        folds: A file of :func:`cross_validated` with what is done of the folds; None: nothing is.
         watcher: Its callbacks.
 
     Returns:
@@ -99,7 +102,7 @@ def run(
             return _finished(Outcome(place, True, config, summary), watcher.show)
         job, state, memory = _taken_up(config, place, watcher.show)
     else:
-        job, state, memory = _begun(config, place, watcher.show, overwrite=overwrite)
+        job, state, memory = _begun(config, place, watcher.show, overwrite=overwrite, folds=folds)
     once = test_once or job.controller is not None
     splits = ("validation",) if once else ("validation", "test")
     return _run_from(dataclasses.replace(job, splits=splits), state, memory, watcher)
@@ -128,7 +131,12 @@ class _Job:
 
 
 def _begun(
-    config: TrainConfig, run_dir: Path | None, show: Show, *, overwrite: bool
+    config: TrainConfig,
+    run_dir: Path | None,
+    show: Show,
+    *,
+    overwrite: bool,
+    folds: Path | None,
 ) -> tuple[_Job, TrainState, Memory | None]:
     """Make a new run folder."""
     if run_dir is not None:
@@ -160,6 +168,8 @@ def _begun(
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
         _save(dataclasses.replace(job, run_dir=beside), setup.state, memory)
         folder.write_records(beside, [])
+        if folds is not None:
+            shutil.copyfile(folds, beside / FILE)
     return job, setup.state, memory
 
 
@@ -402,7 +412,7 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
         evaluations = evaluate(model, setup.dataset, ("validation", "test"))
     held_out, on, folds = evaluations.get("validation"), "validation", None
     if config.folds:
-        folds = cross_validated(setup, job.run_dir, watcher)
+        folds = cross_validated(setup, job.run_dir / FILE, watcher)
         if folds is None:
             return Outcome(job.run_dir, False, config)
         held_out, on = folds.evaluation(model), OUT_OF_FOLD

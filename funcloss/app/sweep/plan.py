@@ -10,7 +10,9 @@ from funcloss._files import folder_replacing
 from funcloss.app.config import TrainConfig, check_code, make_config, plain_config, read_record
 from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import check_measurable
+from funcloss.app.runs.early import make_first_best
 from funcloss.app.runs.events import Note, Show
+from funcloss.app.runs.folds import make_folds
 from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.options import check_loss_options, make_hyper
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
@@ -67,7 +69,7 @@ class Sweep:
     seeds: int
     setup: Setup  # of the first trial; data, model and schedule are those of all
     trials: list[Trial]
-    groups: list[VmapGroup]
+    groups: list[VmapGroup]  # empty under cross-validation
     constraints: tuple[Constraint, ...]
 
     @property
@@ -79,6 +81,11 @@ class Sweep:
 def seed_file(out: Path, seed: int) -> Path:
     """Return where the folder of a sweep keeps the states of a seed."""
     return out / f"seed-{seed}.safetensors"
+
+
+def folds_file(out: Path, number: int) -> Path:
+    """Return where the folder of a sweep keeps the out-of-fold scores of a trial."""
+    return out / f"folds-{number}.safetensors"
 
 
 def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) -> Sweep:
@@ -103,7 +110,13 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
         raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {spec.method!r}")
     if spec.seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {spec.seeds}")
-    if spec.config.epochs == "auto":
+    if spec.config.folds and (spec.seeds > 1 or spec.method != "auto"):
+        raise ConfigError(
+            f"folds {spec.config.folds} with seeds {spec.seeds} and method {spec.method}: each "
+            "fold is trained by itself, with a seed of its own; leave seeds and method out, and "
+            "set repeats for more of them"
+        )
+    if spec.config.epochs == "auto" and not spec.config.folds:
         raise ConfigError(
             "the trials of a sweep all train for the same number of epochs: set epochs to a number"
         )
@@ -116,8 +129,10 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
         show(Note(note, warning=True))
     for note in made.setup.notes:
         show(Note(note))
-    width = _width(made.setup, len(hypers), spec.method, show)
-    made = dataclasses.replace(made, groups=_groups(made, hypers, width))
+    width = 1
+    if not made.config.folds:
+        width = _width(made.setup, len(hypers), spec.method, show)
+        made = dataclasses.replace(made, groups=_groups(made, hypers, width))
     # With weights of the swept classes too: what reads it refuses a weighted mean without any.
     shared = dataclasses.replace(made.config, class_weight=made.trials[0].config.class_weight)
     own = {
@@ -176,6 +191,8 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     for line in folder.differences(tables["run"]["environment"], folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     made, hypers = _assembled(spec, out)
+    if made.config.folds:
+        return made
     return dataclasses.replace(made, groups=_groups(made, hypers, spec.width or 1))
 
 
@@ -193,11 +210,16 @@ def _assembled(spec: SweepSpec, out: Path) -> tuple[Sweep, list[Hyper]]:
     config, axes = spec.config, spec.axes
     grid = trials_of(axes)
     first = trial_config(dataclasses.replace(config, floor={}, ceiling={}), axes, grid[0])
-    setup = make_setup(first, early=False)  # all trials end at one step
+    # Without folds all trials end at one step.
+    setup = make_setup(first, early=bool(config.folds))
     classes = setup.dataset.classes
-    if not len(setup.dataset.validation.labels):
+    if config.folds:
+        make_folds(setup)  # both refuse what cannot be trained on, before anything is
+        make_first_best(setup)
+    elif not len(setup.dataset.validation.labels):
         raise ConfigError(
-            "a sweep chooses by validation data, and none is held out: set val_fraction, to 0.1 say"
+            "a sweep chooses by validation data, and none is held out: set val_fraction, to 0.1 "
+            "say, or folds"
         )
     axes = tuple(by_name(axes, classes))
     constraints = make_constraints(config.floor, config.ceiling, classes)
