@@ -248,3 +248,24 @@ def test_the_cost_of_each_example_is_its_own_everywhere(payments, run_cli, tmp_p
 
 def test_a_curve_of_the_cost_is_drawn_for_two_classes(run):
     assert (run / "threshold.png").stat().st_size > 10_000
+
+
+def test_a_run_with_folds_is_evaluated_on_its_own_data_out_of_fold(table, run_cli, tmp_path):
+    data, other = table / "rows.csv", tmp_path / "other.csv"
+    other.write_bytes(data.read_bytes())
+    options = {"dataset": str(data), "target": "diagnosis", "class_cost": COSTS, "model": "linear"}
+    options |= {"epochs": 1, "batch_size": 64, "audit_every": 0, "folds": 2}
+    train(make_config(options), tmp_path / "run")
+    for place, said in (
+        ([], "427 examples of rows, out-of-fold"),
+        (["--dataset", data], "427 examples of rows, out-of-fold"),
+        (["--dataset", other], "427 examples of other, test"),
+    ):
+        code, out, err = run_cli("evaluate", tmp_path / "run", *place)
+        assert (code, err) == (0, "")
+        assert f"on {said}" in out
+    code, _, err = run_cli(
+        "evaluate", tmp_path / "run", "--dataset", other, "--split", "out-of-fold"
+    )
+    assert code == 2
+    assert "split out-of-fold is of a run with folds, on its own data" in err

@@ -116,7 +116,7 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
         run, config=config, classes=fitted.classes, calibration=calibration
     )
     if split == OUT_OF_FOLD:
-        if not run.config.folds or options.dataset:
+        if not config.folds or _asked(run.config, options).dataset != run.config.dataset:
             raise ConfigError("split out-of-fold is of a run with folds, on its own data")
         found = read_folds(Path(run_dir).expanduser()).evaluation(scored)
     else:
@@ -137,9 +137,7 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
 def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
     """Return the data set that was asked for, or that of the run."""
     config = run.config
-    where = options.data_dir or config.data_dir
-    asked = dataclasses.replace(config, dataset=options.dataset or config.dataset, data_dir=where)
-    asked = with_absolute_paths(asked)
+    asked = _asked(config, options)
     own = asked.dataset == config.dataset
     splits = ("validation_dataset", "test_dataset") if own else ()
     check_code(config, ("loss", *splits, *(() if options.dataset else ("dataset",))))
@@ -152,6 +150,12 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
     shape = run.input_shape if run.images else ()
     schema = InputSchema(run.classes, run.columns, shape)
     return load_data(_as_other_data(asked), schema=schema, amounts=amounts)
+
+
+def _asked(config: TrainConfig, options: EvaluateOptions) -> TrainConfig:
+    """Return the configuration of a run with the data that was asked for, if any was."""
+    dataset, place = options.dataset or config.dataset, options.data_dir or config.data_dir
+    return with_absolute_paths(dataclasses.replace(config, dataset=dataset, data_dir=place))
 
 
 def _amounts_for(run: TrainedModel, options: EvaluateOptions) -> tuple[str, ...]:
