@@ -137,10 +137,10 @@ def heart(cache: Path) -> Costly:
 
 
 def contraceptive(cache: Path) -> Costly:
-    """Women by method of contraception, in three steps: to overstate one costs 3, understate 1."""
+    """Women by method of contraception, in three steps: one too low costs 2, one too high 1."""
     rows = _rows(CONTRACEPTIVE.read(cache).decode())
     inputs, labels = _numbers([row[:-1] for row in rows], (6,)), _labels(rows, ("1", "3", "2"))
-    costs = np.array([[0.0, 3.0, 6.0], [1.0, 0.0, 3.0], [2.0, 1.0, 0.0]])
+    costs = np.array([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0], [4.0, 2.0, 0.0]])
     return Costly(
         inputs, labels, ("none", "short", "long"), costs, "Contraceptive Method Choice, costs ours"
     )
