@@ -325,6 +325,7 @@ SCRIPTS = [
     "bench_sweep.py --model linear --rounds 1 --steps 2 --dataset mnist-sample",
     "floors.py --recipe fast --seeds 1 --floor 9=0.9",
     "long_tail.py --seeds 1 --epochs 1 --only focal --out {out}/tail",
+    "costs_table.py --quick --cache {out}/cache --json {out}/figures.json",
 ]
 
 
