@@ -164,7 +164,8 @@ class Trainings:
         made = make_config(SMALL, {"batch_size": 16, "learning_rate": 0.01}, options)
         configs = [trial_config(made, [axis], trial) for trial in trials_of([axis])]
         first = setup.make_setup(configs[0])
-        alone = [setup.setup_on(replace(c, device="cpu"), first.dataset) for c in configs]
+        found = {name: getattr(first.config, name) for name in ("device", "epochs", "schedule")}
+        alone = [setup.setup_on(replace(c, **found), first.dataset) for c in configs]
 
         def batch_at(index):
             batch = data.get_batch(first.dataset, first.dataset.train, index)
@@ -241,7 +242,8 @@ STEPS = {
     "weights in a weighted mean": ({"reduction": "weighted_mean", "class_weight": {"4": 2}},
                                    WEIGHTS),
 }  # fmt: skip
-DTYPES = [pytest.param(torch.float32, 1e-4, id="32"), pytest.param(torch.float64, 1e-10, id="64")]
+# In float32 AdamW magnifies the rounding of small gradients, which differs from CPU to CPU.
+DTYPES = [pytest.param(torch.float32, 1e-3, id="32"), pytest.param(torch.float64, 1e-10, id="64")]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -945,7 +947,7 @@ def test_the_chosen_run_is_a_run_like_any_other(full, run_cli, tmp_path, sample)
     Image.fromarray(sample.test.inputs[0].squeeze().numpy()).save(tmp_path / "a.png")
     code, out, _ = run_cli("predict", chosen, tmp_path / "a.png")
     assert code == 0
-    assert re.match(r".*a\.png: \d \(\d+\.\d%\)$", out)
+    assert re.match(r".*a\.png: \d \(\d+\.\d%, expected cost [\d.e-]+\)$", out)
     code, out, _ = run_cli("audit", chosen, "--out", tmp_path / "audit")
     assert code == 0
     code, out, _ = run_cli("train", "--resume", chosen)

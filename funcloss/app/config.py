@@ -260,9 +260,10 @@ class TrainConfig:
     learning_rate: Annotated[
         float,
         Option(
-            f"Peak learning rate; 0: {LEARNING_RATE:g}, and {CONSTANT_RATE:g} if the schedule is "
-            "constant.",
+            f"Peak learning rate. If not given: {LEARNING_RATE:g}, and {CONSTANT_RATE:g} if the "
+            "schedule is constant.",
             low=0,
+            above=True,
         ),
     ] = 0.0
     momentum: Annotated[float, Option(_of("momentum", "Momentum"), low=0, high=0.9999)] = 0.9
