@@ -1,6 +1,7 @@
 """Thresholds of two-class decisions, held to the decisions of minimum expected cost."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from funcloss.decisions import (
     class_frequencies,
     cost_curve,
     decision_sentences,
+    fit_temperature,
     make_costs,
     min_cost_decisions,
     pair_thresholds,
@@ -146,6 +148,8 @@ def test_a_temperature_that_helps_is_applied(n, sharp):
     logits, labels = drawn(n, sharp)
     found = calibrate(Calibration(even, even), logits, labels, held_out_prior=even)
     assert found.temperature == found.tried == pytest.approx(sharp, rel=0.25)
+    shrunk = abs(math.log(found.tried)) < abs(math.log(fit_temperature(logits, labels)))
+    assert shrunk  # towards 1, the more the fewer
     assert found.log_score[1] < found.log_score[0]
     assert found.sentence.startswith(f"temperature {found.temperature:.3f}: cross-entropy")
 
@@ -164,6 +168,25 @@ def test_a_temperature_that_does_not_help_is_not_applied_and_it_is_said():
     unfitted = Calibration(even, even)
     assert unfitted.temperature == 1
     assert "not calibrated" in unfitted.sentence
+
+
+@pytest.mark.parametrize(("n", "far"), [(10, 1.4), (10_000, 2.9)])
+def test_few_examples_cannot_take_a_temperature_far(n, far):
+    logits, labels = drawn(n, 3.0, seed=4)
+    inverse = torch.linspace(math.log(0.2), math.log(5), 4001).double()
+    losses = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(logits * b.exp(), labels, reduction="sum")
+            + b**2 / (2 * 0.5**2)
+            for b in inverse
+        ]
+    )
+    expected = float((-inverse[losses.argmin()]).exp())
+    assert fit_temperature(logits, labels, spread=0.5) == pytest.approx(expected, rel=2e-3)
+    assert fit_temperature(logits[:n], labels[:n], spread=1e6) == pytest.approx(
+        fit_temperature(logits, labels), rel=1e-3
+    )
+    assert expected > far or n < 100
 
 
 def test_no_error_on_validation_is_no_reason_to_be_certain():

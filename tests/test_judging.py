@@ -214,12 +214,13 @@ def softmax(scores):
 
 
 def temperature_by_grid(logits, labels, shift):
-    """The least cross-entropy over a grid, finer and finer."""
+    """The likeliest temperature over a grid, finer and finer; its logarithm is normal, with 0.5."""
     low, high = math.log(0.05), math.log(20.0)
     for _ in range(12):
         grid = np.linspace(low, high, 21)
         losses = [
             -np.log(softmax(logits / math.exp(t) + shift)[np.arange(len(labels)), labels]).mean()
+            + t**2 / (2 * 0.5**2 * len(labels))
             for t in grid
         ]
         best = int(np.argmin(losses))
@@ -305,7 +306,7 @@ def test_a_temperature_is_fitted_where_the_labels_come_from():
     """To the parts of validation, not to those of a prior elsewhere."""
     held_out = drawn(0, [120, 100, 80])
     shift = (torch.tensor([120.0, 100.0, 80.0]) / 300).log() - (COUNTS / 1000).log()
-    expected = fit_temperature(*held_out, log_shift=shift)
+    expected = fit_temperature(*held_out, log_shift=shift, spread=0.5)
     for options in ({}, {"prior": {"c": 0.9}}):
         found = parts(held_out, held_out, **options)
         assert found["validation"].rule.temperature == pytest.approx(expected, rel=1e-6)

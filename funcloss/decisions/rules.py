@@ -111,17 +111,22 @@ def fit_temperature(
     labels: Int[Tensor, " n"],
     *,
     log_shift: Float[Tensor, " classes"] | None = None,
+    spread: float = math.inf,
 ) -> float:
     """Return the temperature of least cross-entropy on held-out examples.
 
     The cross-entropy of ``log_softmax(b * logits + log_shift)`` is convex in ``b``, the inverse
-    temperature, so bisection of its derivative finds the one minimum.
+    temperature, so bisection of its derivative finds the one minimum. With ``spread`` it is the
+    likeliest temperature under a normal distribution of its logarithm around 0, which few examples
+    cannot take far: the least of ``sum(cross-entropy) + log(b)^2 / (2 spread^2)``.
 
     Args:
         logits: Unnormalised log-probabilities of held-out examples, shape ``(n, classes)``.
         labels: Their classes, shape ``(n,)``.
         log_shift: As for :func:`log_posterior`: what takes the model to the prior of these
             examples, so of ``class_weights`` alone where they were split off the training set.
+        spread: Standard deviation of the logarithm of the temperature, above 0; inf: any is as
+            likely.
 
     Returns:
         The temperature, within 0.05 and 20: where no example is wrong the least is at 0. It is 1
@@ -152,7 +157,8 @@ def fit_temperature(
 
     def slope(inverse: float) -> float:
         probs = (scores * inverse + shift).softmax(-1)
-        return float(((probs * scores).sum(-1) - of_label).mean())
+        pull = math.log(inverse) / (inverse * spread**2 * len(labels))
+        return float(((probs * scores).sum(-1) - of_label).mean()) + pull
 
     low, high = math.log(1 / _MOST), math.log(1 / _LEAST)
     for _ in range(40):  # to 6 / 2^40 of the logarithm
