@@ -114,7 +114,7 @@ def test_both_files_decide_as_the_run_does(place, run, run_cli):
     assert out.startswith("inputs: float32 (batch, 30); decisions by min-cost\n")
     assert [line.partition(":")[0] for line in out.splitlines()[1:]] == [str(onnx), str(program)]
     model = funcloss.load(run)
-    inputs = runs.use.read_features(place / "rows.csv", model.columns)
+    inputs, _ = runs.use.read_features(place / "rows.csv", model.columns)
     for path in (onnx, program):
         decided = assert_decides_as(model, path, inputs)
         assert set(decided.names) == {"malignant", "benign", "ask"}
@@ -165,7 +165,7 @@ def test_a_model_of_your_own_with_batch_norm_needs_your_word(place, run_cli, tmp
     files = ("--onnx", tmp_path / "own.onnx", "--torch", tmp_path / "own.pt2")
     assert run_cli("export", run, *files, "--allow-import")[0] == 0
     model = funcloss.load(run, allow_import=True)
-    inputs = runs.use.read_features(place / "rows.csv", model.columns)
+    inputs, _ = runs.use.read_features(place / "rows.csv", model.columns)
     for path in files[1::2]:
         assert_decides_as(model, path, inputs)
 

@@ -42,7 +42,7 @@ def better(best: Best, state: TrainState, loss: float) -> Best:
         ``best``.
     """
     now = torch.tensor(math.inf if math.isnan(loss) else loss, dtype=torch.float64)
-    if best.step > 0 and now > best.loss - length.LEAST:
+    if best.step > 0 and not now < best.loss - length.LEAST:
         return best
     return Best(state.params, state.buffers, now, state.step.cpu())
 
