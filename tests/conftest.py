@@ -9,7 +9,8 @@ import torch
 
 from funcloss.app import data, sweep
 from funcloss.app.cli import app as shell
-from funcloss.app.runs import Outcome, folder
+from funcloss.app.report import run_figures
+from funcloss.app.runs import Outcome, folder, lifecycle
 from funcloss.app.train import train
 from funcloss.decisions import DecisionRule, score
 
@@ -60,6 +61,18 @@ def sample() -> data.Dataset:
 @pytest.fixture(scope="session")
 def _font_cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("matplotlib"))
+
+
+@pytest.fixture(autouse=True)
+def _whatever_the_speed(monkeypatch):
+    """A training within a test saves after every epoch, not when a second has gone by."""
+    monkeypatch.setattr(lifecycle, "_SAVED_EVERY", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """A training within a test draws its figures and writes none: those of fixtures are whole."""
+    monkeypatch.setattr(run_figures, "save_figure", lambda figure, path: path.write_bytes(b""))
 
 
 @pytest.fixture(autouse=True)

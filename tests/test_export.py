@@ -137,6 +137,7 @@ def test_images_go_in_as_bytes_and_the_rule_can_be_asked_for(place, sample):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

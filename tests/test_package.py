@@ -325,7 +325,10 @@ SCRIPTS = [
     "bench_sweep.py --model linear --rounds 1 --steps 2 --dataset mnist-sample",
     "floors.py --recipe fast --seeds 1 --floor 9=0.9",
     "long_tail.py --seeds 1 --epochs 1 --only focal --out {out}/tail",
-    "costs_table.py --quick --cache {out}/cache --json {out}/figures.json",
+    pytest.param(
+        "costs_table.py --quick --cache {out}/cache --json {out}/figures.json",
+        marks=pytest.mark.long,
+    ),
 ]
 
 

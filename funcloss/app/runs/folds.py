@@ -237,14 +237,13 @@ def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float
     """Return the data without a fold, which is its test set; validation is cut as for the run."""
     device = pool.labels.device
     rest = (~held).nonzero().squeeze(1)
-    train, validation = rest, rest[:0]
-    if "validation" in dataset.cut:
+    train, validation, cut = rest, rest[:0], "validation" in dataset.cut
+    if cut:
         parts = stratified_split(pool.labels.cpu()[rest], val_fraction)
         train, validation = (rest[part] for part in parts)
     examples = subset(pool, train.to(device))
     scale = measured_scale(examples) if dataset.measured else (dataset.mean, dataset.std)
     mean, std = (torch.as_tensor(values).to(device) for values in scale)
-    cut = "validation" in dataset.cut
     return dataclasses.replace(
         dataset,
         train=examples,
