@@ -225,7 +225,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("every", [pytest.param(0.0, marks=pytest.mark.slow), 1e9])
+@pytest.mark.parametrize(
+    "every", [pytest.param(0.0, marks=[pytest.mark.slow, pytest.mark.long]), 1e9]
+)
 def test_killed_at_any_write_it_ends_at_the_same_bits(
     tmp_path, finished, table, monkeypatch, every
 ):

@@ -500,6 +500,7 @@ def test_compiled_every_option_is_what_it_is_in_eager(net, name, options):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 @pytest.mark.parametrize("name", COMPILED)
