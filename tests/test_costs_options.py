@@ -224,6 +224,7 @@ def test_single_costs_reach_training_evaluation_and_a_sweep(run_cli, tmp_path, s
 def test_every_new_option_survives_the_file_of_a_run(tmp_path):
     given = {
         "imbalance": 7.5,
+        "learning_rate": 0.01,
         "loss_option": {"gamma": 0.5},
         "cost_matrix": MATRIX,
         "cost": {"9,4": 20.0, 'a="b",c': -1.5},
