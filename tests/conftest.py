@@ -1,6 +1,7 @@
 import os
 import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +102,39 @@ def resume_sweep(out, *, allow_import: bool = False, **watch) -> Outcome:
     """Take up a sweep, as the command does."""
     spec = sweep.read_spec(Path(out), allow_import=allow_import)
     return sweep.sweep(spec, out, resume=True, **watch)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing catches it."""
+
+
+def kill_at_write(monkeypatch, at):
+    """Die at the ``at``-th file that is moved into its place."""
+    left, real = [at], Path.replace
+
+    def replace(path, target):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+def help_without(command, *modules):
+    """Return the help of a command, which must load none of some modules."""
+    loaded = " and ".join(f"{name!r} not in sys.modules" for name in modules)
+    code = (
+        f"import sys; sys.argv = ['funcloss', {command!r}, '--help']\n"
+        "from funcloss.app.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"assert {loaded}"
+    )
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=wide)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class StopAt:

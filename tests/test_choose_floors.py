@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, resume, score_decisions
+from conftest import Killed, StopAt, resume, score_decisions
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
@@ -957,10 +957,6 @@ def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_
         assert told(run, "constraints", "epoch") == told(whole, "constraints", "epoch")
         assert (run / "floor.json").read_text() == (whole / "floor.json").read_text()
         run.rename(tmp_path / f"run{at}")
-
-
-class Killed(BaseException):
-    pass
 
 
 def killing(monkeypatch, at):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, resume_sweep, swept
+from conftest import Killed, StopAt, resume_sweep, swept
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
@@ -548,10 +548,6 @@ def test_a_convolutional_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     for a, b in zip(*states, strict=True):
         assert int(a["step"]) > 3
         assert all(torch.equal(a[path], b[path]) for path in a)
-
-
-class Killed(BaseException):
-    pass
 
 
 def killing(monkeypatch, at):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, resume, swept
+from conftest import Killed, StopAt, kill_at_write, resume, swept
 
 from funcloss.app import audits, length, registry, runs, sweep
 from funcloss.app.config import Typed, make_config, read_toml
@@ -221,10 +221,6 @@ def test_stopped_often_it_ends_at_the_same_bits(tmp_path, finished, table):
     assert same(tmp_path / "run", finished[0])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(
     "every", [pytest.param(0.0, marks=[pytest.mark.slow, pytest.mark.long]), 1e9]
 )
@@ -235,19 +231,11 @@ def test_killed_at_any_write_it_ends_at_the_same_bits(
     whole, outcome, _ = finished
     monkeypatch.setattr(runs.lifecycle, "_SAVED_EVERY", every)
     last = 4 + 3 + (not every) * 2 * (outcome.summary["epochs"] - 1)
-    ended, real = [], Path.replace
+    ended = []
     for at in sorted({6, 7, last - 2, last - 1, last, last + 1}):
-        left = [at]
-
-        def replace(path, target, left=left):
-            left[0] -= 1
-            if left[0] == 0:
-                raise Killed
-            return real(path, target)
-
         run = tmp_path / f"run{at}"
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(Path, "replace", replace)
+            kill_at_write(patch, at)
             ended.append(train(config(table), run).finished)
         if folder.read_summary(run) is None:
             assert resume(run).finished

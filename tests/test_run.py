@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import StopAt, resume
+from conftest import Killed, StopAt, kill_at_write, resume
 from torch.testing import assert_close
 
 import funcloss
@@ -153,24 +153,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
 
 
 def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     made = config(model="linear", epochs=2)
     train(made, tmp_path / "whole")
-    real = Path.replace
     for at in range(1, 20):
-        left = [at]
-
-        def replace(path, target, left=left):
-            left[0] -= 1
-            if left[0] == 0:
-                raise Killed
-            return real(path, target)
-
         run = tmp_path / f"run{at}"
         monkeypatch.setattr(runs.lifecycle, "_SAVED_EVERY", 0.0)  # a checkpoint after each epoch
-        monkeypatch.setattr(Path, "replace", replace)
+        kill_at_write(monkeypatch, at)
         try:
             train(made, run)
         except Killed:

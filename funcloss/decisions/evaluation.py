@@ -87,26 +87,29 @@ class Evaluation:
         return calibration_error(log_posterior(self.logits), self.labels, self.weights)
 
     @functools.cached_property
+    def log_probs(self) -> Float[Tensor, "n classes"]:
+        """The log-probabilities that the rule decides by, float64."""
+        return self.rule.log_probs(self.logits)
+
+    @functools.cached_property
     def calibrated_error(self) -> float:
         """The calibration error of the probabilities that the rule decides by."""
-        return calibration_error(self.rule.log_probs(self.logits), self.labels, self.weights)
+        return calibration_error(self.log_probs, self.labels, self.weights)
 
     @functools.cached_property
     def metrics(self) -> Metrics:
         """The metrics of the probabilities that the rule decides by."""
-        return make_metrics(self.rule.log_probs(self.logits), self.labels, self.weights)
+        return make_metrics(self.log_probs, self.labels, self.weights)
 
     @functools.cached_property
     def curve(self) -> CostCurve | None:
         """The expected cost at every threshold, of two classes whose mistakes have one cost."""
-        log_probs = self.rule.log_probs(self.logits)
-        return cost_curve(log_probs, self.labels, self.rule.costs, weights=self.weights)
+        return cost_curve(self.log_probs, self.labels, self.rule.costs, weights=self.weights)
 
     @functools.cached_property
     def sensitivity(self) -> list[Sensitivity]:
         """How the expected cost depends on the ratio of the costs; none where there is no curve."""
-        log_probs = self.rule.log_probs(self.logits)
-        return ratio_sensitivity(log_probs, self.labels, self.rule.costs, weights=self.weights)
+        return ratio_sensitivity(self.log_probs, self.labels, self.rule.costs, weights=self.weights)
 
     @functools.cached_property
     def counts(self) -> Float[Tensor, " classes"]:

@@ -317,14 +317,19 @@ class DecisionRule:
             >>> DecisionRule(costs).decide(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), each)
             tensor([0, 1])
         """
-        if example_costs is None and self.costs.amounts:
+        return min_cost_decisions(self.log_probs(logits), self._matrix(example_costs))
+
+    def _matrix(self, example_costs: Tensor | None) -> Tensor:
+        """Return the cost matrix, or that of each example, which some costs need."""
+        if example_costs is not None:
+            return example_costs.cpu()
+        if self.costs.amounts:
             names = ", ".join(dict.fromkeys(name for *_, name in self.costs.amounts))
             raise ValueError(
                 f"DecisionRule.decide: the costs depend on the {names} of each example: give "
                 "example_costs, made by costs.of_examples"
             )
-        matrix = self.costs.matrix if example_costs is None else example_costs.cpu()
-        return min_cost_decisions(self.log_probs(logits), matrix)
+        return self.costs.matrix
 
     def decisions(
         self,
@@ -345,13 +350,15 @@ class DecisionRule:
         """
         if by not in RULES:
             raise ValueError(f"decisions: by must be one of {', '.join(RULES)}, got {by!r}")
-        log_probs = self.log_probs(logits)
-        decided = self.decide(logits, example_costs)
-        matrix = self.costs.matrix if example_costs is None else example_costs.cpu()
+        log_probs, matrix = self.log_probs(logits), self._matrix(example_costs)
+        if by == "argmax":
+            index = logits.detach().cpu().argmax(-1)
+        else:
+            index = min_cost_decisions(log_probs, matrix)
         return Decisions(
             rule=by,
             costs=self.costs,
-            index=logits.detach().cpu().argmax(-1) if by == "argmax" else decided,
+            index=index,
             probabilities=log_probs.exp(),
             expected_costs=expected_costs(log_probs, matrix),
         )

@@ -7,9 +7,6 @@ from typing import Annotated
 import typer
 
 from funcloss.app.cli.table import AllowImport, Rule
-from funcloss.errors import ConfigError
-
-_RULES = ("argmax", "min-cost")
 
 
 def predict(
@@ -40,9 +37,6 @@ def predict(
     Costs, temperature and prior are those kept in the run: the same rows get the same decisions
     from evaluate, predict and an export.
     """
-    if rule not in ("", *_RULES):
-        raise ConfigError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
-
     from funcloss.app import runs
 
     found = runs.predict_files(run, files, rule=rule, invert=invert, allow_import=allow_import)

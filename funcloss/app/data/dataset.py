@@ -43,7 +43,7 @@ class Dataset:
     note: str = ""  # what readers of the results must know
     columns: tuple[str, ...] = ()  # names of the features of a table
     measured: bool = False  # mean and deviation are those of train
-    cut: tuple[str, ...] = ()  # splits that were cut from train, of the same class frequencies
+    cut: bool = False  # validation was cut from train, and has its class frequencies
 
     @property
     def splits(self) -> dict[str, Examples]:

@@ -84,7 +84,7 @@ def make_dataset(
         note=note,
         columns=first.columns,
         measured=measured,
-        cut=tuple(split for split in ("validation", "test") if split not in given),
+        cut="validation" not in given,
     )
 
 
@@ -226,7 +226,7 @@ def long_tailed(dataset: Dataset, factor: float, *, seed: int = 0) -> Dataset:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         kept.append(shuffled[: max(1, int(largest / factor ** (c / last)))])
     index = torch.cat(kept).sort().values.to(dataset.train.labels.device)
-    return dataclasses.replace(dataset, train=subset(dataset.train, index), cut=())
+    return dataclasses.replace(dataset, train=subset(dataset.train, index), cut=False)
 
 
 def _check_examples(what: str, raw: RawSplit, classes: int) -> None:

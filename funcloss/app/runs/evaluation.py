@@ -221,9 +221,7 @@ def rescored(model: TrainedModel, evaluations: Mapping[str, Evaluation]) -> dict
 def evaluated(model: TrainedModel, dataset: Dataset) -> dict[str, Evaluation]:
     """Evaluate a model on validation and test set, by the rule fitted on validation data."""
     found = evaluate(model, dataset, ("validation", "test"))
-    return rescored(
-        calibrated(model, found.get("validation"), cut="validation" in dataset.cut), found
-    )
+    return rescored(calibrated(model, found.get("validation"), cut=dataset.cut), found)
 
 
 def record_of(evaluation: Evaluation, *, matrices: bool = True) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from funcloss._files import replacing
 from funcloss.app.data import normalised
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.network import try_model
-from funcloss.app.runs.rules import rule_caveat, usual_rule
+from funcloss.app.runs.rules import check_rule, rule_caveat, usual_rule
 from funcloss.app.runs.use import load
-from funcloss.decisions import RULES
 from funcloss.errors import ConfigError, FunclossError, RunError
 
 DTYPES = ("uint8", "float32", "int64")
@@ -111,7 +110,8 @@ def export_run(
         RunError: the run cannot be read, the model has no graph, the file cannot be written or
             gives other numbers; what was there is as it was.
     """
-    _check_request(onnx, torch, rule, dtype)
+    _check_request(onnx, torch, dtype)
+    check_rule(rule)
     run = load(run_dir, allow_import=allow_import)
     if run.costs.amounts:
         names = ", ".join(dict.fromkeys(name for *_, name in run.costs.amounts))
@@ -147,17 +147,14 @@ def export_run(
     )
 
 
-def _check_request(
-    onnx: str | Path | None, torch: str | Path | None, rule: str, dtype: str
-) -> None:
+def _check_request(onnx: str | Path | None, torch: str | Path | None, dtype: str) -> None:
     if onnx is None and torch is None:
         raise ConfigError("export: name a file to write, onnx FILE.onnx or torch FILE.pt2")
     for name, path, suffix in (("onnx", onnx, ".onnx"), ("torch", torch, ".pt2")):
         if path is not None and Path(path).suffix != suffix:
             raise ConfigError(f"{name} must be a file that ends in {suffix}, got {str(path)!r}")
-    for name, value, known in (("rule", rule, RULES), ("dtype", dtype, DTYPES)):
-        if value not in ("", *known):
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if dtype not in ("", *DTYPES):
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if onnx is not None and missing:
         raise ConfigError(

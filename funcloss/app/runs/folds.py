@@ -159,7 +159,7 @@ def pooled(dataset: Dataset) -> Examples:
     """
     if isinstance(dataset.train.inputs, Stream):
         raise ConfigError("folds needs the data in memory: set stream to off")
-    if "validation" not in dataset.cut:
+    if not dataset.cut:
         return dataset.train
     return joined(dataset.train, dataset.validation)
 
@@ -237,8 +237,8 @@ def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float
     """Return the data without a fold, which is its test set; validation is cut as for the run."""
     device = pool.labels.device
     rest = (~held).nonzero().squeeze(1)
-    train, validation, cut = rest, rest[:0], "validation" in dataset.cut
-    if cut:
+    train, validation = rest, rest[:0]
+    if dataset.cut:
         parts = stratified_split(pool.labels.cpu()[rest], val_fraction)
         train, validation = (rest[part] for part in parts)
     examples = subset(pool, train.to(device))
@@ -247,7 +247,7 @@ def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float
     return dataclasses.replace(
         dataset,
         train=examples,
-        validation=subset(pool, validation.to(device)) if cut else dataset.validation,
+        validation=subset(pool, validation.to(device)) if dataset.cut else dataset.validation,
         test=subset(pool, held.nonzero().squeeze(1).to(device)),
         mean=mean,
         std=std,

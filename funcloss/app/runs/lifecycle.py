@@ -232,7 +232,7 @@ def write_run(
     with folder_replacing(run_dir, last=folder.CONFIG) as beside:
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
         held_out = evaluations.get("validation")
-        model = calibrated(setup.trained(state), held_out, cut="validation" in setup.dataset.cut)
+        model = calibrated(setup.trained(state), held_out, cut=setup.dataset.cut)
         _save(_Job(setup, beside, setup.train_step, None), state, None, model)
         folder.write_records(beside, [*records, *epochs])
         return report.sum_up(beside, setup, state, model, rescored(model, evaluations), {})
@@ -417,7 +417,7 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
             return Outcome(job.run_dir, False, config)
         held_out, on = folds.evaluation(model), OUT_OF_FOLD
         evaluations = {OUT_OF_FOLD: held_out, **evaluations}
-    model = calibrated(model, held_out, cut="validation" in setup.dataset.cut, on=on)
+    model = calibrated(model, held_out, cut=setup.dataset.cut, on=on)
     _save(job, state, memory, model)
     evaluations = rescored(model, evaluations)
     if folds is not None:
@@ -462,5 +462,5 @@ def _save(
     save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)
     model = model or setup.trained(state)
     if not model.calibration.fitted_on:  # in the middle of a training
-        model = calibrated(model, None, cut="validation" in setup.dataset.cut)
+        model = calibrated(model, None, cut=setup.dataset.cut)
     save_model(job.run_dir / folder.MODEL, model, step=step)

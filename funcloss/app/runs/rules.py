@@ -8,6 +8,7 @@ from funcloss.app.config import TrainConfig
 from funcloss.app.runs.options import chosen_loss
 from funcloss.combinators import Combined, name_of, options_of, probabilities_of
 from funcloss.decisions import RULES
+from funcloss.errors import ConfigError
 from funcloss.typing import Probabilities
 
 
@@ -19,6 +20,12 @@ def usual_rule(config: TrainConfig) -> str:
     has_costs = bool(config.cost_matrix or config.class_cost or config.cost)
     argmax, min_cost = RULES
     return min_cost if has_costs and rule_fits(config) else argmax
+
+
+def check_rule(name: str) -> None:
+    """Raise ``ConfigError`` unless there is such a rule; an empty name is the usual one's."""
+    if name not in ("", *RULES):
+        raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
 
 
 def rule_fits(config: TrainConfig) -> bool:

@@ -34,7 +34,7 @@ from funcloss.app.runs.evaluation import (
 from funcloss.app.runs.folds import OUT_OF_FOLD, read_folds
 from funcloss.app.runs.model import TrainedModel, load_model
 from funcloss.app.runs.options import amounts_of, chosen_loss, resolved_costs
-from funcloss.app.runs.rules import rule_caveat, usual_rule
+from funcloss.app.runs.rules import check_rule, rule_caveat, usual_rule
 from funcloss.app.runs.setup import load_data, resolve_device, with_absolute_paths
 from funcloss.combinators import options_of
 from funcloss.decisions import Calibration, Decisions, Evaluation, decision_sentences
@@ -338,10 +338,12 @@ def predict_files(
         A decision per image or row, in the order of the paths.
 
     Raises:
-        ConfigError: the model takes neither images nor the columns of a table.
+        ConfigError: the model takes neither images nor the columns of a table, or there is no such
+            rule.
         DataError: a file cannot be read, is not an image or lacks a column, or a folder has none.
         RunError: the run cannot be read.
     """
+    check_rule(rule)
     run, amounts = load(run_dir, allow_import=allow_import), {}
     if run.images:
         channels, *size = run.input_shape

@@ -115,8 +115,8 @@ def run_trial(sweep: Sweep, number: int, name: str, watcher: Watcher) -> Outcome
 
 def _on_folds(model: TrainedModel, setup: Setup, found: OutOfFold) -> TrainedModel:
     """Return a model of a trial, calibrated as a run under cross-validation is."""
-    cut = "validation" in setup.dataset.cut
-    return calibrated(model, found.evaluation(model), cut=cut, on=OUT_OF_FOLD)
+    held_out = found.evaluation(model)
+    return calibrated(model, held_out, cut=setup.dataset.cut, on=OUT_OF_FOLD)
 
 
 def _point(trial: Trial, setup: Setup, found: OutOfFold | None, focus: Sequence[int]) -> Point:

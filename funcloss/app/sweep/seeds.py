@@ -136,7 +136,7 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
     dataset, hyper = setup.dataset, trial_hyper(sweep.groups, number)
     model = dataclasses.replace(setup, config=trial.config).trained(state, hyper)
     found = evaluate(model, dataset, ("validation",))
-    model = calibrated(model, found["validation"], cut="validation" in dataset.cut)
+    model = calibrated(model, found["validation"], cut=dataset.cut)
     judged = rescored(model, found)["validation"]
     scores, train = judged.argmax, evaluate_examples(model, dataset, few_of(dataset.train))
     # With the optimiser's memory: where Adam's overflows, its steps are 0 from then on.
