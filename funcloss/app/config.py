@@ -336,9 +336,11 @@ class TrainConfig:
 
 
 def option_values(config: TrainConfig) -> dict[str, Any]:
-    """Return the options of a configuration by name, without those that it ignores."""
-    ignored = {name for choice in ROWS for name in _ignored(choice, getattr(config, choice))}
-    return {row.name: getattr(config, row.name) for row in fields() if row.name not in ignored}
+    """Return the options of a configuration by name, without those ignored or not given."""
+    left = {name for choice in ROWS for name in _ignored(choice, getattr(config, choice))}
+    if config.learning_rate == 0:  # no number that may be given
+        left.add("learning_rate")
+    return {row.name: getattr(config, row.name) for row in fields() if row.name not in left}
 
 
 def _ignored(choice: str, chosen: str) -> set[str]:
