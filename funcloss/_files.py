@@ -58,11 +58,27 @@ def csv_rows(
         reading(path, error, kind="CSV", broken=(csv.Error,)),
         open(path, newline="", encoding="utf-8-sig") as file,
     ):
-        text = re.sub('"[^"]*"', "", file.read(_SNIFFED))  # what is quoted separates nothing
-        first = re.search(r"[^\r\n]+", text)
-        separator = max(",;\t", key=first[0].count) if first else ","
+        separator = separator_of(file.read(_SNIFFED))
         file.seek(0)
         yield (row for row in csv.reader(file, delimiter=separator) if row)
+
+
+def separator_of(text: str, also: str = "") -> str:
+    """Return what separates the cells of a table: what its first line has most of.
+
+    Args:
+        text: The beginning of the file.
+        also: What separates if there are neither commas, semicolons, tabs nor bars.
+
+    Example:
+        >>> separator_of("a;b,c;d"), separator_of("A11 6 A34", " ")
+        (';', ' ')
+    """
+    text = re.sub('"[^"]*"', "", text)  # what is quoted separates nothing
+    first = re.search(r"[^\r\n]+", text)
+    line = first[0] if first else ""
+    most = max(",;\t|", key=line.count)
+    return also if also and most not in line and also in line.strip() else most
 
 
 def is_number(text: str) -> bool:

@@ -221,6 +221,7 @@ def as_printed(text: str, value: float) -> bool:
     return abs(shown - value) <= 0.5001 * digit
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(
     ("make", "moves"),
@@ -306,6 +307,7 @@ def test_a_page_without_sliders_opens_too(tmp_path):
 # The pictures
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(audit, tmp_path):
     drawn = figures.draw_all(audit, history_of(audit))
     assert {"audit_share", "audit_conflict", "audit_history", "audit_norms"} <= drawn.keys()

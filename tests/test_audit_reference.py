@@ -794,6 +794,7 @@ def test_an_audit_is_what_the_explicit_gradients_say(name, method, dtype):
 LITTLE = ["text", "where, weighted mean", "batches, where", "coupled, where", "focal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", LITTLE)
 def test_little_memory_changes_nothing_but_the_time(name, method):

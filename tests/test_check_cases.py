@@ -186,6 +186,7 @@ def reads_lists_under_grad() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 @pytest.mark.parametrize(("degree", "name", "case", "compiled"), TRIED)
 def test_another_loss_is_told_its_root_cause_and_the_cure(degree, name, case, compiled):

@@ -939,6 +939,7 @@ def whole(tmp_path, no_report):
     return (tmp_path / "run").rename(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_path, whole):
     steps = [r["step"] for r in measurements(whole)]
     assert steps == [3, 6, 9, 12, 15, 16]

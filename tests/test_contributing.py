@@ -75,10 +75,12 @@ def test_a_change_touches_few_places(diff, most):
     assert len(re.findall(r"^\+\+\+ b/", diff, re.M)) <= most
 
 
+@pytest.mark.slow
 def test_the_new_loss_is_an_option_in_the_documentation_and_lawful(tree):
     python(tree, LAWS)
 
 
+@pytest.mark.slow
 def test_the_new_loss_and_the_new_optimiser_train(run):
     summary = (run / "summary.json").read_text()
     assert '"loss": "brier"' in summary

@@ -150,6 +150,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_with_costs_goes_on_to_the_same_bits(tmp_path, options):
     made = make_config(TINY, {"audit_every": 3, "batch_size": 50}, options)

@@ -615,7 +615,7 @@ def test_what_is_for_other_data_is_refused_for_torchvision_s(pets, tmp_path):
     pets()
     pets("DTD", BySplit)
     for options, match in (
-        ({"target": "y"}, "target and ignore are for a CSV table"),
+        ({"target": "y"}, "target: for a table"),
         ({"test_dataset": "x.npz"}, "brings a test split"),
     ):
         with pytest.raises(ConfigError, match=match):

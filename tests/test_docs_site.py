@@ -218,6 +218,7 @@ def steps_of(page: str) -> list[tuple[str, str | None]]:
     return [(code, output or None) for code, output in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", SELF_CONTAINED)
 def test_each_block_runs_alone_and_prints_what_is_shown(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -120,6 +120,7 @@ def test_both_files_decide_as_the_run_does(place, run, run_cli):
     assert not list(place.glob(".run-*"))
 
 
+@pytest.mark.slow
 def test_images_go_in_as_bytes_and_the_rule_can_be_asked_for(place, sample):
     run = trained(place, "digits", dataset="mnist-sample", target="", model="linear")
     made = runs.export_run(run, torch=place / "digits.pt2")
@@ -156,6 +157,7 @@ def test_other_networks_and_losses(place, options, tmp_path):
         assert_decides_as(model, path, inputs)
 
 
+@pytest.mark.slow
 def test_a_model_of_your_own_with_batch_norm_needs_your_word(place, run_cli, tmp_path):
     run = trained(place, "own", model=f"{place}/own_export.py:net", batch_size=20)
     code, _, err = run_cli("export", run, "--torch", tmp_path / "own.pt2")
@@ -205,6 +207,7 @@ def test_onnx_names_the_extra_that_it_needs(run, tmp_path, monkeypatch):
         runs.export_run(run, onnx=tmp_path / "x.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "said"), [("logits", "logits"), ("decision", "decision")])
 def test_a_file_that_answers_otherwise_is_not_kept(run, tmp_path, monkeypatch, output, said):
     write, path = export._write_torch, tmp_path / "x.pt2"

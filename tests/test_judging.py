@@ -236,6 +236,7 @@ def expected_by_hand(given, support):
     return np.array([given.get(c, rest[c]) for c in ABC])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"c": 0.05}, {"a": 0.2, "b": 0.5, "c": 0.3}],
                          ids=["no prior", "a part", "all"])  # fmt: skip
 @pytest.mark.parametrize(("options", "weights", "by_hand"), LOSSES, ids=NAMED)
@@ -498,6 +499,7 @@ def all_that_is_said(loss, options, weights):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", registry.LOSSES)
 def test_a_loss_is_judged_alike_by_name_by_address_and_as_a_partial(name, weights, mine):

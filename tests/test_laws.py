@@ -27,10 +27,13 @@ PUBLIC = [
 
 FIRST = {case.loss.__module__: name for name, case in reversed(CASES.items())}.values()  # of a room
 
+LONG = ("compile", "labels out of range", "cost effect", "gradgradcheck")
+
 
 def law_of(name, law):
-    # By default a row of each room is compiled, the others where the default compiler is tried too.
-    slow = law in ("compile", "labels out of range") and name not in FIRST
+    # By default the long laws are tried of a row of each room, and of all where the default
+    # compiler is tried too.
+    slow = law in LONG and name not in FIRST
     marks = [pytest.mark.slow] if slow else []
     return pytest.param(name, law, id=f"{name}-{law}", marks=marks)
 
@@ -491,6 +494,7 @@ NOT_BY_NAMES = {"linear_cross_entropy": "its weight is no prediction, and belong
 IMAGES = {"generalized_dice", "lovasz_softmax"}  # an example is pixels by classes, as no name says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in IMAGES])
 def test_every_public_loss_is_fed_by_its_names_and_keeps_every_law(name):
     case = adapt(getattr(losses, name), classes=4).case

@@ -57,6 +57,7 @@ def make_net():
     return models.fast_cnn().double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "make_twin"), TWINS.values(), ids=TWINS.keys())
 def test_fifty_steps_are_those_of_the_twin(digits, optimizer, make_twin):
     inputs, labels = digits

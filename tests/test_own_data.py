@@ -30,7 +30,9 @@ from torch.testing import assert_close
 from funcloss.app import data, runs, sweep
 from funcloss.app.audits import audit_run
 from funcloss.app.config import make_config
-from funcloss.app.data.table import read_table
+from funcloss.app.data.columns import encoded
+from funcloss.app.data.records import Column
+from funcloss.app.data.table import _MISSING, read_table
 from funcloss.app.options import AuditOptions, EvaluateOptions
 from funcloss.app.train import train
 from funcloss.errors import ConfigError, DataError
@@ -231,12 +233,14 @@ FORMS = [
         safetensors(images=FEATURES, labels=torch.tensor(INDEX).bfloat16()),
         FEATURES, DIGITS, True, id="safetensors, bfloat16 labels",
     ),
-    pytest.param(table(), FEATURES, NAMED, True, id="csv"),
-    pytest.param(table(delimiter=";"), FEATURES, NAMED, True, id="csv, semicolons"),
-    pytest.param(table(delimiter="\t"), FEATURES, NAMED, True, id="csv, tabs"),
-    pytest.param(table(encoding="utf-8-sig"), FEATURES, NAMED, True, id="csv, BOM"),
-    pytest.param(table(quoting=csv.QUOTE_ALL), FEATURES, NAMED, True, id="csv, quoted"),
-    pytest.param(table(lineterminator="\n"), FEATURES, NAMED, True, id="csv, Unix"),
+    pytest.param(table(), FEATURES.astype(float), NAMED, True, id="csv"),
+    pytest.param(table(delimiter=";"), FEATURES.astype(float), NAMED, True, id="csv, semicolons"),
+    pytest.param(table(delimiter="\t"), FEATURES.astype(float), NAMED, True, id="csv, tabs"),
+    pytest.param(table(encoding="utf-8-sig"), FEATURES.astype(float), NAMED, True, id="csv, BOM"),
+    pytest.param(
+        table(quoting=csv.QUOTE_ALL), FEATURES.astype(float), NAMED, True, id="csv, quoted"
+    ),
+    pytest.param(table(lineterminator="\n"), FEATURES.astype(float), NAMED, True, id="csv, Unix"),
     pytest.param(
         code("def load(): return torch.tensor(kept['features']), torch.tensor(kept['index'])"),
         FEATURES, DIGITS, False, id="code, tensors",
@@ -537,7 +541,7 @@ def test_numbers_that_name_classes_are_in_the_order_of_their_values(tmp_path):
 
 printable = st.text(
     st.characters(codec="utf-8", exclude_categories=("C", "Zl", "Zp")), min_size=1
-).filter(lambda text: text.strip() and text.isprintable())
+).filter(lambda text: text.isprintable() and text.strip() not in ("", *_MISSING))
 finite = st.floats(-3e38, 3e38) | st.integers(-(10**9), 10**9)
 
 
@@ -558,9 +562,8 @@ def test_a_table_is_read_back_exactly(rows, form, tmp_path):
         tmp_path / "t.csv", ["a", "kind", "b"], [(a, c, b) for a, b, c in rows], **form
     )
     read = read_table(path, target="kind")
-    assert read.columns == ("a", "b")
-    expected = np.array([[np.float32(a), np.float32(b)] for a, b, _ in rows])
-    assert np.array_equal(read.inputs.numpy(), expected)
+    inputs = encoded(read.inputs, [Column("a", "number"), Column("b", "number")])
+    assert np.array_equal(inputs.numpy(), np.array([[float(a), float(b)] for a, b, _ in rows]))
     assert [read.classes[i] for i in read.labels.tolist()] == [c.strip() for *_, c in rows]
     assert sorted(read.classes) == sorted({c.strip() for *_, c in rows})
 
@@ -575,21 +578,21 @@ def test_columns_may_have_any_quoted_name(names, delimiter, tmp_path):
     form = {"delimiter": delimiter, "quoting": csv.QUOTE_ALL}
     path = write_csv(tmp_path / "t.csv", header, [range(len(header))] * 3, **form)
     read = read_table(path, target=header[-1])
-    assert read.columns == tuple(header[:-1])
-    assert read.inputs.tolist() == [list(range(len(header) - 1))] * 3
+    columns = [Column(name, "number") for name in header[:-1]]
+    assert encoded(read.inputs, columns).tolist() == [list(range(len(header) - 1))] * 3
 
 
 def test_separators_within_the_quotes_of_a_header_do_not_count(tmp_path):
     (tmp_path / "t.csv").write_text('"size, cm";"weight, kg";kind\n' + "1;2;a\n3;4;b\n" * 5)
     read = load(str(tmp_path / "t.csv"), target="kind")
-    assert read.columns == ("size, cm", "weight, kg")
+    assert [column.name for column in read.columns] == ["size, cm", "weight, kg"]
 
 
 def test_columns_are_left_out_and_blank_rows_skipped(tmp_path):
     (tmp_path / "t.csv").write_text("id,a,kind,note\n" + "7,1,x,text\n\n8,2,y,\n" * 4)
     read = load(str(tmp_path / "t.csv"), target="kind", ignore=("id", "note"))
-    assert read.columns == ("a",)
-    assert everything(read) == pairs(np.float32([[1], [2]] * 4), "xy" * 4)
+    assert [column.name for column in read.columns] == ["a"]
+    assert everything(read) == pairs(np.float64([[1], [2]] * 4), "xy" * 4)
 
 
 # --- parts that are cut ---
@@ -648,7 +651,7 @@ def test_a_table_that_is_apart_may_have_its_columns_in_another_order(tmp_path):
         tmp_path / "b.csv", ["kind", "q", "more", "p"], [("y", -9, "text", 9), ("x", -8, "", 8)]
     )
     read = load(str(a), target="kind", test_dataset=str(b))
-    assert held(read.test, read.classes) == pairs(np.float32([[9, -9], [8, -8]]), "yx")
+    assert held(read.test, read.classes) == pairs(np.float64([[9, -9], [8, -8]]), "yx")
 
 
 def test_own_data_is_made_long_tailed(tmp_path):
@@ -779,20 +782,20 @@ TABLES = [
     (of_csv(""), 1, r"own\.csv is empty", "empty"),
     (of_csv("\n\n"), 1, r"own\.csv is empty", "blank"),
     (of_csv("a,b,y\n"), 1, r"own\.csv has a header and no rows", "header only"),
-    (of_csv(ROWS + "nan,1,p\n"), 1, r"own\.csv: row 21, column 'a' is nan.*leave out", "nan"),
-    (of_csv(ROWS + "1,-inf,p\n"), 1, r"own\.csv: row 21, column 'b' is -inf", "inf"),
-    (of_csv(ROWS + "1,1e39,p\n"), 1, r"row 21, column 'b' is inf in float32", "too large"),
-    (of_csv(ROWS + "1,,p\n"), 1, r"own\.csv: row 21 has no 'b': fill it in", "empty cell"),
-    (of_csv(ROWS + "1,2,\n"), 1, r"own\.csv: row 21 has no 'y', its class", "empty class"),
+    (of_csv(ROWS + "1,-inf,p\n"), 1, r"row 21, column 'b': '-inf' is not a finite number", "inf"),
+    (of_csv(ROWS + "1,1e309,p\n"), 1, r"'1e309' is not a finite number", "too large"),
+    (of_csv(ROWS + "1,2,\n"), 1, r"no 'y', the class, in 1 rows \(21\).*leave", "empty class"),
+    (of_csv("a,y\n1,NA\n2,p\n3,\n"), 1, r"in 2 rows \(1, 3\): fill it in, or leave", "NA class"),
     (of_csv(ROWS + "1,red,p\n"), 1, r"row 21, column 'b': 'red' is not a number.*ignore", "text"),
-    (of_csv(SEMI + "1,5;2;p\n"), 1, r"'1,5' is not a number \(write a decimal point\)", "comma"),
-    (of_csv(ROWS + "1,p\n"), 1, r"own\.csv: row 21 has 2 cells, the header 3", "short row"),
-    (of_csv(ROWS + "1,2,3,p\n"), 1, r"own\.csv: row 21 has 4 cells, the header 3", "long row"),
+    (of_csv(SEMI + "1.234,5;2;p\n"), 1, r"'1\.234,5' among numbers.*two ways", "comma"),
+    (of_csv(ROWS + "1,p\n"), 1, r"own\.csv: row 21 has 2 cells, the first line 3", "short row"),
+    (of_csv(ROWS + "1,2,3,p\n"), 1, r"own\.csv: row 21 has 4 cells, the first line 3", "long row"),
     (of_csv(ROWS + "1,2,Zürich\n", encoding="latin-1"),
      1, r"own\.csv is not text in UTF-8", "8859"),
     (of_csv(ROWS, encoding="utf-16"), 1, r"own\.csv is not text in UTF-8", "UTF-16"),
-    (of_csv(ROWS + f'1,2,"{"p" * 200_000}"\n'), 1, r"own\.csv is not CSV", "endless cell"),
-    (of_csv("1,2,3\n" * 9, target="3"), 1, r"own\.csv has no header: write the names", "no header"),
+    (of_csv("1,2,3\n2,4,3\n" * 9, target="y"),
+     2, r"has no target column 'y'; it has column_1, column_2, column_3", "no header"),
+    (of_csv("day,y\n1/2/2024,p\n3/4/2024,n\n" * 9), 1, r"may be day/month or month/day", "dates"),
     (of_csv("a,a,y\n1,2,p\n"), 1, r"own\.csv: two columns are called 'a'", "column twice"),
     (of_csv("a,,y\n1,2,p\n"), 1, r"own\.csv: column 2 has no name", "column without name"),
     (of_csv("a,y\n" + "".join(f"1,{i / 7}\n" for i in range(300))),
@@ -814,7 +817,7 @@ TABLES = [
 ]  # fmt: skip
 FOLDERS = [
     (of_folder(TWO, "--target", "y"),
-     2, r"target and ignore are for a CSV table, and .*own", "target"),
+     2, r"target: for a table, and .*own is none", "target"),
     (of_folder({"a": RGB[:6]}), 1, r"own has one class, 'a'", "one class"),
     (of_folder({"a": RGB[:6], "b": []}),
      1, r"own/b: the folder of a class has no PNG", "empty class"),
@@ -891,7 +894,7 @@ ARRAYS = [
     (of_npz("--test-dataset", "test.npz", images=RGB, labels=INDEX,
             test={"images": GREY, "labels": INDEX}), 1, r"the test split has inputs", "test shape"),
     (of_npz("--target", "y", images=RGB, labels=INDEX),
-     2, r"target and ignore .*own\.npz is none", "target"),
+     2, r"target: for a table, and .*own\.npz is none", "target"),
     (of_bytes("own.safetensors", b"nothing"),
      1, r"own\.safetensors is not a \.safet", "no tensors"),
     (of_bytes("own.safetensors", struct.pack("<Q", 2**62)), 1, r"own\.safetensors", "huge header"),
@@ -1360,8 +1363,8 @@ def _large_folder(path, rows):
 
 
 LARGE = [
-    pytest.param(_large_csv, ".csv", 1_000_000, 2, id="csv", marks=pytest.mark.slow),
-    pytest.param(_large_csv, ".csv", 200_000, 2, id="csv, a fifth"),
+    pytest.param(_large_csv, ".csv", 1_000_000, 6, id="csv", marks=pytest.mark.slow),
+    pytest.param(_large_csv, ".csv", 200_000, 6, id="csv, a fifth"),
     pytest.param(_large_npz, ".npz", 60_000, 2, id="npz", marks=pytest.mark.slow),
     pytest.param(
         lambda path, rows: _large_npz(path, rows, np.float32), ".npz", 20_000, 2, id="npz, float",
@@ -1373,7 +1376,7 @@ LARGE = [
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize(("write", "suffix", "rows", "times"), LARGE)
-def test_reading_takes_no_more_than_twice_the_memory(write, suffix, rows, times, tmp_path):
+def test_reading_takes_no_more_than_a_few_times_the_memory(write, suffix, rows, times, tmp_path):
     small, large = tmp_path / f"small{suffix}", tmp_path / f"large{suffix}"
     write(small, 1000 if suffix else 10)
     write(large, rows)

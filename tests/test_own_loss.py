@@ -499,6 +499,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("stopped", "command", "whole"), RESUMED)
 def test_it_is_resumed_where_code_is_allowed(

@@ -220,6 +220,7 @@ def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatc
 
 
 # Lightning's, on one page: of torch, on how it walks a tree, and of machines with many cores.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many wor")
 # torch 2.6's own, of an exported program that it reads back

@@ -152,6 +152,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     assert steps == [0, 40, 80]
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     made = config(model="linear", epochs=2)
     train(made, tmp_path / "whole")
@@ -174,6 +175,7 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
     assert at > 10
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
     train(config(), tmp_path / "whole")
     train(config(), tmp_path / "run", should_stop=StopAt(39))
@@ -441,6 +443,7 @@ def test_a_failing_overwrite_loses_nothing(tmp_path):
     assert (run / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
     run = tmp_path / "run"
     real = Path.write_bytes

@@ -84,10 +84,17 @@ class TrainConfig:
             "of your own; or module:function",
         ),
     ] = "auto"
-    target: Annotated[str, Option("Column of the classes, of a CSV table.", metavar="COLUMN")] = ""
+    target: Annotated[str, Option("Column of the classes, of a table.", metavar="COLUMN")] = ""
     ignore: Annotated[
         tuple[str, ...],
-        Option("Column of a CSV table to leave out; repeatable.", metavar="COLUMN"),
+        Option("Column of a table to leave out; repeatable.", metavar="COLUMN"),
+    ] = ()
+    drop_unlabelled: Annotated[
+        bool, Option("Leave out the rows of a table that have no class.")
+    ] = False
+    class_order: Annotated[
+        tuple[str, ...],
+        Option("Classes from the lowest to the highest, for ordinal losses.", metavar="A,B,C"),
     ] = ()
     validation_dataset: Annotated[str, Option("Separate validation data.", metavar="PATH")] = ""
     test_dataset: Annotated[str, Option("Separate test data.", metavar="PATH")] = ""

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from funcloss.app.data.images import read_image
     from funcloss.app.data.loading import load_dataset, short_name
     from funcloss.app.data.published import data_folder
-    from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+    from funcloss.app.data.records import Column, InputSchema, LoadOptions, RawSplit
     from funcloss.app.data.splits import class_counts, long_tailed, make_dataset, stratified_split
     from funcloss.app.data.streaming import Stream
-    from funcloss.app.data.table import read_features, read_table
+    from funcloss.app.data.table import features_of, read_features, read_table
 
 _HOMES = {
     "dataset": (
@@ -34,14 +34,15 @@ _HOMES = {
     "images": "read_image",
     "loading": "load_dataset short_name",
     "published": "data_folder",
-    "records": "InputSchema LoadOptions RawSplit",
+    "records": "Column InputSchema LoadOptions RawSplit",
     "splits": "class_counts long_tailed make_dataset stratified_split",
     "streaming": "Stream",
-    "table": "read_features read_table",
+    "table": "features_of read_features read_table",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Column",
     "Dataset",
     "Examples",
     "InputSchema",
@@ -51,6 +52,7 @@ __all__ = [
     "as_pixels",
     "class_counts",
     "data_folder",
+    "features_of",
     "get_batch",
     "iter_batches",
     "joined",

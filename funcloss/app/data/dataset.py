@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from funcloss.app.data.records import Column
 from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.errors import ConfigError
 from funcloss.typing import Batch, Inputs
@@ -20,7 +21,7 @@ class Examples:
     """Inputs and their labels on one device; inputs too large to hold are a stream."""
 
     # images (n, height, width, channels), uint8 or float: a permuted view is channels-last;
-    # features (n, features); or whatever a model takes
+    # features (n, features), those of a table in float64; or whatever a model takes
     inputs: Tensor | Stream
     labels: Int[Tensor, " n"]
     # costs of each example by name, float64 on the CPU
@@ -41,7 +42,8 @@ class Dataset:
     mean: Float[Tensor, " channels"]
     std: Float[Tensor, " channels"]
     note: str = ""  # what readers of the results must know
-    columns: tuple[str, ...] = ()  # names of the features of a table
+    columns: tuple[Column, ...] = ()  # of a table
+    notes: tuple[str, ...] = ()  # what was done in reading
     measured: bool = False  # mean and deviation are those of train
     cut: bool = False  # validation was cut from train, and has its class frequencies
 
@@ -69,7 +71,8 @@ def normalised(
 
     Args:
         inputs: Images ``(n, height, width, channels)``, uint8 pixels standing for 0..1 in steps of
-            1/255; or features ``(n, channels)``.
+            1/255; or features ``(n, channels)``, which float64 keeps apart where float32 would
+            round them to one number, as it does with times in seconds since 1970.
         mean: Mean of each channel, shape ``(channels,)``; empty: inputs go as they are.
         std: Standard deviation of each channel, shape ``(channels,)``.
 
@@ -84,6 +87,8 @@ def normalised(
     """
     if not len(mean):
         return inputs
+    if mean.dtype == torch.float64:
+        return ((inputs.double() - mean) / std).float()
     unit = 255.0 if inputs.dtype == torch.uint8 else 1.0
     scaled = torch.addcmul(-mean / std, inputs.float(), 1.0 / (unit * std))
     return rearrange(scaled, "n h w c -> n c h w") if scaled.dim() == 4 else scaled
@@ -106,8 +111,9 @@ def get_batch(dataset: Dataset, examples: Examples, index: Int[Tensor, " batch"]
     """
     if isinstance(examples.inputs, Stream):
         return next(iter_batches(dataset, examples, [index]))
-    inputs = normalised(examples.inputs[index], dataset.mean, dataset.std)
-    return _batch(inputs, examples, index)
+    held = examples.inputs
+    inputs = normalised(held[index.to(held.device)], dataset.mean, dataset.std)
+    return _batch(inputs.to(index.device), examples, index)
 
 
 def _batch(inputs: Inputs, examples: Examples, index: Tensor) -> Batch:
@@ -160,23 +166,31 @@ def resized(dataset: Dataset, size: int) -> Dataset:
 
 
 def moved(dataset: Dataset, device: torch.device | str) -> Dataset:
-    """Return the data set with all of its tensors on ``device``; streams stay where they are."""
+    """Return the data set with its tensors on ``device``.
+
+    Streams stay where they are, and so does float64 where the device has none.
+    """
+
+    def there(tensor: Tensor) -> Tensor:
+        absent = tensor.dtype == torch.float64 and torch.device(device).type == "mps"
+        return tensor if absent else tensor.to(device)
 
     def move(examples: Examples) -> Examples:
         inputs = examples.inputs
-        there = inputs.to(device) if isinstance(inputs, Tensor) else inputs
+        placed = there(inputs) if isinstance(inputs, Tensor) else inputs
         costs = None if examples.costs is None else examples.costs.to(device)
         labels = examples.labels.to(device)
-        return dataclasses.replace(examples, inputs=there, labels=labels, costs=costs)
+        return dataclasses.replace(examples, inputs=placed, labels=labels, costs=costs)
 
-    scale = {"mean": dataset.mean.to(device), "std": dataset.std.to(device)}
+    scale = {"mean": there(dataset.mean), "std": there(dataset.std)}
     return dataclasses.replace(_with_splits(dataset, move), **scale)
 
 
 def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
     """Return the examples at ``index``."""
     inputs = examples.inputs
-    chosen = inputs[index] if isinstance(inputs, Tensor) else inputs.some(index)
+    held = isinstance(inputs, Tensor)
+    chosen = inputs[index.to(inputs.device)] if held else inputs.some(index)
     place = index.cpu()
     return Examples(
         chosen,

@@ -27,17 +27,16 @@ from funcloss.app.data.dataset import Dataset, Examples
 from funcloss.app.data.images import read_folder
 from funcloss.app.data.names import DATASETS, TORCHVISION
 from funcloss.app.data.published import read_published, read_torchvision, torchvision_name
-from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, Rows
 from funcloss.app.data.splits import long_tailed, make_dataset
 from funcloss.app.data.streaming import Stream, item_shape
-from funcloss.app.data.table import read_table
+from funcloss.app.data.table import is_table, read_table
 from funcloss.errors import ConfigError, DataError, FunclossError
 
 _ARRAYS = (".npz", ".safetensors")
-TABLES = (".csv", ".tsv", ".txt")
 _FORMS = (
-    "a folder of class folders, .npz, .safetensors, .csv (.tsv, .txt), or module:function that "
-    "returns data"
+    "a folder of class folders, .npz, .safetensors, a table (.csv, .tsv, .txt, .data, .gz of them, "
+    ".parquet), or module:function that returns data"
 )
 _SPLITS = ("train", "validation", "test")
 
@@ -89,6 +88,7 @@ def _load_published(options: LoadOptions) -> Dataset:
     default = LoadOptions(options.dataset)
     _refuse_amounts(options)
     own = ("target", "ignore", "validation_dataset", "test_dataset", "test_fraction")
+    own += ("drop_unlabelled", "class_order")
     given = [option for option in own if getattr(options, option) != getattr(default, option)]
     given += ["stream"] if options.stream == "on" else []
     if given:
@@ -135,7 +135,8 @@ def load_own(
     if schema is not None:
         splits.setdefault("test", splits["train"])
     name = torchvision_name(address) if address.startswith(TORCHVISION) else short_name(address)
-    classes = splits["train"].classes if schema is None else schema.classes
+    own = splits["train"].classes
+    classes = _in_order(name, own, options.class_order) if schema is None else schema.classes
     _check_classes(name, classes, len(splits["train"].labels) if schema is None else None)
     _check_alike(name, splits)
     return make_dataset(
@@ -152,7 +153,7 @@ def load_own(
 def _one_split(
     address: str, split: str, options: LoadOptions, train: RawSplit, refused: Mapping[str, str]
 ) -> RawSplit:
-    shape = item_shape(train.inputs)
+    shape = () if isinstance(train.inputs, Rows) else item_shape(train.inputs)
     images = () if train.unscaled or len(shape) != 3 else (shape[2], *shape[:2])
     schema = InputSchema(train.classes, train.columns, images)
     found = _read(address, options, schema, refused)
@@ -171,7 +172,10 @@ def short_name(address: str) -> str:
     if is_address(address):
         place, _, function = address.rpartition(":")
         return f"{Path(place).stem if place.endswith('.py') else place}:{function}"
-    return Path(address).stem if Path(address).suffix in (*_ARRAYS, *TABLES) else Path(address).name
+    name = Path(address).name
+    if is_table(name):
+        return Path(name.removesuffix(".gz")).stem
+    return Path(name).stem if Path(name).suffix in _ARRAYS else name
 
 
 def _read(
@@ -185,8 +189,10 @@ def _read(
     if not torchvision and not path.exists():
         raise DataError(f"there is no {path}: a data set is {_FORMS}")
     pictures = torchvision or path.is_dir()
-    if (options.target or options.ignore) and (pictures or suffix not in TABLES):
-        raise ConfigError(f"target and ignore are for a CSV table, and {address} is none")
+    if pictures or not is_table(path):
+        own = ("target", "ignore", "drop_unlabelled")
+        if given := [name for name in own if getattr(options, name)]:
+            raise ConfigError(f"{' and '.join(given)}: for a table, and {address} is none")
     if options.stream == "on" and not pictures:
         raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
     if pictures:
@@ -197,11 +203,15 @@ def _read(
         return read_folder(path, options, schema)
     if suffix in _ARRAYS:
         return read_arrays(path, options.amounts)
-    if suffix in TABLES:
+    if is_table(path):
         columns = options.columns if schema is None else schema.columns
-        ignore = () if columns else options.ignore
         table = read_table(
-            path, target=options.target, ignore=ignore, columns=columns, amounts=options.amounts
+            path,
+            target=options.target,
+            ignore=() if columns else options.ignore,
+            columns=columns,
+            amounts=options.amounts,
+            drop_unlabelled=options.drop_unlabelled,
         )
         return {"train": table}
     raise DataError(f"{path} is of no form that can be read: a data set is {_FORMS}")
@@ -351,6 +361,18 @@ def _relabelled(what: str, raw: RawSplit, classes: tuple[str, ...]) -> RawSplit:
     return replace(raw, labels=place[raw.labels], classes=classes)
 
 
+def _in_order(name: str, classes: tuple[str, ...], order: tuple[str, ...]) -> tuple[str, ...]:
+    """Return classes in the order that was asked for, if one was."""
+    if not order:
+        return classes
+    if sorted(order) != sorted(classes):
+        raise ConfigError(
+            f"class_order must name every class of {name} once: {', '.join(classes[:8])}"
+            f"{' ...' if len(classes) > 8 else ''}; got {', '.join(order)}"
+        )
+    return order
+
+
 def _check_classes(name: str, classes: tuple[str, ...], n: int | None) -> None:
     """Raise unless these are two or more classes, in ``n`` examples to learn them from."""
     if len(classes) < 2:
@@ -379,7 +401,9 @@ def _check_alike(name: str, splits: Mapping[str, RawSplit]) -> None:
             )
 
 
-def _form(inputs: Tensor | Stream) -> str:
+def _form(inputs: Tensor | Stream | Rows) -> str:
+    if isinstance(inputs, Rows):
+        return "the rows of a table"
     streamed = isinstance(inputs, Stream)
     kind = "streamed" if streamed else str(inputs.dtype).removeprefix("torch.")
     return f"shape {item_shape(inputs)}, {kind}"

@@ -1,13 +1,68 @@
 """What a data set is asked for with, and what a reader gives of one of its splits."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss._files import is_number
 from funcloss.app.data.streaming import Stream
+
+Frame = Any  # a pandas.DataFrame, whose methods' types no checker can tell
+Cells = Any  # a pandas.Series
+
+
+MISSING, OTHERS = "(missing)", "(others)"  # categories
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a table becomes features."""
+
+    name: str
+    kind: str  # "number", "date" or "category"
+    median: float = 0.0  # of a number or a date, in days since 1970: stands for missing ones
+    flagged: bool = False  # one more feature says where it is missing
+    format: str = ""  # of a date
+    levels: tuple[str, ...] = ()  # the categories that have a feature each
+    pooled: bool = False  # one more feature stands for all others, unknown ones among them
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that it becomes.
+
+        Example:
+            >>> Column("job", "category", levels=("cook", "pilot"), pooled=True).features
+            ('job=cook', 'job=pilot', 'job=(others)')
+        """
+        if self.kind == "category":
+            others = (OTHERS,) if self.pooled else ()
+            return tuple(f"{self.name}={level}" for level in (*self.levels, *others))
+        return (self.name, f"{self.name} {MISSING}") if self.flagged else (self.name,)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a table before their columns have become features."""
+
+    path: Path
+    frame: Frame  # text, or numbers where the file has types; NA where a cell is missing
+    separator: str = ""  # of the cells, in a text file
+    numbers: np.ndarray | None = None  # of the rows in the file, from 1; None: all of them
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.frame)
+
+    def number(self, i: int) -> int:
+        """Return the number of a row in its file, from 1."""
+        return i + 1 if self.numbers is None else int(self.numbers[i])
 
 
 @dataclass(frozen=True)
@@ -29,7 +84,9 @@ class LoadOptions:
     image_size: int = 0  # height and width that images of several sizes are brought to
     stream: str = "auto"  # "on": read images as they are needed; auto: if they fill the memory
     workers: int = 2  # processes that read ahead
-    columns: tuple[str, ...] = ()  # the features of a table; empty: all that are nothing else
+    drop_unlabelled: bool = False  # leave out rows without a class
+    class_order: tuple[str, ...] = ()  # of all classes; empty: by value, or by alphabet
+    columns: tuple[Column, ...] = ()  # of a table; empty: all that are nothing else
     amounts: tuple[str, ...] = ()  # columns, or arrays of a file, with a cost of each example
 
 
@@ -38,7 +95,7 @@ class InputSchema:
     """What a trained model knows of its data."""
 
     classes: tuple[str, ...]
-    columns: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()
     image_shape: tuple[int, ...] = ()  # channels, height, width; empty: it takes no images
 
 
@@ -46,24 +103,25 @@ class InputSchema:
 class RawSplit:
     """One split of a data set as it was read."""
 
-    inputs: Tensor | Stream
+    inputs: Tensor | Stream | Rows
     labels: Int[Tensor, " n"]
     classes: tuple[str, ...]  # names, in the order of these labels
-    columns: tuple[str, ...] = ()  # names of the features of a table
+    columns: tuple[Column, ...] = ()  # of a table
     unscaled: bool = False  # the inputs are what a model takes
     amounts: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)  # by name, float64
+    notes: tuple[str, ...] = ()  # what was done in reading
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names in order, by value where all are whole numbers.
+    """Return names in order, by value where all are numbers.
 
     Example:
-        >>> ordered(["10", "9"]), ordered(["b", "a", "10"])
-        (('9', '10'), ('10', 'a', 'b'))
+        >>> ordered(["10.0", "9.5"]), ordered(["b", "a", "10"])
+        (('9.5', '10.0'), ('10', 'a', 'b'))
     """
     names = list(names)
-    whole = all(name.removeprefix("-").isdecimal() and name.isascii() for name in names)
-    return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
+    numbers = all(is_number(name) and math.isfinite(float(name)) for name in names)
+    return tuple(sorted(names, key=(lambda name: (float(name), name)) if numbers else None))
 
 
 def physical_memory() -> int:

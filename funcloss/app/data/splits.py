@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss.app.data.columns import with_features
 from funcloss.app.data.dataset import Dataset, Examples, subset
-from funcloss.app.data.records import RawSplit
+from funcloss.app.data.records import RawSplit, Rows
 from funcloss.app.data.streaming import Stream
 from funcloss.errors import ConfigError, DataError
 
@@ -44,59 +45,70 @@ def make_dataset(
 
     Raises:
         ConfigError: the fractions leave nothing to train on, or nothing to test on.
-        DataError: there are no examples, inputs and labels differ in number, or a label is out of
-            range.
+        DataError: there are no examples, inputs and labels differ in number, a label is out of
+            range, or a cell of a table is not what its column holds.
     """
-    first = splits["train"]
     for split, raw in splits.items():
-        _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(first.classes))
-    given = {split: Examples(raw.inputs, raw.labels, raw.amounts) for split, raw in splits.items()}
-    train = given["train"]
+        _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(splits["train"].classes))
     fractions = (
-        val_fraction if "validation" not in given else 0.0,
-        test_fraction if "test" not in given else 0.0,
+        val_fraction if "validation" not in splits else 0.0,
+        test_fraction if "test" not in splits else 0.0,
     )
     if sum(fractions) >= 1.0:
         raise ConfigError(
             f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} leave nothing to "
             "train on"
         )
-    kept, held, tested = stratified_split(train.labels, *fractions)
-    test = given.get("test") or subset(train, tested)
-    if not len(kept) or not (len(test.labels) or fractions[1] == 0.0):
+    labels = splits["train"].labels
+    kept, held, tested = stratified_split(labels, *fractions)
+    if not len(kept) or not ("test" in splits or len(tested) or fractions[1] == 0.0):
         what = "train" if not len(kept) else "test"
         raise ConfigError(
-            f"{name}: {len(train.labels):,} examples leave none to {what} on, at val_fraction "
+            f"{name}: {len(labels):,} examples leave none to {what} on, at val_fraction "
             f"{val_fraction:g} and test_fraction {test_fraction:g}"
         )
-    validation = given.get("validation") or subset(train, held)
-    train = train if len(kept) == len(train.labels) else subset(train, kept)
-    measured = scale is None and not first.unscaled
-    mean, std = ((), ()) if first.unscaled else scale or measured_scale(train)
+    splits = with_features(splits, kept)
+    given = {split: _examples(raw) for split, raw in splits.items()}
+    whole, first = given["train"], splits["train"]
+    train = whole if len(kept) == len(labels) else subset(whole, kept)
+    empty = torch.zeros(0)
+    if scale is not None:
+        mean, std = map(torch.tensor, scale)
+    else:
+        mean, std = (empty, empty) if first.unscaled else measured_scale(train)
     return Dataset(
         name=name,
         classes=first.classes,
         train=train,
-        validation=validation,
-        test=test,
-        mean=torch.tensor(mean),
-        std=torch.tensor(std),
+        validation=given.get("validation") or subset(whole, held),
+        test=given.get("test") or subset(whole, tested),
+        mean=mean,
+        std=std,
         note=note,
         columns=first.columns,
-        measured=measured,
+        notes=tuple(dict.fromkeys(line for raw in splits.values() for line in raw.notes)),
+        measured=scale is None and not first.unscaled,
         cut="validation" not in given,
     )
 
 
-def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _examples(raw: RawSplit) -> Examples:
+    assert not isinstance(raw.inputs, Rows)
+    return Examples(raw.inputs, raw.labels, raw.amounts)
+
+
+def measured_scale(
+    examples: Examples,
+) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
     """Return mean and deviation of each channel or feature, the last axis; of a stream some count.
 
-    uint8 pixels stand for 0..1; a constant has the standard deviation 1.
+    uint8 pixels stand for 0..1; a constant has the standard deviation 1. They are float64 where the
+    inputs are, else float32.
 
     Example:
         >>> features = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
         >>> measured_scale(Examples(features, torch.tensor([0, 1])))
-        ((1.0, 5.0), (1.0, 1.0))
+        (tensor([1., 5.]), tensor([1., 1.]))
     """
     inputs = examples.inputs
     if isinstance(inputs, Stream):
@@ -105,8 +117,9 @@ def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, 
     else:
         pieces = inputs.split(max(1, _VALUES_AT_ONCE // inputs[:1].numel()))
     count, total, squares = 0, 0.0, 0.0
-    first = None
+    first, dtype = None, torch.float32
     for piece in pieces:
+        dtype = torch.float64 if piece.dtype == torch.float64 else torch.float32
         flat = piece.flatten(0, -2).double() / (255.0 if piece.dtype == torch.uint8 else 1.0)
         # Around the mean of the first piece: large features would cancel in the squares.
         first = flat.mean(0) if first is None else first
@@ -118,7 +131,7 @@ def measured_scale(examples: Examples) -> tuple[tuple[float, ...], tuple[float, 
     mean = shift + first
     constant = deviation <= 1e-7 * mean.abs()  # but for the rounding of the features
     deviation = torch.where(constant | (deviation == 0.0), 1.0, deviation)
-    return tuple(mean.tolist()), tuple(deviation.tolist())
+    return mean.to(dtype), deviation.to(dtype)
 
 
 def stratified_split(

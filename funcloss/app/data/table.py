@@ -1,21 +1,54 @@
-"""A CSV table: one column of classes, the others numbers."""
+"""A table in a file: text in CSV or another form of it, or Parquet. pandas reads it."""
 
-import array
-import math
-import operator
-from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import gzip
+import io
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from funcloss._files import csv_rows, is_number
-from funcloss.app.config import did_you_mean
+from funcloss._files import is_number, reading, separator_of
 from funcloss.app.data.arrays import check_amount
-from funcloss.app.data.records import RawSplit, ordered
+from funcloss.app.data.columns import check_columns, encoded, listed, numbers_in
+from funcloss.app.data.records import Cells, Column, Frame, RawSplit, Rows, ordered
 from funcloss.errors import ConfigError, DataError
+
+_TEXT, _PARQUET = (".csv", ".tsv", ".txt", ".data"), (".parquet",)
+TABLES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_PARQUET)
+_MISSING = (
+    "",
+    "?",
+    "NA",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "<NA>",
+    "nan",
+    "NaN",
+    "NAN",
+    "null",
+    "NULL",
+    "None",
+)
+_NO_LABEL = tuple(text for text in _MISSING if text != "None")  # which may be a class
+_SNIFFED = 65_536  # characters in which separator and header are looked for
+
+
+def is_table(path: str | Path) -> bool:
+    """Return whether a path names a table.
+
+    Example:
+        >>> is_table("loans.csv.gz"), is_table("pets.npz")
+        (True, False)
+    """
+    return str(path).lower().endswith(TABLES)
 
 
 def read_table(
@@ -23,192 +56,252 @@ def read_table(
     *,
     target: str,
     ignore: Sequence[str] = (),
-    columns: Sequence[str] = (),
+    columns: Sequence[Column] = (),
     amounts: Sequence[str] = (),
+    drop_unlabelled: bool = False,
 ) -> RawSplit:
-    """Read a CSV file whose first row names the columns.
-
-    Cells are separated by commas, semicolons or tabs. The numbers go into one float32 tensor as
-    they are read, so that the table is never in memory as text.
+    """Read a table with a column of classes.
 
     Args:
-        path: A file in UTF-8.
+        path: A text file in UTF-8, its cells separated by commas, semicolons, tabs, bars or spaces,
+            perhaps compressed by gzip; or a Parquet file.
         target: The column of the classes.
         ignore: Columns to leave out.
-        columns: The columns to take, in this order; empty: all others.
+        columns: Those of a model, which are the ones to take; empty: all others.
         amounts: Columns with a cost of each example, which are no features unless ``columns`` names
             them too.
+        drop_unlabelled: Leave out rows without a class.
 
     Returns:
-        Features, labels, amounts and names.
+        Rows, labels, amounts and names.
 
     Raises:
-        ConfigError: there is no such column, or no target was named.
-        DataError: the file cannot be read, or a cell is missing, not a number or not finite, or an
-            amount is negative.
+        ConfigError: there is no such column, no target was named, or pandas is missing.
+        DataError: the file cannot be read, a row has no class, or an amount is negative or missing.
     """
-    with csv_rows(path) as rows:
-        header = _header(path, rows)
-        for name in amounts:
-            check_amount(str(path), name, header)
-        names = _feature_names(path, header, target, (*ignore, *amounts), columns)
-        return _read(path, header, names, header.index(target), rows, amounts)
+    names = [column.name for column in columns]
+    rows, notes = _read(path, (target, *names))
+    if not target:
+        raise ConfigError(
+            f"{path} needs a target, the column of its classes; it has {listed(rows)}"
+        )
+    for name in amounts:
+        check_amount(str(path), name, [*map(str, rows.frame.columns)])
+    check_columns(rows, "target column", [target])
+    check_columns(rows, "column to ignore,", ignore)
+    if target in (*ignore, *amounts):
+        raise ConfigError(
+            f"{path}: target {target!r} cannot be ignored, nor be the cost of an example"
+        )
+    if not len(rows):
+        raise DataError(f"{path} has a header and no rows")
+    label = rows.frame[target].astype("string")
+    rows, label, dropped = _labelled(rows, label.where(~label.isin(_NO_LABEL)), drop_unlabelled)
+    each = {name: _amounts(rows, name) for name in amounts}
+    left_out = {target, *(() if names else (*ignore, *amounts))}
+    features = rows.frame.drop(columns=[*left_out])
+    if not len(features.columns):
+        raise ConfigError(f"{path} has no column but its target {target!r} to learn from")
+    classes = ordered(map(str, label.unique()))
+    place = label.map({name: i for i, name in enumerate(classes)}).to_numpy(dtype=np.int64)
+    return RawSplit(
+        Rows(path, features, rows.separator, rows.numbers),
+        torch.from_numpy(place.copy()),
+        classes,
+        tuple(columns),
+        amounts=each,
+        notes=(*notes, *dropped),
+    )
 
 
 def read_features(
-    path: Path, columns: Sequence[str], amounts: Sequence[str] = ()
-) -> tuple[Float[Tensor, "n columns"], dict[str, Float[Tensor, " n"]]]:
-    """Read some columns of a CSV file, whose classes are not known.
+    path: Path, columns: Sequence[Column], amounts: Sequence[str] = ()
+) -> tuple[Float[Tensor, "n features"], dict[str, Float[Tensor, " n"]]]:
+    """Read the features of a table, whose classes are not known.
 
     Args:
-        path: A file in UTF-8.
-        columns: The columns to take, in this order.
+        path: As for :func:`read_table`.
+        columns: Those of a model.
         amounts: Columns with a cost of each example.
 
     Returns:
-        Features, float32, and the amounts by name.
+        Features, float64, and the amounts by name.
 
     Raises:
         ConfigError: there is no such column.
         DataError: as for :func:`read_table`.
     """
-    with csv_rows(path) as rows:
-        header = _header(path, rows)
-        _check_columns(path, header, "column", columns)
-        for name in amounts:
-            check_amount(str(path), name, header)
-        read = _read(path, header, columns, None, rows, amounts)
-        assert isinstance(read.inputs, Tensor)
-        return read.inputs, dict(read.amounts)
+    rows, _ = _read(path, [column.name for column in columns])
+    for name in amounts:
+        check_amount(str(path), name, [*map(str, rows.frame.columns)])
+    if not len(rows):
+        raise DataError(f"{path} has a header and no rows")
+    return encoded(rows, columns), {name: _amounts(rows, name) for name in amounts}
 
 
-def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
-    header = [cell.strip() for cell in next(rows, [])]
+def features_of(frame: Frame, columns: Sequence[Column]) -> Float[Tensor, "n features"]:
+    """Return the features of the rows of a ``pandas.DataFrame``, in float64.
+
+    Raises:
+        ConfigError: there is no such column.
+        DataError: a cell is not what its column holds.
+    """
+    return encoded(Rows(Path("the frame"), frame.apply(_typed)), columns)
+
+
+def _labelled(rows: Rows, label: Cells, drop: bool) -> tuple[Rows, Cells, tuple[str, ...]]:
+    """Return the rows that have a class, their classes, and a line on the others."""
+    missing = label.isna().to_numpy(dtype=bool)
+    if not missing.any():
+        return rows, label, ()
+    where = np.flatnonzero(missing) + 1
+    named = ", ".join(map(str, where[:10])) + (", ..." if len(where) > 10 else "")
+    if not drop:
+        raise DataError(
+            f"{rows.path}: no {label.name!r}, the class, in {len(where):,} rows ({named}): fill it "
+            "in, or leave them out with drop_unlabelled"
+        )
+    kept = np.flatnonzero(~missing)
+    if not len(kept):
+        raise DataError(f"{rows.path}: no row has a {label.name!r}, its class")
+    left = Rows(rows.path, rows.frame.iloc[kept], rows.separator, kept + 1)
+    line = f"{len(where):,} rows without a {label.name!r} are left out"
+    return left, label.iloc[kept], (line,)
+
+
+def _amounts(rows: Rows, name: str) -> Tensor:
+    values = numbers_in(rows, name)
+    wrong = ~(values >= 0)
+    if wrong.any():
+        i = int(wrong.argmax())
+        got = "nothing" if np.isnan(values[i]) else f"{values[i]:g}"
+        raise DataError(
+            f"{rows.path}: row {rows.number(i)}, column {name!r}: the cost of an example must be "
+            f"finite and at least 0, got {got}: fill it in, or leave out the row"
+        )
+    return torch.from_numpy(values)
+
+
+def _read(path: Path, names: Collection[str]) -> tuple[Rows, tuple[str, ...]]:
+    """Return the rows of a table, of which some columns are known, and what was made of them."""
+    try:
+        import pandas as pd
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} is a table, and {error.name} is not installed: pip install 'funcloss[tables]'"
+        ) from None
+    if path.suffix.lower() in _PARQUET:
+        with reading(path, kind="a Parquet file", broken=(pyarrow.ArrowInvalid, ValueError)):
+            frame = pd.read_parquet(path)
+        frame.columns = _checked_names(path, [*map(str, frame.columns)])
+        return Rows(path, frame.apply(_typed)), ()
+    broken = (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError, gzip.BadGzipFile)
+    with reading(path, kind="a table of text", broken=(*broken, EOFError)), _opened(path) as file:
+        some = file.read(_SNIFFED)
+        separator = separator_of(some, " ")
+        file.seek(0)
+        width = _check_widths(path, file, separator)
+        file.seek(0)
+        frame = pd.read_csv(
+            file,
+            sep=r"\s+" if separator == " " else separator,
+            header=None,
+            names=range(width),
+            index_col=False,
+            dtype="string[pyarrow]",
+            keep_default_na=False,
+            skipinitialspace=True,
+        )
+    header, notes = [str(cell).strip() for cell in frame.iloc[0]], ()
+    if _is_header(header, frame.iloc[1:1000], names):
+        frame = frame.iloc[1:]
+    else:
+        header = [f"column_{i + 1}" for i in range(width)]
+        notes = (f"{path.name} has no header: its columns are called column_1 to column_{width}",)
+    if not header[0] and width > 1:
+        frame, header = frame.iloc[:, 1:], header[1:]
+        notes = (*notes, "the first column has no name, and is left out")
+    frame.columns = _checked_names(path, header)
+    frame = frame.reset_index(drop=True)
+    return Rows(path, frame.apply(_text), separator), notes
+
+
+def _typed(cells: Cells) -> Cells:
+    """Return a column of numbers or dates as it is, all else as text."""
+    from pandas.api.types import is_bool_dtype, is_datetime64_any_dtype, is_numeric_dtype
+
+    plain = is_numeric_dtype(cells) and not is_bool_dtype(cells)
+    return cells if plain or is_datetime64_any_dtype(cells) else _text(cells)
+
+
+def _text(cells: Cells) -> Cells:
+    """Return a column as text, NA where a cell is missing."""
+    text = cells.astype("string").str.strip()
+    return text.where(~text.isin(_MISSING))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """Open a file of text, compressed or not."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        assert isinstance(file, io.TextIOWrapper)
+        yield file
+
+
+def _check_widths(path: Path, file: TextIO, separator: str) -> int:
+    """Return how many cells each row has: pandas would fill up short ones."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        width = 0
+        for number, row in enumerate(_cells(file, separator)):
+            width = width or len(row)
+            if len(row) != width:
+                raise DataError(
+                    f"{path}: row {number} has {len(row)} cells, the first line {width}"
+                )
+    finally:
+        csv.field_size_limit(limit)
+    if not width:
+        raise DataError(f"{path} is empty")
+    return width
+
+
+def _cells(file: TextIO, separator: str) -> Iterator[list[str]]:
+    if separator == " ":
+        return filter(None, (line.split() for line in file))
+    rows = csv.reader(file, delimiter=separator, skipinitialspace=True)
+    return (row for row in rows if row)
+
+
+def _is_header(first: Sequence[str], below: Frame, names: Collection[str]) -> bool:
+    """Return whether the first row names the columns.
+
+    It does if it has the names that are looked for, or if it does not look like the rows below:
+    numbers where they have numbers, and text that occurs again.
+    """
+    if any(name in first for name in names if name):
+        return True
+    if [*first] == [*map(str, range(len(first)))] or not len(below):
+        return True
+    alike, again = True, all(map(is_number, first))
+    for i, name in enumerate(first):
+        cells = below.iloc[:, i]
+        cells = cells[~cells.isin(_MISSING)]
+        if name in _MISSING or not len(cells):
+            continue
+        alike = alike and is_number(name) == bool(cells.map(is_number).mean() > 0.5)
+        again = again or (not is_number(name) and name in set(cells))
+    return not (alike and again)
+
+
+def _checked_names(path: Path, header: list[str]) -> list[str]:
     if not any(header):
         raise DataError(f"{path} is empty")
-    if all(map(is_number, header)):
-        raise DataError(f"{path} has no header: write the names of its columns into its first row")
     for i, name in enumerate(header):
         if not name:
             raise DataError(f"{path}: column {i + 1} has no name")
         if name in header[:i]:
             raise DataError(f"{path}: two columns are called {name!r}")
     return header
-
-
-def _feature_names(
-    path: Path, header: list[str], target: str, ignore: Sequence[str], columns: Sequence[str]
-) -> list[str]:
-    if not target:
-        raise ConfigError(
-            f"{path} needs a target, the column of its classes; it has {_listed(header)}"
-        )
-    _check_columns(path, header, "target column", [target])
-    _check_columns(path, header, "column to ignore,", ignore)
-    _check_columns(path, header, "column", columns)
-    if target in ignore:
-        raise ConfigError(
-            f"{path}: target {target!r} cannot be ignored, nor be the cost of an example"
-        )
-    left = [name for name in header if name != target and name not in ignore]
-    features = list(columns) or left
-    if not features:
-        raise ConfigError(f"{path} has no column but its target {target!r} to learn from")
-    return features
-
-
-def _check_columns(path: Path, header: list[str], what: str, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in header:
-            guess = did_you_mean(name, header)
-            raise ConfigError(f"{path} has no {what} {name!r}{guess}; it has {_listed(header)}")
-
-
-def _read(
-    path: Path,
-    header: list[str],
-    names: Sequence[str],
-    target: int | None,
-    rows: Iterator[list[str]],
-    amounts: Sequence[str] = (),
-) -> RawSplit:
-    own = {name: (header.index(name), array.array("d")) for name in amounts}
-    cells, labels = array.array("f"), array.array("q")
-    number_of: dict[str, int] = {}  # of a class, in the order in which they occur
-    chosen = [header.index(name) for name in names]
-    pick = operator.itemgetter(*chosen) if len(chosen) > 1 else lambda row: (row[chosen[0]],)
-    number = 0
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise DataError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
-        if target is not None:
-            if not (name := row[target].strip()):
-                raise DataError(f"{path}: row {number} has no {header[target]!r}, its class")
-            labels.append(number_of.setdefault(name, len(number_of)))
-        try:
-            cells.extend(map(float, pick(row)))
-        except ValueError:
-            raise _no_number(path, number, header, row, chosen) from None
-        for name, (place, values) in own.items():
-            values.append(_amount(path, number, name, row[place]))
-    if not number:
-        raise DataError(f"{path} has a header and no rows")
-    features = np.frombuffer(cells, dtype=np.float32).reshape(number, len(chosen))
-    _check_finite(path, features, names)
-    found = torch.from_numpy(np.frombuffer(labels, dtype=np.int64))
-    classes = ordered(number_of)
-    place_of = {name: i for i, name in enumerate(classes)}
-    place = torch.tensor([place_of[name] for name in number_of], dtype=torch.int64)
-    each = {
-        name: torch.from_numpy(np.frombuffer(values, dtype=np.float64))
-        for name, (_, values) in own.items()
-    }
-    return RawSplit(torch.from_numpy(features), place[found], classes, tuple(names), amounts=each)
-
-
-def _amount(path: Path, number: int, name: str, cell: str) -> float:
-    if not cell.strip():
-        raise DataError(
-            f"{path}: row {number} has no {name!r}, which cost names: fill it in, or leave out the "
-            "row"
-        )
-    value = float(cell) if is_number(cell) else math.nan
-    if not 0.0 <= value < math.inf:
-        raise DataError(
-            f"{path}: row {number}, column {name!r}: the cost of an example must be finite and at "
-            f"least 0, got {cell.strip()[:40]!r}"
-        )
-    return value
-
-
-def _no_number(
-    path: Path, number: int, header: list[str], row: list[str], chosen: list[int]
-) -> DataError:
-    column = next(i for i in chosen if not is_number(row[i]))
-    cell, name = row[column].strip(), header[column]
-    if not cell:
-        return DataError(
-            f"{path}: row {number} has no {name!r}: fill it in, or leave out the row, or the "
-            f"column with ignore {name}"
-        )
-    comma = " (write a decimal point)" if is_number(cell.replace(",", ".")) else ""
-    return DataError(
-        f"{path}: row {number}, column {name!r}: {cell[:40]!r} is not a number{comma}: turn the "
-        f"column into numbers, or leave it out with ignore {name}"
-    )
-
-
-def _check_finite(path: Path, features: np.ndarray, names: Sequence[str]) -> None:
-    for start in range(0, len(features), 65_536):
-        wrong = np.argwhere(~np.isfinite(features[start : start + 65_536]))
-        if len(wrong):
-            row, column = start + wrong[0][0], wrong[0][1]
-            raise DataError(
-                f"{path}: row {row + 1}, column {names[column]!r} is {features[row, column]} in "
-                "float32: fill it in, or leave out the row, or the column with ignore"
-            )
-
-
-def _listed(names: Sequence[str]) -> str:
-    few = ", ".join(names[:12])
-    return few if len(names) <= 12 else f"{few} and {len(names) - 12} more"

@@ -1,6 +1,7 @@
 """A run's model as one graph, from inputs as the data set has them to decisions, in a file."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -22,7 +23,7 @@ from funcloss.app.runs.rules import check_rule, rule_caveat, usual_rule
 from funcloss.app.runs.use import load
 from funcloss.errors import ConfigError, FunclossError, RunError
 
-DTYPES = ("uint8", "float32", "int64")
+DTYPES = ("uint8", "float32", "float64", "int64")
 OUTPUTS = ("logits", "probabilities", "expected_costs", "decision")
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31 - 2**20  # bytes of tensors in a protobuf message, with room for the graph
@@ -97,8 +98,8 @@ def export_run(
         onnx: The ONNX file to make or replace; needs the extra ``export``.
         torch: The ``torch.export`` program, ``.pt2``, to make or replace.
         rule: ``min-cost`` or ``argmax``; empty: the first if the run was given costs.
-        dtype: Of the inputs, ``uint8``, ``float32`` or ``int64``; empty: uint8 of images, else
-            float32. Pixels that are uint8 stand for 0..1 in steps of 1/255.
+        dtype: Of the inputs, ``uint8``, ``float32``, ``float64`` or ``int64``; empty: that of the
+            training inputs. Pixels that are uint8 stand for 0..1 in steps of 1/255.
         allow_import: Whether code that the run names (a model of yours) may be imported.
 
     Returns:
@@ -119,7 +120,7 @@ def export_run(
             f"{run_dir} decides by the {names} of each example, and a graph takes inputs alone: "
             "use funcloss predict, or decide of funcloss.load"
         )
-    dtype = dtype or ("uint8" if run.images else "float32")
+    dtype = dtype or run.dtype or ("uint8" if run.images else "float32")
     by = rule or usual_rule(run.config)
     model = DecidingModel(run, by).eval()
     examples = [_random_inputs(run, dtype, n) for n in (3, *_BATCHES)]
@@ -188,7 +189,7 @@ def _random_inputs(run: TrainedModel, dtype: str, n: int) -> Tensor:
         return torch.randint(256, shape, generator=random, dtype=torch.uint8)
     if dtype == "int64":  # an index that the smallest table of embeddings has
         return torch.randint(2, shape, generator=random)
-    noise = torch.randn(shape, generator=random)
+    noise = torch.randn(shape, generator=random, dtype=getattr(torch, dtype))
     return run.mean + run.std * noise if len(run.mean) else noise
 
 
@@ -197,7 +198,8 @@ def _metadata(run: TrainedModel, by: str) -> dict[str, str]:
     facts: dict[str, Any] = {
         "funcloss": __version__,
         "model": run.config.model,
-        "columns": run.columns,
+        "columns": [dataclasses.asdict(column) for column in run.columns],
+        "features": [name for column in run.columns for name in column.features],
         "classes": run.classes,
         "decisions": run.costs.decisions,
         "cost_matrix": run.costs.matrix.tolist(),

@@ -242,8 +242,7 @@ def _without(dataset: Dataset, pool: Examples, held: Tensor, val_fraction: float
         parts = stratified_split(pool.labels.cpu()[rest], val_fraction)
         train, validation = (rest[part] for part in parts)
     examples = subset(pool, train.to(device))
-    scale = measured_scale(examples) if dataset.measured else (dataset.mean, dataset.std)
-    mean, std = (torch.as_tensor(values).to(device) for values in scale)
+    mean, std = measured_scale(examples) if dataset.measured else (dataset.mean, dataset.std)
     return dataclasses.replace(
         dataset,
         train=examples,

@@ -33,8 +33,8 @@ from funcloss.app.runs.early import (
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.folds import FILE, OUT_OF_FOLD, cross_validated, make_folds
-from funcloss.app.runs.lawful import check_loss
 from funcloss.app.runs.model import TrainedModel, save_model
+from funcloss.app.runs.opening import announce
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
 from funcloss.decisions import Evaluation
 from funcloss.errors import ConfigError, RunError
@@ -143,10 +143,7 @@ def _begun(
         folder.check_free(run_dir, overwrite=overwrite)
     report.check_tensorboard(config)
     setup = make_setup(config)
-    for note in filter(None, (setup.dataset.note, *check_loss(setup))):
-        show(Note(note, warning=True))
-    for note in setup.notes:
-        show(Note(note))
+    announce(setup, show)
     if config.folds:
         make_folds(setup)  # it refuses what cannot be dealt into folds, before anything is trained
     controller, memory = make_controller(setup), make_first_best(setup)

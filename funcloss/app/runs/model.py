@@ -1,5 +1,6 @@
 """A trained model, and the file that keeps it."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import normalised
+from funcloss.app.data import Column, features_of, normalised
+from funcloss.app.data.records import Frame
 from funcloss.app.runs.checkpoint import load_tensors, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
 from funcloss.app.runs.options import costs_of, make_criterion, make_hyper
@@ -25,7 +27,7 @@ from funcloss.typing import Buffers, Hyper, Params
 
 _HEADER = (
     *("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns"),
-    "images",
+    *("images", "dtype"),
     "calibration",
 )
 
@@ -45,8 +47,9 @@ class TrainedModel:
     mean: Float[Tensor, " channels"]  # pixels in 0..1; empty: inputs go to the model as they are
     std: Float[Tensor, " channels"]
     input_shape: tuple[int, ...]  # channels, height, width of an image
-    columns: tuple[str, ...]  # names of the features of a table
+    columns: tuple[Column, ...]  # of a table
     images: bool  # whether the inputs are images
+    dtype: str  # of the inputs, ``uint8`` say; empty: not known
     calibration: Calibration  # what makes probabilities of its scores
 
     @functools.cached_property
@@ -60,18 +63,24 @@ class TrainedModel:
         return self.calibration.rule(self.costs)
 
     def decide(
-        self, inputs: Tensor, *, amounts: Mapping[str, Tensor] | None = None, by: str = ""
+        self,
+        inputs: Tensor | Frame,
+        *,
+        amounts: Mapping[str, Tensor] | None = None,
+        by: str = "",
     ) -> Decisions:
         """Return the decisions on examples, with their probabilities and expected costs.
 
         Args:
             inputs: As the data set has them, neither scaled nor moved: images ``(n, height, width,
-                channels)``, uint8 or in 0..1; the features of a table ``(n, features)``; else what
-                the model takes.
+                channels)``, uint8 or in 0..1; of a table a ``pandas.DataFrame`` with its columns,
+                or the features ``(n, features)``; else what the model takes.
             amounts: Costs of each example by name, where the run's costs name some.
             by: ``min-cost`` or ``argmax``; empty: the first if the run was given costs.
 
         Raises:
+            ConfigError: a column is missing.
+            DataError: a cell is not what its column holds.
             ValueError: there is no such rule, or an amount is missing.
 
         Example:
@@ -80,6 +89,8 @@ class TrainedModel:
             >>> run.decide(torch.tensor([[5000.0, 24.0]])).names  # doctest: +SKIP
             ['refuse']
         """
+        if not isinstance(inputs, Tensor):
+            inputs = features_of(inputs, self.columns)
         with torch.no_grad():
             pieces = [normalised(x, self.mean, self.std) for x in inputs.split(1024)]
             logits = [self.forward(self.params, self.buffers, x.to(self.device))[0] for x in pieces]
@@ -131,8 +142,9 @@ def save_model(path: Path, model: TrainedModel, *, step: int) -> None:
         "mean": model.mean.tolist(),
         "std": model.std.tolist(),
         "input_shape": model.input_shape,
-        "columns": model.columns,
+        "columns": [dataclasses.asdict(column) for column in model.columns],
         "images": model.images,
+        "dtype": model.dtype,
         "calibration": model.calibration.record(),
     }
     save_tensors(path, model.params | model.buffers, header)
@@ -167,6 +179,7 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
         for named in split_tensors(model)
     )
     weights = header["class_weights"]
+    scale = torch.float64 if header["dtype"] == "float64" else torch.float32
     return TrainedModel(
         model=model,
         forward=make_forward(model),
@@ -176,11 +189,12 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
         config=config,
         classes=classes,
         class_counts=torch.tensor(header["class_counts"], dtype=torch.float32),
-        mean=torch.tensor(header["mean"]),
-        std=torch.tensor(header["std"]),
+        mean=torch.tensor(header["mean"], dtype=scale),
+        std=torch.tensor(header["std"], dtype=scale),
         input_shape=shape,
-        columns=tuple(header["columns"]),
+        columns=tuple(Column(**{**c, "levels": tuple(c["levels"])}) for c in header["columns"]),
         images=header["images"],
+        dtype=header["dtype"],
         calibration=_calibration(path, header["calibration"]),
     )
 

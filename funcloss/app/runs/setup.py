@@ -20,6 +20,7 @@ from funcloss.app.config import (
     with_final_names,
 )
 from funcloss.app.data import (
+    Column,
     Dataset,
     InputSchema,
     LoadOptions,
@@ -153,7 +154,7 @@ def load_data(
     config: TrainConfig,
     *,
     schema: InputSchema | None = None,
-    columns: tuple[str, ...] = (),
+    columns: tuple[Column, ...] = (),
     amounts: tuple[str, ...] | None = None,
 ) -> Dataset:
     """Return the data set that a configuration names, as it describes it.
@@ -218,7 +219,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
     try_model(model, config.model, few.inputs, len(dataset.classes))
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer, seed=config.seed)
-    network = copy.deepcopy(model).eval()
+    network, inputs = copy.deepcopy(model).eval(), dataset.train.inputs
     even = torch.full((len(dataset.classes),), 1 / len(dataset.classes), dtype=torch.float64)
     untrained = TrainedModel(
         model=network,
@@ -234,6 +235,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         input_shape=dataset.input_shape,
         columns=dataset.columns,
         images=dataset.has_images,
+        dtype=str(inputs.dtype).removeprefix("torch.") if isinstance(inputs, Tensor) else "",
         calibration=Calibration(even, even),
     )
     drawn = int(oversampled_counts(counts, config.oversample).sum())

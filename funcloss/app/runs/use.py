@@ -22,7 +22,7 @@ from funcloss.app.data import (
     resized,
 )
 from funcloss.app.data.images import IMAGES
-from funcloss.app.data.loading import TABLES
+from funcloss.app.data.table import TABLES, is_table
 from funcloss.app.options import EvaluateOptions
 from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import (
@@ -179,7 +179,8 @@ def _as_other_data(config: TrainConfig) -> TrainConfig:
         "test_dataset",
         "stream",
     )
-    reading = () if Path(config.dataset).suffix.lower() in TABLES else ("target", "ignore")
+    of_tables = ("target", "ignore", "drop_unlabelled")
+    reading = ("class_order", *(() if is_table(config.dataset) else of_tables))
     plain = TrainConfig()
     return dataclasses.replace(config, **{n: getattr(plain, n) for n in (*splitting, *reading)})
 
@@ -375,7 +376,7 @@ def _files(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
         inside = [path]
         if path.is_dir():
             kinds = ", ".join(suffixes)
-            every = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            every = sorted(p for p in path.rglob("*") if p.name.lower().endswith(tuple(suffixes)))
             inside = [p for p in every if p.is_file()]
             if not inside:
                 raise DataError(f"{path} has no file to predict: {kinds}")

@@ -13,7 +13,7 @@ from funcloss.app.runs.constrained import check_measurable
 from funcloss.app.runs.early import make_first_best
 from funcloss.app.runs.events import Note, Show
 from funcloss.app.runs.folds import make_folds
-from funcloss.app.runs.lawful import check_loss
+from funcloss.app.runs.opening import announce
 from funcloss.app.runs.options import check_loss_options, make_hyper
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
 from funcloss.app.sweep.axes import (
@@ -125,10 +125,7 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
             f"seeds count up from seed {spec.config.seed}, which leaves no room for {spec.seeds}"
         )
     made, hypers = _assembled(spec, out)
-    for note in filter(None, (made.setup.dataset.note, *check_loss(made.setup))):
-        show(Note(note, warning=True))
-    for note in made.setup.notes:
-        show(Note(note))
+    announce(made.setup, show)
     width = 1
     if not made.config.folds:
         width = _width(made.setup, len(hypers), spec.method, show)
