@@ -312,151 +312,6 @@ def test_every_example_is_read_as_it_was_written_and_scaled_by_the_training_spli
     assert torch.equal(batch.targets, read.train.labels[chosen])
 
 
-def opaque(image, alpha):
-    return np.where(alpha[..., None] > 0, image, 0)
-
-
-def _palette(transparent=None):
-    colours, places = pixels(256, 3, seed=3), pixels(6, 5, seed=4)
-    places[0, 0], places[0, 1] = 7, 8
-    image = Image.frombytes("P", (5, 6), places.tobytes())
-    image.putpalette(colours.tobytes())
-    expected = colours[places]
-    if transparent is not None:
-        image.info["transparency"] = transparent
-        expected = opaque(expected, places != transparent)
-    return image, expected
-
-
-ALPHA = np.where(pixels(6, 5, seed=2) > 100, 255, 0).astype(np.uint8)
-# what is written as PNG, and the pixels that it must be read as
-IMAGES = [
-    pytest.param(lambda: (Image.fromarray(GREY[0]), GREY[0][..., None]), id="grey"),
-    pytest.param(lambda: (Image.fromarray(RGB[0]), RGB[0]), id="colour"),
-    pytest.param(
-        lambda: (
-            Image.fromarray(np.dstack([RGB[0], ALPHA])),
-            opaque(RGB[0], ALPHA),
-        ),
-        id="colour, transparent",
-    ),
-    pytest.param(
-        lambda: (Image.fromarray(np.dstack([GREY[0], ALPHA])), opaque(GREY[0][..., None], ALPHA)),
-        id="grey, transparent",
-    ),
-    pytest.param(_palette, id="palette"),
-    pytest.param(lambda: _palette(7), id="palette, transparent"),
-    pytest.param(
-        lambda: (Image.fromarray(GREY[0] > 99), 255 * (GREY[0] > 99)[..., None]), id="black, white"
-    ),
-]
-
-
-@pytest.mark.parametrize("stream", ["on", "off"])
-@pytest.mark.parametrize("make", IMAGES)
-def test_every_kind_of_png_is_read_as_its_pixels(make, stream, tmp_path):
-    image, expected = make()
-    other = Image.fromarray(GREY[1])  # grey, so that the kind in question decides on the channels
-    write_folder(tmp_path / "own", {"a": [image] * 3, "b": [other] * 3})
-    read = load(str(tmp_path / "own"), stream=stream, workers=0)
-    grey = GREY[1][..., None].repeat(expected.shape[-1], -1)
-    assert everything(read) == pairs([expected.astype(np.uint8)] * 3 + [grey] * 3, "aaabbb")
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_a_jpeg_is_what_pillow_decodes(mode, tmp_path):
-    for name, array in (("a", RGB[0]), ("b", RGB[1])):
-        (tmp_path / "own" / name).mkdir(parents=True)
-        for suffix in ("jpg", "JPEG", "jpeg"):
-            path = tmp_path / "own" / name / f"0.{suffix}"
-            Image.fromarray(array).convert(mode).save(path, "jpeg")
-    read = load(str(tmp_path / "own"))
-    with Image.open(tmp_path / "own" / "a" / "0.jpg") as image:
-        expected = np.asarray(image.convert("L" if mode == "L" else "RGB")).reshape(6, 5, -1)
-    assert [b for name, b in everything(read) if name == "a"] == [expected.tobytes()] * 3
-
-
-EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
-%%BoundingBox: 0 0 5 6
-%%EndComments
-{ } loop
-%%EOF
-"""
-
-
-def as_bytes(image, kind):
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, kind)
-    return content.getvalue()
-
-
-@pytest.fixture
-def ghostscript(tmp_path, monkeypatch):
-    """A path at which a file appears when Ghostscript is run."""
-    ran, here = tmp_path / "ran", tmp_path / "bin"
-    here.mkdir()
-    (here / "gs").write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
-    (here / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up again, and forgotten
-    return ran
-
-
-def test_an_eps_would_be_run_by_pillow_alone(ghostscript, tmp_path):
-    (tmp_path / "x.png").write_bytes(EPS)
-    with Image.open(tmp_path / "x.png") as image, pytest.raises(Exception, match="exit status"):
-        image.load()
-    assert ghostscript.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [EPS, b"%PDF-1.4\n%%EOF\n", as_bytes(RGB[0], "gif"), as_bytes(RGB[0], "bmp")],
-    ids=["eps", "pdf", "gif", "bmp"],
-)
-def test_only_png_and_jpeg_are_looked_into_whatever_a_file_is_called(
-    content, ghostscript, tmp_path
-):
-    own = write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [RGB[1]] * 3})
-    path = own / "a" / "0.png"
-    path.write_bytes(content)
-    said = r"0\.png is not an image that can be read: PNG and JPEG are$"
-    for options in ({}, {"image_size": 8}, {"stream": "on"}):
-        with pytest.raises(DataError, match=said):
-            load(str(own), **options)
-    with pytest.raises(DataError, match=said):
-        data.read_image(path, None, 3)
-    assert not ghostscript.exists()
-
-
-def test_what_torchvision_opens_is_not_run_either(ghostscript, tmp_path):
-    folder = write_folder(tmp_path / "eurosat" / "2750", {"a": RGB[:4], "b": RGB[4:8]})
-    read = load("torchvision:EuroSAT", data_dir=str(tmp_path))
-    assert everything(read) == pairs(RGB[:8], "aaaabbbb")
-    (folder / "b" / "3.png").write_bytes(EPS)
-    with pytest.raises(DataError, match="image 7 cannot be read: OSError: .*Ghostscript"):
-        load("torchvision:EuroSAT", data_dir=str(tmp_path))
-    assert not ghostscript.exists()
-
-
-def test_images_are_brought_to_the_size_asked_for(tmp_path):
-    write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [pixels(9, 9, 3)] * 3})
-    read = load(str(tmp_path / "own"), image_size=8)
-    resized = np.asarray(Image.fromarray(RGB[0]).resize((8, 8)))
-    assert read.input_shape == (3, 8, 8)
-    assert [b for name, b in everything(read) if name == "a"] == [resized.tobytes()] * 3
-
-
-def test_only_images_in_folders_that_are_not_hidden_count(tmp_path):
-    own = write_folder(tmp_path / "own", {"a": [RGB[0]] * 3, "b": [RGB[1]] * 3})
-    (own / ".cache").mkdir()
-    (own / "a" / "notes.txt").write_text("taken in May")
-    (own / "a" / ".0.png").write_text("what another system leaves")
-    (own / "a" / "more").mkdir()
-    Image.fromarray(RGB[2]).save(own / "a" / "more" / "deep.png")
-    assert everything(load(str(own))) == pairs(RGB[[0, 0, 0, 2, 1, 1, 1]], "aaaabbb")
-
-
 PARTED = {
     "train": (RGB[:24], INDEX[:24]),
     "validation": (RGB[24:36], INDEX[24:36]),
@@ -670,13 +525,6 @@ def test_a_dataset_with_its_own_parts_takes_no_further_ones(tmp_path, module):
         load(f"{module(text)}:load", test_dataset=str(tmp_path / "b.npz"))
 
 
-def test_two_folders_for_one_part_are_refused(tmp_path):
-    for part in ("train", "val", "validation"):
-        write_folder(tmp_path / "own" / part, {"a": RGB[:4], "b": RGB[4:8]})
-    with pytest.raises(DataError, match=r"val.*validation"):
-        load(str(tmp_path / "own"))
-
-
 # --- what cannot be read is one line, by the command ---
 
 
@@ -817,7 +665,7 @@ FOLDERS = [
      2, r"target and ignore are for a CSV table, and .*own", "target"),
     (of_folder({"a": RGB[:6]}), 1, r"own has one class, 'a'", "one class"),
     (of_folder({"a": RGB[:6], "b": []}),
-     1, r"own/b: the folder of a class has no PNG", "empty class"),
+     1, r"own/b: the folder of a class has no image", "empty class"),
     (of_folder({"": RGB[:6]}), 1, r"own holds no class folders: put the images of each", "flat"),
     (of_folder({"a": RGB[:3], "b": _BIG}), 2, r"several sizes, 6x5 .* 8x8 .*image_size", "sizes"),
     (of_folder(TWO, spoil=truncated), 1, r"cannot read .*own/a/0\.png", "truncated"),

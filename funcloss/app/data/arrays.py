@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcloss._files import reading
 from funcloss.app.config import did_you_mean
-from funcloss.app.data.records import RawSplit, ordered, physical_memory
+from funcloss.app.data.records import RawSplit, ordered, usable_memory
 from funcloss.errors import ConfigError, DataError
 
 # name of a split, and what the names of its arrays may begin with
@@ -55,7 +55,7 @@ def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Read
     with reading(path, kind="an .npz file", broken=broken):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > _HELD * physical_memory():
+        if size > _HELD * usable_memory():
             raise DataError(
                 f"{path} unpacks to {size / 2**30:.1f} GiB, which this machine cannot hold: use a "
                 "folder of images, or module:function that returns a torch.utils.data.Dataset"

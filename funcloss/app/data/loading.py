@@ -24,10 +24,10 @@ from funcloss.app.data.arrays import (
     read_arrays,
 )
 from funcloss.app.data.dataset import Dataset, Examples
-from funcloss.app.data.images import read_folder
+from funcloss.app.data.folders import read_folder
 from funcloss.app.data.names import DATASETS, TORCHVISION
 from funcloss.app.data.published import read_published, read_torchvision, torchvision_name
-from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, enough_memory
 from funcloss.app.data.splits import long_tailed, make_dataset
 from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.app.data.table import read_table
@@ -72,9 +72,11 @@ def load_dataset(
     options = LoadOptions(dataset) if isinstance(dataset, str) else dataset
     name = options.dataset
     if name in ("auto", *DATASETS):
-        loaded = _load_published(options)
+        with enough_memory(name):
+            loaded = _load_published(options)
     elif names_own(name):
-        loaded = load_own(options, refused=refused_code, schema=schema)
+        with enough_memory(name):
+            loaded = load_own(options, refused=refused_code, schema=schema)
     else:
         there = ", ".join(("auto", *DATASETS))
         guess = did_you_mean(name, ("auto", *DATASETS))
@@ -146,6 +148,7 @@ def load_own(
         },
         val_fraction=options.val_fraction if schema is None else 0.0,
         test_fraction=options.test_fraction,
+        note="; ".join(dict.fromkeys(raw.note for raw in splits.values() if raw.note)),
     )
 
 
