@@ -148,6 +148,9 @@ LETTERS = ["cat", "dog", "eel", "fly"]
 NAMED = [LETTERS[i % 4] for i in range(48)]
 INDEX = np.arange(48) % 4
 GREY, RGB, FEATURES = pixels(48, 6, 5), pixels(48, 6, 5, 3), numbers(48, 7)
+ONE_HOT = np.eye(4)[INDEX]
+BINARY = np.random.default_rng(1).normal(size=(48, 3))  # numbers that float32 would round
+UNIX = 1_700_000_000 + np.arange(48 * 2).reshape(48, 2)
 
 
 def npz(**arrays):
@@ -222,7 +225,24 @@ FORMS = [
         RGB.astype(np.float32), DIGITS, True, id="npz, whole numbers",
     ),
     pytest.param(npz(images=FEATURES, labels=INDEX), FEATURES, DIGITS, True, id="npz, features"),
+    pytest.param(npz(X=FEATURES, y=INDEX), FEATURES, DIGITS, True, id="npz, X and y"),
+    pytest.param(npz(x_train=RGB, y_train=INDEX), RGB, DIGITS, True, id="npz, Keras"),
+    pytest.param(npz(images=RGB, labels=ONE_HOT), RGB, DIGITS, True, id="npz, one-hot"),
+    pytest.param(
+        npz(images=RGB, labels=ONE_HOT.astype(bool), classes=np.array(LETTERS)),
+        RGB, NAMED, True, id="npz, one-hot of named classes",
+    ),
+    pytest.param(
+        npz(images=BINARY, labels=INDEX), BINARY, DIGITS, True, id="npz, features in float64"
+    ),
+    pytest.param(
+        npz(images=UNIX, labels=INDEX), UNIX.astype(float), DIGITS, True, id="npz, Unix times"
+    ),
     pytest.param(safetensors(images=RGB, labels=INDEX), RGB, DIGITS, True, id="safetensors"),
+    pytest.param(
+        safetensors(images=BINARY, labels=torch.tensor(ONE_HOT).bfloat16()),
+        BINARY, DIGITS, True, id="safetensors, one-hot and float64",
+    ),
     pytest.param(
         safetensors({"classes": json.dumps(LETTERS)}, images=FEATURES, labels=INDEX),
         FEATURES, NAMED, True, id="safetensors, classes",
@@ -271,6 +291,25 @@ FORMS = [
         FEATURES, NAMED, False, id="code, Dataset that knows the names of its labels",
     ),
     pytest.param(
+        code("def load(): return kept['features'], np.eye(4)[kept['index']]"),
+        FEATURES, DIGITS, False, id="code, one-hot",
+    ),
+    pytest.param(
+        code(f"{PAIRS}\nclass Hot(Pairs):\n    targets = torch.eye(4)[kept['index']]\n"
+             "def load(): return Hot()"),
+        FEATURES, DIGITS, False, id="code, Dataset of one-hot targets",
+    ),
+    pytest.param(
+        code("def load(): return TensorDataset(torch.tensor(kept['features']),"
+             " torch.eye(4)[kept['index']])"),
+        FEATURES, DIGITS, False, id="code, Dataset of one-hot items",
+    ),
+    pytest.param(
+        code(f"{PAIRS}\nclass Floats(Pairs):\n    def __getitem__(self, i): return"
+             " super().__getitem__(i)[0], float(kept['index'][i])\ndef load(): return Floats()"),
+        FEATURES, DIGITS, False, id="code, Dataset of whole floats",
+    ),
+    pytest.param(
         code(f"{PAIRS}\ndef load():\n    classes = {LETTERS}\n"
              "    return {'train': Pairs(), 'classes': classes}"),
         FEATURES, NAMED, False, id="code, dict",
@@ -310,6 +349,49 @@ def test_every_example_is_read_as_it_was_written_and_scaled_by_the_training_spli
         expected = np.moveaxis(expected, -1, 1)
     assert_close(batch.inputs.numpy(), expected.astype(np.float32), rtol=1e-4, atol=1e-5)
     assert torch.equal(batch.targets, read.train.labels[chosen])
+
+
+SUBSETS = """
+from torch.utils.data import Subset, random_split
+
+class Named(Dataset):
+    classes = ["even", "odd"]
+    amount = np.arange(n)
+
+    def __init__(self): self.targets = labels.tolist()
+    def __len__(self): return n
+    def __getitem__(self, i):
+        READ.append(i)
+        return features[i], labels[i]
+
+READ = []
+
+def subset(): return Subset(Subset(Named(), range(1, n)), torch.tensor([3, 0, 7, 7, 12, 21, 30]))
+def split():
+    train, test = random_split(Named(), [30, 10], torch.Generator().manual_seed(0))
+    return {"train": train, "test": test}
+"""
+
+
+def test_names_and_labels_of_a_subset_are_those_of_the_whole(module, in_time):
+    name = module(SUBSETS)
+    whole = dict(val_fraction=0.0, test_fraction=0.2, workers=0)
+    one = load(f"{name}:subset", amounts=("amount",), **whole)
+    assert one.classes == ("even", "odd")
+    found = [
+        (s.inputs.positions.tolist(), s.labels, s.amounts["amount"]) for s in (one.train, one.test)
+    ]
+    places = torch.tensor([4, 1, 8, 8, 13, 22, 31])
+    for positions, labels, amounts in found:
+        assert torch.equal(labels, places[positions] % 2)
+        assert torch.equal(amounts, places[positions].double())
+    two = load(f"{name}:split", **whole)
+    assert two.classes == ("even", "odd")
+    assert (len(two.train.labels), len(two.test.labels)) == (30, 10)
+    assert [
+        4,
+        *[sys.modules[name].split()[s].indices[0] for s in ("train", "test")],
+    ] == sys.modules[name].READ
 
 
 PARTED = {
@@ -590,6 +672,28 @@ def spoilt(archive):
     return archive[:middle] + bytes(64) + archive[middle + 64 :]
 
 
+def lying(shape):
+    """Return an array in NumPy's format that is shorter than its header says."""
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(64)
+
+
+def bomb():
+    """Return an archive that says of its one array that it unpacks to a terabyte."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("images.npy", b"0" * 64)
+        archive.infolist()[0].file_size = 2**40
+    return content.getvalue()
+
+
+def lying_tensors(**entry):
+    """Return a .safetensors file of eight bytes and a header of somebody's making."""
+    header = {"images": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(8)
+
+
 def truncated(own):
     path = own / "a" / "0.png"
     path.write_bytes(path.read_bytes()[:-40])
@@ -611,7 +715,14 @@ class Own(Dataset):
 def load(): return Own()
 """
 
+
+def fifo(folder, module):
+    os.mkfifo(folder / "own.npz")
+    return ["--dataset", folder / "own.npz"]
+
+
 TABLES = [
+    (fifo, 1, r"own\.npz is no regular file", "FIFO"),
     (lambda folder, module: ["--dataset", folder / "nowhere.csv", "--target", "y"],
      1, r"there is no .*nowhere\.csv", "missing"),
     (lambda folder, module: ["--dataset", folder / "own.xlsx"], 1, r"own\.xlsx.*\.csv", "no xlsx"),
@@ -698,13 +809,22 @@ ARRAYS = [
     (of_bytes("own.npz", spoilt(whole_npz())), 1, r"own\.npz: images cannot be read", "spoilt"),
     (of_bytes("own.npz", zipped(images=b"hello", labels=b"hello")),
      1, r"own\.npz: images", "no arrays"),
+    (of_bytes("own.npz", zipped(images=lying((10**13,)), labels=b"")),
+     1, r"own\.npz: images cannot be read: .* bytes where its header says", "80 TB"),
+    (of_bytes("own.npz", zipped(images=lying((8, -2)), labels=b"")), 1, r"images cannot", "negative"),
+    (of_bytes("own.npz", bomb()), 1, r"own\.npz unpacks to .* GiB", "bomb"),
     (of_bytes("own.npz", zipped()), 1, r"own\.npz must hold images.*nothing", "empty archive"),
     (of_npz(images=np.moveaxis(RGB, -1, 1), labels=INDEX),
      1, r"channels, last; got \(48, 3, 6, 5\): .*np\.moveaxis", "channels first"),
     (of_npz(images=RGB[None], labels=INDEX), 1, r"own\.npz: images must be \(n, height", "5 axes"),
     (of_npz(images=np.array(NAMED), labels=INDEX), 1, r"images must be numbers, got <U3", "text"),
     (of_npz(images=RGB + 1j, labels=INDEX), 1, r"images must be numbers, got complex", "complex"),
-    (of_npz(images=RGB, labels=np.eye(4)[INDEX]), 1, r"labels must have shape \(n,\)", "one-hot"),
+    (of_npz(images=RGB, labels=np.eye(4)[INDEX] * 2), 1, r"shape \(n,\).*one-hot", "two-hot"),
+    (of_npz(images=RGB, labels=np.ones((48, 4))), 1, r"shape \(n,\).*one-hot", "all-hot"),
+    (of_npz(images=RGB, labels=np.eye(4)[INDEX], classes=np.array(["a", "b"])),
+     1, r"one-hot of 4 classes, and there are 2 names", "one-hot, names"),
+    (of_npz(images=RGB, labels=INDEX * 1e300), 1, r"must be whole numbers", "huge labels"),
+    (of_npz(x_train=RGB, labels=INDEX), 1, r"own\.npz has x_train but no y_train", "half Keras"),
     (of_npz(images=RGB, labels=INDEX / 2), 1, r"labels must be whole numbers or strings", "halves"),
     (of_npz(images=RGB, labels=np.where(INDEX == 3, np.inf, INDEX)),
      1, r"own\.npz: labels must be whole numbers", "inf labels"),
@@ -728,7 +848,7 @@ ARRAYS = [
     (of_npz(train_images=RGB, train_labels=INDEX, test_images=GREY, test_labels=INDEX),
      1, r"own: the test split has inputs of .*\(6, 5, 1\)", "shapes"),
     (of_npz(train_images=RGB, train_labels=INDEX, test_images=RGB / 255, test_labels=INDEX),
-     1, r"own: the test split.*float32.*uint8", "dtypes"),
+     1, r"own: the test split.*float.*uint8", "dtypes"),
     (of_npz(train_images=RGB, train_labels=INDEX * 0, test_images=RGB, test_labels=INDEX),
      1, r"own has one class, '0'", "one class"),
     (of_npz(train_images=RGB, train_labels=INDEX % 3, test_images=RGB, test_labels=INDEX),
@@ -743,6 +863,13 @@ ARRAYS = [
     (of_bytes("own.safetensors", b"nothing"),
      1, r"own\.safetensors is not a \.safet", "no tensors"),
     (of_bytes("own.safetensors", struct.pack("<Q", 2**62)), 1, r"own\.safetensors", "huge header"),
+    *(
+        (of_bytes("own.safetensors", lying_tensors(**entry)), 1, r"own\.safetensors", f"{entry}")
+        for entry in (
+            {"shape": [10**12]}, {"data_offsets": [0, 10**12], "shape": [10**12 // 4]},
+            {"data_offsets": [8, 0]}, {"dtype": "F4", "shape": [16]}, {"shape": [-2]},
+        )
+    ),
     (lambda *at: ["--dataset", safetensors({"classes": "a,b"}, images=RGB, labels=INDEX)(*at)[0]],
      1, r"own\.safetensors.*classes.*JSON", "classes are no list"),
 ]  # fmt: skip
@@ -788,7 +915,7 @@ CODE = [
     (of_code(PAIR.format(item="features[i], 0").replace("return n", "return 0")),
      1, r"no examples", "length 0"),
     (of_code(PAIR.format(item="features[i]")), 1, r"an item must be \(inputs, label\)", "no label"),
-    (of_code(PAIR.format(item="(features[i], 0.5)")), 1, r"must be a whole number", "half a label"),
+    (of_code(PAIR.format(item="(features[i], 0.5)")), 1, r"must be whole numbers", "half a label"),
     (of_code(PAIR.format(item="(features[i], 'cat')")), 1, r"an item must be", "text label"),
     (of_code(PAIR.format(item="('0.png', i % 2)")),
      1, r"an item must be \(inputs, label\)", "a path"),
