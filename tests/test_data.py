@@ -5,6 +5,7 @@ import hashlib
 import io
 import shutil
 import socket
+import struct
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -227,13 +228,19 @@ def of(n, value=0, shape=()):
 
 # what is written into which of the four files (a function: from what is there), and the error
 SPOILT = {
-    "short": ({0: lambda whole: whole[:-100]}, "train-images-idx3-ubyte is damaged: 156,700 bytes "
-              "of data where its header says 156,800"),
+    "short": ({0: lambda whole: whole[:-100]}, "train-images-idx3-ubyte is damaged: its header "
+              "says 200 x 28 x 28, 156,800 bytes, and it has fewer"),
+    "long": ({0: lambda whole: whole + b"\0"}, "says 200 x 28 x 28, .* and it has more"),
+    "6 GB": ({0: lambda whole: whole[:4] + struct.pack(">I", 8_000_000) + whole[8:]},
+             "its header says 8,000,000 x 28 x 28, 6,272,000,000 bytes, and it has fewer"),
+    "no height": ({2: of(50, shape=(0, 28))}, "t10k-images-idx3-ubyte holds nothing: .* 50 x 0 x"),
+    "another size": ({2: of(50, shape=(32, 32))}, r"mnist: the test split has inputs of shape "
+                     r"\(32, 32, 1\), uint8, the training split shape \(28, 28, 1\)"),
     "empty": ({1: b""}, "train-labels-idx1-ubyte is not a file of 1 axes in MNIST's format"),
     "magic": ({0: lambda whole: b"\0\0\x09\x03" + whole[4:]}, "number 0x903, expected 0x803"),
     "labels": ({1: of(200, 10)}, r"training set: labels must be in 0\.\.9, got 10\.\.10"),
     "count": ({3: of(49)}, "test set: 50 inputs but 49 labels"),
-    "no example": ({2: of(0, shape=(28, 28)), 3: of(0)}, "test set: no examples"),
+    "no example": ({2: of(0, shape=(28, 28)), 3: of(0)}, "holds nothing: its header says 0 x 28"),
     "archive": ({"train-images-idx3-ubyte.gz": gzip.compress(b"something else")},
                 r"train-images-idx3-ubyte.gz is damaged or not the published file \(md5 .*, "
                 "expected f68b3c2dcbeaaa9fbdd348bbdeb94873"),
@@ -263,11 +270,35 @@ def test_damaged_files_are_refused_and_a_second_attempt_works(
     assert load(name, tmp_path).name == "mnist"
 
 
-def test_a_truncated_archive_is_damaged(tmp_path):
+WHOLE = gzip.compress(idx_bytes(torch.zeros(50_000, dtype=torch.uint8)))
+LYING = {  # packed files, none of whose promises is believed before it is kept
+    "cut short": WHOLE[:-9],
+    "no archive": b"hello",
+    "spoilt": WHOLE[:20] + bytes(4) + WHOLE[24:],
+    "6 GB": gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 6_000_000_000 % 2**32) + bytes(99)),
+}
+
+
+@pytest.mark.parametrize("content", LYING.values(), ids=LYING)
+def test_a_packed_file_that_is_not_what_it_says_is_one_line(content, tmp_path):
     path = tmp_path / "x.gz"
-    path.write_bytes(gzip.compress(idx_bytes(torch.zeros(5, dtype=torch.uint8)))[:-9])
-    with pytest.raises(DataError, match=r"x.gz is damaged"):
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x.gz is (damaged|not sound)") as caught:
         read_idx(path, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.9])
+def test_a_stretch_of_zeros_in_a_published_archive_is_found(place, data_dir, tmp_path, no_network):
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(data_dir / "MNIST" / "raw", raw)
+    whole = bytearray((raw / f"{FILES[2]}.gz").read_bytes())
+    at = int(place * len(whole))
+    whole[at : at + 512] = bytes(512)
+    (raw / f"{FILES[2]}.gz").chmod(0o644)
+    (raw / f"{FILES[2]}.gz").write_bytes(whole)
+    with pytest.raises(DataError, match=rf"{FILES[2]}\.gz is damaged or not the published file"):
+        load("mnist", tmp_path)
 
 
 def test_without_data_or_network_mnist_says_what_was_tried_and_the_ways_out(tmp_path, no_network):

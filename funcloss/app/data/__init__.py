@@ -19,10 +19,10 @@ if TYPE_CHECKING:
         resized,
         subset,
     )
-    from funcloss.app.data.images import read_image
+    from funcloss.app.data.images import read_images
     from funcloss.app.data.loading import load_dataset, short_name
     from funcloss.app.data.published import data_folder
-    from funcloss.app.data.records import Column, InputSchema, LoadOptions, RawSplit
+    from funcloss.app.data.records import Column, InputSchema, LoadOptions, RawSplit, enough_memory
     from funcloss.app.data.splits import class_counts, long_tailed, make_dataset, stratified_split
     from funcloss.app.data.streaming import Stream
     from funcloss.app.data.table import features_of, read_features, read_table
@@ -31,10 +31,10 @@ _HOMES = {
     "dataset": (
         "Dataset Examples as_pixels get_batch iter_batches joined moved normalised resized subset"
     ),
-    "images": "read_image",
+    "images": "read_images",
     "loading": "load_dataset short_name",
     "published": "data_folder",
-    "records": "Column InputSchema LoadOptions RawSplit",
+    "records": "Column InputSchema LoadOptions RawSplit enough_memory",
     "splits": "class_counts long_tailed make_dataset stratified_split",
     "streaming": "Stream",
     "table": "features_of read_features read_table",
@@ -52,6 +52,7 @@ __all__ = [
     "as_pixels",
     "class_counts",
     "data_folder",
+    "enough_memory",
     "features_of",
     "get_batch",
     "iter_batches",
@@ -62,7 +63,7 @@ __all__ = [
     "moved",
     "normalised",
     "read_features",
-    "read_image",
+    "read_images",
     "read_table",
     "resized",
     "short_name",

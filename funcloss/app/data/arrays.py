@@ -1,11 +1,13 @@
-"""Arrays in one file: ``.npz`` and ``.safetensors`` with ``images`` and ``labels``."""
+"""Arrays in one file: ``.npz`` and ``.safetensors`` with ``images`` and ``labels``, or x and y."""
 
 import contextlib
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,12 +16,20 @@ from torch import Tensor
 
 from funcloss._files import reading
 from funcloss.app.config import did_you_mean
-from funcloss.app.data.records import RawSplit, ordered, physical_memory
+from funcloss.app.data.records import RawSplit, ordered, usable_memory
 from funcloss.errors import ConfigError, DataError
 
-# name of a split, and what the names of its arrays may begin with
-_PREFIXES = {"train": ("", "train_"), "validation": ("validation_", "val_"), "test": ("test_",)}
+_WORDS = (("images", "labels"), ("x", "y"))  # what inputs and labels may be called, in any case
+_FORMS = {  # how a split may be named beside it
+    "train": ("{}", "train_{}", "{}_train"),
+    "validation": ("validation_{}", "val_{}", "{}_validation", "{}_val", "{}_valid"),
+    "test": ("test_{}", "{}_test"),
+}
 _CHANNELS = (1, 3, 4)
+_BROKEN = (  # what reading a damaged, packed or encrypted archive raises
+    *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError),
+)
+_WHOLE = 2.0**53  # up to here a float tells one whole number from the next
 _HELD = 0.5  # of the machine's memory may go into the arrays of a file
 
 
@@ -27,13 +37,14 @@ def read_arrays(path: Path, amounts: Sequence[str] = ()) -> dict[str, RawSplit]:
     """Read a file of arrays: ``images`` and ``labels``, perhaps ``classes``, in several splits.
 
     Images are ``(n, height, width)`` or ``(n, height, width, channels)``, or features
-    ``(n, features)``; labels are integers or, in ``.npz``, strings. A file may hold
-    ``train_images``, ``validation_images`` (``val_images``), ``test_images`` and so on instead.
+    ``(n, features)``; labels are integers, one-hot rows or, in ``.npz``, strings. A file may hold
+    ``train_images``, ``validation_images`` (``val_images``), ``test_images`` and so on instead; or
+    Keras' ``x_train``, ``y_train``, ``x_test``, ``y_test``; or ``X`` and ``y``.
 
     Args:
         path: An ``.npz`` or ``.safetensors`` file; no pickle in it is ever loaded.
-        amounts: Names of further arrays, ``(n,)``, with a cost of each example; before them goes
-            what goes before ``labels``.
+        amounts: Names of further arrays, ``(n,)``, with a cost of each example; they name a split
+            as the labels do.
 
     Returns:
         The splits that are there, by name.
@@ -51,32 +62,56 @@ Reader = Callable[[str], np.ndarray | Tensor]
 
 
 def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
-    broken = (zipfile.BadZipFile, ValueError, EOFError)
-    with reading(path, kind="an .npz file", broken=broken):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _HELD * physical_memory():
-            raise DataError(
-                f"{path} unpacks to {size / 2**30:.1f} GiB, which this machine cannot hold: use a "
-                "folder of images, or module:function that returns a torch.utils.data.Dataset"
-            )
-        file = opened.enter_context(np.load(path, allow_pickle=False))
+    kinds = (
+        zipfile.BadZipFile,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    )
+    with reading(path, kind="an .npz file", broken=kinds):
+        archive = opened.enter_context(zipfile.ZipFile(path))
+    size = sum(member.file_size for member in archive.infolist())
+    if size > _HELD * usable_memory():
+        raise DataError(
+            f"{path} unpacks to {size / 2**30:.1f} GiB, which this machine cannot hold: use a "
+            "folder of images, or module:function that returns a torch.utils.data.Dataset"
+        )
+    members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
 
     def read(name: str) -> np.ndarray:
         try:
-            found = file[name]
-        except (ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:  # pyright: ignore[reportAttributeAccessIssue]
-            if "pickle" in str(error):
-                raise DataError(
-                    f"{path}: {name} holds Python objects, which only a pickle could bring: save "
-                    f"it as numbers, or as np.array({name}, dtype=str)"
-                ) from None
+            with archive.open(members[name]) as file:
+                _check_header(f"{path}: {name}", file, members[name].file_size)
+            with archive.open(members[name]) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except _BROKEN as error:
             raise DataError(f"{path}: {name} cannot be read: {error}") from None
-        if not isinstance(found, np.ndarray):
-            raise DataError(f"{path}: {name} is not an array")
-        return found
 
-    return list(file.files), read
+    return list(members), read
+
+
+def _check_header(what: str, file: IO[bytes], size: int) -> None:
+    """Raise unless an array in NumPy's format is as long as it says, before any room is made."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"NumPy's format {version} is not one of numbers and strings")
+    shape, _, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        name = what.rpartition(": ")[2]
+        raise DataError(
+            f"{what} holds Python objects, which only a pickle could bring: save it as numbers, "
+            f"or as np.array({name}, dtype=str)"
+        )
+    if math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"{size - file.tell():,} bytes where its header says {shape} of {dtype}")
+
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def _from_safetensors(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
@@ -96,7 +131,10 @@ def _from_safetensors(path: Path, opened: contextlib.ExitStack) -> tuple[list[st
     def read(name: str) -> np.ndarray | Tensor:
         if name == "classes":
             return np.array(named, dtype=str)
-        with safe_open(path, framework="pt") as file:
+        with (
+            reading(path, kind="of tensors that torch has", broken=(SafetensorError,)),
+            safe_open(path, framework="pt") as file,
+        ):
             return file.get_tensor(name)
 
     return names + ["classes"] * (named is not None), read
@@ -108,23 +146,27 @@ def _splits(
     classes = None
     if "classes" in names:
         classes = tuple(map(str, np.asarray(read("classes")).reshape(-1).tolist()))
+    own = {name.lower(): name for name in reversed(names)}
     found = {}
-    for split, prefixes in _PREFIXES.items():
-        prefix = next((p for p in prefixes if f"{p}images" in names), None)
-        if prefix is None:
+    for split, forms in _FORMS.items():
+        pairs = ((form, *words) for words in _WORDS for form in forms)
+        form, x, y = next((p for p in pairs if p[0].format(p[1]) in own), ("", "", ""))
+        if not form:
             continue
-        if f"{prefix}labels" not in names:
-            raise DataError(f"{path} has {prefix}images but no {prefix}labels")
-        inputs = as_inputs(f"{path}: {prefix}images", read(f"{prefix}images"))
-        labels, own = as_labels(f"{path}: {prefix}labels", read(f"{prefix}labels"), classes)
+        x, y = own[form.format(x)], form.format(y)
+        if y not in own:
+            raise DataError(f"{path} has {x} but no {y}")
+        inputs = as_inputs(f"{path}: {x}", read(x))
+        labels, known = as_labels(f"{path}: {own[y]}", read(own[y]), classes)
         for name in amounts:
-            check_amount(f"{path}", f"{prefix}{name}", names)
-        each = {n: as_amounts(f"{path}: {prefix}{n}", read(f"{prefix}{n}")) for n in amounts}
-        found[split] = RawSplit(inputs, labels, own, amounts=each)
+            check_amount(f"{path}", form.format(name), names)
+        places = {name: form.format(name) for name in amounts}
+        each = {name: as_amounts(f"{path}: {at}", read(at)) for name, at in places.items()}
+        found[split] = RawSplit(inputs, labels, known, amounts=each)
     if "train" not in found:
         raise DataError(
-            f"{path} must hold images and labels, or train_images and train_labels; it holds "
-            f"{', '.join(names[:12]) or 'nothing'}"
+            f"{path} must hold images and labels, train_images and train_labels, x_train and "
+            f"y_train, or X and y; it holds {', '.join(names[:12]) or 'nothing'}"
         )
     return found
 
@@ -132,15 +174,20 @@ def _splits(
 def as_inputs(what: str, array: np.ndarray | Tensor) -> Tensor:
     """Return images ``(n, height, width, channels)`` or features ``(n, features)``, as kept.
 
-    uint8 images stay so, all else becomes float32; ``what`` names the array in errors. Raises
-    ``DataError`` for another form, and for NaN and infinities.
+    uint8 images stay so, features of more digits than float32 has become float64, all else
+    float32; ``what`` names the array in errors. Raises ``DataError`` for another form, and for NaN
+    and infinities.
     """
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise DataError(f"{what} must be numbers, got {array.dtype}")
-        kept = np.uint8 if array.dtype == np.uint8 else np.float32
+        wide = array.ndim == 2 and array.dtype.kind != "b" and array.dtype.itemsize >= 4
+        kept = np.float64 if wide and array.dtype != np.float32 else np.float32
+        kept = np.uint8 if array.dtype == np.uint8 else kept
         array = torch.from_numpy(array.astype(kept, copy=False))
-    array = array if array.dtype == torch.uint8 else array.float()
+    elif array.dtype != torch.uint8:
+        wide = array.dim() == 2 and array.element_size() >= 4 and array.dtype != torch.float32
+        array = array.double() if wide else array.float()
     if array.dim() == 3:
         array = array[..., None]
     if array.dim() not in (2, 4):
@@ -206,15 +253,27 @@ def as_labels(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return labels that count from 0, and the names that they stand for.
 
-    The array holds whole numbers or strings, shape ``(n,)`` or ``(n, 1)``; without ``classes`` the
-    distinct labels are the names. Raises ``DataError`` if they are neither, or out of range.
+    The array holds whole numbers or strings, shape ``(n,)`` or ``(n, 1)``, or one-hot rows,
+    ``(n, classes)``; without ``classes`` the distinct labels are the names, of rows all columns.
+    Raises ``DataError`` if they are neither, or out of range.
     """
     if isinstance(array, Tensor):
         array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if array.ndim == 2 and array.shape[1] > 1 and _is_one_hot(array):
+        names = tuple(map(str, range(array.shape[1]))) if classes is None else classes
+        if len(names) != array.shape[1]:
+            raise DataError(
+                f"{what} are one-hot of {array.shape[1]} classes, and there are {len(names)} names"
+            )
+        return torch.from_numpy(array.argmax(1)), names
     if array.ndim != 1:
-        raise DataError(f"{what} must have shape (n,), one label per example; got {array.shape}")
-    if array.dtype.kind == "f" and np.isfinite(array).all() and (array == array.round()).all():
+        raise DataError(
+            f"{what} must have shape (n,), one label per example, or one-hot rows, (n, classes); "
+            f"got {array.shape}"
+        )
+    whole = array.dtype.kind == "f" and (abs(array) < _WHOLE).all()
+    if whole and (array == array.round()).all():
         array = array.astype(np.int64)
     if array.dtype.kind not in "biuUS":
         raise DataError(f"{what} must be whole numbers or strings, got {array.dtype}")
@@ -239,3 +298,10 @@ def as_labels(
     place_of = {name: i for i, name in enumerate(names)}
     place = torch.tensor([place_of[name] for name in named], dtype=torch.int64)
     return place[torch.from_numpy(inverse.reshape(-1))], names
+
+
+def _is_one_hot(array: np.ndarray) -> bool:
+    if array.dtype.kind not in "buif":
+        return False
+    ones = array == 1
+    return bool((ones | (array == 0)).all() and (ones.sum(1) == 1).all())

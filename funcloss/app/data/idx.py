@@ -13,6 +13,8 @@ from torch import Tensor
 from funcloss._files import reading
 from funcloss.errors import DataError
 
+_MOST_PACKED = 1032  # bytes that gzip can make of one
+
 
 def check_md5(path: Path, md5: str) -> None:
     """Raise ``DataError`` unless the file at ``path`` has the published checksum."""
@@ -41,25 +43,32 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         DataError: the file cannot be read, is not of this format or not of the stated length.
     """
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {error}; delete it and try again") from None
+    packed = path.suffix == ".gz"
     header = 4 + 4 * dims
-    magic = int.from_bytes(content[:4], "big")
-    if len(content) < header or magic != 0x800 + dims:
+    broken = (gzip.BadGzipFile, EOFError, zlib.error)
+    with (
+        reading(path, kind="sound, delete it and try again", broken=broken),
+        gzip.open(path) if packed else path.open("rb") as file,
+    ):
+        start = file.read(header)
+        magic = int.from_bytes(start[:4], "big")
+        if len(start) < header or magic != 0x800 + dims:
+            raise DataError(
+                f"{path} is not a file of {dims} axes in MNIST's format (magic number {magic:#x}, "
+                f"expected {0x800 + dims:#x}): delete it and try again"
+            )
+        shape = struct.unpack(f">{dims}I", start[4:])
+        n, most = math.prod(shape), path.stat().st_size * (_MOST_PACKED if packed else 1)
+        if not n:
+            raise DataError(f"{path} holds nothing: its header says {_by(shape)}")
+        content = bytearray(file.read(n + 1)) if n <= most else b""  # one more: to its end
+    if len(content) != n:
         raise DataError(
-            f"{path} is not a file of {dims} axes in MNIST's format (magic number {magic:#x}, "
-            f"expected {0x800 + dims:#x}): delete it and try again"
+            f"{path} is damaged: its header says {_by(shape)}, {n:,} bytes, and it has "
+            f"{'more' if len(content) > n else 'fewer'}; delete it and try again"
         )
-    shape = struct.unpack(f">{dims}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} is damaged: {len(content) - header:,} bytes of data where its header says "
-            f"{math.prod(shape):,}; delete it and try again"
-        )
-    if math.prod(shape) == 0:
-        return torch.zeros(shape, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{size:,}" for size in shape)

@@ -1,11 +1,14 @@
-"""Images as pixels: one file, a folder of class folders, or any data set of pictures."""
+"""Images as pixels: files, or any data set of pictures, decoded within a bound of memory."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import UInt8
@@ -14,57 +17,130 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from funcloss._files import reading
-from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, ordered, physical_memory
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, usable_memory
 from funcloss.app.data.streaming import Stream, last_line
 from funcloss.errors import ConfigError, DataError
 
-_FORMATS = ("PNG", "JPEG")  # not all that Pillow knows: an EPS it gives to Ghostscript to run
-IMAGES = (".png", ".jpg", ".jpeg")
-_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
-_SPLITS |= {"test": "test"}
-_LOOKED_AT = 2_000  # files whose size and colours are read before any is decoded
+# Not all that Pillow knows: an EPS it gives to Ghostscript to run.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _GREY = ("1", "L", "LA")
-_DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits per pixel
-_AT_ONCE = 64
+_ORIENTATION = 0x0112  # the tag of EXIF
+_MOST_PIXELS = 90_000_000  # of one file: Pillow holds 4 bytes of each, twice while it converts
+_AT_ONCE = 64_000_000  # pixels of all files that threads decode at the same time
+_AHEAD = 64  # images read before the first of them is taken
+_LISTED = 10  # files that an error names
 _HELD = 0.25  # of the machine's memory may go into images
 
+T = TypeVar("T")
+Item = TypeVar("Item")
 
-def read_image(
-    path: str | Path, size: tuple[int, ...] | None, channels: int, *, invert: bool = False
-) -> UInt8[Tensor, "height width channels"]:
-    """Read one image file as pixels, transparent ones on black.
+
+class _Budget:
+    """Lets threads take what fits into a budget, and one of them more than all of it."""
+
+    def __init__(self, most: int) -> None:
+        self._left, self._most, self._changed = most, most, threading.Condition()
+
+    @contextlib.contextmanager
+    def taking(self, amount: int) -> Iterator[None]:
+        """Wait until ``amount`` is left, and hold it within."""
+        amount = min(amount, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= amount)
+            self._left -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()
+
+
+_decoding = _Budget(_AT_ONCE)
+
+
+def read_images(
+    paths: Sequence[str | Path], size: tuple[int, int], channels: int, *, invert: bool = False
+) -> UInt8[Tensor, "n height width channels"]:
+    """Read image files as pixels, upright by their EXIF orientation, transparent ones on black.
 
     Args:
-        path: The file.
-        size: Height and width to bring it to; None: its own.
+        paths: The files.
+        size: Height and width to bring them to.
         channels: 1: grey; 3: red, green and blue.
         invert: Swap dark and light, transparent pixels being white before.
 
+    Returns:
+        The pixels of each, in the order of the paths.
+
     Raises:
-        DataError: it cannot be read, or is not a PNG or JPEG image of 8 bits per channel.
+        DataError: some cannot be read, or are not images of 8 bits per channel in one of the
+            formats PNG, JPEG, WebP, BMP and TIFF; it lists them.
     """
-    with open_image(path) as picture:
-        return _pixels(picture, str(path), size, channels, invert=invert)
+
+    def read(path: str | Path) -> Tensor:
+        with _open_image(path) as picture:
+            return _pixels(picture, str(path), size, channels, invert=invert)
+
+    pixels = torch.empty(len(paths), *size, channels, dtype=torch.uint8)
+    for i, image in enumerate(_each(read, paths, str)):
+        pixels[i] = image
+    return pixels
 
 
 def _pixels(
-    picture: Image.Image, what: str, size: tuple[int, ...] | None, channels: int, *, invert: bool
+    picture: Image.Image,
+    what: str,
+    size: tuple[int, ...] | None,
+    channels: int,
+    *,
+    invert: bool = False,
 ) -> Tensor:
     """Return the pixels of an image, ``what`` naming it in errors."""
-    if picture.mode in _DEEP:
+    _check_picture(picture, what)
+    if size is not None:  # a JPEG is decoded at a half, a quarter or an eighth of its size
+        picture.draft(None, (2 * max(size), 2 * max(size)))
+    with _decoding.taking(picture.width * picture.height):
+        picture.load()
+        if _orientation(picture) != 1:
+            picture = ImageOps.exif_transpose(picture)
+        clear = picture.has_transparency_data
+        mode = "RGBA" if clear else "L" if channels == 1 else "RGB"
+        picture = picture if picture.mode == mode else picture.convert(mode)
+        picture = picture if size is None else picture.resize((size[1], size[0]))
+    if clear:
+        ground = Image.new("RGBA", picture.size, "white" if invert else "black")
+        picture = Image.alpha_composite(ground, picture)
+        picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = ImageOps.invert(picture) if invert else picture
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(picture.height, picture.width, channels)
+
+
+def _check_picture(picture: Image.Image, what: str) -> None:
+    """Raise ``DataError`` unless an image is of 8 bits and of a size that can be held."""
+    if picture.mode.startswith(("I", "F")):
         raise DataError(f"{what} has more than 8 bits per pixel: save it with 8")
-    picture = picture.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white" if invert else "black")
-    image = Image.alpha_composite(ground, picture).convert("L" if channels == 1 else "RGB")
-    image = image if size is None else image.resize((size[1], size[0]))
-    image = ImageOps.invert(image) if invert else image
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, channels)
+    if picture.width * picture.height > _MOST_PIXELS:
+        raise _too_large(what)
+
+
+def _too_large(what: str) -> DataError:
+    return DataError(f"{what} has more than {_MOST_PIXELS // 10**6} megapixels: save it smaller")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return how an image is turned, 1 for upright; a broken EXIF block turns nothing."""
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever Pillow's parser of it raises
+        return 1
 
 
 @contextlib.contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file, a PNG or JPEG whatever its name says, to be decoded within.
+def _open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, of our formats whatever its name says, to be decoded within.
 
     Raises:
         DataError: it cannot be read or decoded, or is of another format.
@@ -73,10 +149,10 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=_FORMATS) as file:
             yield file
     except UnidentifiedImageError:
-        formats = " and ".join(_FORMATS)
+        formats = f"{', '.join(_FORMATS[:-1])} and {_FORMATS[-1]}"
         raise DataError(f"{path} is not an image that can be read: {formats} are") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{path} is not an image of a sensible size") from None
+        raise _too_large(str(path)) from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
@@ -102,16 +178,27 @@ class Pictures(Dataset[Any]):
         """Return how many there are."""
         return len(self.items)
 
+    @property
+    def of_files(self) -> bool:
+        """Whether they are files, and not the items of a data set."""
+        return self.targets is not None and isinstance(self.items, list)
+
+    def name(self, i: int) -> str:
+        """Return what errors call one."""
+        return self.items[i] if self.of_files else f"image {i}"
+
     @contextlib.contextmanager
-    def opened(self, i: int) -> Iterator[tuple[Image.Image, str, int]]:
-        """Give one picture, its name and its label."""
-        if self.targets is not None and isinstance(self.items, list):
-            with open_image(self.items[i]) as picture:
-                yield picture, self.items[i], int(self.targets[i])
+    def opened(self, i: int) -> Iterator[tuple[Image.Image, int]]:
+        """Give one picture and its label."""
+        if self.of_files:
+            assert self.targets is not None
+            with _open_image(self.items[i]) as picture:
+                yield picture, int(self.targets[i])
         else:
-            (picture, label), name = self.item(i), f"image {i}"
-            with picture, reading(name, kind="an image", broken=(SyntaxError, ValueError)):
-                yield picture, name, int(label)
+            picture, label = self.item(i)
+            broken = (SyntaxError, ValueError)
+            with picture, reading(self.name(i), kind="an image", broken=broken):
+                yield picture, int(label)
 
     def item(self, i: int) -> tuple[Any, Any]:
         """Return one item of a data set."""
@@ -122,46 +209,31 @@ class Pictures(Dataset[Any]):
             kind = type(error).__name__
             raise DataError(f"image {i} cannot be read: {kind}: {last_line(error)}") from None
 
+    def header(self, i: int) -> tuple[tuple[int, int], bool]:
+        """Return height and width of one once it is upright, and whether it is grey."""
+        with self.opened(i) as (picture, _):
+            _check_picture(picture, self.name(i))
+            height, width = picture.height, picture.width
+            # Asked for an EXIF block that is not there, a PNG is decoded; a TIFF turns its size.
+            says = any("exif" in str(key) or "xmp" in str(key) for key in picture.info)
+            if says and picture.format != "TIFF" and _orientation(picture) >= 5:
+                height, width = width, height
+            return (height, width), picture.mode in _GREY
+
+    def decoded(self, i: int) -> None:
+        """Raise ``DataError`` unless one can be decoded."""
+        with self.opened(i) as (picture, _):
+            _pixels(picture, self.name(i), (8, 8), 3)
+
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """Return pixels and label of one."""
         assert self.form is not None
         size, channels = self.form.size, self.form.channels
-        with self.opened(i) as (picture, name, label):
-            wanted = size if self.form.resize else None
-            image = _pixels(picture, name, wanted, channels, invert=False)
+        with self.opened(i) as (picture, label):
+            image = _pixels(picture, self.name(i), size if self.form.resize else None, channels)
         if image.shape[:2] != size:
-            raise _several_sizes(size, "others", tuple(image.shape[:2]), name)
+            raise _several_sizes(size, "others", tuple(image.shape[:2]), self.name(i))
         return image, label
-
-
-def read_folder(
-    folder: Path, options: LoadOptions, schema: InputSchema | None = None
-) -> dict[str, RawSplit]:
-    """Read a folder of class folders of PNG and JPEG files, or of such folders ``train``, ``test``.
-
-    Args:
-        folder: Holds a folder per class, named as it; or ``train`` and perhaps ``validation``
-            (``val``) and ``test``, each of which does.
-        options: Size, and whether to stream.
-        schema: Of the model that the images are brought to the size and channels of.
-
-    Returns:
-        The splits that are there, by name.
-
-    Raises:
-        ConfigError: the images have several sizes and none was asked for.
-        DataError: there are no classes or no images, or a file cannot be read.
-    """
-    folders = {f.name: f for f in _folders(folder)}
-    if "train" in folders and set(folders) <= set(_SPLITS):
-        found = {_SPLITS[name]: _class_files(path) for name, path in folders.items()}
-        if len(found) < len(folders):
-            raise DataError(f"{folder} has two folders of one split: {', '.join(folders)}")
-    else:
-        found = {"train": _class_files(folder)}
-    classes = {split: ordered(groups) for split, groups in found.items()}
-    pictures = {split: _of_files(groups, classes[split]) for split, groups in found.items()}
-    return read_pictures(pictures, classes, options, schema)
 
 
 def read_pictures(
@@ -170,20 +242,36 @@ def read_pictures(
     options: LoadOptions,
     schema: InputSchema | None,
     *,
-    looked_at: int = _LOOKED_AT,
+    probed: int = 0,
 ) -> dict[str, RawSplit]:
     """Bring the pictures of each split to one form, and hold them or make streams of them.
 
-    The form is the schema's, else that of ``looked_at`` pictures. ``auto`` streams what would fill
-    more than a quarter of the memory. Raises as :func:`read_folder` does.
+    Args:
+        pictures: By split.
+        classes: By split.
+        options: Size, and whether to stream; ``auto`` does what would fill more than a quarter of
+            the memory.
+        schema: Of the model that the images are brought to the size and channels of.
+        probed: How many pictures stand for the form of all; 0: all are looked at.
+
+    Raises:
+        ConfigError: the images have several sizes and none was asked for.
+        DataError: some cannot be read; it lists them.
     """
+    every = [(those, i) for those in pictures.values() for i in range(len(those))]
+    step = -(-len(every) // probed) if probed else 1
+    try:
+        headers = [*_each(_header, every[::step], _name)]
+    except DataError:
+        for _ in _each(_decode, every, _name):  # all that are broken, not the headers alone
+            pass
+        raise
     if schema is not None and schema.image_shape:
         channels, *size = schema.image_shape
         form = Form(tuple(size), channels, resize=True)
     else:
-        form = _form_of([*pictures.values()], options.image_size, looked_at)
-    pixels = sum(map(len, pictures.values())) * form.size[0] * form.size[1] * form.channels
-    large = pixels > _HELD * physical_memory()
+        form = _form_of(headers, [_name(one) for one in every[::step]], options.image_size)
+    large = len(every) * form.size[0] * form.size[1] * form.channels > _HELD * usable_memory()
     streams = options.stream == "on" or (options.stream == "auto" and large)
     found = {}
     for split, those in pictures.items():
@@ -193,53 +281,34 @@ def read_pictures(
             inputs = Stream(formed, torch.arange(len(formed)), shape, options.workers)
             labels = torch.as_tensor(inputs.labels())
         else:
-            inputs, labels = _decoded(formed)
+            inputs, labels = _held(formed)
         found[split] = RawSplit(inputs, labels, classes[split])
     return found
 
 
-def _folders(folder: Path) -> list[Path]:
-    with reading(folder):
-        return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+def _header(one: tuple[Pictures, int]) -> tuple[tuple[int, int], bool]:
+    return one[0].header(one[1])
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class folder, in the order of their names."""
-    found = {}
-    for group in _folders(folder):
-        files = sorted(
-            f for f in group.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith(".")
-        )
-        if not files:
-            raise DataError(f"{group}: the folder of a class has no PNG or JPEG file")
-        found[group.name] = files
-    if not found:
-        raise DataError(
-            f"{folder} holds no class folders: put the images of each class into a folder of its "
-            "name"
-        )
-    return found
+def _decode(one: tuple[Pictures, int]) -> None:
+    one[0].decoded(one[1])
 
 
-def _of_files(groups: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) -> Pictures:
-    counts = torch.tensor([len(groups[name]) for name in classes])
-    labels = torch.arange(len(classes)).repeat_interleave(counts)
-    return Pictures([str(file) for name in classes for file in groups[name]], labels)
+def _name(one: tuple[Pictures, int]) -> str:
+    return one[0].name(one[1])
 
 
-def _form_of(pictures: Sequence[Pictures], image_size: int, looked_at: int) -> Form:
-    """Return size and channels of pictures, ``looked_at`` of them at most."""
-    sizes: dict[tuple[int, ...], str] = {}
-    channels = 1
-    every = [(those, i) for those in pictures for i in range(len(those))]
-    for those, i in every[:: -(-len(every) // looked_at)]:
-        with those.opened(i) as (picture, name, _):
-            sizes.setdefault((picture.height, picture.width), name)
-            grey = picture.mode in (*_GREY, *_DEEP)
-        channels = channels if grey else 3
+def _form_of(
+    headers: Sequence[tuple[tuple[int, int], bool]], names: Sequence[str], image_size: int
+) -> Form:
+    """Return the size and channels that images with such headers are brought to."""
+    channels = 1 if all(grey for _, grey in headers) else 3
     if image_size:
         return Form((image_size, image_size), channels, resize=True)
-    (size, name), *others = sizes.items()
+    first: dict[tuple[int, int], str] = {}
+    for (size, _), name in zip(headers, names, strict=True):
+        first.setdefault(size, name)
+    (size, name), *others = first.items()
     if others:
         raise _several_sizes(size, name, *others[0])
     return Form(size, channels, resize=False)
@@ -254,15 +323,53 @@ def _several_sizes(
     )
 
 
-def _decoded(pictures: Pictures) -> tuple[Tensor, Tensor]:
-    """Return all pixels and labels, decoded on threads: Pillow lets go of Python's lock."""
+def _held(pictures: Pictures) -> tuple[Tensor, Tensor]:
+    """Return all pixels and labels."""
     assert pictures.form is not None
     n, form = len(pictures), pictures.form
     pixels = torch.empty(n, *form.size, form.channels, dtype=torch.uint8)
     labels = torch.empty(n, dtype=torch.int64)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, n, _AT_ONCE):
-            some = range(start, min(start + _AT_ONCE, n))
-            for i, (image, label) in zip(some, pool.map(pictures.__getitem__, some), strict=True):
-                pixels[i], labels[i] = image, label
+    for i, (image, label) in enumerate(_each(pictures.__getitem__, range(n), pictures.name)):
+        pixels[i], labels[i] = image, label
     return pixels, labels
+
+
+def _each(
+    read: Callable[[Item], T], items: Sequence[Item], name: Callable[[Item], str]
+) -> Iterator[T]:
+    """Yield what is read of each item, on threads: Pillow lets go of Python's lock.
+
+    Raises:
+        DataError: some cannot be read; the others are tried first, and it lists those.
+    """
+    failed: dict[str, DataError] = {}
+    with _without_pillows_warnings(), ThreadPoolExecutor() as pool:
+        todo = iter(items)
+        while some := [*islice(todo, _AHEAD)]:
+            for item, future in [(item, pool.submit(read, item)) for item in some]:
+                try:
+                    yield future.result()
+                except DataError as error:
+                    failed[name(item)] = error
+    if failed:
+        raise _listing(failed, len(items))
+
+
+def _listing(failed: Mapping[str, DataError], n: int) -> DataError:
+    first, *others = failed.values()
+    if not others:
+        return first
+    names = ", ".join(islice(failed, _LISTED))
+    more = f" and {len(failed) - _LISTED:,} more" if len(failed) > _LISTED else ""
+    return DataError(
+        f"{len(failed):,} of {n:,} images cannot be read, {names}{more}: replace or remove them; "
+        f"of the first: {first}"
+    )
+
+
+@contextlib.contextmanager
+def _without_pillows_warnings() -> Iterator[None]:
+    """Keep to ourselves what Pillow warns of odd files: an error says it, or it does not matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield

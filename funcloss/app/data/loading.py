@@ -24,12 +24,12 @@ from funcloss.app.data.arrays import (
     read_arrays,
 )
 from funcloss.app.data.dataset import Dataset, Examples
-from funcloss.app.data.images import read_folder
+from funcloss.app.data.folders import read_folder
 from funcloss.app.data.names import DATASETS, TORCHVISION
 from funcloss.app.data.published import read_published, read_torchvision, torchvision_name
-from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, Rows
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, Rows, enough_memory
 from funcloss.app.data.splits import long_tailed, make_dataset
-from funcloss.app.data.streaming import Stream, item_shape
+from funcloss.app.data.streaming import Stream, classes_of, item_shape, values_of
 from funcloss.app.data.table import is_table, read_table
 from funcloss.errors import ConfigError, DataError, FunclossError
 
@@ -71,9 +71,11 @@ def load_dataset(
     options = LoadOptions(dataset) if isinstance(dataset, str) else dataset
     name = options.dataset
     if name in ("auto", *DATASETS):
-        loaded = _load_published(options)
+        with enough_memory(name):
+            loaded = _load_published(options)
     elif names_own(name):
-        loaded = load_own(options, refused=refused_code, schema=schema)
+        with enough_memory(name):
+            loaded = load_own(options, refused=refused_code, schema=schema)
     else:
         there = ", ".join(("auto", *DATASETS))
         guess = did_you_mean(name, ("auto", *DATASETS))
@@ -138,7 +140,6 @@ def load_own(
     own = splits["train"].classes
     classes = _in_order(name, own, options.class_order) if schema is None else schema.classes
     _check_classes(name, classes, len(splits["train"].labels) if schema is None else None)
-    _check_alike(name, splits)
     return make_dataset(
         name,
         {
@@ -195,6 +196,8 @@ def _read(
             raise ConfigError(f"{' and '.join(given)}: for a table, and {address} is none")
     if options.stream == "on" and not pictures:
         raise ConfigError(f"stream on is for a folder of images, and {path} is none: it is held")
+    if not (pictures or path.is_file()):
+        raise DataError(f"{path} is no regular file: a data set is {_FORMS}")
     if pictures:
         _refuse_amounts(options)
     if torchvision:
@@ -263,7 +266,7 @@ def _split(what: str, data: Any, classes: tuple[str, ...] | None, options: LoadO
             "and __getitem__"
         )
     if isinstance(data, TorchDataset):
-        own = {n: v for n in options.amounts if (v := getattr(data, n, None)) is not None}
+        own = {n: v for n in options.amounts if (v := values_of(data, n)) is not None}
         raw = _streamed(what, data, classes, options.workers)
         return replace(raw, amounts=_amounts_of(what, own, options, len(raw.labels)))
     if isinstance(data, Examples):
@@ -318,31 +321,34 @@ def _streamed(
         raise DataError(f"{what}: no examples, or a Dataset without __len__")
     try:
         inputs, label = data[0]
-        labelled = torch.as_tensor(label)
+        label = _first_name(what, torch.as_tensor(label)[None])
         first = inputs
         while not isinstance(first, Tensor | np.ndarray):
             if not isinstance(first, Mapping | tuple | list) or not first:
                 raise TypeError(f"the inputs are a {type(first).__name__}")
             first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
-        if labelled.dim() or labelled.is_floating_point():
-            raise TypeError(f"the label of an item must be a whole number, got {label!r:.40}")
     except (Exception, SystemExit) as error:
         raise DataError(
             f"{what}: an item must be (inputs, label), the inputs one tensor, or a tuple or dict "
             f"of tensors; reading the first: {type(error).__name__}: {error}"
         ) from error
     stream = Stream(data, torch.arange(len(data)), tuple(first.shape), workers)  # pyright: ignore[reportArgumentType]
-    own = getattr(data, "classes", None) if classes is None else classes
+    own = classes_of(data) if classes is None else classes
     names = None if own is None else tuple(map(str, own))
     every = stream.labels()
-    whole = isinstance(every, Tensor) or every.dtype.kind in "iu"
-    if whole and int(every[0]) != int(labelled):
-        raise DataError(
-            f"{what}: the label of the first item is {int(labelled)}, but the targets or labels of "
-            f"the Dataset begin with {int(every[0])}: let them be the same"
-        )
     labels, names = as_labels(f"{what}: labels", every, names)
+    strings = isinstance(every, np.ndarray) and every.dtype.kind in "US"
+    if not strings and (told := _first_name(what, every[:1])) != label:
+        raise DataError(
+            f"{what}: the label of the first item is {label}, but the targets or labels of the "
+            f"Dataset begin with {told}: let them be the same"
+        )
     return RawSplit(stream, labels, names, unscaled=True)
+
+
+def _first_name(what: str, labels: np.ndarray | Tensor) -> str:
+    found, names = as_labels(f"{what}: labels", labels, None)
+    return names[int(found[0])]
 
 
 def _relabelled(what: str, raw: RawSplit, classes: tuple[str, ...]) -> RawSplit:
@@ -389,21 +395,3 @@ def _check_classes(name: str, classes: tuple[str, ...], n: int | None) -> None:
             raise DataError(f"{name} has a class named {label!r}, which cannot be printed")
     if len(set(classes)) != len(classes):
         raise DataError(f"{name} has a class twice: {', '.join(classes[:8])}")
-
-
-def _check_alike(name: str, splits: Mapping[str, RawSplit]) -> None:
-    forms = {split: _form(raw.inputs) for split, raw in splits.items()}
-    for split, form in forms.items():
-        if form != forms["train"]:
-            raise DataError(
-                f"{name}: the {split} split has inputs of {form}, the training split "
-                f"{forms['train']}"
-            )
-
-
-def _form(inputs: Tensor | Stream | Rows) -> str:
-    if isinstance(inputs, Rows):
-        return "the rows of a table"
-    streamed = isinstance(inputs, Stream)
-    kind = "streamed" if streamed else str(inputs.dtype).removeprefix("torch.")
-    return f"shape {item_shape(inputs)}, {kind}"

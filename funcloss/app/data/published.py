@@ -197,9 +197,7 @@ def read_torchvision(
         for split, values in wanted.items()
     }
     pictures = {split: _pictures(address, data) for split, data in sets.items()}
-    splits = read_pictures(
-        pictures, dict.fromkeys(pictures, ()), options, schema, looked_at=_PROBED
-    )
+    splits = read_pictures(pictures, dict.fromkeys(pictures, ()), options, schema, probed=_PROBED)
     return _with_classes(address, splits, getattr(sets["train"], "classes", None))
 
 

@@ -1,18 +1,22 @@
 """What a data set is asked for with, and what a reader gives of one of its splits."""
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss._files import is_number
 from funcloss.app.data.streaming import Stream
+from funcloss.errors import DataError
 
 Frame = Any  # a pandas.DataFrame, whose methods' types no checker can tell
 Cells = Any  # a pandas.Series
@@ -124,6 +128,34 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=(lambda name: (float(name), name)) if numbers else None))
 
 
-def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def usable_memory() -> int:
+    """Return the bytes of memory of this machine, or what a container or a limit leaves of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it says max
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(found + [limit] * (limit != resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def enough_memory(name: str) -> Iterator[None]:
+    """Turn running out of memory into one error that says what to do.
+
+    Args:
+        name: Of the data set.
+
+    Raises:
+        DataError: the memory of the machine or of its GPU is not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+            raise
+        raise DataError(
+            f"{name} does not fit into memory: use a smaller image_size, stream on, or less data"
+        ) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcloss.app.data.columns import with_features
 from funcloss.app.data.dataset import Dataset, Examples, subset
 from funcloss.app.data.records import RawSplit, Rows
-from funcloss.app.data.streaming import Stream
+from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.errors import ConfigError, DataError
 
 _MEASURED = 1_000  # streamed inputs whose mean and standard deviation stand for all
@@ -46,10 +46,12 @@ def make_dataset(
     Raises:
         ConfigError: the fractions leave nothing to train on, or nothing to test on.
         DataError: there are no examples, inputs and labels differ in number, a label is out of
-            range, or a cell of a table is not what its column holds.
+            range, the inputs of two splits are not alike, or a cell of a table is not what its
+            column holds.
     """
     for split, raw in splits.items():
         _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(splits["train"].classes))
+    _check_alike(name, splits)
     fractions = (
         val_fraction if "validation" not in splits else 0.0,
         test_fraction if "test" not in splits else 0.0,
@@ -255,3 +257,21 @@ def _check_examples(what: str, raw: RawSplit, classes: int) -> None:
     low, high = int(raw.labels.min()), int(raw.labels.max())
     if low < 0 or high >= classes:
         raise DataError(f"{what}: labels must be in 0..{classes - 1}, got {low}..{high}")
+
+
+def _check_alike(name: str, splits: Mapping[str, RawSplit]) -> None:
+    forms = {split: _form(raw.inputs) for split, raw in splits.items()}
+    for split, form in forms.items():
+        if form != forms["train"]:
+            raise DataError(
+                f"{name}: the {split} split has inputs of {form}, the training split "
+                f"{forms['train']}"
+            )
+
+
+def _form(inputs: Tensor | Stream | Rows) -> str:
+    if isinstance(inputs, Rows):
+        return "the rows of a table"
+    kind = "streamed" if isinstance(inputs, Stream) else str(inputs.dtype).removeprefix("torch.")
+    kind = "float" if kind in ("float32", "float64") else kind
+    return f"shape {item_shape(inputs)}, {kind}"

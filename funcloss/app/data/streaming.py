@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from funcloss.errors import DataError
 
@@ -55,9 +55,9 @@ class Stream:
             DataError: an item cannot be read, or has no label.
         """
         for name in ("targets", "labels"):
-            known = getattr(self.source, name, None)
-            if known is not None and len(known) == len(self.source):  # pyright: ignore[reportArgumentType]
-                return (known if isinstance(known, Tensor) else np.asarray(known))[self.positions]
+            known = values_of(self.source, name)
+            if known is not None:
+                return known[self.positions]
         places = torch.arange(len(self.source)).split(256)  # pyright: ignore[reportArgumentType]
         every = [torch.as_tensor(labels) for _, labels in self._read([p.tolist() for p in places])]
         return torch.cat(every)[self.positions]
@@ -83,6 +83,41 @@ class Stream:
         finally:
             # Left to the garbage collector, the processes outlive an error, or end with a noise.
             getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def values_of(source: Dataset[Any], name: str) -> Tensor | np.ndarray | None:
+    """Return the values that a data set has of each of its items, a subset those of its indices.
+
+    Args:
+        source: A data set, or a ``Subset`` of one, such as ``random_split`` makes.
+        name: Of the attribute.
+
+    Returns:
+        The values, None if there are none or not one per item.
+
+    Example:
+        >>> from torch.utils.data import Subset, TensorDataset
+        >>> whole = TensorDataset(torch.zeros(3))
+        >>> whole.targets = [7, 8, 9]
+        >>> values_of(Subset(whole, [2, 0]), "targets")
+        array([9, 7])
+    """
+    known = getattr(source, name, None)
+    if known is None and isinstance(source, Subset):
+        whole = values_of(source.dataset, name)
+        return None if whole is None else whole[np.asarray(source.indices)]
+    if known is None or callable(known) or len(known) != len(source):  # pyright: ignore[reportArgumentType]
+        return None
+    try:
+        return known if isinstance(known, Tensor) else np.asarray(known)
+    except ValueError:  # of several lengths
+        return None
+
+
+def classes_of(source: Dataset[Any]) -> Any:
+    """Return the class names that a data set has, a subset those of the whole; else None."""
+    own = getattr(source, "classes", None)
+    return classes_of(source.dataset) if own is None and isinstance(source, Subset) else own
 
 
 def last_line(error: Exception) -> str:

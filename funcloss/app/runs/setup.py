@@ -27,6 +27,7 @@ from funcloss.app.data import (
     Stream,
     class_counts,
     data_folder,
+    enough_memory,
     get_batch,
     iter_batches,
     load_dataset,
@@ -143,9 +144,11 @@ def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     config = with_absolute_paths(dataclasses.replace(config, device=device))
     dataset = load_data(config)
     balanced = _balanced(config, dataset)
-    config, dataset = _resolve(config, dataset, balanced)
+    with enough_memory(dataset.name):
+        config, dataset = _resolve(config, dataset, balanced)
+        dataset = moved(dataset, device)
     config, note = _with_length(config, dataset, early=early)
-    setup = setup_on(config, moved(dataset, device))
+    setup = setup_on(config, dataset)
     notes = (*_in_words(balanced), *setup.notes, *([note] if note else []))
     return dataclasses.replace(setup, notes=notes)
 

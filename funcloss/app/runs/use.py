@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from funcloss.app.data import (
     InputSchema,
     moved,
     read_features,
-    read_image,
+    read_images,
     resized,
 )
+from funcloss.app.data.folders import files_in
 from funcloss.app.data.images import IMAGES
 from funcloss.app.data.table import TABLES, is_table
 from funcloss.app.options import EvaluateOptions
@@ -269,7 +271,11 @@ def write_decisions(
             decisions.expected_costs,
         ]
     )
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as beside,
+        # a file name need not be UTF-8
+        beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(head)
         for i, (source, name) in enumerate(zip(sources, decisions.names, strict=True)):
@@ -349,8 +355,8 @@ def predict_files(
     if run.images:
         channels, *size = run.input_shape
         files = _files(paths, IMAGES)
-        images = [read_image(p, (size[0], size[1]), channels, invert=invert) for p in files]
-        sources, inputs = [(str(path), None) for path in files], torch.stack(images)
+        inputs = read_images(files, (size[0], size[1]), channels, invert=invert)
+        sources = [(str(path), None) for path in files]
     elif run.columns:
         if invert:
             raise ConfigError("invert is for images, and the model takes the rows of a table")
@@ -375,11 +381,9 @@ def _files(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[Path]:
     for path in map(Path, paths):
         inside = [path]
         if path.is_dir():
-            kinds = ", ".join(suffixes)
-            every = sorted(p for p in path.rglob("*") if p.name.lower().endswith(tuple(suffixes)))
-            inside = [p for p in every if p.is_file()]
+            inside = files_in(path, suffixes, Counter())
             if not inside:
-                raise DataError(f"{path} has no file to predict: {kinds}")
+                raise DataError(f"{path} has no file to predict: {', '.join(suffixes)}")
         found += inside
     if not found:
         raise ConfigError("name a file or a folder to predict")
