@@ -1,12 +1,12 @@
 """What a data set is asked for with, and what a reader gives of one of its splits."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss._files import physical_memory as physical_memory
 from funcloss.app.data.streaming import Stream
 
 
@@ -64,8 +64,3 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     names = list(names)
     whole = all(name.removeprefix("-").isdecimal() and name.isascii() for name in names)
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
-
-
-def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
 """The figures of a run, drawn without a screen."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 class Drawn:
     """A finished run, as its figures need it."""
 
-    records: Sequence[dict[str, Any]]  # of metrics.jsonl
+    records: Sequence[Mapping[str, Any]]  # of metrics.jsonl
     classes: Sequence[str]
     confusion: Tensor  # by argmax, counts, (classes, classes)
     reliability: Reliability  # of the probabilities that decisions are made by
@@ -52,7 +52,7 @@ def plain_text(texts: Iterable[Text]) -> None:
         text.set_parse_math(False)
 
 
-def curves(records: Sequence[dict[str, Any]]) -> Figure:
+def curves(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss as a line and test loss as dots, over training examples seen."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
