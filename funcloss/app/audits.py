@@ -19,7 +19,7 @@ from funcloss.app.options import AuditOptions
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import render_page
 from funcloss.app.report.pages import About
-from funcloss.app.report.run_figures import save_figure
+from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
 from funcloss.app.runs.log import Thinned
@@ -164,7 +164,9 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
     paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
-    for name, figure in draw_all(found.audit, found.history).items():
+    with own_style():
+        figures = draw_all(found.audit, found.history)
+    for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])
     for name in _NAMES:  # of an earlier audit, which had more to show

@@ -180,6 +180,17 @@ class RunTable:
     version: Annotated[int, msgspec.Meta(ge=1)] | None = None  # none from before there were any
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What a ``config.toml`` of a run has beside its options."""
+
+    run: RunTable
+
+
+# Options that a run has decided, and what they are where they are still open.
+_UNRESOLVED = {"dataset": "auto", "model": "auto", "device": "auto", "epochs": "", "batch_size": 0}
+
+
 def check_is(path: Path, what: str) -> None:
     """Raise ``RunError`` unless the folder of a run or a sweep is at ``path``, or can be put back.
 
@@ -193,6 +204,14 @@ def check_is(path: Path, what: str) -> None:
     if not (path / sign).is_file():
         kind = "a run folder" if what == "run" else "the folder of a sweep"
         raise RunError(f"{path} is not {kind}: it has no {sign}")
+
+
+def check_files(path: Path) -> None:
+    """Raise ``RunError`` if something else lies where a folder's files are, and will be written."""
+    for item in sorted(path.iterdir()):
+        ours = any(fnmatchcase(item.name, pattern) for pattern in _WRITTEN)
+        if ours and not item.is_file():
+            raise RunError(f"{item} is not a file: remove it, then resume")
 
 
 def read_config(
@@ -212,13 +231,15 @@ def read_config(
     check_is(folder, "run")
     try:
         options, tables = read_record(folder / CONFIG, allow_import=allow_import)
-        from_plain(RunTable, tables.get("run", {}), f"{folder / CONFIG}: run")
+        from_plain(_Tables, tables, str(folder / CONFIG))
     except ConfigError as error:
         raise RunError(str(error)) from None
     try:
         config = make_config(options)
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
+    if left := [name for name, open in _UNRESOLVED.items() if getattr(config, name) == open]:
+        raise RunError(f"{folder / CONFIG} is damaged: it does not say its {left[0]}")
     check_code(config, used)
     return config
 

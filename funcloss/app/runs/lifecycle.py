@@ -216,6 +216,7 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
         RunError: it cannot be read; the folder is as it was.
     """
     path, log = run_dir / folder.CHECKPOINT, run_dir / folder.METRICS
+    folder.check_files(run_dir)
     tensors, header = load_record(path, _Header)
     for line in folder.differences(header.environment, folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
@@ -229,8 +230,12 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
     done = int(state.step)
     _check_steps(path, setup, header.step, done, done if memory is None else int(memory.step))
     losses = tensors.get("unreported", torch.zeros(0))
-    if losses.dim() != 1 or len(losses) > done:
+    if losses.dim() != 1 or len(losses) > done or not losses.isfinite().all():
         raise RunError(f"{path} is damaged: its unreported losses are not those of {done} steps")
+    kept = flatten({"now": state.params, "kept": {} if memory is None else memory.params})
+    sound = all(t.isfinite().all() for t in kept.values())
+    if not sound or any(t.isnan().any() for t in flatten(state.opt_state).values()):
+        raise RunError(f"{path} is damaged: not all of its numbers are finite")
     if config.folds and (run_dir / FILE).exists():
         read_done(run_dir / FILE)
 

@@ -7,7 +7,7 @@ thinned; a line that is damaged is lost alone.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import torch
@@ -134,7 +134,14 @@ def lines_of(
     if not path.exists():
         return
     with reading(path, RunError), path.open("rb") as file:
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+            if (
+                len(line) == _LONGEST
+            ):  # no line of ours: zeros, as a crash may leave them at the end
+                lost(
+                    f"{path}: line {number} is damaged: it is too long; all from it on is left out"
+                )
+                break
             try:
                 record = parse(line, f"{path}: line {number}")
             except RunError as error:
@@ -145,14 +152,6 @@ def lines_of(
     if damaged:
         others = f" (and {damaged - 1} more)" if damaged > 1 else ""
         lost(f"{first}; it is left out{others}, the other lines are kept")
-
-
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a file; of one that is too long, its end."""
-    while line := file.readline(_LONGEST):
-        while len(line) == _LONGEST and not line.endswith(b"\n"):
-            line = file.readline(_LONGEST) or b"\n"
-        yield line
 
 
 def keep_lines(path: Path, lines: Iterable[bytes]) -> None:

@@ -92,7 +92,9 @@ def sum_up(
         what="test set" if split == "test" else "out-of-fold examples",
     )
     for name, draw in figures.FIGURES.items():
-        if figure := draw(drawn):
+        with figures.own_style():
+            figure = draw(drawn)
+        if figure:
             figures.save_figure(figure, run_dir / name)
     summary = {
         "dataset": config.dataset,

@@ -217,6 +217,7 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
         RunError: the folder is not that of a sweep.
     """
     check_code(spec.config)
+    folder.check_files(out)
     *_, run = _read(out)
     for line in folder.differences(run.environment, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
