@@ -12,6 +12,18 @@ def clean(name: str) -> str:
     return "".join(c if c.isprintable() or c == " " else "\ufffd" for c in whole)
 
 
+def printable(text: str) -> str:
+    """Return a line that a terminal takes for text: control characters in it become escapes.
+
+    Example:
+        >>> print(printable("nine" + chr(7)) == "nine" + chr(92) + "x07")
+        True
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def short(name: str, most: int = 18) -> str:
     """Return a name that is clean and has at most ``most`` characters, cut with an ellipsis.
 

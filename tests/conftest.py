@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import re
 import struct
@@ -101,6 +102,11 @@ def resume(run_dir, *, allow_import: bool = False, **watch) -> Outcome:
     """Take up a run, as the command does."""
     config = folder.read_config(Path(run_dir), allow_import=allow_import)
     return train(config, run_dir, resume=True, **watch)
+
+
+def lines_of(path):
+    """Return the records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def swept(config, axes, out, *, seeds: int = 1, method: str = "auto", **watch) -> Outcome:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Killed, StopAt, resume_sweep, swept
+from conftest import Killed, StopAt, lines_of, resume_sweep, swept
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
@@ -522,7 +522,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(tmp_path, whole, plain
     done = next(e.done for e in started if isinstance(e, sweep.SweepStarted))
     assert done == (20 if sum(at) >= 20 else 0)
     assert same(out, whole[0])
-    steps = [(r["seed"], r["step"]) for r in folder.read_lines(out / "steps.jsonl")]
+    steps = [(r["seed"], r["step"]) for r in lines_of(out / "steps.jsonl")]
     assert steps == sorted(set(steps))
 
 
@@ -604,7 +604,7 @@ def test_killed_within_an_epoch_no_step_is_logged_twice(tmp_path, whole, plain_f
         swept(config(), [NINE], out, seeds=2, method="vmap", show=show)
     resume_sweep(out)
     assert same(out, whole[0])
-    logged = [[(r["seed"], r["step"], r["losses"]) for r in folder.read_lines(x / "steps.jsonl")]
+    logged = [[(r["seed"], r["step"], r["losses"]) for r in lines_of(x / "steps.jsonl")]
               for x in (out, whole[0])]  # fmt: skip
     assert logged[0] == logged[1]
 
@@ -706,7 +706,7 @@ def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
     made = started(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
     path.write_text(damage(path.read_text()))
-    with pytest.raises(RunError, match="cannot read .*sweep.toml: "):
+    with pytest.raises(RunError, match=r"sweep\.toml"):
         resume_sweep(made.folder)
 
 
@@ -876,21 +876,19 @@ def test_a_sweep_leaves_all_of_it_in_its_folder(full):
     assert folder.foreign(out) == []
     assert ended.files[0] == out / "sweep.html"
     assert all(file.is_file() for file in ended.files)
-    records = folder.read_lines(out / "trials.jsonl")
+    records = lines_of(out / "trials.jsonl")
     assert [(r["seed"], r["trial"]) for r in records] == list(itertools.product((0, 1), range(3)))
     assert json.loads((out / "sweep.json").read_text())["seeds"] == 2
     summary = json.loads((out / "chosen" / "summary.json").read_text())
     taken = sum(
-        line["seconds"]
-        for line in folder.read_lines(out / "steps.jsonl")
-        if line["seed"] == summary["seed"]
+        line["seconds"] for line in lines_of(out / "steps.jsonl") if line["seed"] == summary["seed"]
     )
     assert summary["train_seconds"] == pytest.approx(taken)
 
 
 def test_the_chosen_is_the_smallest_weight_whose_mean_recall_keeps_the_floor(full):
     out, ended = full
-    records = folder.read_lines(out / "trials.jsonl")
+    records = lines_of(out / "trials.jsonl")
     recall = {
         w: sum(r["recall"]["9"] for r in records if r["values"]["class_weight 9"] == w) / 2
         for w in (1.0, 3.0, 30.0)
@@ -959,7 +957,7 @@ def test_its_configuration_trains_that_trial_alone(full, run_cli, tmp_path):
     code, _, _ = run_cli("train", "--config", out / "chosen" / "config.toml", "--run-dir", alone)
     assert code == 0
     chosen = next(p for p in ended.choice.points if p.chosen)
-    found = [r for r in folder.read_lines(out / "trials.jsonl") if r["name"] == chosen.name]
+    found = [r for r in lines_of(out / "trials.jsonl") if r["name"] == chosen.name]
     spread = abs(found[0]["accuracy"] - found[1]["accuracy"])
     again, once = (folder.read_summary(r) for r in (alone, out / "chosen"))
     for part in ("validation", "test"):

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt, resume
+from conftest import StopAt, lines_of, resume
 from safetensors.numpy import save_file
 from torch.testing import assert_close
 
@@ -494,7 +494,7 @@ def test_a_sweep_trains_plain_beside_and_scores_by_the_costs_of_each_example(tmp
     ended = sweep.sweep(sweep.SweepSpec(made, axes), tmp_path / "s")
     assert [p.plain for p in ended.choice.points] == [False, False, True]
     assert ended.choice.gradient == {}
-    records = folder.read_lines(tmp_path / "s" / "trials.jsonl")
+    records = lines_of(tmp_path / "s" / "trials.jsonl")
     alone = train(dataclasses.replace(made, loss="cross_entropy"), tmp_path / "alone")
     plain = next(r for r in records if r["plain"])
     cost = alone.summary["validation"]["rules"]["argmax"]["expected_cost"][0]

@@ -31,6 +31,7 @@ LIBRARY = [
         "_numbers",
         "_trees",
         "_files",
+        "_folders",
         "_json",
         "__init__",
     },
@@ -44,7 +45,7 @@ LIBRARY = [
     {"audit", "constraints", "sensitivity"},
 ]
 APPLICATION = [
-    {"app", "app.addresses"},
+    {"app", "app.addresses", "app.decoding"},
     {"app.config", "app.options", "app.registry", "app.data", "app.report"},
     {"app.runs"},
     {"app.audits"},

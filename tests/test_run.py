@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import funcloss
 from funcloss import training
+from funcloss._files import half_name
 from funcloss.app import audits, runs
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.options import AuditOptions, EvaluateOptions
@@ -400,7 +401,7 @@ def test_all_that_a_run_leaves_is_its_own(tmp_path):
     made = config(epochs=1, audit_every=20, tensorboard=True)
     train(made, run)
     audits.write_report(audits.audit_run(run, AuditOptions(examples=100)), run)
-    for left in (".model-12.safetensors", ".curves-3.png", ".plain-a1_b/config.toml"):
+    for left in (half_name("model") + ".png", f"{half_name('plain')}-a1_b2c3d/config.toml"):
         (run / left).parent.mkdir(exist_ok=True)
         (run / left).touch()  # by a kill
     assert (run / "tensorboard").is_dir()
@@ -497,9 +498,9 @@ def test_tensors_of_another_program_are_refused(tmp_path):
     train(config(), run, should_stop=StopAt(5))
     for name in ("checkpoint.safetensors", "model.safetensors"):
         runs.save_tensors(run / name, {"w": torch.zeros(1)}, {})
-    with pytest.raises(RunError, match="checkpoint.safetensors is not of a run: its header has no"):
+    with pytest.raises(RunError, match="checkpoint.safetensors: its header is damaged: it has no"):
         resume(run)
-    with pytest.raises(RunError, match="model.safetensors is not of a run"):
+    with pytest.raises(RunError, match="model.safetensors: its header is damaged: it has no step"):
         funcloss.load(run)
 
 

@@ -1,6 +1,7 @@
 """The audit of a run, or of a saved model, and the files that it leaves."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -18,9 +19,10 @@ from funcloss.app.options import AuditOptions
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import render_page
 from funcloss.app.report.pages import About
-from funcloss.app.report.run_figures import save_figure
+from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
+from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.app.runs.use import split_of
@@ -85,7 +87,7 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     found = _audited(setup, state, options, step)
     over = "training has finished; the audited step is hypothetical, at the peak learning rate"
     notes = [] if going_on else [over]
-    if summary is not None and config.epochs == "auto":
+    if summary is not None and "best_epoch" in summary:
         notes.append(
             f"audited after the last epoch, {summary['epochs']}; the model that the run kept is of "
             f"epoch {summary['best_epoch']}"
@@ -95,8 +97,16 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     if config.oversample:
         notes.append("rarer classes were repeated in training; here each example counts once")
     found = replace(found, notes=(*found.notes, *notes))
-    history = [r for r in folder.read_records(run_dir) if r["kind"] == "audit"]
-    return _with_report(setup, found, options, run_dir.name, int(state.step), history)
+    return _with_report(setup, found, options, run_dir.name, int(state.step), _history(run_dir))
+
+
+def _history(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what was logged of the audits of a training, of very many some."""
+    kept = Thinned()
+    audits = (r for r in folder.records_of(run_dir) if r["kind"] == "audit")
+    for _, rows in itertools.groupby(audits, key=lambda row: row["step"]):
+        kept.add([*rows])
+    return [row for rows in kept.items for row in rows]
 
 
 def audit_checkpoint(
@@ -154,7 +164,9 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
     paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
-    for name, figure in draw_all(found.audit, found.history).items():
+    with own_style():
+        figures = draw_all(found.audit, found.history)
+    for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])
     for name in _NAMES:  # of an earlier audit, which had more to show

@@ -6,6 +6,7 @@ Nothing here loads torch, so that ``--help`` answers at once.
 import dataclasses
 import difflib
 import math
+import os
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from funcloss.app.addresses import final, final_path, is_address, refusal
 from funcloss.app.data.names import DATASETS as PUBLISHED
 from funcloss.app.data.names import TORCHVISION
+from funcloss.app.decoding import read_toml_table
 from funcloss.app.length import (
     BATCH_SIZE,
     CONSTANT_RATE,
@@ -596,12 +598,7 @@ def read_record(path: Path, *, allow_import: bool = False) -> tuple["FileOptions
     Raises:
         ConfigError: the file cannot be read, is not TOML or is of a newer format.
     """
-    try:
-        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    options = read_toml_table(Path(path), ConfigError)
     tables = {name: options.pop(name) for name in ("run", "sweep") if name in options}
     version = recorded_format(tables)
     if version is not None and version > FORMAT:
@@ -702,7 +699,7 @@ def names_own(value: str) -> bool:
         >>> names_own("mine:net"), names_own("rows.csv"), names_own("mnits")
         (True, True, False)
     """
-    return any(mark in value for mark in ":/.") or (value != "" and Path(value).exists())
+    return any(mark in value for mark in ":/.") or (value != "" and os.path.exists(value))
 
 
 def code_in(options: Mapping[str, Any]) -> dict[str, str]:
@@ -740,7 +737,10 @@ def _number(name: str, option: Option, value: Any, kind: type) -> Any:
         bounds = [f"{'above' if option.above else 'at least'} {option.low:g}"]
         bounds += [f"at most {option.high:g}"] if option.high < math.inf else []
         raise ConfigError(f"{name} must be {' and '.join(bounds)}, got {value}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ConfigError(f"{name} must be a number below 1.8e308") from None
 
 
 def _check_together(config: TrainConfig) -> None:

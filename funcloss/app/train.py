@@ -1,5 +1,6 @@
 """A training run from start to report: within constraints, with a baseline to compare with."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from funcloss._json import or_nan
 from funcloss.app.choice.finish import Candidates, constraint_rows, report_on, written
 from funcloss.app.choice.words import constraint_sentences
 from funcloss.app.config import TrainConfig, plain_config
+from funcloss.app.decoding import from_plain
 from funcloss.app.report.choice import Ascent
 from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import constraints_of
@@ -16,6 +18,7 @@ from funcloss.app.runs.evaluation import evaluated
 from funcloss.app.runs.events import Note, Watcher
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
+from funcloss.app.runs.summary import ConstrainedSummary
 from funcloss.constraints.bounds import held, reached
 from funcloss.errors import RunError
 
@@ -60,14 +63,19 @@ def train(
         place = Path(run_dir).expanduser()
         if (place / REPORT).with_suffix(".json").exists():
             raise RunError(f"{place} is finished: its report is {place / REPORT}")
-    outcome = run(config, run_dir, resume=resume, overwrite=overwrite, watcher=watcher)
-    if not (constrained and outcome.finished):
-        return outcome
-    baseline = _baseline(outcome, watcher)
-    if not baseline.finished:
-        return dataclasses.replace(outcome, finished=False, summary={})
-    setup = make_setup(dataclasses.replace(outcome.config, init=""))
-    return _compared(outcome, baseline.folder, setup)
+    with contextlib.ExitStack() as held:
+        outcome = run(
+            config, run_dir, resume=resume, overwrite=overwrite, watcher=watcher, held=held
+        )
+        if not (constrained and outcome.finished):
+            return outcome
+        path = str(outcome.folder / folder.SUMMARY)
+        from_plain(ConstrainedSummary, outcome.summary, path)
+        baseline = _baseline(outcome, watcher)
+        if not baseline.finished:
+            return dataclasses.replace(outcome, finished=False, summary={})
+        setup = make_setup(dataclasses.replace(outcome.config, init=""))
+        return _compared(outcome, baseline.folder, setup)
 
 
 def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
@@ -104,7 +112,7 @@ def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:
     )
     choice = dataclasses.replace(
         choice,
-        title=f"Constraints of {run_dir.name}",
+        title="Constraints",
         lines=(
             *constraint_sentences(rows, ascent, best, weights, plain_keeps=plain_keeps),
             *choice.lines,
@@ -126,6 +134,6 @@ def _ascent(run_dir: Path) -> tuple[Ascent, ...]:
             accuracy=r["accuracy"],
             feasible=r["feasible"],
         )
-        for r in folder.read_records(run_dir)
+        for r in folder.records_of(run_dir)
         if r["kind"] == "constraints"
     )

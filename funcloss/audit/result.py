@@ -1,6 +1,5 @@
 """The result of an audit, as plain values, and the forms that it is written in."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from funcloss._files import replacing, write_text
+from funcloss._files import write_csv, write_text
 from funcloss._json import jsonable
 from funcloss.audit.gram import Balance, balance, cosines
 
@@ -349,13 +348,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         RunError: the file cannot be written; what was there is as it was.
     """
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-            writer.writerow(jsonable(row))
+    lines = [jsonable(row) for row in rows]
+    write_csv(path, [line.keys() for line in lines[:1]] + [line.values() for line in lines])
 
 
 def _rows(audit: Audit) -> ExampleRows:

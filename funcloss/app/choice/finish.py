@@ -1,6 +1,5 @@
 """The end of a choice: the test set, the run folder of the chosen model, the report."""
 
-import csv
 import dataclasses
 import functools
 import json
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from funcloss._files import replacing, write_text
+from funcloss._files import write_csv, write_text
 from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
 from funcloss.app.choice.tested import row_of
@@ -23,7 +22,7 @@ from funcloss.app.report.choice import Choice, Row
 from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
-from funcloss.app.report.run_figures import save_figure
+from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs.evaluation import deployment_prior
 from funcloss.app.runs.rules import rule_fits
 from funcloss.app.runs.setup import Setup, make_optimizer
@@ -251,7 +250,9 @@ def written(choice: Choice, page: Path, run_dir: Path, setup: Setup) -> list[Pat
         _write_points(files[-1], choice)
     if len(placed(choice)) > 1:
         files.append(out / "frontier.png")
-        save_figure(frontier(choice), files[-1])
+        with own_style():
+            drawn = frontier(choice)
+        save_figure(drawn, files[-1])
     # Last: it is the sign that all of it is there.
     text = json.dumps(jsonable(choice), indent=2, allow_nan=False)
     write_text(files[1], text + "\n")
@@ -261,15 +262,16 @@ def written(choice: Choice, page: Path, run_dir: Path, setup: Setup) -> list[Pat
 def _write_points(path: Path, choice: Choice) -> None:
     names = [*choice.axes, "accuracy", "expected_cost", "rule_cost"]
     names += [f"recall {name}" for name in choice.focus]
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        spread = [part for name in names[len(choice.axes) :] for part in (name, "low", "high")]
-        writer.writerow((*choice.axes, *spread, "feasible", "chosen", "plain", "diverged", "seeds"))
-        for p in choice.points:
-            scores = (p.accuracy, p.expected_cost, p.rule_cost, *p.recall)
-            values = [p.values.get(axis, "") for axis in choice.axes]
-            numbers = [f"{v:.6g}" for score in scores for v in score]
-            writer.writerow((*values, *numbers, p.feasible, p.chosen, p.plain, p.diverged, p.seeds))
+    spread = [part for name in names[len(choice.axes) :] for part in (name, "low", "high")]
+    rows: list[tuple[Any, ...]] = [
+        (*choice.axes, *spread, "feasible", "chosen", "plain", "diverged", "seeds")
+    ]
+    for p in choice.points:
+        scores = (p.accuracy, p.expected_cost, p.rule_cost, *p.recall)
+        values = [p.values.get(axis, "") for axis in choice.axes]
+        numbers = [f"{v:.6g}" for score in scores for v in score]
+        rows.append((*values, *numbers, p.feasible, p.chosen, p.plain, p.diverged, p.seeds))
+    write_csv(path, rows)
 
 
 def _audited(run_dir: Path, setup: Setup) -> RunAudit | None:

@@ -1,5 +1,6 @@
 """The shell around the commands: what each is called, and how errors leave."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from funcloss.app.cli.audit import audit
 from funcloss.app.cli.check import check
 from funcloss.app.cli.evaluate import evaluate
 from funcloss.app.cli.export import export
+from funcloss.app.cli.output import hush, say
 from funcloss.app.cli.predict import predict
 from funcloss.app.cli.stopping import INTERRUPTED
 from funcloss.app.cli.sweep import sweep
@@ -48,9 +50,13 @@ def main_train() -> None:
 def _run(program: Callable[[], Any]) -> None:
     """Run a command; what a user can mend leaves as one line on stderr, never as a traceback."""
     try:
-        program()
+        try:
+            program()
+        finally:
+            if sys.stdout is not None:  # closed by whoever started the command
+                sys.stdout.flush()
     except FunclossError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # Typer turns Ctrl-C into an exit of its own, without a word.
@@ -65,8 +71,14 @@ def _run(program: Callable[[], Any]) -> None:
         if "DataLoader worker" not in str(error):
             raise
         text = str(error).splitlines()[0]
-        print(f"error: reading ahead failed: {text}; try --workers 0", file=sys.stderr)
+        say(f"error: reading ahead failed: {text}; try --workers 0", error=True)
         sys.exit(1)
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
-        sys.stderr.close()
+        hush()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        hush()
+        say(f"error: cannot print the result: {error.strerror}", error=True)
         sys.exit(1)

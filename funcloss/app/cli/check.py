@@ -85,10 +85,11 @@ def _indexed(weights: dict[str, float]) -> dict[int, float]:
 
 
 def _print_lines(head: str, verdict: Any, findings: list[Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    out = Console(highlight=False, soft_wrap=True)
+    from funcloss.app.cli.tables import PlainConsole
+
+    out = PlainConsole(highlight=False, soft_wrap=True)
     own = {f.law for f in verdict.causes}
     out.print(verdict.sentence, markup=False, emoji=False)
     for f in verdict.causes[:1]:

@@ -1,7 +1,6 @@
 """What trainings and sweeps show: progress on a terminal, plain lines when piped, tables."""
 
 import shlex
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +9,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from funcloss import decisions, training
+from funcloss._names import printable
 from funcloss.app import runs, sweep
+from funcloss.app.cli.output import say, unheard
 from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.tables import between, make_console, make_table, number
 from funcloss.app.config import DATASETS, code_in, option_values
@@ -42,10 +43,15 @@ def watched(start: Callable[..., runs.Outcome], *, again: str, quiet: bool) -> N
     stop = StopOnSignal()
     with TrainingConsole(quiet=quiet) as console, stop:
         outcome = start(show=console.show, should_stop=stop.asked)
+    with unheard():
+        if outcome.finished:
+            console.result(outcome)
+        else:
+            folder = shlex.quote(str(outcome.folder))
+            say(f"stopped and saved; go on with: {again} --resume {folder}")
+        print(end="", flush=True)
     if not outcome.finished:
-        print(f"stopped and saved; go on with: {again} --resume {shlex.quote(str(outcome.folder))}")
         raise typer.Exit(INTERRUPTED)
-    console.result(outcome)
 
 
 class TrainingConsole:
@@ -60,7 +66,7 @@ class TrainingConsole:
         self._before = self._of_seed = 0  # steps of a sweep: before this seed, and of each
         self._out = make_console()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} examples/s"),
             TimeElapsedColumn(),
@@ -80,10 +86,14 @@ class TrainingConsole:
         self._bar.stop()
 
     def show(self, event: "runs.Event") -> None:
-        """Show one event of a training."""
+        """Show one event of a training, which goes on where nobody can be shown any more."""
+        with unheard():
+            self._show(event)
+
+    def _show(self, event: "runs.Event") -> None:
         match event:
             case runs.Note(text, warning=True):
-                print(f"warning: {text}", file=sys.stderr)
+                say(f"warning: {text}", error=True)
             case runs.Note(text):
                 self._print(text)
             case runs.Started(folder, config, step, steps):
@@ -152,7 +162,7 @@ class TrainingConsole:
         """Begin a bar, in the place of one that has ended."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._bar.add_task(name, total=total, completed=done, loss="-", rate="-")
+        self._bar.add_task(printable(name), total=total, completed=done, loss="-", rate="-")
 
     def result(self, outcome: "runs.Outcome") -> None:
         """Show what a run, or a choice between models, came to, and where it is."""
@@ -179,7 +189,7 @@ class TrainingConsole:
         summary = outcome.summary
         name, scores = _headline(summary)
         accuracy = scores["rules"]["argmax"]["accuracy"][0]
-        print(
+        say(
             f"{name} accuracy {accuracy:.2%} on {scores['n']:,} examples of "
             f"{short_name(summary['dataset'])}; run folder {outcome.folder}"
         )
@@ -193,12 +203,13 @@ class TrainingConsole:
         self._print_costs(outcome.summary)
         run = shlex.quote(str(outcome.folder))
         allowed = " --allow-import" if code_in(option_values(outcome.config)) else ""
-        print("next:", *_hints(outcome.summary, run, allowed), sep="\n")
+        for line in ("next:", *_hints(outcome.summary, run, allowed)):
+            say(line)
         if outcome.summary["dataset"] in DATASETS:
-            print("  # train by a recipe: the tutorial's own network and steps")
-            print("  funcloss-train --recipe article")
-        print("  # per-class metrics; training curves are in curves.png")
-        print(f"  funcloss evaluate {run}{allowed}")
+            say("  # train by a recipe: the tutorial's own network and steps")
+            say("  funcloss-train --recipe article")
+        say("  # per-class metrics; training curves are in curves.png")
+        say(f"  funcloss evaluate {run}{allowed}")
 
     def _print_costs(self, summary: dict[str, Any]) -> None:
         """Print what mistakes cost, if it was said, and what the decisions on the test set cost."""
@@ -247,6 +258,8 @@ def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
         ]
     argmax = _headline(summary)[1]["rules"]["argmax"]
     known = [(*row, name) for name, row in argmax["recall"].items() if row[0] is not None]
+    if not known:
+        return []
     recall, _, high, hardest = min(known)
     if summary["warnings"] or not high < argmax["accuracy"][1]:  # no difference beyond chance
         return []

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from funcloss.app.cli.output import say
 from funcloss.app.cli.table import given_of, parsed, with_table
 from funcloss.app.cli.tables import between, make_console, make_table, number
 from funcloss.app.config import fields
@@ -47,12 +48,12 @@ def evaluate(
         runs.write_evaluation(json, found)
     _print_evaluation(found)
     scores = found.evaluation
-    print(
+    say(
         f"accuracy {scores.argmax.accuracy.value:.2%}  loss {scores.loss:.4f}  "
         f"on {len(scores.labels) // scores.repeats:,} examples of {found.dataset}, {found.split}"
     )
     if found.note:
-        print(f"note: {found.note}")
+        say(f"note: {found.note}")
 
 
 def _print_evaluation(found: "EvaluationReport") -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from funcloss.app.cli.output import say
 from funcloss.app.cli.table import AllowImport, Rule
 
 
@@ -38,8 +39,8 @@ def export(
         run, onnx=onnx, torch=torch, rule=rule, dtype=dtype, allow_import=allow_import
     )
     shape = ", ".join(map(str, ("batch", *made.shape)))
-    print(f"inputs: {made.dtype} ({shape}); decisions by {made.rule}")
+    say(f"inputs: {made.dtype} ({shape}); decisions by {made.rule}")
     for path, difference in made.files.items():
-        print(f"{path}: checked on random inputs, largest relative difference {difference:.1g}")
+        say(f"{path}: checked on random inputs, largest relative difference {difference:.1g}")
     if made.note:
-        print(f"note: {made.note}")
+        say(f"note: {made.note}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from funcloss.app.cli.output import say
 from funcloss.app.cli.table import AllowImport, Rule
 
 
@@ -54,4 +55,4 @@ def predict(
         place = file if row is None else f"{file}:{row}"
         known = "" if math.isnan(probability) else f"{probability:.1%}"
         costs = f"expected cost {cost:.4g}" if decided.rule == "min-cost" else ""
-        print(f"{place}: {name} ({', '.join(filter(None, (known, costs)))})")
+        say(f"{place}: {name} ({', '.join(filter(None, (known, costs)))})")

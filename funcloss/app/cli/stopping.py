@@ -1,8 +1,9 @@
 """Ctrl-C in a long command: the first ends it well, the second at once."""
 
 import signal
-import sys
 from typing import Any
+
+from funcloss.app.cli.output import say, unheard
 
 INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 
@@ -29,7 +30,8 @@ class StopOnSignal:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("finishing this step, then saving (again: stop at once)", file=sys.stderr)
+        with unheard():
+            say("finishing this step, then saving (again: stop at once)", error=True)
 
     def asked(self) -> bool:
         """Return whether to stop."""

@@ -1,5 +1,6 @@
 """Tables and numbers on the console."""
 
+import errno
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,15 +8,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from funcloss._names import printable
+
 _FILE_WIDTH = 200
 
 
-def make_console() -> Console:
+class PlainConsole(Console):
+    """A console whose texts are text: control characters in them are escaped."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Print texts and tables."""
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **how)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to whoever prints what a reader that is gone means."""
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def make_console() -> PlainConsole:
     """Return a console; what is no terminal is as wide as any table."""
     # What classes are called is text, whatever brackets and colons it has.
     plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-    out = Console(soft_wrap=True, **plain)
-    wide = Console(soft_wrap=True, width=_FILE_WIDTH, **plain)
+    out = PlainConsole(soft_wrap=True, **plain)
+    wide = PlainConsole(soft_wrap=True, width=_FILE_WIDTH, **plain)
     return out if out.is_terminal else wide
 
 
@@ -23,9 +38,9 @@ def make_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int 
     """Return a table without lines, its first ``left`` columns flush left."""
     table = Table(box=None, pad_edge=False)
     for k, name in enumerate(head):
-        table.add_column(name, justify="left" if k < left else "right", no_wrap=True)
+        table.add_column(printable(name), justify="left" if k < left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from funcloss._files import reading
+from funcloss._files import reading, usable_memory
 from funcloss.app.config import did_you_mean
-from funcloss.app.data.records import RawSplit, ordered, usable_memory
+from funcloss.app.data.records import RawSplit, ordered
 from funcloss.errors import ConfigError, DataError
 
 _WORDS = (("images", "labels"), ("x", "y"))  # what inputs and labels may be called, in any case

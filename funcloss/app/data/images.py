@@ -16,8 +16,8 @@ from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from funcloss._files import reading
-from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, usable_memory
+from funcloss._files import reading, usable_memory
+from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
 from funcloss.app.data.streaming import Stream, last_line
 from funcloss.errors import ConfigError, DataError
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,15 +124,6 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     names = list(names)
     numbers = all(is_number(name) and math.isfinite(float(name)) for name in names)
     return tuple(sorted(names, key=(lambda name: (float(name), name)) if numbers else None))
-
-
-def usable_memory() -> int:
-    """Return the bytes of memory of this machine, or what a container or a limit leaves of it."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it says max
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(found + [limit] * (limit != resource.RLIM_INFINITY))
 
 
 @contextlib.contextmanager

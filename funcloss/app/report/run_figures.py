@@ -1,11 +1,13 @@
 """The figures of a run, drawn without a screen."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -27,7 +29,7 @@ _BLUE, _RED, _GREEN = "#1f5fa8", "#c0392b", "#2e8b57"
 class Drawn:
     """A finished run, as its figures need it."""
 
-    records: Sequence[dict[str, Any]]  # of metrics.jsonl
+    records: Sequence[Mapping[str, Any]]  # of metrics.jsonl
     classes: Sequence[str]
     confusion: Tensor  # by argmax, counts, (classes, classes)
     reliability: Reliability  # of the probabilities that decisions are made by
@@ -39,9 +41,17 @@ class Drawn:
     what: str = "test set"  # what these examples are called
 
 
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Draw in matplotlib's own style, whatever ``matplotlibrc`` lies in the working folder."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    with replacing(path) as beside, warnings.catch_warnings():
+    with own_style(), replacing(path) as beside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(beside, dpi=120, bbox_inches="tight")
 
@@ -52,7 +62,7 @@ def plain_text(texts: Iterable[Text]) -> None:
         text.set_parse_math(False)
 
 
-def curves(records: Sequence[dict[str, Any]]) -> Figure:
+def curves(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss as a line and test loss as dots, over training examples seen."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()

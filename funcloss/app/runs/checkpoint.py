@@ -1,22 +1,27 @@
 """States and models as safetensors files: plain tensors and a header of text, nothing that runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from funcloss._files import replacing
+from funcloss._files import reading, replacing
 from funcloss._trees import Tree, flatten, unflatten
+from funcloss.app.decoding import from_json, from_plain
 from funcloss.errors import RunError
 from funcloss.training.step import preferred_layout
 
+Header = TypeVar("Header")
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a header to ``path``, whole or not at all.
+    """Write tensors and a header to ``path``, whole or not at all; the same ones to the same bytes.
 
     Args:
         path: The file to make or replace.
@@ -27,42 +32,71 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         RunError: the file cannot be written; what was there is as it was.
     """
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = {name: json.dumps(value) for name, value in header.items()}
+    content = memoryview(save(plain))
+    # The header is put in by hand: safetensors writes it in another order each time.
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = {name: json.dumps(header[name]) for name in sorted(header)}
+    front = json.dumps({"__metadata__": text, **json.loads(bytes(content[8:end]))}).encode()
+    front += b" " * (-len(front) % 8)
     with replacing(path) as beside:
-        beside.write_bytes(save(plain, metadata=text))
+        beside.write_bytes(b"".join((len(front).to_bytes(8, "little"), front, content[end:])))
 
 
-def load_tensors(
-    path: Path, *, needs: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote, or another program.
 
     Args:
         path: A safetensors file.
-        needs: What the header must hold.
+
+    Returns:
+        Tensors by name, on the CPU, and the header: what is no JSON in it as text.
+
+    Raises:
+        RunError: the file cannot be read or is not of this format.
+    """
+    with _opened(path) as file:
+        header = {name: _from_text(value) for name, value in (file.metadata() or {}).items()}
+        return _tensors(file), header
+
+
+def load_record(path: Path, kind: type[Header]) -> tuple[dict[str, Tensor], Header]:
+    """Read what :func:`save_tensors` wrote, with a header of a declared type.
+
+    Args:
+        path: A safetensors file.
+        kind: The dataclass that its header must make.
 
     Returns:
         Tensors by name, on the CPU, and the header.
 
     Raises:
-        RunError: the file cannot be read or is not of this format.
+        RunError: the file cannot be read, is not of this format or has another header.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = {name: _from_text(value) for name, value in text.items()}
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot read {path}: {error}") from None
-    if missing := [name for name in needs if name not in header]:
-        raise RunError(f"{path} is not of a run: its header has no {' nor '.join(missing)}")
-    return tensors, header
+    with _opened(path) as file:
+        text, wanted = file.metadata() or {}, get_type_hints(kind)
+        found = {n: from_json(object, text[n], f"{path}: {n}") for n in wanted if n in text}
+        header = from_plain(kind, found, f"{path}: its header")
+        return _tensors(file), header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; it checks that its length is what its header says."""
+    with (
+        reading(path, RunError, kind="a safetensors file", broken=(SafetensorError,)),
+        safe_open(path, framework="pt") as file,
+    ):
+        yield file
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _from_text(value: str) -> Any:
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:  # of another program
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):  # of another program
         return value
 
 

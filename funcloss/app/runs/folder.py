@@ -6,17 +6,20 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import tomli_w
 import torch
 
 from funcloss import __version__
-from funcloss._files import write_text
+from funcloss._files import HALF, write_text
+from funcloss._folders import settle
 from funcloss._json import jsonable
 from funcloss.app.config import (
     CODE,
@@ -26,10 +29,12 @@ from funcloss.app.config import (
     make_config,
     option_values,
     read_record,
-    read_toml,
     recorded_format,
 )
+from funcloss.app.decoding import from_plain, read_json
 from funcloss.app.report.run_figures import FIGURES
+from funcloss.app.runs.log import Lost, lines_of, metrics_line
+from funcloss.app.runs.summary import Summary
 from funcloss.errors import ConfigError, RunError
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -47,7 +52,6 @@ _WRITTEN = (
 )
 SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
 _FOLDERS = ("plain", "chosen", "tensorboard")
-_HALF_WRITTEN = re.compile(r"\.(.+)-\d+(\.\w+)|\.(.+?)-\w+(?:-old)?")  # what a kill leaves of them
 _NAMED = 5  # files in an error
 
 
@@ -64,6 +68,7 @@ def check_free(path: Path, *, overwrite: bool, what: str = "run") -> None:
         what: What is made, ``run`` or ``sweep``.
     """
     sign = SIGNS[what]
+    settle(path, last=sign)
     try:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
@@ -106,13 +111,13 @@ def foreign(path: Path) -> list[str]:
     found = []
     for item in sorted(path.iterdir()):
         name = item.name
-        if half := _HALF_WRITTEN.fullmatch(name):
-            name = half[3] or half[1] + half[2]
+        if HALF.fullmatch(name):  # what a kill left
+            continue
         if item.is_dir() and not item.is_symlink():
             own = name in _FOLDERS
-            found += [f"{item.name}/{n}" for n in foreign(item)] if own else [f"{item.name}/"]
+            found += [f"{name}/{n}" for n in foreign(item)] if own else [f"{name}/"]
         elif not any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
-            found.append(item.name)
+            found.append(name)
     return found
 
 
@@ -168,6 +173,47 @@ def write_config(
     write_text(path, tomli_w.dumps({**options, **record}))
 
 
+@dataclass(frozen=True)
+class RunTable:
+    """What ``[run]`` of a ``config.toml`` or ``sweep.toml`` says that is read back."""
+
+    version: Annotated[int, msgspec.Meta(ge=1)] | None = None  # none from before there were any
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What a ``config.toml`` of a run has beside its options."""
+
+    run: RunTable
+
+
+# Options that a run has decided, and what they are where they are still open.
+_UNRESOLVED = {"dataset": "auto", "model": "auto", "device": "auto", "epochs": "", "batch_size": 0}
+
+
+def check_is(path: Path, what: str) -> None:
+    """Raise ``RunError`` unless the folder of a run or a sweep is at ``path``, or can be put back.
+
+    Args:
+        path: The folder.
+        what: What it is of, ``run`` or ``sweep``.
+    """
+    sign = SIGNS[what]
+    if not (path / sign).is_file():
+        settle(path, last=sign)
+    if not (path / sign).is_file():
+        kind = "a run folder" if what == "run" else "the folder of a sweep"
+        raise RunError(f"{path} is not {kind}: it has no {sign}")
+
+
+def check_files(path: Path) -> None:
+    """Raise ``RunError`` if something else lies where a folder's files are, and will be written."""
+    for item in sorted(path.iterdir()):
+        ours = any(fnmatchcase(item.name, pattern) for pattern in _WRITTEN)
+        if ours and not item.is_file():
+            raise RunError(f"{item} is not a file: remove it, then resume")
+
+
 def read_config(
     folder: Path, *, allow_import: bool = False, used: Collection[str] = CODE
 ) -> TrainConfig:
@@ -182,41 +228,38 @@ def read_config(
         ConfigError: it names code, and that is not allowed.
         RunError: ``folder`` is not a run folder, or is of a newer format.
     """
-    if not (folder / CONFIG).is_file():
-        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    check_is(folder, "run")
     try:
-        options = read_toml(folder / CONFIG, allow_import=allow_import)
+        options, tables = read_record(folder / CONFIG, allow_import=allow_import)
+        from_plain(_Tables, tables, str(folder / CONFIG))
     except ConfigError as error:
         raise RunError(str(error)) from None
     try:
         config = make_config(options)
     except ConfigError as error:
         raise RunError(f"{folder / CONFIG}: {error}") from None
+    if left := [name for name, open in _UNRESOLVED.items() if getattr(config, name) == open]:
+        raise RunError(f"{folder / CONFIG} is damaged: it does not say its {left[0]}")
     check_code(config, used)
     return config
 
 
-def append_record(folder: Path, record: dict[str, Any]) -> None:
-    """Add a line to ``metrics.jsonl``.
+def records_of(folder: Path, lost: Lost = lambda text: None) -> Iterator[dict[str, Any]]:
+    """Yield the records of ``metrics.jsonl``, without what is damaged.
+
+    Args:
+        folder: A run folder.
+        lost: Called with a sentence if lines were left out.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be read.
     """
-    append_line(folder / METRICS, record)
+    return (record for _, record in lines_of(folder / METRICS, metrics_line, lost))
 
 
-def read_records(folder: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.jsonl``, without a last line that a kill cut short."""
-    records = read_lines(folder / METRICS)
-    if up_to_step is None:
-        return records
-    # A step's constraints are measured before it: at the step of a checkpoint, not yet.
-    return [r for r in records if r["step"] + (r["kind"] == "constraints") <= up_to_step]
-
-
-def write_records(folder: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write ``metrics.jsonl`` anew."""
-    write_lines(folder / METRICS, records)
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``, all of them at once."""
+    return list(records_of(folder))
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -227,52 +270,31 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(as_line(record))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, up to a line that a kill cut short.
-
-    Raises:
-        RunError: it is there and cannot be read.
-    """
-    records = []
-    if path.exists():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read {path}: {error}") from None
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a file of JSON lines anew, whole or not at all."""
-    write_text(path, "".join(map(_line, records)))
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(jsonable(record), allow_nan=False) + "\n"
+def as_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of JSON."""
+    return json.dumps(jsonable(dict(record)), allow_nan=False) + "\n"
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return ``summary.json``, None in a run that is not finished.
 
     Raises:
-        RunError: the file cannot be read.
+        RunError: the file cannot be read, or lacks what commands read of it.
     """
-    try:
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / SUMMARY
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {folder / SUMMARY}: {error}") from None
+    summary = read_json(dict[str, Any], path)
+    from_plain(Summary, summary, str(path))
+    told = summary.get("test", summary.get("out-of-fold", {})).get("rules", {})
+    if "argmax" not in told or told.keys() - summary.get("over_folds", told).keys():
+        raise RunError(f"{path} is damaged: it has no scores by argmax, on a test set or on folds")
+    return summary
 
 
 def as_name(text: str) -> str:

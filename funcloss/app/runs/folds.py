@@ -20,7 +20,8 @@ from funcloss.app import length
 from funcloss.app.data import Dataset, Examples, joined, stratified_split, subset
 from funcloss.app.data.splits import measured_scale
 from funcloss.app.data.streaming import Stream
-from funcloss.app.runs.checkpoint import beneath, load_tensors, save_tensors
+from funcloss.app.decoding import Count
+from funcloss.app.runs.checkpoint import beneath, load_record, save_tensors
 from funcloss.app.runs.early import better, make_first_best
 from funcloss.app.runs.evaluation import evaluate_examples
 from funcloss.app.runs.events import Watcher
@@ -197,8 +198,10 @@ def cross_validated(setup: Setup, path: Path, watcher: Watcher) -> OutOfFold | N
     logits = torch.full((*fold.shape, len(setup.dataset.classes)), torch.nan)
     found, done = OutOfFold(logits, labels, fold, pool.amounts), 0
     if path.exists():
-        kept, so_far = _read(path)
-        if kept.fold.equal(fold) and kept.labels.equal(labels):
+        kept, so_far = read_done(path)
+        of_these = kept.fold.equal(fold) and kept.labels.equal(labels)
+        alike = kept.logits.shape == logits.shape and kept.amounts.keys() == pool.amounts.keys()
+        if of_these and alike:
             found, done = kept, so_far
     total = config.folds * config.repeats
     for number in range(done, total):
@@ -227,7 +230,7 @@ def read_folds(run_dir: Path) -> OutOfFold:
     Raises:
         RunError: they cannot be read, or not all folds are done.
     """
-    found, _ = _read(run_dir / FILE)
+    found, _ = read_done(run_dir / FILE)
     if found.logits.isnan().any():
         raise RunError(f"{run_dir} is not finished: not all of its folds are done; resume it")
     return found
@@ -288,14 +291,31 @@ def _trained(setup: Setup, watcher: Watcher) -> tuple[TrainedModel, int] | None:
     return setup.trained(best), int(best.step) // setup.per_epoch
 
 
-def _read(path: Path) -> tuple[OutOfFold, int]:
-    """Return the scores of a file, and how many folds are done."""
-    tensors, header = load_tensors(path, needs=("done",))
-    try:
-        scores = (tensors["logits"], tensors["labels"], tensors["fold"])
-    except KeyError as error:
-        raise RunError(f"{path} has no {error}: it is of another program") from None
-    return OutOfFold(*scores, beneath(tensors, "amounts")), int(header["done"])
+@dataclass(frozen=True)
+class _Header:
+    done: Count  # folds
+
+
+def read_done(path: Path) -> tuple[OutOfFold, int]:
+    """Return the scores that a file keeps, and how many folds are done.
+
+    Raises:
+        RunError: it cannot be read, or its tensors are not those of folds.
+    """
+    tensors, header = load_record(path, _Header)
+    if missing := [name for name in ("logits", "labels", "fold") if name not in tensors]:
+        raise RunError(f"{path} has no {missing[0]}: it is of another program")
+    logits, labels, fold = (tensors[name] for name in ("logits", "labels", "fold"))
+    amounts = beneath(tensors, "amounts")
+    n = len(labels) if labels.dim() == 1 else -1
+    fits = logits.dim() == 3 and logits.shape[:2] == fold.shape and fold.shape[1:] == (n,)
+    whole = labels.dtype == fold.dtype == torch.int64 and logits.is_floating_point()
+    if not (fits and whole and n and all(a.shape == (n,) for a in amounts.values())):
+        raise RunError(f"{path} is damaged: its tensors are not of the same examples")
+    known = 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[2]
+    if not (known and int(fold.min()) >= 0 and int(fold.max()) < n):
+        raise RunError(f"{path} is damaged: it has a class or a fold that there is not")
+    return OutOfFold(logits, labels, fold, amounts), header.done
 
 
 def _write(path: Path, found: OutOfFold, done: int) -> None:

@@ -1,26 +1,29 @@
 """A run: a training with a folder that holds all of it, made, resumed and read."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from funcloss._files import folder_replacing
+from funcloss._folders import Hold, folder_replacing, holding, settle
 from funcloss._trees import flatten
 from funcloss.app import length
 from funcloss.app.config import TrainConfig, option_values
 from funcloss.app.data import short_name
+from funcloss.app.decoding import Count
 from funcloss.app.report.choice import Choice
 from funcloss.app.runs import folder, report
 from funcloss.app.runs.auditing import step_auditor
-from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
+from funcloss.app.runs.checkpoint import beneath, load_record, restore, save_tensors
 from funcloss.app.runs.constrained import Controller, Held, make_controller
 from funcloss.app.runs.diverged import reason_of
 from funcloss.app.runs.early import (
@@ -32,8 +35,9 @@ from funcloss.app.runs.early import (
 )
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
-from funcloss.app.runs.folds import FILE, OUT_OF_FOLD, cross_validated, make_folds
-from funcloss.app.runs.model import TrainedModel, save_model
+from funcloss.app.runs.folds import FILE, OUT_OF_FOLD, cross_validated, make_folds, read_done
+from funcloss.app.runs.log import keep_lines, lines_of, metrics_line, with_steps_before
+from funcloss.app.runs.model import Header, TrainedModel, save_model, weights_of
 from funcloss.app.runs.opening import announce
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
 from funcloss.decisions import Evaluation
@@ -70,6 +74,7 @@ def run(
     test_once: bool = False,
     folds: Path | None = None,
     watcher: Watcher | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> Outcome:
     """Train as a configuration says, into a run folder.
 
@@ -82,30 +87,56 @@ def run(
             under floors and ceilings.
         folds: A file of :func:`cross_validated` with what is done of the folds; None: nothing is.
         watcher: Its callbacks.
+        held: Where the folder stays held until; None: until the training ends.
 
     Returns:
         The run folder and the summary.
 
     Raises:
-        ConfigError: the request makes no sense on this machine or data, or the folder is in use.
+        ConfigError: the request makes no sense on this machine or data, or there is a run already.
         DataError: the data cannot be had.
-        RunError: the run folder cannot be written, its files are not of one run, or the loss is
-            no longer finite.
+        RunError: the run folder cannot be written, is in use by another process, its files are not
+            of one run, or the loss is no longer finite.
     """
     watcher = watcher or Watcher()
     place = None if run_dir is None else Path(run_dir).expanduser()
-    if resume:
-        if place is None:
-            raise ConfigError("resume needs a run folder")
-        if (summary := folder.read_summary(place)) is not None:
-            watcher.show(Note(f"{place} is finished: there is nothing to resume"))
-            return _finished(Outcome(place, True, config, summary), watcher.show)
-        job, state, memory = _taken_up(config, place, watcher.show)
-    else:
-        job, state, memory = _begun(config, place, watcher.show, overwrite=overwrite, folds=folds)
-    once = test_once or job.controller is not None
-    splits = ("validation",) if once else ("validation", "test")
-    return _run_from(dataclasses.replace(job, splits=splits), state, memory, watcher)
+    with contextlib.ExitStack() as own:
+        held = own if held is None else held
+        if resume:
+            if place is None:
+                raise ConfigError("resume needs a run folder")
+            folder.check_is(place, "run")
+            hold = held.enter_context(holding(place))
+            if (summary := folder.read_summary(place)) is not None:
+                watcher.show(Note(f"{place} is finished: there is nothing to resume"))
+                return _finished(Outcome(place, True, config, summary), watcher.show)
+            job, begin = _taken_up(config, place, watcher.show)
+        else:
+            job, begin = _begun(config, place, watcher.show, overwrite=overwrite, folds=folds)
+            hold = held.enter_context(holding(job.run_dir))
+        once = test_once or job.controller is not None
+        splits = ("validation",) if once else ("validation", "test")
+        return _run_from(dataclasses.replace(job, splits=splits, hold=hold), begin, watcher)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a checkpoint, as far as it is read back."""
+
+    step: Count
+    environment: dict[str, str]
+    seconds: float = 0.0  # of the steps since the last report
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """Where a training begins or goes on."""
+
+    state: TrainState
+    memory: Memory | None
+    records: tuple[dict[str, Any], ...] = ()  # of this epoch, and of before the first
+    losses: tuple[Tensor, ...] = ()  # of the steps since the last report
+    seconds: float = 0.0  # of these
 
 
 @dataclass(frozen=True)
@@ -117,6 +148,7 @@ class _Job:
     train_step: AnyStep  # compiled or not
     controller: Controller | None
     splits: tuple[str, ...] = ()  # that are evaluated during training
+    hold: Hold | None = None  # on the folder, once it is in its place
 
     def place(self, step: int) -> dict[str, int]:
         """Return a step and the epoch that it is of, as records have them."""
@@ -137,7 +169,7 @@ def _begun(
     *,
     overwrite: bool,
     folds: Path | None,
-) -> tuple[_Job, TrainState, Memory | None]:
+) -> tuple[_Job, _Begin]:
     """Make a new run folder."""
     if run_dir is not None:
         folder.check_free(run_dir, overwrite=overwrite)
@@ -161,21 +193,29 @@ def _begun(
     job = _Job(setup, run_dir, step, controller)
     memory = memory if controller is None else controller.init(setup.state)
     folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
-    with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-        folder.write_config(beside / folder.CONFIG, setup.config, run=about)
-        _save(dataclasses.replace(job, run_dir=beside), setup.state, memory)
-        folder.write_records(beside, [])
-        if folds is not None:
-            shutil.copyfile(folds, beside / FILE)
-    return job, setup.state, memory
+    begin = _Begin(setup.state, memory)
+    with contextlib.ExitStack() as old:
+        if run_dir.is_dir():
+            old.enter_context(holding(run_dir))  # nobody trains into what is replaced
+        with folder_replacing(run_dir, last=folder.CONFIG) as beside:
+            folder.write_config(beside / folder.CONFIG, setup.config, run=about)
+            _save(dataclasses.replace(job, run_dir=beside), begin)
+            keep_lines(beside / folder.METRICS, [])
+            if folds is not None:
+                shutil.copyfile(folds, beside / FILE)
+    return job, begin
 
 
-def _taken_up(
-    config: TrainConfig, run_dir: Path, show: Show
-) -> tuple[_Job, TrainState, Memory | None]:
-    """Read a run folder at its last checkpoint."""
-    tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
-    for line in folder.differences(header["environment"], folder.environment()):
+def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Begin]:
+    """Read a run folder at its last checkpoint: all that will be needed, before any of it changes.
+
+    Raises:
+        RunError: it cannot be read; the folder is as it was.
+    """
+    path, log = run_dir / folder.CHECKPOINT, run_dir / folder.METRICS
+    folder.check_files(run_dir)
+    tensors, header = load_record(path, _Header)
+    for line in folder.differences(header.environment, folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
     setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
     controller, memory = make_controller(setup), make_first_best(setup)
@@ -184,17 +224,53 @@ def _taken_up(
         memory = restore(controller.init(setup.state), beneath(tensors, "constraints"))
     elif memory is not None:
         memory = restore(memory, beneath(tensors, "best"))
+    done = int(state.step)
+    _check_steps(path, setup, header.step, done, done if memory is None else int(memory.step))
+    losses = tensors.get("unreported", torch.zeros(0))
+    if losses.dim() != 1 or len(losses) > done or not losses.isfinite().all():
+        raise RunError(f"{path} is damaged: its unreported losses are not those of {done} steps")
+    kept = flatten({"now": state.params, "kept": {} if memory is None else memory.params})
+    sound = all(t.isfinite().all() for t in kept.values())
+    if not sound or any(t.isnan().any() for t in flatten(state.opt_state).values()):
+        raise RunError(f"{path} is damaged: not all of its numbers are finite")
+    if config.folds and (run_dir / FILE).exists():
+        read_done(run_dir / FILE)
+
+    def is_kept(record: dict[str, Any]) -> bool:
+        # What was logged after the checkpoint is about to be logged again. A step's constraints are
+        # measured before it: at the step of a checkpoint, not yet.
+        return record["step"] + (record["kind"] == "constraints") <= done
+
+    epoch, records, lost, kept = done // setup.per_epoch + 1, [], [], 0
+    for line, record in lines_of(log, metrics_line, lost.append):
+        kept += len(line) if is_kept(record) else 0
+        if is_kept(record) and record["epoch"] in (0, epoch):
+            records.append(record)
+    for text in lost:
+        show(Note(text, warning=True))
     step, setup = _prepared(setup, config.compile, state, show)
-    # What was logged after the checkpoint is about to be logged again.
-    folder.write_records(run_dir, folder.read_records(run_dir, up_to_step=int(state.step)))
-    return _Job(setup, run_dir, step, controller), state, memory
+    settle(run_dir, last=folder.CONFIG)
+    if not log.exists() or kept != log.stat().st_size:
+        lines = lines_of(log, metrics_line)
+        keep_lines(log, (line for line, record in lines if is_kept(record)))
+    job = _Job(setup, run_dir, step, controller)
+    return job, _Begin(state, memory, tuple(records), tuple(losses), header.seconds)
+
+
+def _check_steps(path: Path, setup: Setup, stated: int, done: int, remembered: int) -> None:
+    """Raise ``RunError`` unless a checkpoint says everywhere the same, possible, steps."""
+    if stated != done or not 0 <= remembered <= done <= setup.steps:
+        raise RunError(
+            f"{path} is damaged: it is after step {stated} by its header and {done} by its state, "
+            f"remembers step {remembered}, and the training has {setup.steps} steps"
+        )
 
 
 def write_run(
     run_dir: Path,
     setup: Setup,
     state: TrainState,
-    records: Sequence[dict[str, Any]],
+    records: Iterable[dict[str, Any]],
     evaluations: dict[str, Evaluation],
     about: dict[str, Any],
 ) -> dict[str, Any]:
@@ -217,9 +293,12 @@ def write_run(
     """
     folder.check_free(run_dir, overwrite=True)
     step = int(state.step)
+    records, of_epoch = [*records], {}
+    for record in records:
+        of_epoch.setdefault(record["epoch"], []).append(record)
     epochs = []
     for epoch in range(1, step // setup.per_epoch + 1):
-        loss, seconds = report.of_epoch(list(records), epoch)
+        loss, seconds = report.of_epoch(of_epoch.get(epoch, []), epoch)
         line = {"kind": "epoch", "epoch": epoch, "step": epoch * setup.per_epoch}
         examples = epoch * setup.per_epoch * setup.config.batch_size
         epochs.append(line | {"examples": examples, "loss": loss, "seconds": seconds})
@@ -230,8 +309,9 @@ def write_run(
         folder.write_config(beside / folder.CONFIG, setup.config, run=about)
         held_out = evaluations.get("validation")
         model = calibrated(setup.trained(state), held_out, cut=setup.dataset.cut)
-        _save(_Job(setup, beside, setup.train_step, None), state, None, model)
-        folder.write_records(beside, [*records, *epochs])
+        _save(_Job(setup, beside, setup.train_step, None), _Begin(state, None), model)
+        lines = (folder.as_line(record).encode() for record in (*records, *epochs))
+        keep_lines(beside / folder.METRICS, lines)
         return report.sum_up(beside, setup, state, model, rescored(model, evaluations), {})
 
 
@@ -248,10 +328,14 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     Raises:
         RunError: the checkpoint cannot be read, or is of another model.
     """
-    tensors, _ = load_tensors(run_dir / folder.CHECKPOINT)
-    given = beneath(tensors, "hyper").items()  # under constraints
-    hyper = setup.hyper | {name: t.to(setup.config.device) for name, t in given}
-    return restore(setup.state, beneath(tensors, "state")), hyper
+    path = run_dir / folder.CHECKPOINT
+    tensors, header = load_record(path, _Header)
+    state, given = restore(setup.state, beneath(tensors, "state")), beneath(tensors, "hyper")
+    _check_steps(path, setup, header.step, int(state.step), 0)
+    # Under constraints it holds what the next step is given.
+    if any(n not in setup.hyper or t.shape != setup.hyper[n].shape for n, t in given.items()):
+        raise RunError(f"{path} is of another training: see its {', '.join(sorted(given))}")
+    return state, setup.hyper | {name: t.to(setup.config.device) for name, t in given.items()}
 
 
 def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
@@ -267,14 +351,16 @@ def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
     Raises:
         RunError: the model cannot be read, or is another one.
     """
-    tensors, header = load_tensors(run_dir / folder.MODEL, needs=("class_weights",))
+    path = run_dir / folder.MODEL
+    tensors, header = load_record(path, Header)
+    if header.classes != setup.dataset.classes:
+        raise RunError(f"{path} is of other classes than the run's: {', '.join(header.classes)}")
     kept = restore(setup.state.params | setup.state.buffers, tensors)
-    weights = header["class_weights"]
     return dataclasses.replace(
         setup.trained(setup.state),
         params={name: kept[name] for name in setup.state.params},
         buffers={name: kept[name] for name in setup.state.buffers},
-        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+        class_weights=weights_of(header),
     )
 
 
@@ -292,30 +378,39 @@ def _prepared(setup: Setup, mode: str, state: TrainState, show: Show) -> tuple[A
 class _Log:
     """Writes the records of a run, and shows what happens."""
 
-    def __init__(self, job: _Job, show: Show, add_scalars: Any) -> None:
+    def __init__(self, job: _Job, begin: _Begin, show: Show, add_scalars: Any) -> None:
         self.job, self.show, self.add_scalars = job, show, add_scalars
         self.hyper = job.setup.hyper
         self.before: TrainState | None = None  # of the last report that was finite
         self.since: TrainState | None = None  # at the first step after it
-        self.records = folder.read_records(job.run_dir)  # of this epoch, and those before a stop
+        self.records = list(begin.records)  # of this epoch, those before a stop among them
+        self.losses = list(begin.losses)  # of the steps since the last report that is a record
+        self.seconds = begin.seconds  # of those of them that were taken before a stop
 
     def record(self, line: dict[str, Any]) -> None:
+        if self.job.hold is not None:
+            self.job.hold.check()
         self.records.append(line)
-        folder.append_record(self.job.run_dir, line)
+        folder.append_line(self.job.run_dir / folder.METRICS, line)
         self.add_scalars(line)
 
     def progress(self, progress: Progress) -> None:
-        epoch = self.job.place(progress.step)["epoch"]
-        self.record({"kind": "step", "epoch": epoch} | dataclasses.asdict(progress))
+        setup, step = self.job.setup, progress.step
+        progress = with_steps_before(progress, self.losses, self.seconds, setup.config.batch_size)
+        if step % setup.config.log_every == 0 or step % setup.per_epoch == 0:
+            place = {"kind": "step", "epoch": self.job.place(step)["epoch"]}
+            self.record(place | dataclasses.asdict(progress))
+            self.losses, self.seconds = [], 0.0
+        else:  # a stop: the checkpoint keeps these for the report that they are a part of
+            self.seconds = progress.seconds
         self.show(progress)
         if math.isfinite(progress.loss):
             self.before, self.since = self.since, None
             return
         first = self.before or self.since  # a gradient may have been NaN before the loss was
         if first is None:
-            raise RunError(f"the loss {self.job.setup.config.loss} is not finite")
-        steps = progress.step - int(first.step)
-        raise RunError(reason_of(self.job.setup, first, self.hyper, steps))
+            raise RunError(f"the loss {setup.config.loss} is not finite")
+        raise RunError(reason_of(setup, first, self.hyper, step - int(first.step)))
 
     def taking(self, state: TrainState, hyper: Hyper) -> None:
         """Remember where a step begins, and what it is given."""
@@ -327,16 +422,17 @@ class _Log:
         self.records.clear()
 
 
-def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watcher) -> Outcome:
-    """Train from ``state`` to the end, keeping the folder up to date, and sum up."""
+def _run_from(job: _Job, begin: _Begin, watcher: Watcher) -> Outcome:
+    """Train to the end, keeping the folder up to date, and sum up."""
     setup, config, controller = job.setup, job.setup.config, job.controller
+    state, memory = begin.state, begin.memory
     done = int(state.step)  # a state's own counter may be on a busy device
     over = job.is_over(done, memory)
     watcher.show(Started(job.run_dir, config, done, setup.steps))
     audit = None if over else step_auditor(setup, watcher.show)
     saved = time.monotonic()
     with report.scalars(job.run_dir, config.tensorboard) as add_scalars:
-        log = _Log(job, watcher.show, add_scalars)
+        log = _Log(job, begin, watcher.show, add_scalars)
 
         def measured(memory: Memory | None, state: TrainState) -> Memory | None:
             if controller is None or not isinstance(memory, Held):
@@ -360,10 +456,15 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
                     watcher.show(audited)
             done += 1
             log.taking(state, hyper)
-            return job.train_step(state, batch, hyper)
+            state, metrics = job.train_step(state, batch, hyper)
+            log.losses.append(metrics["loss"])
+            return state, metrics
+
+        def save() -> None:
+            _save(job, _Begin(state, memory, (), tuple(log.losses), log.seconds))
 
         evaluations: dict[str, Evaluation] = {}
-        if not log.records:
+        if done == 0 and not log.records:
             evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
             log.epoch({"epoch": 0, "step": 0, "examples": 0}, evaluations)
         for epoch in fit(
@@ -391,10 +492,10 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
             if over:
                 break
             if time.monotonic() - saved >= _SAVED_EVERY:
-                _save(job, state, memory)
+                save()
                 saved = time.monotonic()
         if not job.is_over(int(state.step), memory):
-            _save(job, state, memory)
+            save()
             return Outcome(job.run_dir, False, config)
         # The checkpoint keeps the memory from before the last measurement: a run that is killed
         # from here on makes it again.
@@ -415,7 +516,7 @@ def _run_from(job: _Job, state: TrainState, memory: Memory | None, watcher: Watc
         held_out, on = folds.evaluation(model), OUT_OF_FOLD
         evaluations = {OUT_OF_FOLD: held_out, **evaluations}
     model = calibrated(model, held_out, cut=setup.dataset.cut, on=on)
-    _save(job, state, memory, model)
+    _save(job, _Begin(state, memory), model)
     evaluations = rescored(model, evaluations)
     if folds is not None:
         over = folds.over_folds(evaluations[OUT_OF_FOLD])
@@ -437,12 +538,14 @@ def _hyper(job: _Job, memory: Memory | None) -> Hyper:
     return job.controller.hyper(memory)
 
 
-def _save(
-    job: _Job, state: TrainState, memory: Memory | None, model: TrainedModel | None = None
-) -> None:
+def _save(job: _Job, now: _Begin, model: TrainedModel | None = None) -> None:
     """Write the checkpoint to go on from, and the model to use."""
-    setup, step = job.setup, int(state.step)
+    if job.hold is not None:
+        job.hold.check()
+    setup, state, memory, step = job.setup, now.state, now.memory, int(now.state.step)
     kept: dict[str, Any] = {"state": state}
+    if now.losses:
+        kept |= {"unreported": torch.stack(now.losses)}
     if isinstance(memory, Best):
         kept |= {"best": memory}
         model = model or setup.trained(memory)
@@ -455,6 +558,7 @@ def _save(
         "epoch": step // setup.per_epoch,
         "config": option_values(setup.config),
         "environment": folder.environment(),
+        "seconds": now.seconds,
     }
     save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)
     model = model or setup.trained(state)

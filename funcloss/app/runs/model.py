@@ -5,16 +5,19 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from funcloss.app.config import TrainConfig
+from funcloss.app.config import TORCHVISION, TrainConfig
 from funcloss.app.data import Column, features_of, normalised
 from funcloss.app.data.records import Frame
-from funcloss.app.runs.checkpoint import load_tensors, save_tensors
+from funcloss.app.decoding import Count, Number
+from funcloss.app.registry import MODELS
+from funcloss.app.runs.checkpoint import load_record, save_tensors
 from funcloss.app.runs.network import make_model, set_tensors
 from funcloss.app.runs.options import costs_of, make_criterion, make_hyper
 from funcloss.app.runs.rules import usual_rule
@@ -25,11 +28,65 @@ from funcloss.objectives.supervised import Criterion, Forward, split_tensors
 from funcloss.training.step import preferred_layout
 from funcloss.typing import Buffers, Hyper, Params
 
-_HEADER = (
-    *("input_shape", "classes", "class_counts", "class_weights", "mean", "std", "columns"),
-    *("images", "dtype"),
-    "calibration",
-)
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Least0 = Annotated[float, msgspec.Meta(ge=0)]
+_Pair = tuple[Number, Number]
+
+
+@dataclass(frozen=True)
+class _CalibrationRecord:
+    """What :meth:`Calibration.record` makes."""
+
+    implied_prior: tuple[_Positive, ...]
+    prior: tuple[_Least0, ...]
+    scale: float | tuple[float, ...]
+    temperature: _Positive
+    fitted_on: str
+    examples: Count
+    tried: _Positive
+    log_score: _Pair
+    error: _Pair
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a model's file."""
+
+    step: Count
+    classes: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    class_weights: tuple[_Least0, ...] | None
+    class_counts: tuple[_Least0, ...]
+    mean: tuple[float, ...]
+    std: tuple[_Positive, ...]
+    input_shape: tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)], ...]
+    columns: tuple[Column, ...]
+    images: bool
+    dtype: str
+    calibration: _CalibrationRecord
+
+    def __post_init__(self) -> None:
+        """Hold the lengths against each other."""
+        per_class = {
+            "class_weights": self.class_weights,
+            "class_counts": self.class_counts,
+            "calibration.implied_prior": self.calibration.implied_prior,
+            "calibration.prior": self.calibration.prior,
+            "calibration.scale": self.calibration.scale,
+        }
+        for name, values in per_class.items():
+            if isinstance(values, tuple) and len(values) != len(self.classes):
+                raise ValueError(f"{len(self.classes)} classes, and {len(values)} {name}")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class is named twice")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} numbers of mean, and {len(self.std)} of std")
+        if self.images and len(self.input_shape) != 3:
+            raise ValueError(f"images must have channels, height, width; got {self.input_shape}")
+        features = sum(len(column.features) for column in self.columns)
+        if self.columns and self.input_shape != (features,):
+            raise ValueError(f"{features} features for inputs of shape {self.input_shape}")
+        if self.mean and self.images and len(self.mean) != self.input_shape[0]:
+            raise ValueError(f"{len(self.mean)} numbers of mean, of {self.input_shape[0]} channels")
 
 
 @dataclass(frozen=True)
@@ -164,43 +221,57 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
     Raises:
         RunError: the file cannot be read, or is of another model.
     """
-    tensors, header = load_tensors(path, needs=_HEADER)
-    classes, shape = tuple(header["classes"]), tuple(header["input_shape"])
+    tensors, header = load_record(path, Header)
+    classes, shape = header.classes, header.input_shape
+    other = f"{path} is of another model than its folder's {config.model}"
+    _check_size(config, header, tensors, other)
     model = make_model(config, shape, len(classes))
     try:
         misshapen = set_tensors(model, tensors)
     except ConfigError as error:
-        raise RunError(f"{path} is of another model: {error}") from None
+        raise RunError(f"{other}: {error}") from None
     if misshapen:
-        raise RunError(f"{path} is of another model: the shape of its {misshapen[0]} differs")
+        raise RunError(f"{other}: the shape of its {misshapen[0]} differs")
     model = model.eval().to(device)
     params, buffers = (
         {name: preferred_layout(t.detach()) for name, t in named.items()}
         for named in split_tensors(model)
     )
-    weights = header["class_weights"]
-    scale = torch.float64 if header["dtype"] == "float64" else torch.float32
+    scale = torch.float64 if header.dtype == "float64" else torch.float32
     return TrainedModel(
         model=model,
         forward=make_forward(model),
         params=params,
         buffers=buffers,
-        class_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+        class_weights=weights_of(header),
         config=config,
         classes=classes,
-        class_counts=torch.tensor(header["class_counts"], dtype=torch.float32),
-        mean=torch.tensor(header["mean"], dtype=scale),
-        std=torch.tensor(header["std"], dtype=scale),
+        class_counts=torch.tensor(header.class_counts, dtype=torch.float32),
+        mean=torch.tensor(header.mean, dtype=scale),
+        std=torch.tensor(header.std, dtype=scale),
         input_shape=shape,
-        columns=tuple(Column(**{**c, "levels": tuple(c["levels"])}) for c in header["columns"]),
-        images=header["images"],
-        dtype=header["dtype"],
-        calibration=_calibration(path, header["calibration"]),
+        columns=header.columns,
+        images=header.images,
+        dtype=header.dtype,
+        calibration=Calibration.of_record(dataclasses.asdict(header.calibration)),
     )
 
 
-def _calibration(path: Path, record: Any) -> Calibration:
+def weights_of(header: Header) -> Tensor | None:
+    """Return the class weights of a model's header."""
+    weights = header.class_weights
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32)
+
+
+def _check_size(config: TrainConfig, header: Header, tensors: Params, other: str) -> None:
+    """Raise ``RunError`` if a header's shapes make another model, before it takes any memory."""
+    if config.model not in MODELS and not config.model.startswith(TORCHVISION):
+        return  # code of the user's, which may need real tensors
     try:
-        return Calibration.of_record(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: its calibration cannot be read: {error!r}") from None
+        with torch.device("meta"):
+            model = make_model(config, header.input_shape, len(header.classes))
+    except (ConfigError, RuntimeError, OverflowError) as error:
+        raise RunError(f"{other}: {str(error).splitlines()[0]}") from None
+    for name, tensor in model.state_dict().items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise RunError(f"{other}: the shape of its {name} differs")

@@ -20,6 +20,7 @@ from funcloss.app.runs import folder
 from funcloss.app.runs.evaluation import evaluate_examples, record_of
 from funcloss.app.runs.folds import OUT_OF_FOLD
 from funcloss.app.runs.learned import learning_warnings, no_better_than_constant, underfitted
+from funcloss.app.runs.log import logged
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.rules import rule_caveat, usual_rule
 from funcloss.app.runs.setup import Setup
@@ -70,19 +71,16 @@ def sum_up(
 ) -> dict[str, Any]:
     """Draw the figures and write the summary, which is the sign of a finished run."""
     config, classes, test = setup.config, setup.dataset.classes, setup.dataset.test
-    records = folder.read_records(run_dir)
-    epochs = [r for r in records if r["kind"] == "epoch" and r["epoch"] > 0]
-    seconds = sum(r["seconds"] for r in epochs)
+    log = logged(folder.records_of(run_dir))
     examples = int(state.step) * config.batch_size
     # Under floors and ceilings the loss itself changes with the class weights.
-    losses = [] if config.floor or config.ceiling else _losses(records)
-    audits = {r["step"]: r["seconds"] for r in records if r["kind"] == "audit"}
+    losses = [] if config.floor or config.ceiling else log.losses
     few = torch.arange(min(_SHOWN, len(test.labels)), device=test.labels.device)
     split = "test" if "test" in evaluations else OUT_OF_FOLD
     shown = evaluations[split]
     guesses = shown.logits[: len(few)].argmax(-1).tolist()
     drawn = figures.Drawn(
-        records=records,
+        records=[*log.steps, *log.epochs],
         classes=classes,
         confusion=shown.argmax.confusion,
         reliability=shown.metrics.reliability,
@@ -94,7 +92,9 @@ def sum_up(
         what="test set" if split == "test" else "out-of-fold examples",
     )
     for name, draw in figures.FIGURES.items():
-        if figure := draw(drawn):
+        with figures.own_style():
+            figure = draw(drawn)
+        if figure:
             figures.save_figure(figure, run_dir / name)
     summary = {
         "dataset": config.dataset,
@@ -108,10 +108,10 @@ def sum_up(
         "epochs": int(state.step) // setup.per_epoch,
         "steps": int(state.step),
         "examples": examples,
-        "train_seconds": seconds,
-        "audits": len(audits),
-        "audit_seconds": sum(audits.values()),
-        "images_per_second": examples / seconds if seconds else None,
+        "train_seconds": log.seconds,
+        "audits": log.audits,
+        "audit_seconds": log.audit_seconds,
+        "images_per_second": examples / log.seconds if log.seconds else None,
         "device": config.device,
         "compile": config.compile,
         "threads": config.threads,
@@ -119,7 +119,7 @@ def sum_up(
         "warnings": learning_warnings(
             shown.argmax.confusion, classes, losses, trained=bool(state.step)
         )
-        + _underfitted(setup, model, shown, records, losses),
+        + _underfitted(setup, model, shown, log.epochs, losses),
         **more,
         "costs": cost_sentences(setup.costs),
         "decisions": decision_sentences(setup.costs),
@@ -140,7 +140,7 @@ def _underfitted(
     setup: Setup,
     model: TrainedModel,
     test: Evaluation,
-    records: list[dict[str, Any]],
+    done: list[dict[str, Any]],
     losses: list[tuple[float, int]],
 ) -> list[str]:
     """Return a warning if a training of a fixed number of epochs was too short."""
@@ -153,17 +153,8 @@ def _underfitted(
         few = torch.arange(0, n, math.ceil(n / _TRAINING), device=device)
         on_train = evaluate_examples(model, setup.dataset, subset(train, few))
         constant = no_better_than_constant(on_train.argmax.confusion)
-    validation = [or_nan(r["validation"]["loss"]) for r in records if "validation" in r]
+    validation = [or_nan(r["validation"]["loss"]) for r in done if "validation" in r]
     return underfitted(losses, validation, epochs=epochs, constant=constant)
-
-
-def _losses(records: list[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Return mean loss and number of steps of each report."""
-    return [
-        (math.nan if r["loss"] is None else r["loss"], r["steps"])
-        for r in records
-        if r["kind"] == "step"
-    ]
 
 
 @contextlib.contextmanager

@@ -1,17 +1,17 @@
 """A trained model in use: on a data set, on image files."""
 
-import csv
 import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from funcloss._files import replacing, write_text
+from funcloss._files import write_csv, write_text
 from funcloss.app.config import TrainConfig, check_code, make_config
 from funcloss.app.data import (
     Dataset,
@@ -271,17 +271,15 @@ def write_decisions(
             decisions.expected_costs,
         ]
     )
-    with (
-        replacing(path) as beside,
-        # a file name need not be UTF-8
-        beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(head)
+
+    def rows() -> Iterator[Sequence[Any]]:
+        yield head
         for i, (source, name) in enumerate(zip(sources, decisions.names, strict=True)):
             truth = [labels[i]] if labels else []
             cells = ("" if math.isnan(v) else f"{v:.6g}" for v in numbers[i].tolist())
-            writer.writerow((*source, *truth, name, *cells))
+            yield (*source, *truth, name, *cells)
+
+    write_csv(path, rows())
 
 
 def write_evaluated(path: Path, report: EvaluationReport) -> None:

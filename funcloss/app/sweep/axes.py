@@ -222,6 +222,8 @@ def _check(axis: Axis) -> None:
         raise ConfigError(f"{axis.option} must be swept as {form}, got the key {axis.key!r}")
     if not axis.values:
         raise ConfigError(f"{axis.name}: there is no value to sweep")
+    if not all(map(math.isfinite, axis.values)):
+        raise ConfigError(f"{axis.name}: its values must be finite")
 
 
 def _in_steps(first: float, last: float, part: float) -> float:

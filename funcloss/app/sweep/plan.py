@@ -1,13 +1,24 @@
 """What a sweep is: its trials, how they are run, and the file that says so."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from funcloss._files import folder_replacing
-from funcloss.app.config import TrainConfig, check_code, make_config, plain_config, read_record
+import msgspec
+
+from funcloss._folders import folder_replacing, holding
+from funcloss.app.config import (
+    FileOptions,
+    TrainConfig,
+    check_code,
+    make_config,
+    plain_config,
+    read_record,
+)
+from funcloss.app.decoding import from_plain
 from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import check_measurable
 from funcloss.app.runs.early import make_first_best
@@ -33,6 +44,7 @@ from funcloss.typing import Hyper
 
 SPEC = folder.SIGNS["sweep"]
 _METHODS = ("auto", "vmap", "loop")
+_MOST_SEEDS = 100_000
 _SEEDS = 2**63  # from 0 on
 
 
@@ -47,6 +59,22 @@ class SweepSpec:
     # convolutions that is not on CUDA, else vmap.
     method: str = "auto"
     width: int = 0  # trials in one program; 0: by the method
+
+
+@dataclass(frozen=True)
+class _SweepTable:
+    """What ``[sweep]`` of a ``sweep.toml`` says."""
+
+    seeds: Annotated[int, msgspec.Meta(ge=1, le=_MOST_SEEDS)]
+    axes: Annotated[tuple[Axis, ...], msgspec.Meta(min_length=1)]
+    width: Annotated[int, msgspec.Meta(ge=0, le=4096)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunTable(folder.RunTable):
+    """What its ``[run]`` says."""
+
+    environment: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -108,8 +136,8 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
     folder.check_free(out, overwrite=overwrite, what="sweep")
     if spec.method not in _METHODS:
         raise ConfigError(f"method must be one of {', '.join(_METHODS)}; got {spec.method!r}")
-    if spec.seeds < 1:
-        raise ConfigError(f"seeds must be at least 1, got {spec.seeds}")
+    if not 1 <= spec.seeds <= _MOST_SEEDS:
+        raise ConfigError(f"seeds must be 1 to {_MOST_SEEDS:,}, got {spec.seeds}")
     if spec.config.folds and (spec.seeds > 1 or spec.method != "auto"):
         raise ConfigError(
             f"folds {spec.config.folds} with seeds {spec.seeds} and method {spec.method}: each "
@@ -140,8 +168,11 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
     run = {"command": folder.command_line(), "environment": folder.environment()}
     # Another may have come while the loss was checked.
     folder.check_free(out, overwrite=overwrite, what="sweep")
-    with folder_replacing(out, last=SPEC) as beside:
-        folder.write_config(beside / SPEC, shared, sweep=own, run=run)
+    with contextlib.ExitStack() as old:
+        if out.is_dir():
+            old.enter_context(holding(out))  # nobody sweeps into what is replaced
+        with folder_replacing(out, last=SPEC) as beside:
+            folder.write_config(beside / SPEC, shared, sweep=own, run=run)
     return made
 
 
@@ -158,13 +189,12 @@ def read_spec(out: Path, *, allow_import: bool = False) -> SweepSpec:
     Raises:
         RunError: the folder is not that of a sweep, or is of a newer format.
     """
-    options, tables = _read(out, allow_import=allow_import)
+    options, own, _ = _read(out, allow_import=allow_import)
     try:
-        own, _ = tables["sweep"], tables["run"]["environment"]
-        axes = [Axis(a["option"], a["key"], tuple(a["values"])) for a in own["axes"]]
-        return SweepSpec(make_config(options), axes, own["seeds"], width=own["width"])
-    except (KeyError, TypeError, ConfigError) as error:
+        config, _ = make_config(options), trials_of(own.axes)
+    except ConfigError as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
+    return SweepSpec(config, own.axes, own.seeds, width=own.width)
 
 
 def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
@@ -184,8 +214,9 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
         RunError: the folder is not that of a sweep.
     """
     check_code(spec.config)
-    _, tables = _read(out)
-    for line in folder.differences(tables["run"]["environment"], folder.environment()):
+    folder.check_files(out)
+    *_, run = _read(out)
+    for line in folder.differences(run.environment, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     made, hypers = _assembled(spec, out)
     if made.config.folds:
@@ -193,13 +224,18 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     return dataclasses.replace(made, groups=_groups(made, hypers, spec.width or 1))
 
 
-def _read(out: Path, *, allow_import: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not (out / SPEC).is_file():
-        raise RunError(f"{out} is not the folder of a sweep: it has no {SPEC}")
+def _read(out: Path, *, allow_import: bool = False) -> tuple[FileOptions, _SweepTable, _RunTable]:
+    folder.check_is(out, "sweep")
     try:
-        return read_record(out / SPEC, allow_import=allow_import)
+        options, tables = read_record(out / SPEC, allow_import=allow_import)
     except ConfigError as error:
         raise RunError(f"cannot read {out / SPEC}: {error}") from None
+    own, run = tables.get("sweep", {}), tables.get("run", {})
+    return (
+        options,
+        from_plain(_SweepTable, own, f"{out / SPEC}: sweep"),
+        from_plain(_RunTable, run, f"{out / SPEC}: run"),
+    )
 
 
 def _assembled(spec: SweepSpec, out: Path) -> tuple[Sweep, list[Hyper]]:

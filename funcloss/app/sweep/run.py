@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from funcloss._folders import holding, settle
 from funcloss.app.choice.finish import Candidates, constraint_rows, focus_of, report_on, written
 from funcloss.app.choice.words import fading_sentence, sweep_sentences
 from funcloss.app.data import short_name
@@ -18,8 +19,8 @@ from funcloss.app.runs.lifecycle import Outcome, load_checkpoint, write_run
 from funcloss.app.runs.setup import Setup, setup_on
 from funcloss.app.sweep import folded
 from funcloss.app.sweep.axes import describe
-from funcloss.app.sweep.plan import Sweep, SweepSpec, start, taken_up
-from funcloss.app.sweep.seeds import STEPS, prepared, restored, run_seeds
+from funcloss.app.sweep.plan import SPEC, Sweep, SweepSpec, start, taken_up
+from funcloss.app.sweep.seeds import prepared, restored, run_seeds, steps_of
 from funcloss.app.sweep.select import (
     Record,
     baseline_of,
@@ -76,20 +77,28 @@ def sweep(
     path = _new_folder(spec) if out is None else Path(out).expanduser()
     if not resume:
         made = start(spec, path, show, overwrite=overwrite)
-    elif out is None:
+        with holding(path):
+            return _swept_through(made, watcher)
+    if out is None:
         raise ConfigError("resume needs the folder of a sweep")
-    else:
+    with holding(path):
         _check_unfinished(path)
         made = taken_up(spec, path, show)
+        settle(path, last=SPEC)
+        return _swept_through(made, watcher)
+
+
+def _swept_through(made: Sweep, watcher: Watcher) -> Outcome:
+    """Train all trials, choose one and report on it."""
     if made.config.folds:
         found = folded.run_folds(made, watcher)
         stopped = Outcome(made.folder, False, made.config)
         return stopped if found is None else _on_all_data(made, found, watcher)
-    made = prepared(made, show)
+    made = prepared(made, watcher.show)
     records = run_seeds(made, watcher)
     if records is None:
         return Outcome(made.folder, False, made.config)
-    return _reported(made, records, show)
+    return _reported(made, records, watcher.show)
 
 
 def _new_folder(spec: SweepSpec) -> Path:
@@ -270,11 +279,10 @@ def _write_chosen(
     setup = setup_on(config, made.setup.dataset)
     state = trial_state(restored(made, seed), made.groups, number)
     records = []
-    for line in folder.read_lines(made.folder / STEPS):
-        if line["seed"] == seed:
-            kept = {k: v for k, v in line.items() if k not in ("seed", "losses", "loss")}
-            place = {"kind": "step", "epoch": (line["step"] - 1) // setup.per_epoch + 1}
-            records.append(place | kept | {"loss": line["losses"][number]})
+    for line in steps_of(made, seed):
+        kept = {k: v for k, v in line.items() if k not in ("seed", "losses", "loss")}
+        place = {"kind": "step", "epoch": (line["step"] - 1) // setup.per_epoch + 1}
+        records.append(place | kept | {"loss": line["losses"][number]})
     about = {
         "command": folder.command_line(),
         "dataset_note": setup.dataset.note,

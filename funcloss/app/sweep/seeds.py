@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from funcloss._json import jsonable
 from funcloss._trees import flatten
 from funcloss.app.data import Examples, subset
+from funcloss.app.decoding import Count, Number, from_json
 from funcloss.app.runs import folder
-from funcloss.app.runs.checkpoint import beneath, load_tensors, restore, save_tensors
+from funcloss.app.runs.checkpoint import beneath, load_record, restore, save_tensors
 from funcloss.app.runs.evaluation import (
     calibrated,
     evaluate,
@@ -23,9 +24,11 @@ from funcloss.app.runs.evaluation import (
     rescored,
 )
 from funcloss.app.runs.events import Note, Show, Watcher
+from funcloss.app.runs.log import keep_lines, lines_of, with_steps_before
 from funcloss.app.runs.rules import rule_fits
 from funcloss.app.runs.setup import seeded_state, trial_batch
 from funcloss.app.sweep.plan import Sweep, seed_file
+from funcloss.app.sweep.select import Record
 from funcloss.app.sweep.trials import (
     EnsembleState,
     init_trials,
@@ -34,6 +37,7 @@ from funcloss.app.sweep.trials import (
     trial_state,
 )
 from funcloss.constraints.bounds import reached
+from funcloss.errors import RunError
 from funcloss.training import Compiled, Progress, TrainState, fit, prepare
 from funcloss.typing import Batch
 
@@ -48,7 +52,7 @@ class SeedReport:
     number: int  # from 1
     seeds: int
     seconds: float  # of the training since this call began or went on
-    records: list[dict[str, Any]]
+    records: list[Record]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def prepared(sweep: Sweep, show: Show = lambda event: None) -> Sweep:
     return dataclasses.replace(sweep, config=config, groups=groups)
 
 
-def run_seeds(sweep: Sweep, watcher: Watcher) -> list[dict[str, Any]] | None:
+def run_seeds(sweep: Sweep, watcher: Watcher) -> list[Record] | None:
     """Train every trial with every seed, from where the folder's files are.
 
     Args:
@@ -100,7 +104,8 @@ def run_seeds(sweep: Sweep, watcher: Watcher) -> list[dict[str, Any]] | None:
     Returns:
         A record a trial and seed, scored on validation data; None if it was told to stop.
     """
-    records = folder.read_lines(sweep.folder / TRIALS)
+    kept = lines_of(sweep.folder / TRIALS, _trial_line, lambda text: watcher.show(Note(text, True)))
+    records = _complete(sweep, [cast(Record, line) for _, line in kept])
     step_on = make_trials_step(sweep.groups)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
     watcher.show(SweepStarted(sweep.folder, len(sweep.trials), sweep.seeds, sweep.steps, done))
@@ -111,12 +116,13 @@ def run_seeds(sweep: Sweep, watcher: Watcher) -> list[dict[str, Any]] | None:
         trials = _trained(sweep, seed, step_on, watcher)
         if trials is None:
             return None
-        new = [
-            {"seed": seed} | score(sweep, number, trial_state(trials, sweep.groups, number))
+        scores = (
+            score(sweep, number, trial_state(trials, sweep.groups, number))
             for number in range(len(sweep.trials))
-        ]
-        records = records + new
-        folder.write_lines(sweep.folder / TRIALS, records)
+        )
+        new = [cast(Record, {"seed": seed} | of_trial) for of_trial in scores]
+        records = [*records, *new]
+        keep_lines(sweep.folder / TRIALS, (folder.as_line(line).encode() for line in records))
         watcher.show(SeedReport(seed + 1, sweep.seeds, time.perf_counter() - began, new))
     return records
 
@@ -130,7 +136,7 @@ def score(sweep: Sweep, number: int, state: TrainState) -> dict[str, Any]:
         state: Its state.
 
     Returns:
-        A record, None for what is not defined.
+        A :class:`Record` but for its seed, None for what is not defined.
     """
     trial, setup = sweep.trials[number], sweep.setup
     dataset, hyper = setup.dataset, trial_hyper(sweep.groups, number)
@@ -174,31 +180,44 @@ def few_of(examples: Examples) -> Examples:
 def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> EnsembleState | None:
     """Train all trials with one seed, saving at the end of every epoch and when told to stop."""
     config, setup = sweep.config, sweep.setup
-    path = seed_file(sweep.folder, seed)
+    path, log = seed_file(sweep.folder, seed), sweep.folder / STEPS
+    recent: list[Tensor] = []  # of each step since the last line: mean loss, and that of each trial
+    seconds = 0.0  # of those of them that were taken before a stop
     if path.exists():
-        trials = restored(sweep, seed)
+        trials, before, seconds = _stored(sweep, seed)
+        recent += before
     else:
         trials = init_trials(seeded_state(setup, config.seed + seed), sweep.groups)
     up_to = int(trials.step)
-    lines = [
-        line
-        for line in folder.read_lines(sweep.folder / STEPS)
-        if line["seed"] < seed or (line["seed"] == seed and line["step"] <= up_to)
-    ]
-    folder.write_lines(sweep.folder / STEPS, lines)
-    recent: list[Tensor] = []
+    kept = (
+        text
+        for text, line in lines_of(log, _step_line, lambda text: watcher.show(Note(text, True)))
+        if (line["seed"], line["step"]) <= (seed, up_to)
+    )
+    keep_lines(log, kept)
 
     def take_step(trials: EnsembleState, batch: Batch):
         trials, metrics = step_on(trials, batch)
-        recent.append(metrics["losses"])
+        recent.append(torch.cat((metrics["loss"][None], metrics["losses"])))
         return trials, metrics
 
     def on_progress(progress: Progress) -> None:
-        losses = torch.stack(recent).mean(0).tolist()
-        recent.clear()
-        line = {"seed": seed} | dataclasses.asdict(progress) | {"losses": losses}
-        folder.append_line(sweep.folder / STEPS, line)
+        nonlocal seconds
+        each = [row[0] for row in recent]
+        progress = with_steps_before(progress, each, seconds, config.batch_size)
+        seconds = progress.seconds
+        if progress.step % config.log_every == 0 or progress.step % setup.per_epoch == 0:
+            losses = torch.stack(recent)[:, 1:].mean(0).tolist()
+            line = {"seed": seed} | dataclasses.asdict(progress) | {"losses": losses}
+            folder.append_line(log, line)
+            recent.clear()
+            seconds = 0.0
         watcher.show(progress)
+
+    def save(trials: EnsembleState, step: int) -> None:
+        unreported = {"unreported": torch.stack(recent)} if recent else {}
+        header = {"step": step, "seed": seed, "seconds": seconds}
+        save_tensors(path, flatten({"trials": trials} | unreported), header)
 
     for epoch in fit(
         trials,
@@ -213,9 +232,9 @@ def _trained(sweep: Sweep, seed: int, step_on: Callable, watcher: Watcher) -> En
         should_stop=watcher.should_stop,
     ):
         trials = epoch.state
-        save_tensors(path, flatten({"trials": trials}), {"step": epoch.step, "seed": seed})
+        save(trials, epoch.step)
     if not path.exists():  # an empty training
-        save_tensors(path, flatten({"trials": trials}), {"step": 0, "seed": seed})
+        save(trials, 0)
     return trials if int(trials.step) == sweep.steps else None
 
 
@@ -229,10 +248,71 @@ def restored(sweep: Sweep, seed: int) -> EnsembleState:
     Returns:
         The states; :func:`funcloss.app.sweep.trials.trial_state` gives that of one.
     """
+    return _stored(sweep, seed)[0]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of a seed's file."""
+
+    step: Count
+    seconds: float = 0.0
+
+
+def _stored(sweep: Sweep, seed: int) -> tuple[EnsembleState, list[Tensor], float]:
+    """Return the states of a seed's file, and the losses and seconds since the last line."""
+    path = seed_file(sweep.folder, seed)
     template = init_trials(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
-    tensors, _ = load_tensors(seed_file(sweep.folder, seed))
-    return restore(template, beneath(tensors, "trials"))
+    tensors, header = load_record(path, _Header)
+    trials = restore(template, beneath(tensors, "trials"))
+    steps, width = int(trials.step), 1 + len(sweep.trials)
+    recent = tensors.get("unreported", torch.zeros(0, width))
+    fits = recent.dim() == 2 and recent.shape[1] == width and len(recent) <= steps
+    if header.step != steps or steps > sweep.steps or not fits:
+        raise RunError(f"{path} is damaged: it is not of {steps} steps of these trials")
+    return trials, list(recent.to(sweep.setup.config.device)), header.seconds
 
 
-def _scored(records: Sequence[dict[str, Any]], seed: int) -> bool:
+class _StepLine(TypedDict):
+    """The training of all trials since the report before: a line of ``steps.jsonl``."""
+
+    seed: Count
+    step: Count
+    examples: Count
+    steps: Count
+    loss: Number
+    seconds: float
+    images_per_second: Number
+    losses: list[Number]
+
+
+def _trial_line(text: bytes, where: str) -> dict[str, Any]:
+    return cast(dict[str, Any], from_json(Record, text, where))
+
+
+def _step_line(text: bytes, where: str) -> dict[str, Any]:
+    return cast(dict[str, Any], from_json(_StepLine, text, where))
+
+
+def steps_of(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
+    """Return the lines of ``steps.jsonl`` of a seed, each with a loss for every trial."""
+    lines = (line for _, line in lines_of(sweep.folder / STEPS, _step_line))
+    return [n for n in lines if n["seed"] == seed and len(n["losses"]) == len(sweep.trials)]
+
+
+def _complete(sweep: Sweep, records: Sequence[Record]) -> list[Record]:
+    """Return the records of those seeds of which every trial is there; others are scored anew."""
+    classes, limits = set(sweep.setup.dataset.classes), len(sweep.constraints)
+    names = [trial.name for trial in sweep.trials]
+    complete = []
+    for seed in range(sweep.seeds):
+        own = {r["trial"]: r for r in records if r["seed"] == seed}
+        if [r["name"] for _, r in sorted(own.items())] == names and all(
+            r["recall"].keys() == classes and len(r["reached"]) == limits for r in own.values()
+        ):
+            complete += [own[number] for number in range(len(names))]
+    return complete
+
+
+def _scored(records: Sequence[Record], seed: int) -> bool:
     return any(record["seed"] == seed for record in records)

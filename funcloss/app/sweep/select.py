@@ -3,18 +3,39 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from funcloss._json import or_nan
+from funcloss.app.decoding import Count, Number
 from funcloss.app.report.choice import Point
 from funcloss.app.sweep.axes import Axis
 from funcloss.constraints.bounds import Constraint, held, violations
 from funcloss.decisions import Costs, Interval, seed_interval
 
-Record = dict[str, Any]  # a trial at the end of a seed's training: a line of trials.jsonl
 _FADED = 0.001  # training error below which class weights have nothing left to weigh
+
+
+class Record(TypedDict):
+    """A trial at the end of a seed's training: a line of ``trials.jsonl``."""
+
+    seed: Count
+    trial: Count
+    name: str
+    values: dict[str, float]
+    plain: bool
+    diverged: bool
+    accuracy: float
+    expected_cost: float
+    rule_cost: Number
+    temperature: Number
+    calibration_error: Number
+    recall: dict[str, Number]
+    precision: dict[str, Number]
+    reached: list[Number]
+    support: list[Count]
+    train_accuracy: float
 
 
 def points_of(
