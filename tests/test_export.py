@@ -109,7 +109,7 @@ def test_both_files_decide_as_the_run_does(place, run, run_cli):
     onnx, program = place / "run.onnx", place / "run.pt2"
     code, out, err = run_cli("export", run, "--onnx", onnx, "--torch", program)
     assert (code, err) == (0, "")
-    assert out.startswith("inputs: float32 (batch, 30); decisions by min-cost\n")
+    assert out.startswith("inputs: float64 (batch, 30); decisions by min-cost\n")
     assert [line.partition(":")[0] for line in out.splitlines()[1:]] == [str(onnx), str(program)]
     model = funcloss.load(run)
     inputs, _ = runs.use.read_features(place / "rows.csv", model.columns)
@@ -185,7 +185,10 @@ def test_a_model_without_a_graph_leaves_no_file(place, tmp_path):
         ({"onnx": "x.pt2"}, "onnx must be a file that ends in .onnx, got 'x.pt2'"),
         ({"torch": "x"}, "torch must be a file that ends in .pt2, got 'x'"),
         ({"torch": "x.pt2", "rule": "cheapest"}, "rule must be one of argmax, min-cost, got"),
-        ({"torch": "x.pt2", "dtype": "float16"}, "dtype must be one of uint8, float32, int64"),
+        (
+            {"torch": "x.pt2", "dtype": "float16"},
+            "dtype must be one of uint8, float32, float64",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_first(asked, message, tmp_path):

@@ -180,7 +180,7 @@ def judged(parts, config, costs, weights=None):
     model = TrainedModel(
         model=None, forward=None, params={}, buffers={}, class_weights=weights, config=config,
         classes=costs.classes, class_counts=COUNTS, mean=None, std=None, input_shape=(3,),
-        columns=(), images=False, calibration=None,
+        columns=(), images=False, dtype="float32", data="", calibration=None,
     )  # fmt: skip
     table = dict(zip(costs.classes, costs.matrix.tolist(), strict=True))
     table = {t: dict(zip(costs.decisions, row, strict=True)) for t, row in table.items()}

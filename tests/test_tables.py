@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import but_learning
+from conftest import but_learning, resume
 
 from funcloss.app import runs
 from funcloss.app.config import make_config
 from funcloss.app.data import Column, LoadOptions, load_dataset
 from funcloss.app.train import train
-from funcloss.errors import ConfigError, DataError
+from funcloss.errors import ConfigError, DataError, RunError
 
 LINEAR = {"model": "linear", "target": "y", "compile": "off", "device": "cpu"}
 
@@ -331,3 +331,56 @@ def test_times_in_float64_survive_the_run_folder(n, tmp_path):
     scaled = (inputs - model.mean) / model.std
     assert np.ptp(scaled.numpy()) > 0 or n == 1
     assert Path(tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- the data of a run, later ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on a table, its folder and the rows."""
+    place = tmp_path_factory.mktemp("trained")
+    rows = [(i % 7, 9 - i % 5, "pq"[(i % 7) > (9 - i % 5) - 4]) for i in range(120)]
+    write_rows(place / "t.csv", ["a", "b", "y"], rows)
+    made = make_config(LINEAR, {"dataset": str(place / "t.csv"), "epochs": 20})
+    outcome = train(made, place / "run", show=lambda event: None)
+    return place, rows, outcome.summary["test"]["rules"]["argmax"]["accuracy"][0]
+
+
+def write_rows(path, header, rows):
+    path.write_text("\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n")
+
+
+def test_columns_in_another_order_are_matched_by_name(trained, run_cli):
+    place, rows, accuracy = trained
+    write_rows(place / "t.csv", ["y", "b", "a"], [(y, b, a) for a, b, y in rows])
+    code, out, err = run_cli("evaluate", place / "run")
+    assert code == 0
+    assert f"accuracy {accuracy:.2%}" in out
+    write_rows(place / "t.csv", ["a", "b", "y"], rows)
+
+
+def test_a_class_that_was_renamed_is_refused(trained, run_cli):
+    place, rows, _ = trained
+    write_rows(place / "t.csv", ["a", "b", "y"], [(a, b, {"p": "r"}.get(y, y)) for a, b, y in rows])
+    for command in ("evaluate", "audit"):
+        code, _, err = run_cli(command, place / "run")
+        assert code == 1
+        assert re.search("t has the classes q, r, and the run was trained on p, q", err)
+    write_rows(place / "t.csv", ["a", "b", "y"], rows)
+
+
+def test_data_that_has_changed_is_said_and_no_run_goes_on_with_it(trained, run_cli, tmp_path):
+    place, rows, _ = trained
+    stop = tmp_path / "stopped"
+    made = make_config(LINEAR, {"dataset": str(place / "t.csv"), "epochs": 20})
+    asked = iter([False, True])
+    outcome = train(made, stop, show=lambda event: None, should_stop=lambda: next(asked, True))
+    assert not outcome.finished
+    write_rows(place / "t.csv", ["a", "b", "y"], [(a + 1, b, y) for a, b, y in rows])
+    _, out, err = run_cli("evaluate", place / "run")
+    assert "t has changed since the run was trained" in out + err
+    with pytest.raises(RunError, match="t has changed since"):
+        resume(stop)
+    write_rows(place / "t.csv", ["a", "b", "y"], rows)
+    assert resume(stop).finished

@@ -22,6 +22,7 @@ from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
+from funcloss.app.runs.lifecycle import note_on_data
 from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
@@ -74,6 +75,7 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
     """Audit a run as :func:`audit_run` does, where its training has been set up."""
     config = setup.config
+    changed = note_on_data(run_dir, setup)
     state, hyper = load_checkpoint(run_dir, setup)
     setup = replace(setup, hyper=hyper)
     summary = folder.read_summary(run_dir)
@@ -86,7 +88,7 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     )
     found = _audited(setup, state, options, step)
     over = "training has finished; the audited step is hypothetical, at the peak learning rate"
-    notes = [] if going_on else [over]
+    notes = [changed] * bool(changed) + [over] * (not going_on)
     if summary is not None and "best_epoch" in summary:
         notes.append(
             f"audited after the last epoch, {summary['epochs']}; the model that the run kept is of "

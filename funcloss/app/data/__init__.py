@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         normalised,
         resized,
         subset,
+        with_classes,
     )
     from funcloss.app.data.images import read_images
     from funcloss.app.data.loading import load_dataset, short_name
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "dataset": (
-        "Dataset Examples as_pixels get_batch iter_batches joined moved normalised resized subset"
+        "Dataset Examples as_pixels get_batch iter_batches joined moved normalised resized subset "
+        "with_classes"
     ),
     "images": "read_images",
     "loading": "load_dataset short_name",
@@ -69,6 +71,7 @@ __all__ = [
     "short_name",
     "stratified_split",
     "subset",
+    "with_classes",
 ]
 
 

@@ -1,6 +1,7 @@
 """A data set: its types, and the way from an index to a batch."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from funcloss.app.data.records import Column
 from funcloss.app.data.streaming import Stream, item_shape
-from funcloss.errors import ConfigError
+from funcloss.errors import ConfigError, DataError
 from funcloss.typing import Batch, Inputs
 
 
@@ -46,6 +47,7 @@ class Dataset:
     notes: tuple[str, ...] = ()  # what was done in reading
     measured: bool = False  # mean and deviation are those of train
     cut: bool = False  # validation was cut from train, and has its class frequencies
+    fingerprint: str = ""  # of the data as it was loaded, see :func:`fingerprint`
 
     @property
     def splits(self) -> dict[str, Examples]:
@@ -147,6 +149,57 @@ def iter_batches(
         if isinstance(there, Tensor):
             there = normalised(there, dataset.mean, dataset.std)
         yield _batch(there, examples, index)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return a number, in hexadecimal, that other data does not have.
+
+    It is made of the names of classes and columns, the labels, and the inputs that are held; of
+    streamed ones only their number counts.
+
+    Example:
+        >>> empty = Examples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+        >>> part = Examples(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+        >>> none = torch.zeros(0)
+        >>> fingerprint(Dataset("mine", ("a", "b"), part, empty, empty, none, none))
+        '72913a39957ee85e'
+    """
+    made = hashlib.blake2b(digest_size=8)
+    made.update(repr((dataset.classes, dataset.columns)).encode())
+    for examples in dataset.splits.values():
+        inputs = examples.inputs
+        held = [inputs] if isinstance(inputs, Tensor) else []
+        made.update(repr((len(examples.labels), item_shape(inputs))).encode())
+        for tensor in (examples.labels, *held):
+            plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            made.update(plain.numpy().data)
+    return made.hexdigest()
+
+
+def with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """Return the data set with its labels counted as ``classes`` are, matched by name.
+
+    Raises:
+        DataError: it has other classes.
+    """
+    if dataset.classes == classes:
+        return dataset
+    if sorted(dataset.classes) != sorted(classes):
+        raise DataError(
+            f"{dataset.name} has the classes {_listed(dataset.classes)}, and the run was trained "
+            f"on {_listed(classes)}"
+        )
+    place = torch.tensor([classes.index(name) for name in dataset.classes])
+
+    def relabel(examples: Examples) -> Examples:
+        labels = place.to(examples.labels.device)[examples.labels]
+        return dataclasses.replace(examples, labels=labels)
+
+    return dataclasses.replace(_with_splits(dataset, relabel), classes=classes)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

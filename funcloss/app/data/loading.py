@@ -23,7 +23,7 @@ from funcloss.app.data.arrays import (
     check_finite,
     read_arrays,
 )
-from funcloss.app.data.dataset import Dataset, Examples
+from funcloss.app.data.dataset import Dataset, Examples, fingerprint
 from funcloss.app.data.folders import read_folder
 from funcloss.app.data.names import DATASETS, TORCHVISION
 from funcloss.app.data.published import read_published, read_torchvision, torchvision_name
@@ -83,7 +83,8 @@ def load_dataset(
             f"no data set {name!r}{guess}; there are {there}, {TORCHVISION}NAME, and paths of your "
             "own"
         )
-    return loaded if options.imbalance == 1.0 else long_tailed(loaded, options.imbalance)
+    loaded = loaded if options.imbalance == 1.0 else long_tailed(loaded, options.imbalance)
+    return replace(loaded, fingerprint=fingerprint(loaded))
 
 
 def _load_published(options: LoadOptions) -> Dataset:

@@ -18,7 +18,7 @@ from funcloss._folders import Hold, folder_replacing, holding, settle
 from funcloss._trees import flatten
 from funcloss.app import length
 from funcloss.app.config import TrainConfig, option_values
-from funcloss.app.data import short_name
+from funcloss.app.data import Column, short_name, with_classes
 from funcloss.app.decoding import Count
 from funcloss.app.report.choice import Choice
 from funcloss.app.runs import folder, report
@@ -41,7 +41,7 @@ from funcloss.app.runs.model import Header, TrainedModel, save_model, weights_of
 from funcloss.app.runs.opening import announce
 from funcloss.app.runs.setup import Setup, make_setup, trial_batch
 from funcloss.decisions import Evaluation
-from funcloss.errors import ConfigError, RunError
+from funcloss.errors import ConfigError, DataError, RunError
 from funcloss.training.compilation import AnyStep, prepare
 from funcloss.training.loop import Progress, fit
 from funcloss.training.step import TrainState
@@ -125,6 +125,9 @@ class _Header:
 
     step: Count
     environment: dict[str, str]
+    data: str  # fingerprint of the data
+    classes: tuple[str, ...]
+    columns: tuple[Column, ...]
     seconds: float = 0.0  # of the steps since the last report
 
 
@@ -218,6 +221,11 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
     for line in folder.differences(header.environment, folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
     setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
+    if header.data != setup.dataset.fingerprint:
+        raise RunError(
+            f"{setup.dataset.name} has changed since {run_dir} began to train on it: put the data "
+            "back as it was, or begin another run"
+        )
     controller, memory = make_controller(setup), make_first_best(setup)
     state = restore(setup.state, beneath(tensors, "state"))
     if controller is not None:
@@ -336,6 +344,25 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     if any(n not in setup.hyper or t.shape != setup.hyper[n].shape for n, t in given.items()):
         raise RunError(f"{path} is of another training: see its {', '.join(sorted(given))}")
     return state, setup.hyper | {name: t.to(setup.config.device) for name, t in given.items()}
+
+
+def note_on_data(run_dir: Path, setup: Setup) -> str:
+    """Return a line that the data has changed since a run was trained on it, if it has.
+
+    Raises:
+        DataError: it has other classes or columns.
+        RunError: the checkpoint cannot be read.
+    """
+    _, header = load_record(run_dir / folder.CHECKPOINT, _Header)
+    dataset = setup.dataset
+    with_classes(dataset, header.classes)
+    if (header.classes, header.columns) != (dataset.classes, dataset.columns):
+        raise DataError(
+            f"{dataset.name} has other columns, or classes in another order, than when "
+            f"{run_dir} was trained on it: put the data back as it was"
+        )
+    changed = header.data != dataset.fingerprint
+    return f"{dataset.name} has changed since the run was trained on it" * changed
 
 
 def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
@@ -558,6 +585,9 @@ def _save(job: _Job, now: _Begin, model: TrainedModel | None = None) -> None:
         "epoch": step // setup.per_epoch,
         "config": option_values(setup.config),
         "environment": folder.environment(),
+        "data": setup.dataset.fingerprint,
+        "classes": setup.dataset.classes,
+        "columns": [dataclasses.asdict(column) for column in setup.dataset.columns],
         "seconds": now.seconds,
     }
     save_tensors(job.run_dir / folder.CHECKPOINT, flatten(kept), header)

@@ -62,6 +62,7 @@ class Header:
     columns: tuple[Column, ...]
     images: bool
     dtype: str
+    data: str
     calibration: _CalibrationRecord
 
     def __post_init__(self) -> None:
@@ -107,6 +108,7 @@ class TrainedModel:
     columns: tuple[Column, ...]  # of a table
     images: bool  # whether the inputs are images
     dtype: str  # of the inputs, ``uint8`` say; empty: not known
+    data: str  # fingerprint of the data that it was trained on
     calibration: Calibration  # what makes probabilities of its scores
 
     @functools.cached_property
@@ -202,6 +204,7 @@ def save_model(path: Path, model: TrainedModel, *, step: int) -> None:
         "columns": [dataclasses.asdict(column) for column in model.columns],
         "images": model.images,
         "dtype": model.dtype,
+        "data": model.data,
         "calibration": model.calibration.record(),
     }
     save_tensors(path, model.params | model.buffers, header)
@@ -253,6 +256,7 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
         columns=header.columns,
         images=header.images,
         dtype=header.dtype,
+        data=header.data,
         calibration=Calibration.of_record(dataclasses.asdict(header.calibration)),
     )
 

@@ -239,6 +239,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         columns=dataset.columns,
         images=dataset.has_images,
         dtype=str(inputs.dtype).removeprefix("torch.") if isinstance(inputs, Tensor) else "",
+        data=dataset.fingerprint,
         calibration=Calibration(even, even),
     )
     drawn = int(oversampled_counts(counts, config.oversample).sum())

@@ -21,6 +21,7 @@ from funcloss.app.data import (
     read_features,
     read_images,
     resized,
+    with_classes,
 )
 from funcloss.app.data.folders import files_in
 from funcloss.app.data.images import IMAGES
@@ -148,7 +149,13 @@ def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
         asked = dataclasses.replace(asked, refused_code=refused)
     amounts = _amounts_for(run, options)
     if own:
-        return load_data(asked, columns=run.columns, amounts=amounts)
+        loaded = load_data(asked, columns=run.columns, amounts=amounts)
+        loaded = with_classes(loaded, run.classes)
+        if loaded.fingerprint == run.data:
+            return loaded
+        changed = f"{loaded.name} has changed since the run was trained"
+        note = "; ".join(filter(None, (loaded.note, changed)))
+        return dataclasses.replace(loaded, note=note)
     shape = run.input_shape if run.images else ()
     schema = InputSchema(run.classes, run.columns, shape)
     return load_data(_as_other_data(asked), schema=schema, amounts=amounts)
