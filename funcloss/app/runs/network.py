@@ -1,5 +1,6 @@
 """The network that a configuration names: ours, torchvision's or somebody's own."""
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from funcloss.objectives.supervised import aliases_of, split_tensors
 from funcloss.typing import Inputs
 
 _SMALLEST = 12  # pixels that fast-cnn needs
+_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 224, 256, 299, 384)  # of images, to be tried
 
 
 def resolve_model(name: str, shape: InputShape) -> str:
@@ -121,7 +123,7 @@ def _of_code(config: TrainConfig, shape: InputShape, classes: int) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:
         if ours:
-            way = "use a larger image_size" if len(shape) == 3 else "use linear or mlp"
+            way = "use image_size" if len(shape) == 3 else "use linear or mlp"
             raise ConfigError(f"{error}: {way}") from None
         said = f"{type(error).__name__}: {error}"
         call = f"{address}({', '.join(map(str, arguments))})"
@@ -169,9 +171,10 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             logits, _ = make_forward(model)(params, buffers, inputs)
     except Exception as error:
         line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+        least = _least_size(model, shape[1:]) if len(shape) == 4 else 0
         raise ConfigError(
             f"model {name} fails on inputs of shape {shape} ({first.dtype}): "
-            f"{type(error).__name__}: {line}"
+            f"{type(error).__name__}: {line}" + (f"; use image_size {least}" if least else "")
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (len(first), classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -179,6 +182,16 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             f"model {name} must give logits of shape {(len(first), classes)} for inputs of shape "
             f"{shape}, one a class; got {got}"
         )
+
+
+def _least_size(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the least usual size of an image that a model takes, 0 if there is none."""
+    tried = copy.deepcopy(model).cpu().eval()
+    for size in _SIZES:
+        with contextlib.suppress(Exception), torch.no_grad():
+            tried(torch.zeros(1, shape[0], size, size))
+            return size
+    return 0
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
