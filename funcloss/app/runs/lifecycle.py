@@ -180,7 +180,9 @@ def _taken_up(
     tensors, header = load_tensors(run_dir / folder.CHECKPOINT, needs=("environment",))
     for line in folder.differences(header["environment"], folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
-    setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
+    setup = make_setup(
+        dataclasses.replace(config, init="", pretrained=False)
+    )  # its weights come from the checkpoint
     controller, memory = make_controller(setup), make_first_best(setup)
     state = restore(setup.state, beneath(tensors, "state"))
     if controller is not None:
