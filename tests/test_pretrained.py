@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from funcloss.app import runs
 from funcloss.app.config import make_config
 from funcloss.app.runs.augmentation import augmented
+from funcloss.app.runs.checkpoint import restore
+from funcloss.app.runs.folder import read_records
 from funcloss.app.runs.network import make_model
 from funcloss.app.runs.pretrained import pretrained_form, pretrained_tensors
 from funcloss.app.runs.setup import make_setup
@@ -118,7 +120,7 @@ def test_a_run_keeps_what_is_frozen_and_resumes_without_the_weights(
 
 
 def test_a_checkpoint_is_read_into_memory_aligned_as_that_of_a_training(tmp_path):
-    """Some convolutions round by where in memory their weights begin: a resumed run would differ."""
+    """Some convolutions round by where in memory their weights begin: resumed runs would differ."""
     state = {f"{i}": torch.rand(3) for i in range(9)}
     runs.save_tensors(tmp_path / "x.safetensors", state, {})
     read = restore(state, runs.load_tensors(tmp_path / "x.safetensors")[0])
