@@ -206,9 +206,20 @@ def _size_of(name: str, features: dict[str, nn.Module], input_shape: InputShape)
         shape = " x ".join(map(str, input_shape))
         raise ValueError(f"{name}: it takes images, and the inputs are of shape {shape}")
     tried = copy.deepcopy(_stack(**features)).eval()  # no running statistics change
+    if (size := _features_of(tried, input_shape)) is None:
+        shape, channels = "×".join(map(str, input_shape)), input_shape[0]
+        least = next(n for n in range(1, 512) if _features_of(tried, (channels, n, n)) is not None)
+        raise ValueError(
+            f"{name}: images of {shape} are too small for its convolutions, which take "
+            f"{least}x{least} and larger"
+        )
+    return size
+
+
+def _features_of(layers: nn.Module, input_shape: InputShape) -> int | None:
+    """Return how many features an image becomes, None if it is too small."""
     try:
         with torch.no_grad():
-            return tried(torch.zeros(1, *input_shape)).shape[1]
+            return layers(torch.zeros(1, *input_shape)).shape[1] or None
     except RuntimeError:
-        shape = "×".join(map(str, input_shape))
-        raise ValueError(f"{name}: images of {shape} are too small for its convolutions") from None
+        return None

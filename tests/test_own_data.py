@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 
 from funcloss.app import data, runs, sweep
 from funcloss.app.audits import audit_run
@@ -797,7 +798,7 @@ FOLDERS = [
      2, r"several sizes.*image_size", "parts of several sizes"),
     (of_folder(TWO, "--test-dataset", "own/a"), 1, r"own/a holds no class folders", "test part"),
     (of_folder(TWO, "--batch-size", 4, "--model", "fast-cnn"),
-     2, r"too small.*use a larger image_size", "small"),
+     2, r"too small.*12x12 and larger: use image_size", "small"),
     (of_folder({" ": RGB[:6], "b": RGB[6:9]}), 1, r"a class named ' '", "blank name"),
 ]  # fmt: skip
 ARRAYS = [
@@ -952,6 +953,34 @@ def test_what_cannot_be_learnt_from_is_one_line(
     assert ended == code
     assert not (tmp_path / "run").exists()
     assert none_left()
+
+
+@pytest.mark.parametrize(("shape", "model", "least"), [
+    ((1, 1, 3), "auto", 0), ((1, 9, 1), "lenet5", 0), ((9, 1, 3), "torchvision:squeezenet1_1", 24),
+    ((1, 9, 3), "cifar-cnn", 8),
+])  # fmt: skip
+def test_images_of_a_pixel_each_way_are_learnt_or_the_least_size_is_named(
+    shape, model, least, tmp_path, run_cli
+):
+    images = np.arange(20)[:, None, None, None] % 2 * 99 + pixels(20, *shape) // 2
+    np.savez(tmp_path / "own.npz", images=images.astype(np.uint8), labels=np.arange(20) % 2)
+    args = ("--dataset", tmp_path / "own.npz", "--model", model, "--batch-size", 4, *QUICK[2:])
+    code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *args)
+    if least:
+        assert code == 2
+        assert f"{least}" in err.partition("image")[2]
+        code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *args, "--image-size", least)
+    assert (code, but_learning(err)) == (0, "")
+
+
+def test_one_test_example_is_judged(tmp_path, run_cli):
+    arrays = {"x_train": FEATURES, "y_train": INDEX, "x_test": FEATURES[:1], "y_test": INDEX[:1]}
+    np.savez(tmp_path / "own.npz", **arrays)
+    args = ("--dataset", tmp_path / "own.npz", "--batch-size", 4, *QUICK)
+    code, _, err = run_cli("train", "--run-dir", tmp_path / "run", *args)
+    assert (code, but_learning(err)) == (0, "")
+    for command in ("evaluate", "audit"):
+        assert run_cli(command, tmp_path / "run")[0] == 0
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -1130,6 +1159,30 @@ def test_nothing_else_is_said_when_the_command_ends(tmp_path, module):
     )
     assert ran.returncode == 1
     assert re.fullmatch(r"error: reading the data raised RuntimeError: stack .*\n", ran.stderr)
+
+
+class Deadly(Dataset):
+    """Its third item ends the process that reads it."""
+
+    def __init__(self, number):
+        self.number, self.targets = number, torch.arange(8)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        if i == 3:
+            os.kill(os.getpid(), self.number)
+        return torch.zeros(2), i
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE])
+def test_a_process_that_dies_leaves_one_line(number, in_time, capfd):
+    stream = data.Stream(Deadly(number), torch.arange(8), (2,), workers=1)
+    with pytest.raises((DataError, RuntimeError), match=r"process|worker"):
+        [*stream.batches(torch.arange(8).split(2))]
+    assert capfd.readouterr() == ("", "")
+    assert none_left()
 
 
 def test_labels_of_items_that_are_not_those_told_are_refused(tmp_path, module):

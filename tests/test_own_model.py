@@ -670,7 +670,7 @@ def test_a_head_for_other_classes_begins_anew_and_it_is_said(weights, fit, tmp_p
     for name in taken:
         expected = plain if name in head else before
         assert torch.equal(taken[name], expected[name]), name
-    assert f"init: {len(taken) - 2} of {len(taken)} tensors are those of " in out
+    assert f"loaded {len(taken) - 2} of {len(taken)} tensors of init: {weights.name}" in out
     assert all(name in out for name in head)
 
 

@@ -239,6 +239,11 @@ def test_what_the_documentation_shows_runs(page, tmp_path, monkeypatch, capsys):
         for part in map(worded, output.split("...\n")):
             assert part in said
             said = said[said.index(part) + len(part) :]
+    for file in tmp_path.rglob("summary.json"):  # no run that is shown has learnt nothing
+        summary = json.loads(file.read_text())
+        if summary.get("epochs") and "test" in summary:
+            test = summary["test"]
+            assert test["rules"]["argmax"]["accuracy"][0] > 1.1 / len(test["prior"]), file
 
 
 @pytest.mark.slow

@@ -524,7 +524,10 @@ REFUSED = [
     ({"class_weight": {"10": 2}}, "no class '10'"),
     ({"class_weight": dict.fromkeys("0123456789", 0)}, "every class weighs 0"),
     ({"batch_size": 4001}, "batch_size 4001 is more than the 4,000 training examples"),
-    ({"image_size": 8}, "1×8×8 are too small for its convolutions: use a larger image_size"),
+    (
+        {"image_size": 8},
+        "1×8×8 are too small for .* 16x16 and larger: use image_size",
+    ),
     ({"pixel_mean": [0.1, 0.2], "pixel_std": [1, 1]}, "must have a number a channel: 1"),
 ]
 

@@ -68,8 +68,9 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     """
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=options.allow_import)
-    here = {"data_dir": options.data_dir or config.data_dir, "device": options.device, "init": ""}
-    return audit_training(run_dir, make_setup(replace(config, **here)), options)
+    here = {"data_dir": options.data_dir or config.data_dir, "device": options.device}
+    config = replace(config, **here, init="", pretrained=False)  # its weights are its own
+    return audit_training(run_dir, make_setup(config), options)
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
@@ -98,6 +99,8 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
         notes.append(f"trained in {config.amp}, audited in float32")
     if config.oversample:
         notes.append("rarer classes were repeated in training; here each example counts once")
+    if config.augment != "off":
+        notes.append("images were varied in training; here they are as they are")
     found = replace(found, notes=(*found.notes, *notes))
     return _with_report(setup, found, options, run_dir.name, int(state.step), _history(run_dir))
 

@@ -156,6 +156,14 @@ class TrainConfig:
         tuple[float, ...],
         Option("Standard deviation a channel; none: the data set's own.", low=0, above=True),
     ] = ()
+    augment: Annotated[
+        str,
+        Option(
+            "Vary training images at random; light: shift by up to an eighth, turn by up to 10 "
+            "degrees; flip: mirror left and right too, not for digits or text.",
+            ("off", "light", "flip"),
+        ),
+    ] = "off"
     stream: Annotated[
         str,
         Option(
@@ -178,6 +186,16 @@ class TrainConfig:
     init: Annotated[
         str, Option("First weights, a .safetensors file; else drawn.", metavar="FILE")
     ] = ""
+    pretrained: Annotated[
+        bool,
+        Option(
+            "Begin from torchvision's own weights (torchvision:NAME), at the image size and scale "
+            "that they expect; fetched if they are not there."
+        ),
+    ] = False
+    freeze: Annotated[
+        bool, Option("Train the last layer alone; the others stay at their first weights.")
+    ] = False
     loss: Annotated[
         str,
         Option("Loss to minimise.", tuple(LOSSES), own="module:function, tried by the laws first"),
@@ -748,6 +766,18 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(f"betas must be two numbers, got {len(config.betas)}")
     if bool(config.pixel_mean) != bool(config.pixel_std):
         raise ConfigError("pixel_mean and pixel_std must be given together")
+    if config.pretrained and not config.model.startswith(TORCHVISION):
+        raise ConfigError(
+            f"pretrained weights are those of torchvision's models, got model {config.model}: use "
+            f"{TORCHVISION}resnet18, or init for a file"
+        )
+    if config.pretrained and config.init:
+        raise ConfigError("pretrained and init both name first weights: leave one of them out")
+    random = config.model in ("auto", *MODELS) or config.model.startswith(TORCHVISION)
+    if config.freeze and random and not (config.pretrained or config.init):
+        raise ConfigError(
+            "freeze keeps first weights, and those of this model are random: add pretrained or init"
+        )
     if config.nesterov and (not config.momentum or config.dampening):
         raise ConfigError("nesterov needs momentum above 0 and dampening 0")
     weighted = bool(config.class_weight) or config.balance > 0.0

@@ -74,7 +74,7 @@ def train(
         baseline = _baseline(outcome, watcher)
         if not baseline.finished:
             return dataclasses.replace(outcome, finished=False, summary={})
-        setup = make_setup(dataclasses.replace(outcome.config, init=""))
+        setup = make_setup(dataclasses.replace(outcome.config, init="", pretrained=False))
         return _compared(outcome, baseline.folder, setup)
 
 

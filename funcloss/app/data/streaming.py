@@ -134,7 +134,8 @@ def item_shape(inputs: Tensor | Stream) -> tuple[int, ...]:
 def _begin_worker(number: int) -> None:
     """Leave signals to the training: it stops at the end of a step, and ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # torch's handlers print a line, and a NUL after it
     torch.set_num_threads(1)
 
 

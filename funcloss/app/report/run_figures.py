@@ -105,7 +105,8 @@ def predictions(
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, truth, guess in zip(grid.flat, images.numpy(), truths, guesses, strict=False):
-        axes.imshow(image.squeeze(), cmap="gray" if image.shape[-1] == 1 else None)
+        grey = image.shape[-1] == 1
+        axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None)
         right = truth == guess
         title = f"Prediction: {short(guess)}\nTruth: {short(truth)}"
         plain_text([axes.set_title(title, fontsize=10, color="black" if right else _RED)])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from funcloss.app.runs.augmentation import augmented
 from funcloss.app.runs.events import Audited, Note, Show
 from funcloss.app.runs.options import chosen_loss
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
@@ -56,7 +57,8 @@ def step_auditor(setup: Setup, show: Show) -> Audit | None:
     def audit(state: TrainState, batch: Batch, hyper: Hyper) -> Audited | None:
         begin = time.perf_counter()
         try:
-            found, _ = audit_step(state, batch, hyper, None)
+            seen = augmented(state, batch, config.augment)
+            found, _ = audit_step(state, seen, hyper, None)
         except AuditError as error:
             on_failure(error)
             return None

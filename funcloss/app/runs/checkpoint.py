@@ -124,7 +124,8 @@ def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
                 f"the checkpoint's {path} is {got.dtype} {tuple(got.shape)}, the model's "
                 f"{want.dtype} {tuple(want.shape)}: it is of another model"
             )
-    placed = {p: preferred_layout(tensors[p].to(t.device)) for p, t in expected.items()}
+    # Cloned: what lies anywhere in a file is aligned otherwise, and some kernels then round so.
+    placed = {p: preferred_layout(tensors[p].to(t.device).clone()) for p, t in expected.items()}
     return unflatten(template, placed)
 
 

@@ -220,7 +220,8 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
     tensors, header = load_record(path, _Header)
     for line in folder.differences(header.environment, folder.environment()):
         show(Note(f"the resumed run will not be bit-identical: {line}", warning=True))
-    setup = make_setup(dataclasses.replace(config, init=""))  # its weights come from the checkpoint
+    # Its weights come from the checkpoint.
+    setup = make_setup(dataclasses.replace(config, init="", pretrained=False))
     if header.data != setup.dataset.fingerprint:
         raise RunError(
             f"{setup.dataset.name} has changed since {run_dir} began to train on it: put the data "

@@ -1,5 +1,6 @@
 """The network that a configuration names: ours, torchvision's or somebody's own."""
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping
@@ -14,6 +15,12 @@ from funcloss.app.addresses import imported
 from funcloss.app.config import TORCHVISION, TrainConfig, did_you_mean
 from funcloss.app.registry import MODELS
 from funcloss.app.runs.checkpoint import load_tensors
+from funcloss.app.runs.pretrained import (
+    OF_TENSORFLOW,
+    frozen,
+    pretrained_tensors,
+    torchvision_models,
+)
 from funcloss.errors import ConfigError, DataError, FunclossError, RunError
 from funcloss.keys import example_keys, keyed_randomness, make_key
 from funcloss.models import InputShape
@@ -22,6 +29,7 @@ from funcloss.objectives.supervised import aliases_of, split_tensors
 from funcloss.typing import Inputs
 
 _SMALLEST = 12  # pixels that fast-cnn needs
+_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 224, 256, 299, 384)  # of images, to be tried
 
 
 def resolve_model(name: str, shape: InputShape) -> str:
@@ -54,30 +62,29 @@ def make_model(config: TrainConfig, shape: InputShape, classes: int) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.model.startswith(TORCHVISION):
-            return _of_torchvision(config.model, shape, classes)
-        return _of_code(config, shape, classes)
+            made = _of_torchvision(config.model, shape, classes)
+        else:
+            made = _of_code(config, shape, classes)
+        return frozen(made) if config.freeze else made
 
 
 def _of_torchvision(address: str, shape: InputShape, classes: int) -> nn.Module:
     """Return one of torchvision's classifiers with a head and a first layer of the right size."""
-    try:
-        from torchvision.models import get_model, list_models
-    except Exception as error:  # a build for another torch fails in more ways than ImportError
-        line = str(error).strip().splitlines()[-1]
-        raise ConfigError(
-            f"model {address} needs a torchvision that matches torch {torch.__version__}: {line}"
-        ) from None
-    import torchvision
-
+    models = torchvision_models(address)
     name = address.removeprefix(TORCHVISION)
-    known = list_models(module=torchvision.models)
+    known = models.list_models(module=models)
     if name not in known:
         raise ConfigError(f"torchvision has no model {name!r}{did_you_mean(name, known)}")
     if len(shape) != 3:
         raise ConfigError(f"model {address} takes images, and the inputs are of shape {shape}")
-    more = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    more |= {"init_weights": True} if more else {}
-    model = get_model(name, weights=None, num_classes=classes, **more)
+    more = {"aux_logits": False, "init_weights": True} if name in OF_TENSORFLOW else {}
+    more |= {"image_size": shape[1]} if name.startswith("vit_") else {}
+    try:
+        model = models.get_model(name, weights=None, num_classes=classes, **more)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"model {address} cannot be made for images of {shape}: {error}"
+        ) from None
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             return model if layer.in_channels == shape[0] else _with_channels(model, shape[0])
@@ -121,7 +128,7 @@ def _of_code(config: TrainConfig, shape: InputShape, classes: int) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:
         if ours:
-            way = "use a larger image_size" if len(shape) == 3 else "use linear or mlp"
+            way = "use image_size" if len(shape) == 3 else "use linear or mlp"
             raise ConfigError(f"{error}: {way}") from None
         said = f"{type(error).__name__}: {error}"
         call = f"{address}({', '.join(map(str, arguments))})"
@@ -169,9 +176,10 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             logits, _ = make_forward(model)(params, buffers, inputs)
     except Exception as error:
         line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+        least = _least_size(model, shape[1:]) if len(shape) == 4 else 0
         raise ConfigError(
             f"model {name} fails on inputs of shape {shape} ({first.dtype}): "
-            f"{type(error).__name__}: {line}"
+            f"{type(error).__name__}: {line}" + (f"; use image_size {least}" if least else "")
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (len(first), classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -179,6 +187,16 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             f"model {name} must give logits of shape {(len(first), classes)} for inputs of shape "
             f"{shape}, one a class; got {got}"
         )
+
+
+def _least_size(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the least usual size of an image that a model takes, 0 if there is none."""
+    tried = copy.deepcopy(model).cpu().eval()
+    for size in _SIZES:
+        with contextlib.suppress(Exception), torch.no_grad():
+            tried(torch.zeros(1, shape[0], size, size))
+            return size
+    return 0
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -211,33 +229,48 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     return passed
 
 
-def with_first_weights(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Return a model with the weights of a file, and a line on what of it begins anew.
+def with_first_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str
+) -> tuple[nn.Module, str]:
+    """Return a model with first weights, and a line on what of it begins at random.
 
     Args:
         model: A module.
-        path: A ``.safetensors`` file of tensors by name. One of another shape than the model's, as
-            a head for other classes is, is left as it was drawn.
+        tensors: By name. One of another shape than the model's, as a head for other classes is, is
+            left as it was initialised.
+        source: Where they are from.
 
     Raises:
-        ConfigError: the file is of another model.
-        DataError: it cannot be read.
+        ConfigError: they are of another model.
     """
-    try:
-        tensors, _ = load_tensors(Path(path).expanduser())
-    except RunError as error:
-        raise DataError(f"init: {error}; first weights are a .safetensors file") from None
     model = copy.deepcopy(model)
     try:
         anew = set_tensors(model, tensors)
     except ConfigError as error:
-        raise ConfigError(f"init: {path} is of another model: {error}") from None
+        raise ConfigError(f"{source} is of another model: {error}") from None
     n = len(tensors)
     if len(anew) == n:
-        raise ConfigError(f"init: no tensor of {path} has the shape that the model's has")
+        raise ConfigError(f"no tensor of {source} has the shape that the model's has")
     if not anew:
         return model, ""
     return model, (
-        f"init: {n - len(anew)} of {n} tensors are those of {Path(path).name}; of "
-        f"another shape, so begun anew: {', '.join(anew[:6])}"
+        f"loaded {n - len(anew)} of {n} tensors of {source}; randomly initialised because of "
+        f"another shape: {', '.join(anew[:6])}"
     )
+
+
+def first_weights(config: TrainConfig, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Return the first weights that a configuration names, and where they are from; else none.
+
+    Raises:
+        DataError: they cannot be read, or cannot be had.
+    """
+    if config.pretrained:
+        return pretrained_tensors(config.model, model)
+    if not config.init:
+        return {}, ""
+    path = Path(config.init).expanduser()
+    try:
+        return load_tensors(path)[0], f"init: {path.name}"
+    except RunError as error:
+        raise DataError(f"init: {error}; first weights are a .safetensors file") from None

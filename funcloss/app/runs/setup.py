@@ -35,8 +35,15 @@ from funcloss.app.data import (
     resized,
 )
 from funcloss.app.registry import MODELS, OPTIMIZERS, SCHEDULES
+from funcloss.app.runs.augmentation import augmenting
 from funcloss.app.runs.model import TrainedModel
-from funcloss.app.runs.network import make_model, resolve_model, try_model, with_first_weights
+from funcloss.app.runs.network import (
+    first_weights,
+    make_model,
+    resolve_model,
+    try_model,
+    with_first_weights,
+)
 from funcloss.app.runs.options import (
     amounts_of,
     balanced_weights,
@@ -47,6 +54,7 @@ from funcloss.app.runs.options import (
     resolved_costs,
     with_costs,
 )
+from funcloss.app.runs.pretrained import pretrained_form
 from funcloss.decisions import Calibration, Costs
 from funcloss.errors import ConfigError
 from funcloss.objectives import make_forward, supervised
@@ -142,6 +150,8 @@ def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     if config.threads:
         torch.set_num_threads(config.threads)
     config = with_absolute_paths(dataclasses.replace(config, device=device))
+    if config.pretrained:
+        config = dataclasses.replace(config, image_size=_image_size(config))
     dataset = load_data(config)
     balanced = _balanced(config, dataset)
     with enough_memory(dataset.name):
@@ -250,6 +260,7 @@ def setup_on(config: TrainConfig, dataset: Dataset) -> Setup:
         schedule=make_schedule(config, per_epoch),
         clip_norm=config.clip_norm,
     )
+    train_step = augmenting(train_step, config.augment)
     return Setup(
         config=config,
         dataset=dataset,
@@ -284,12 +295,13 @@ def first_model(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, str]:
         dataset: The data that it is for.
 
     Raises:
-        ConfigError: the network cannot be made, or the weights of ``init`` are not of it.
-        DataError: the file of ``init`` cannot be read.
+        ConfigError: the network cannot be made, or the first weights are not of it.
+        DataError: the first weights cannot be had.
     """
     model, note = make_model(config, dataset.input_shape, len(dataset.classes)), ""
-    if config.init:
-        model, note = with_first_weights(model, config.init)
+    tensors, source = first_weights(config, model)
+    if source:
+        model, note = with_first_weights(model, tensors, source)
     try:
         return model.to(config.device), note
     except (NotImplementedError, RuntimeError) as error:  # without weights, or too large
@@ -379,6 +391,11 @@ def _resolve(
 ) -> tuple[TrainConfig, Dataset]:
     """Fill in what only the data can tell, and give the data the size and scale asked for."""
     classes = dataset.classes
+    if config.augment != "off" and not dataset.has_images:
+        raise ConfigError(f"augment is for images, and {dataset.name} has none: leave it out")
+    if config.pretrained and dataset.has_images and not config.pixel_mean:
+        mean, std = pretrained_form(config.model).of_channels(dataset.input_shape[0])
+        config = dataclasses.replace(config, pixel_mean=mean, pixel_std=std)
     resolved = dataclasses.replace(
         resolved_costs(config, classes),
         dataset=dataset.name if config.dataset == "auto" else config.dataset,
@@ -453,4 +470,6 @@ def _as_asked(config: TrainConfig, dataset: Dataset) -> Dataset:
 
 
 def _image_size(config: TrainConfig) -> int:
+    if not config.image_size and config.pretrained:
+        return pretrained_form(config.model).size
     return config.image_size or (MODELS[config.model].image_size if config.model in MODELS else 0)
