@@ -3,6 +3,7 @@
 import contextlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from funcloss.errors import ConfigError, DataError
 # name of a split, and what the names of its arrays may begin with
 _PREFIXES = {"train": ("", "train_"), "validation": ("validation_", "val_"), "test": ("test_",)}
 _CHANNELS = (1, 3, 4)
+_LARGEST = 1e15  # cost of an example
 _HELD = 0.5  # of the machine's memory may go into the arrays of a file
 
 
@@ -51,7 +53,7 @@ Reader = Callable[[str], np.ndarray | Tensor]
 
 
 def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
-    broken = (zipfile.BadZipFile, ValueError, EOFError)
+    broken = (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OverflowError)
     with reading(path, kind="an .npz file", broken=broken):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
@@ -65,7 +67,7 @@ def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Read
     def read(name: str) -> np.ndarray:
         try:
             found = file[name]
-        except (ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:  # pyright: ignore[reportAttributeAccessIssue]
+        except (*broken, zlib.error, MemoryError, RuntimeError) as error:  # one with a password
             if "pickle" in str(error):
                 raise DataError(
                     f"{path}: {name} holds Python objects, which only a pickle could bring: save "
@@ -87,7 +89,7 @@ def _from_safetensors(path: Path, opened: contextlib.ExitStack) -> tuple[list[st
         names, header = list(file.keys()), file.metadata() or {}
     try:
         named = list(map(str, json.loads(header["classes"]))) if "classes" in header else None
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DataError(
             f"{path}: classes in its header must be a JSON list of names, got "
             f"{header['classes'][:40]!r}"
@@ -182,7 +184,7 @@ def as_amounts(what: str, array: Any) -> Tensor:
             f"{what} must be one number per example, (n,); got {array.dtype} {array.shape}"
         )
     values = torch.from_numpy(array.astype(np.float64))
-    wrong = ~(values.isfinite() & (values >= 0))
+    wrong = ~((values >= 0) & (values <= _LARGEST))
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise DataError(

@@ -5,13 +5,16 @@ import hashlib
 import math
 import struct
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from funcloss._files import reading
+from funcloss._files import physical_memory, reading
 from funcloss.errors import DataError
+
+_PIECE = 2**24  # bytes that are read at once
 
 
 def check_md5(path: Path, md5: str) -> None:
@@ -41,25 +44,36 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         DataError: the file cannot be read, is not of this format or not of the stated length.
     """
-    with reading(path):
-        content = path.read_bytes()
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        with reading(path), opened(path, "rb") as file:
+            header = file.read(4 + 4 * dims)
+            magic = int.from_bytes(header[:4], "big")
+            if len(header) < 4 + 4 * dims or magic != 0x800 + dims:
+                raise DataError(
+                    f"{path} is not a file of {dims} axes in MNIST's format (magic number "
+                    f"{magic:#x}, expected {0x800 + dims:#x}): delete it and try again"
+                )
+            shape = struct.unpack(f">{dims}I", header[4:])
+            if math.prod(shape) > physical_memory():
+                raise DataError(f"{path} is damaged: {shape} is more than this machine can hold")
+            content = _content(file, math.prod(shape))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}; delete it and try again") from None
-    header = 4 + 4 * dims
-    magic = int.from_bytes(content[:4], "big")
-    if len(content) < header or magic != 0x800 + dims:
+    if len(content) != math.prod(shape):
+        more = " and more" * (len(content) > math.prod(shape))
         raise DataError(
-            f"{path} is not a file of {dims} axes in MNIST's format (magic number {magic:#x}, "
-            f"expected {0x800 + dims:#x}): delete it and try again"
-        )
-    shape = struct.unpack(f">{dims}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} is damaged: {len(content) - header:,} bytes of data where its header says "
+            f"{path} is damaged: {len(content):,} bytes of data{more} where its header says "
             f"{math.prod(shape):,}; delete it and try again"
         )
-    if math.prod(shape) == 0:
+    if not content:
         return torch.zeros(shape, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
+
+
+def _content(file: BufferedReader | gzip.GzipFile, size: int) -> bytearray:
+    """Return what follows, a byte more than ``size`` at most, in the memory that is there."""
+    content = bytearray()
+    while len(content) <= size and (piece := file.read(min(_PIECE, size + 1 - len(content)))):
+        content += piece
+    return content
