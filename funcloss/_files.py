@@ -141,6 +141,9 @@ HALF = re.compile(
 )
 
 
+LIVE: set[str] = set()  # names of what this process is writing
+
+
 def half_name(stem: str) -> str:
     """Return the hidden name of what this process is writing, by which a leftover is known."""
     return f".{stem}-{_HERE}-{os.getpid()}"
@@ -151,6 +154,8 @@ def is_left_over(path: Path) -> bool:
     found = HALF.fullmatch(path.name)
     if found is None or found["machine"] != _HERE:
         return False
+    if int(found["process"]) == os.getpid():  # in a container, that of another process before
+        return re.sub("-(old|full)$", "", path.name) not in LIVE
     try:
         os.kill(int(found["process"]), 0)
     except (ProcessLookupError, OverflowError):
@@ -180,6 +185,7 @@ def replacing(path: Path) -> Iterator[Path]:
     stream = _is_stream(path, mode)
     target = Path(tempfile.gettempdir(), path.name) if stream else Path(os.path.realpath(path))
     beside = target.with_name(half_name(target.stem) + path.suffix)
+    LIVE.add(beside.name)
     try:
         yield beside
         if stream:
@@ -193,6 +199,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
+        LIVE.discard(beside.name)
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 

@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 def config(data):
     def made(**options):
         base = {"dataset": str(data), "target": "label", "model": "linear", "epochs": 3,
-                "batch_size": 10, "log_every": 4, "audit_every": 3, "compile": "off",
+                "batch_size": 10, "log_every": 4, "audit_every": 0, "compile": "off",
                 "schedule": "constant", "check": False, "data_dir": str(data.parent)}  # fmt: skip
         return make_config(base, options)
 
