@@ -22,6 +22,7 @@ from funcloss._files import half_name, replacing, write_csv, write_text
 from funcloss._folders import folder_replacing, holding, settle
 from funcloss._names import printable
 from funcloss.app import runs
+from funcloss.app.choice import finish
 from funcloss.app.config import make_config, read_toml
 from funcloss.app.decoding import Count, from_json, from_plain
 from funcloss.app.report import run_figures
@@ -55,12 +56,25 @@ def config(data):
     return made
 
 
+def plainly(patch):
+    """Draw nothing, audit nothing at the end of a sweep."""
+    patch.setattr(run_figures, "FIGURES", {})
+    patch.setattr(finish, "frontier", lambda choice: None)
+    patch.setattr(finish, "save_figure", lambda figure, path: None)
+    patch.setattr(finish, "_audited", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _plainly(monkeypatch):
+    plainly(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, config):
     """A finished run, and those that were stopped: a run, one with folds, a sweep."""
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_figures, "save_figure", lambda figure, path: path.write_bytes(b""))
+        plainly(patch)
         train(config(), place / "done")
         train(config(), place / "run", should_stop=StopAt(9))
         train(config(folds=2), place / "folds", should_stop=StopAt(32))
