@@ -162,6 +162,9 @@ HALF = re.compile(
 )
 
 
+LIVE: set[str] = set()  # names of what this process is writing
+
+
 def half_name(stem: str) -> str:
     """Return the hidden name of what this process is writing, by which a leftover is known."""
     return f".{stem}-{_HERE}-{os.getpid()}"
@@ -172,6 +175,8 @@ def is_left_over(path: Path) -> bool:
     found = HALF.fullmatch(path.name)
     if found is None or found["machine"] != _HERE:
         return False
+    if int(found["process"]) == os.getpid():  # in a container, that of another process before
+        return re.sub("-(old|full)$", "", path.name) not in LIVE
     try:
         os.kill(int(found["process"]), 0)
     except (ProcessLookupError, OverflowError):
@@ -201,6 +206,7 @@ def replacing(path: Path) -> Iterator[Path]:
     stream = _is_stream(path, mode)
     target = Path(tempfile.gettempdir(), path.name) if stream else Path(os.path.realpath(path))
     beside = target.with_name(half_name(target.stem) + path.suffix)
+    LIVE.add(beside.name)
     try:
         yield beside
         if stream:
@@ -214,6 +220,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
+        LIVE.discard(beside.name)
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
@@ -258,8 +265,14 @@ def _pour(content: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:
+        raise RunError(
+            f"cannot write {path}: a name that goes into it is not UTF-8, rename the file or folder"
+        ) from None
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

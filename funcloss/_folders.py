@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from funcloss._files import HALF, half_name, is_left_over
+from funcloss._files import HALF, LIVE, half_name, is_left_over
 from funcloss.errors import RunError
 
 _OPEN: set[int] = set()  # descriptors of held folders
@@ -91,13 +91,14 @@ def folder_replacing(path: Path, *, last: str) -> Iterator[Path]:
         RunError: it cannot be made; what was at ``path`` is as it was.
     """
     path = Path(os.path.realpath(path))
-    beside = None
+    beside, name = None, ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         settle(path, last=last)
         empty = path.is_dir() and not any(path.iterdir())
         place = path if empty else path.parent
         beside = Path(tempfile.mkdtemp(prefix=f"{half_name(path.name)}-", dir=place))
+        LIVE.add(name := beside.name)
         beside.chmod(0o755)
         yield beside
         if empty:
@@ -114,11 +115,16 @@ def folder_replacing(path: Path, *, last: str) -> Iterator[Path]:
             # them the new one is there, and settle() removes the old one.
             old = beside.with_name(f"{beside.name}-old")
             os.rename(path, old)
-            os.rename(beside, path)
+            try:
+                os.rename(beside, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise RunError(f"cannot make {path}: {error.strerror or error}") from None
     finally:
+        LIVE.discard(name)
         if beside is not None and not beside.name.endswith("-full"):
             shutil.rmtree(beside, ignore_errors=True)
 

@@ -273,7 +273,7 @@ REFUSED = [
     (["--loss", "equalization", "--loss-option", "threshold=2"], "threshold must be in [0, 1]"),
     (["--loss", "cross_entropy_with_cost"], "needs the loss_option price=NUMBER"),
     (["--loss", "softmax_focal", "--loss-option", "gamma=1e300"], "gamma must fit float32"),
-    (["--loss", "expected_cost", "--class-cost", "9=1e300"], "cost_matrix must fit float32"),
+    (["--loss", "expected_cost", "--class-cost", "9=1e300"], "is beyond 1e\\+15"),
     (["--class-weight", "balanced:0"], "with a power above 0 and at most 10; got 'balanced:0'"),
     (["--class-weight", "balanced:x"], "with a power above 0 and at most 10; got 'balanced:x'"),
     (["--class-weight", "balance"], "class_weight must be CLASS=WEIGHT, as in 9=5; got 'balance'"),

@@ -71,6 +71,11 @@ def final_path(text: str) -> str:
     try:
         # Where two slashes begin a path, Path keeps both: to Linux they are one.
         path = str(Path(text).expanduser().resolve())
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{text!r} cannot be used: its name is not UTF-8, rename the file or folder"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop, a null byte
         raise ConfigError(f"{text!r} cannot be a path: {error}") from None
     return f"/{path.lstrip('/')}" if path.startswith("//") else path

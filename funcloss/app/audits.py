@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from funcloss._files import write_text
+from funcloss._folders import settle
 from funcloss.app.config import TrainConfig
 from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
 from funcloss.app.options import AuditOptions
@@ -166,6 +167,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
+    settle(out, last=folder.CONFIG)
     page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
     write_text(out / "audit.html", page)
     paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]

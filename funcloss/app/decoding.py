@@ -5,6 +5,7 @@ passed on as it is, a ``TypedDict``. Nothing else of a file is trusted: wrong ty
 numbers out of range or of thousands of digits, lists nested without end are all refused alike.
 """
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -52,9 +53,12 @@ def from_json(
 ) -> T:
     """Return the record that a text in JSON makes, see :func:`from_plain`."""
     try:
-        return msgspec.json.decode(text, type=kind)
+        return _decoder(kind).decode(text)
     except _BROKEN as failure:
         raise error(_said(where, failure)) from None
+
+
+_decoder = functools.cache(msgspec.json.Decoder)  # a log has millions of lines
 
 
 def read_json(kind: type[T], path: Path) -> T:

@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from funcloss._files import csv_rows, is_number
+from funcloss._files import TEXT, csv_rows, is_number
 from funcloss.errors import ConfigError
 
 _TRUTH = {"true", "truth", "actual", "label"}
@@ -28,7 +28,7 @@ def read_cost_matrix(path: str | Path) -> dict[str, dict[str, float]]:
         ConfigError: the file cannot be read, is transposed or does not say whether it is, or a
             name or number is missing, given twice or none.
     """
-    with csv_rows(path, ConfigError) as read:
+    with csv_rows(path, ConfigError, most=TEXT) as read:
         stripped = ([cell.strip() for cell in row] for row in read)
         filled = [row for row in stripped if any(row)]
     if not filled:

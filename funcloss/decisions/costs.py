@@ -17,6 +17,7 @@ from funcloss.errors import ConfigError
 CostTable = Mapping[str, Mapping[str, float]]  # by name of the true class, then of the decision
 _NO_AMOUNTS: Mapping[str, Tensor] = MappingProxyType({})
 _Spoken = float | str  # a cost, or the name of those that each example has
+_LARGEST = 1e15  # cost of a decision
 _SPOKEN = 20  # costs that are read out one by one
 
 
@@ -111,8 +112,10 @@ class Costs:
                 )
             values = amounts[name]
             check_shape("Costs", name, values, (n,), "the other values of the examples")
-            if not ((values >= 0) & values.isfinite()).all():
-                raise ValueError(f"Costs: {name} must be finite and at least 0")
+            if not ((values >= 0) & (values <= _LARGEST)).all():
+                raise ValueError(
+                    f"Costs: {name} must be finite and at least 0, at most {_LARGEST:g}"
+                )
             yield truth, decision, values.detach().cpu().double()
 
 
@@ -139,7 +142,7 @@ def make_costs(
 
     Raises:
         ConfigError: ``table`` and ``class_cost`` are both given, two classes share a name, a name
-            does not fit the classes, a cell is named twice, a cost is missing, not finite or, in
+            does not fit the classes, a cell is named twice, a cost is missing, beyond 1e15 or, in
             ``class_cost``, negative.
 
     Example:
@@ -156,10 +159,23 @@ def make_costs(
     if table and class_cost:
         raise ConfigError("cost_matrix and class_cost are two forms of the same: give one")
     if table:
-        return _with_cells(_from_table(classes, table), cost or {})
+        return _bounded(_with_cells(_from_table(classes, table), cost or {}))
     rows = _by_class(classes, class_cost or {})
     matrix = rows[:, None] * (1.0 - torch.eye(len(classes)).double())
-    return _with_cells(Costs(matrix, classes, classes), cost or {})
+    return _bounded(_with_cells(Costs(matrix, classes, classes), cost or {}))
+
+
+def _bounded(costs: Costs) -> Costs:
+    """Return costs of which sums and squares are numbers, in losses of single precision too."""
+    large = (costs.matrix.abs() > _LARGEST).nonzero()
+    if len(large):
+        truth, decision = large[0].tolist()
+        raise ConfigError(
+            f"cost: calling a true {costs.classes[truth]} {costs.decisions[decision]} costs "
+            f"{float(costs.matrix[truth, decision]):g}, which is beyond {_LARGEST:g}: what counts "
+            "is their ratio, so divide all costs by one number"
+        )
+    return costs
 
 
 def class_index(what: str, key: str, classes: Sequence[str]) -> int:

@@ -28,8 +28,10 @@ _FORMS = {  # how a split may be named beside it
 _CHANNELS = (1, 3, 4)
 _BROKEN = (  # what reading a damaged, packed or encrypted archive raises
     *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError),
+    OverflowError,
 )
 _WHOLE = 2.0**53  # up to here a float tells one whole number from the next
+_LARGEST = 1e15  # cost of an example
 _HELD = 0.5  # of the machine's memory may go into the arrays of a file
 
 
@@ -62,15 +64,7 @@ Reader = Callable[[str], np.ndarray | Tensor]
 
 
 def _from_npz(path: Path, opened: contextlib.ExitStack) -> tuple[list[str], Reader]:
-    kinds = (
-        zipfile.BadZipFile,
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        zlib.error,
-    )
-    with reading(path, kind="an .npz file", broken=kinds):
+    with reading(path, kind="an .npz file", broken=_BROKEN):
         archive = opened.enter_context(zipfile.ZipFile(path))
     size = sum(member.file_size for member in archive.infolist())
     if size > _HELD * usable_memory():
@@ -122,7 +116,7 @@ def _from_safetensors(path: Path, opened: contextlib.ExitStack) -> tuple[list[st
         names, header = list(file.keys()), file.metadata() or {}
     try:
         named = list(map(str, json.loads(header["classes"]))) if "classes" in header else None
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DataError(
             f"{path}: classes in its header must be a JSON list of names, got "
             f"{header['classes'][:40]!r}"
@@ -229,7 +223,7 @@ def as_amounts(what: str, array: Any) -> Tensor:
             f"{what} must be one number per example, (n,); got {array.dtype} {array.shape}"
         )
     values = torch.from_numpy(array.astype(np.float64))
-    wrong = ~(values.isfinite() & (values >= 0))
+    wrong = ~((values >= 0) & (values <= _LARGEST))
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise DataError(

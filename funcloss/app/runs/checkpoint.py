@@ -100,12 +100,13 @@ def _from_text(value: str) -> Any:
         return value
 
 
-def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
+def restore(template: Tree, tensors: Mapping[str, Tensor], *, of: Any = "the checkpoint") -> Tree:
     """Return a state of the form of ``template`` from the tensors that :func:`flatten` gave.
 
     Args:
         template: A state of the same model and optimiser.
         tensors: Tensors by path.
+        of: What they are from, for the error.
 
     Returns:
         The state, on the device and in the memory layout of ``template``.
@@ -117,11 +118,11 @@ def restore(template: Tree, tensors: Mapping[str, Tensor]) -> Tree:
     for path in expected.keys() | tensors.keys():
         if path not in tensors or path not in expected:
             where = "has no" if path not in tensors else "has an unknown"
-            raise RunError(f"the checkpoint {where} tensor {path}: it is of another model")
+            raise RunError(f"{of} {where} tensor {path}: it is of another model")
         want, got = expected[path], tensors[path]
         if want.shape != got.shape or want.dtype != got.dtype:
             raise RunError(
-                f"the checkpoint's {path} is {got.dtype} {tuple(got.shape)}, the model's "
+                f"{of} has a {path} of {got.dtype} {tuple(got.shape)}, the model one of "
                 f"{want.dtype} {tuple(want.shape)}: it is of another model"
             )
     # Cloned: what lies anywhere in a file is aligned otherwise, and some kernels then round so.

@@ -21,6 +21,7 @@ from funcloss import __version__
 from funcloss._files import HALF, write_text
 from funcloss._folders import settle
 from funcloss._json import jsonable
+from funcloss._names import printable
 from funcloss.app.config import (
     CODE,
     FORMAT,
@@ -318,4 +319,4 @@ def fresh_name(parent: Path, stem: str) -> Path:
 
 def command_line() -> str:
     """Return the command that made this process, for whoever reads the run later."""
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return printable(shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]))

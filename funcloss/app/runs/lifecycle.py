@@ -228,11 +228,11 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
             "back as it was, or begin another run"
         )
     controller, memory = make_controller(setup), make_first_best(setup)
-    state = restore(setup.state, beneath(tensors, "state"))
+    state = restore(setup.state, beneath(tensors, "state"), of=path)
     if controller is not None:
-        memory = restore(controller.init(setup.state), beneath(tensors, "constraints"))
+        memory = restore(controller.init(setup.state), beneath(tensors, "constraints"), of=path)
     elif memory is not None:
-        memory = restore(memory, beneath(tensors, "best"))
+        memory = restore(memory, beneath(tensors, "best"), of=path)
     done = int(state.step)
     _check_steps(path, setup, header.step, done, done if memory is None else int(memory.step))
     losses = tensors.get("unreported", torch.zeros(0))
@@ -339,7 +339,10 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     """
     path = run_dir / folder.CHECKPOINT
     tensors, header = load_record(path, _Header)
-    state, given = restore(setup.state, beneath(tensors, "state")), beneath(tensors, "hyper")
+    state, given = (
+        restore(setup.state, beneath(tensors, "state"), of=path),
+        beneath(tensors, "hyper"),
+    )
     _check_steps(path, setup, header.step, int(state.step), 0)
     # Under constraints it holds what the next step is given.
     if any(n not in setup.hyper or t.shape != setup.hyper[n].shape for n, t in given.items()):
@@ -383,7 +386,7 @@ def kept_model(run_dir: Path, setup: Setup) -> TrainedModel:
     tensors, header = load_record(path, Header)
     if header.classes != setup.dataset.classes:
         raise RunError(f"{path} is of other classes than the run's: {', '.join(header.classes)}")
-    kept = restore(setup.state.params | setup.state.buffers, tensors)
+    kept = restore(setup.state.params | setup.state.buffers, tensors, of=path)
     return dataclasses.replace(
         setup.trained(setup.state),
         params={name: kept[name] for name in setup.state.params},

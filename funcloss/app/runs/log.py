@@ -4,6 +4,7 @@ A log may have millions of lines. It is read once, a line at a time, and what is
 thinned; a line that is damaged is lost alone.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcloss._files import reading, replacing
-from funcloss._json import jsonable, or_nan
+from funcloss._json import or_nan
 from funcloss.app.decoding import Count, Number, from_json
 from funcloss.errors import RunError
 from funcloss.training.loop import Progress
@@ -130,7 +131,7 @@ def lines_of(
     Raises:
         RunError: the file cannot be read.
     """
-    damaged, first = 0, ""
+    damaged, first, name = 0, "", str(path)
     if not path.exists():
         return
     with reading(path, RunError), path.open("rb") as file:
@@ -139,11 +140,11 @@ def lines_of(
                 len(line) == _LONGEST
             ):  # no line of ours: zeros, as a crash may leave them at the end
                 lost(
-                    f"{path}: line {number} is damaged: it is too long; all from it on is left out"
+                    f"{name}: line {number} is damaged: it is too long; all from it on is left out"
                 )
                 break
             try:
-                record = parse(line, f"{path}: line {number}")
+                record = parse(line, f"{name}: line {number}")
             except RunError as error:
                 if line.endswith(b"\n"):
                     damaged, first = damaged + 1, first or str(error)
@@ -244,14 +245,14 @@ def _in_short(epoch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _together(first: StepLine, second: StepLine) -> StepLine:
-    """Return one report of two neighbours."""
-    steps, seconds = first["steps"] + second["steps"], first["seconds"] + second["seconds"]
-    loss = sum(or_nan(r["loss"]) * r["steps"] for r in (first, second)) / steps
-    seen = sum(or_nan(r["images_per_second"]) * r["seconds"] for r in (first, second))
+    """Return one report of two neighbours; what is not known is NaN."""
+    (a, m), (b, n) = ((or_nan(r["loss"]), r["steps"]) for r in (first, second))
+    s, t = first["seconds"], second["seconds"]
+    seen = s * or_nan(first["images_per_second"]) + t * or_nan(second["images_per_second"])
     return {
         **second,
-        "steps": steps,
-        "loss": jsonable(loss),
-        "seconds": seconds,
-        "images_per_second": jsonable(seen / seconds) if seconds else None,
+        "steps": m + n,
+        "loss": (m * a + n * b) / (m + n),
+        "seconds": s + t,
+        "images_per_second": seen / (s + t) if s + t else math.nan,
     }

@@ -37,6 +37,8 @@ _MATRICES = 100  # classes at most whose confusion matrices are in a summary
 def of_epoch(records: list[dict[str, Any]], number: int) -> tuple[float, float]:
     """Return mean loss and seconds of an epoch's steps, those before a stop included."""
     reports = [r for r in records if r["kind"] == "step" and r["epoch"] == number]
+    if not reports:  # their lines were damaged
+        return math.nan, 0.0
     losses = [math.nan if r["loss"] is None else r["loss"] * r["steps"] for r in reports]
     return sum(losses) / sum(r["steps"] for r in reports), sum(r["seconds"] for r in reports)
 

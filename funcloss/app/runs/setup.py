@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ from funcloss.training.loop import epoch_order, oversampled_counts, oversampled_
 from funcloss.training.step import TrainState, TrainStep, init_state, make_train_step
 from funcloss.typing import Batch, Hyper
 
+_THREADS = 64  # that any machine may be asked for
 _SHOWN = 20  # class weights that a note lists
 
 
@@ -147,6 +149,12 @@ def make_setup(config: TrainConfig, *, early: bool = True) -> Setup:
     device = resolve_device(config.device)
     if config.amp != "off" and device != "cuda":
         raise ConfigError(f"amp {config.amp} needs device cuda, and here it is {device}")
+    most = max(_THREADS, 4 * (os.cpu_count() or 1))
+    if config.threads > most:
+        raise ConfigError(
+            f"threads {config.threads}: this machine has {os.cpu_count()} processors, on which so "
+            f"many threads only wait for each other: use at most {most}"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     config = with_absolute_paths(dataclasses.replace(config, device=device))

@@ -23,7 +23,7 @@ from funcloss.app.runs import folder
 from funcloss.app.runs.constrained import check_measurable
 from funcloss.app.runs.early import make_first_best
 from funcloss.app.runs.events import Note, Show
-from funcloss.app.runs.folds import make_folds
+from funcloss.app.runs.folds import make_folds, read_done
 from funcloss.app.runs.opening import announce
 from funcloss.app.runs.options import check_loss_options, make_hyper
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
@@ -220,6 +220,8 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     made, hypers = _assembled(spec, out)
     if made.config.folds:
+        for path in out.glob("folds-[0-9]*.safetensors"):
+            read_done(path)
         return made
     return dataclasses.replace(made, groups=_groups(made, hypers, spec.width or 1))
 

@@ -106,6 +106,9 @@ def run_seeds(sweep: Sweep, watcher: Watcher) -> list[Record] | None:
     """
     kept = lines_of(sweep.folder / TRIALS, _trial_line, lambda text: watcher.show(Note(text, True)))
     records = _complete(sweep, [cast(Record, line) for _, line in kept])
+    for seed in range(sweep.seeds):  # before anything changes
+        if _scored(records, seed) or seed_file(sweep.folder, seed).exists():
+            _stored(sweep, seed)
     step_on = make_trials_step(sweep.groups)
     done = sum(sweep.steps for seed in range(sweep.seeds) if _scored(records, seed))
     watcher.show(SweepStarted(sweep.folder, len(sweep.trials), sweep.seeds, sweep.steps, done))
@@ -264,7 +267,7 @@ def _stored(sweep: Sweep, seed: int) -> tuple[EnsembleState, list[Tensor], float
     path = seed_file(sweep.folder, seed)
     template = init_trials(seeded_state(sweep.setup, sweep.config.seed + seed), sweep.groups)
     tensors, header = load_record(path, _Header)
-    trials = restore(template, beneath(tensors, "trials"))
+    trials = restore(template, beneath(tensors, "trials"), of=path)
     steps, width = int(trials.step), 1 + len(sweep.trials)
     recent = tensors.get("unreported", torch.zeros(0, width))
     fits = recent.dim() == 2 and recent.shape[1] == width and len(recent) <= steps
