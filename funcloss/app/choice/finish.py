@@ -14,11 +14,11 @@ import torch
 from funcloss._files import write_csv, write_text
 from funcloss._json import jsonable
 from funcloss.app.audits import RunAudit, about_of, audit_training
-from funcloss.app.choice.tested import row_of
+from funcloss.app.choice.tested import quality_of, row_of
 from funcloss.app.choice.words import slope_sentences, tested_sentences
 from funcloss.app.data import get_batch
 from funcloss.app.options import AuditOptions
-from funcloss.app.report.choice import Choice, Row
+from funcloss.app.report.choice import Choice, Quality, Row
 from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice_figures import frontier, placed
 from funcloss.app.report.choice_page import render_choice_page
@@ -92,6 +92,7 @@ def report_on(
         seeds=len(candidates.plain),
         chosen_on=candidates.chosen_on,
         tested_on=candidates.tested_on,
+        qualities=_qualities(candidates),
     )
 
 
@@ -147,6 +148,13 @@ def _on_test(
         candidates.tested_on,
     )
     return tuple(rows.values()), lines
+
+
+def _qualities(candidates: Candidates) -> tuple[Quality, ...]:
+    every = {candidates.plain_name: candidates.plain}
+    if candidates.chosen is not None:
+        every[candidates.name] = candidates.chosen
+    return tuple(quality_of(name, [f["test"] for f in found]) for name, found in every.items())
 
 
 def _moved(plain: Mapping[str, Evaluation], constraints: Sequence[Constraint]) -> DecisionScores:

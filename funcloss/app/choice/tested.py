@@ -1,20 +1,51 @@
 """The test set, read once at the end: what is reported of the models that were chosen between."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from funcloss.app.report.choice import Row
+from funcloss.app.report.choice import Quality, Row
 from funcloss.decisions import (
     DecisionScores,
     Evaluation,
     Interval,
+    Metrics,
     cost_interval,
     mean_interval,
     seed_interval,
     wilson,
 )
+
+
+def quality_of(name: str, evaluations: Sequence[Evaluation]) -> Quality:
+    """Return how good the probabilities of a model are, the mean over its seeds.
+
+    Args:
+        name: What the model is called.
+        evaluations: On the same examples, one a seed.
+    """
+    every = [evaluation.metrics for evaluation in evaluations]
+
+    def mean(value: Callable[[Metrics], float]) -> float:
+        return math.fsum(map(value, every)) / len(every)
+
+    counts = torch.stack([m.reliability.count.double() for m in every])
+    of_bins = [
+        (counts * torch.stack([getattr(m.reliability, name) for m in every]).nan_to_num()).sum(0)
+        for name in ("confidence", "accuracy")
+    ]
+    total = counts.sum(0)
+    rows = torch.stack([*(part / total for part in of_bins), total / len(every)], 1)
+    return Quality(
+        name,
+        mean(lambda m: m.mean_auc),
+        mean(lambda m: m.mean_average_precision),
+        mean(lambda m: m.log_score),
+        mean(lambda m: m.brier_score),
+        mean(lambda m: m.reliability.error),
+        tuple((c, a, n) for c, a, n in rows.tolist() if n),
+    )
 
 
 def row_of(

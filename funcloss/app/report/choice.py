@@ -37,6 +37,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How good the probabilities of a model are, the mean over its seeds."""
+
+    name: str
+    auc: float  # class mean, each against the rest
+    average_precision: float
+    log_score: float  # nats per example
+    brier_score: float
+    calibration_error: float
+    # mean probability of the likeliest class, how often it is right, examples: of each bin
+    bins: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
 class Constraint:
     """A floor or ceiling, and what was reached on validation data by the chosen model."""
 
@@ -75,6 +89,7 @@ class Choice:
     seeds: int  # or folds, of all repeats, that an interval of the points is over
     chosen_on: str = "validation data"
     tested_on: str = "test set"
+    qualities: tuple[Quality, ...] = ()  # on the test set
 
     @property
     def over(self) -> str:
