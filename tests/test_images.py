@@ -358,18 +358,17 @@ print(len(read.train.labels), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_large_images_are_read_in_a_bound_of_memory(tmp_path):
-    """Twelve JPEGs of 64 megapixels, one PNG of 81 and one of 64 with transparency."""
+    """Six JPEGs of 64 megapixels, and a PNG of 36 with transparency."""
     own = tmp_path / "own"
     for name in "ab":
         (own / name).mkdir(parents=True)
     Image.new("RGB", (8000, 8000), "red").save(own / "a" / "0.jpg")
-    for i in range(1, 12):
+    for i in range(1, 6):
         os.link(own / "a" / "0.jpg", own / "ab"[i % 2] / f"{i}.jpg")
-    Image.new("1", (9000, 9000)).save(own / "b" / "bits.png")
-    Image.new("LA", (8000, 8000)).save(own / "b" / "clear.png", compress_level=1)
+    Image.new("P", (6000, 6000)).save(own / "b" / "clear.png", transparency=0)
     ran = subprocess.run([sys.executable, "-c", PEAK, own], capture_output=True, text=True)
     n, peak = ran.stdout.split()
-    assert (int(n), ran.stderr) == (12, "")
+    assert (int(n), ran.stderr) == (5, "")
     assert float(peak) < 2.0  # GiB, of which importing torch is a third
 
 
@@ -389,7 +388,7 @@ def test_running_out_of_memory_is_one_line(error, tmp_path, monkeypatch):
         raise error
 
     own = write_folder(tmp_path / "own", {"a": RGB[:3], "b": RGB[:3]})
-    monkeypatch.setattr("funcloss.app.data.images.torch.empty", empty)
+    monkeypatch.setattr("funcloss.app.data.pictures.torch.empty", empty)
     with pytest.raises(DataError, match=r"own does not fit into memory: .*image_size, stream on"):
         load(str(own))
 

@@ -655,9 +655,7 @@ def test_image_files_are_recognised_at_any_size(finished, sample, tmp_path):
     eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\n{ } loop\n"
     (tmp_path / "eps.png").write_text(eps)
     for name in ("no.png", "eps.png"):
-        with pytest.raises(
-            DataError, match=rf"{name} is not an image .* PNG, JPEG, WEBP, BMP and TIFF are$"
-        ):
+        with pytest.raises(DataError, match=rf"{name} is not an image .* PNG, .* and TIFF are$"):
             runs.predict_files(run, [tmp_path / name])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from funcloss._files import reading
-from funcloss.app.data.images import IMAGES, Pictures, read_pictures
+from funcloss.app.data.images import IMAGES
+from funcloss.app.data.pictures import Pictures, read_pictures
 from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit, ordered
 from funcloss.errors import DataError
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from funcloss.app.config import did_you_mean
 from funcloss.app.data.fetch import check_network, fetch, stall_timeout
 from funcloss.app.data.idx import check_md5, read_idx
-from funcloss.app.data.images import Pictures, read_pictures
 from funcloss.app.data.names import DATASETS, TORCHVISION, TORCHVISION_SETS, Published
+from funcloss.app.data.pictures import Pictures, read_pictures
 from funcloss.app.data.records import InputSchema, LoadOptions, RawSplit
 from funcloss.app.data.streaming import last_line
 from funcloss.errors import ConfigError, DataError, UnavailableError

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -196,8 +197,9 @@ def _read(path: Path, names: Collection[str]) -> tuple[Rows, tuple[str, ...]]:
             frame = pd.read_parquet(path)
         frame.columns = _checked_names(path, [*map(str, frame.columns)])
         return Rows(path, frame.apply(_typed)), ()
-    broken = (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError, gzip.BadGzipFile)
-    with reading(path, kind="a table of text", broken=(*broken, EOFError)), _opened(path) as file:
+    broken = (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError)
+    broken += (gzip.BadGzipFile, EOFError, zlib.error)
+    with reading(path, kind="a table of text", broken=broken), _opened(path) as file:
         some = file.read(_SNIFFED)
         separator = separator_of(some, " ")
         file.seek(0)
