@@ -175,7 +175,7 @@ def test_toml_files_are_read_and_refused_in_words(tmp_path):
     with pytest.raises(ConfigError, match="c.toml is not TOML"):
         config.read_toml(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="c.toml is not TOML"):
+    with pytest.raises(ConfigError, match="c.toml is not text in UTF-8"):
         config.read_toml(path)
     with pytest.raises(ConfigError, match="cannot read .*: No such file"):
         config.read_toml(tmp_path / "none.toml")
