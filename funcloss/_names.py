@@ -13,14 +13,15 @@ def clean(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a line that a terminal takes for text: control characters in it become escapes.
+    """Return text that a terminal takes for text: control characters become escapes, but for lines.
 
     Example:
         >>> print(printable("nine" + chr(7)) == "nine" + chr(92) + "x07")
         True
     """
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
     )
 
 

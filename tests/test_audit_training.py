@@ -391,7 +391,7 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
     train(config(), run, should_stop=StopAt(10))
     for line in audits(whole):
         if line["step"] == 15:
-            folder.append_record(run, line)
+            folder.append_line(run / "metrics.jsonl", line)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "audit", "step": 15, "cl')
     resume(run)

@@ -962,7 +962,7 @@ def test_stopped_at_any_step_of_either_training_it_goes_on_to_the_same_bits(tmp_
 
 def killing(monkeypatch, at):
     """Die at the ``at``-th file that is moved into place or measurement that is recorded."""
-    left, replace, append = [at], Path.replace, folder.append_record
+    left, replace, append = [at], Path.replace, folder.append_line
 
     def count():
         left[0] -= 1
@@ -980,7 +980,7 @@ def killing(monkeypatch, at):
 
     monkeypatch.setattr(runs.lifecycle, "_SAVED_EVERY", 0.0)  # a checkpoint after each epoch
     monkeypatch.setattr(Path, "replace", dying_replace)
-    monkeypatch.setattr(folder, "append_record", dying_append)
+    monkeypatch.setattr(folder, "append_line", dying_append)
 
 
 def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):

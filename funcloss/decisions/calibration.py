@@ -85,7 +85,7 @@ class Calibration:
 
         return Calibration(
             **vectors,
-            scale=torch.tensor(scale).double() if isinstance(scale, list) else float(scale),
+            scale=float(scale) if isinstance(scale, int | float) else torch.tensor(scale).double(),
             temperature=float(record["temperature"]),
             fitted_on=str(record["fitted_on"]),
             examples=int(record["examples"]),
