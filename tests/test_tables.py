@@ -281,6 +281,7 @@ REFUSED = {
     ),
     "two columns of one name": ("a,a,y\n1,2,p\n3,4,q\n", "two columns are called 'a'"),
     "a cut-off row": ("a,b,y\n" + "1,2,p\n3,4,q\n" * 20 + "5,6", "row 41 has 2 cells"),
+    "bytes of 0": ("a,y\n1,p\n\0\0\n", "bytes of 0"),
     "an open quote": ('a,y\n1,p\n2,"q\n' * 3, "is not a table of text|cells"),
 }
 
@@ -290,6 +291,15 @@ def test_a_table_that_cannot_be_right_is_refused(text, message, tmp_path):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises((DataError, ConfigError), match=message):
         load_dataset(LoadOptions(str(tmp_path / "t.csv"), target="y"))
+
+
+@pytest.mark.parametrize("where", [0, 12, 40])
+def test_a_packed_file_that_is_damaged_is_one_line(where, tmp_path):
+    packed = bytearray(gzip.compress("".join(f"{i},{'pq'[i % 2]}\n" for i in range(90)).encode()))
+    packed[where : where + 20] = bytes(20)
+    (tmp_path / "t.csv.gz").write_bytes(packed)
+    with pytest.raises(DataError, match="t.csv.gz is not a table of text|cannot read"):
+        load_dataset(LoadOptions(str(tmp_path / "t.csv.gz"), target="column_2"))
 
 
 def test_without_pandas_the_way_out_is_named(tmp_path, monkeypatch):

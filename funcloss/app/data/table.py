@@ -201,6 +201,8 @@ def _read(path: Path, names: Collection[str]) -> tuple[Rows, tuple[str, ...]]:
     broken += (gzip.BadGzipFile, EOFError, zlib.error)
     with reading(path, kind="a table of text", broken=broken), _opened(path) as file:
         some = file.read(_SNIFFED)
+        if "\0" in some:
+            raise DataError(f"{path} is not a table of text: it has bytes of 0")
         separator = separator_of(some, " ")
         file.seek(0)
         width = _check_widths(path, file, separator)
