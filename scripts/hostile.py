@@ -371,6 +371,7 @@ def _forked(arguments: Sequence[str], work: Path) -> tuple[int, str, float, int]
             with open(os.devnull, "w") as out, said.open("w") as err:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             sys.argv = ["funcloss", *arguments]
             os.chdir(work)
             command()
