@@ -265,14 +265,13 @@ def _pour(content: Path, path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    try:
-        content = text.encode()
-    except UnicodeEncodeError:
-        raise RunError(
-            f"cannot write {path}: a name that goes into it is not UTF-8, rename the file or folder"
-        ) from None
     with replacing(path) as beside:
-        beside.write_bytes(content)
+        try:
+            beside.write_text(text, encoding="utf-8")
+        except UnicodeEncodeError:
+            raise RunError(
+                f"cannot write {path}: a name that goes into it is not UTF-8, rename that file"
+            ) from None
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
