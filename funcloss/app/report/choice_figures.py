@@ -170,9 +170,11 @@ def _draw_names(axes: Axes, points: Sequence[Point], swept: Sequence[str]) -> No
     for p in points:
         if p.plain or p.chosen or (len(swept) == 1 and len(points) <= 12):
             at = (100 * p.accuracy.value, 100 * p.recall[0].value)
+            low, high = axes.get_xlim()
+            left = at[0] > low + 0.8 * (high - low)  # of the mark: to its right is the frame
             axes.annotate(
-                short(title_of(p, swept), 24), at, (9, 5), textcoords="offset points", fontsize=8,
-                parse_math=False,
+                short(title_of(p, swept), 24), at, (-9 if left else 9, 5), fontsize=8,
+                textcoords="offset points", ha="right" if left else "left", parse_math=False,
             )  # fmt: skip
 
 
