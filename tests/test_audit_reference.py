@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -1404,3 +1405,15 @@ def test_weights_bound_in_a_partial_stay_inside_and_those_of_the_audit_come_on_t
     nested = scaled(class_weighted(losses.cross_entropy), 2.0)
     with pytest.raises(FunclossError, match="applies class weights where it wants"):
         audit(net, None, LossSpec(nested, outer), [batch])
+
+
+def test_the_files_of_many_classes_stay_small(tmp_path):
+    n = 120
+    model = nn.Linear(3, n)
+    inputs, labels = torch.randn(2 * n, 3), torch.arange(2 * n) % n
+    found = audit(model, None, losses.cross_entropy, [(inputs, labels)])
+    found.write(tmp_path)
+    record = json.loads((tmp_path / "audit.json").read_text())
+    assert len(record["classes"]) == n
+    assert record["gram"] is None
+    assert len((tmp_path / "audit_pairs.csv").read_text().splitlines()) == 10_001

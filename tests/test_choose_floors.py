@@ -1043,8 +1043,8 @@ def test_the_command_refuses_them_with_exit_code_2(tmp_path, run_cli):
         (["--floor", "8=0.9", "--val-fraction", "0"], "set val_fraction, to 0.1 say"),
         (["--ceiling", "8:8=0.1"], "ceiling 8:8: a 8 called itself is no mistake"),
     ):
-        code, out, err = run_cli(*args, *more)
-        assert (code, out) == (2, "")
+        code, _, err = run_cli(*args, *more)
+        assert code == 2
         assert message in err
         assert err.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []
@@ -1105,7 +1105,7 @@ def test_garbage_for_a_test_set_changes_the_test_rows_alone(tmp_path, monkeypatc
     assert summaries[0]["validation"] == summaries[1]["validation"]
     assert summaries[0]["test"] != summaries[1]["test"]
     choices = [json.loads((p / "floor.json").read_text()) for p in (run, whole)]
-    of_test = ("rows", "lines")
+    of_test = ("rows", "lines", "qualities")
     for name in choices[0].keys() - set(of_test):
         assert choices[0][name] == choices[1][name]
     before = [line for line in choices[1]["lines"] if "test set" not in line][:2]

@@ -255,7 +255,10 @@ def test_code_that_is_allowed_runs(name, option, place, run_cli):
         place.name("target", "")
     code, _, err = run_cli(*ALLOWED[name], "--allow-import")
     assert place.mark.read_text() == "x"
-    assert code == 0, err
+    if name == "train --resume" and option in DATA:  # the run did not begin on this data
+        assert (code, err.count("has changed since run began")) == (1, 1)
+    else:
+        assert code == 0, err
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -310,7 +313,7 @@ def test_what_does_not_read_as_code_is_a_path_even_where_code_is_allowed(text, p
         code, _, err = run_cli("evaluate", "run", *allowed)
         assert not place.ran
         assert code != 0
-        assert "there is no /" in err or "target and ignore are for a CSV table" in err
+        assert "there is no /" in err or "target: for a table" in err
 
 
 def test_what_is_there_does_not_decide_what_is_code(place):

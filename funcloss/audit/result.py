@@ -14,6 +14,7 @@ from funcloss._files import write_csv, write_text
 from funcloss._json import jsonable
 from funcloss.audit.gram import Balance, balance, cosines
 
+_SQUARE = 100  # classes of which a file has all pairs
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -267,6 +268,9 @@ class Audit:
     def write(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
         """Write ``audit.json`` and tidy tables: a row per class, pair of classes, example.
 
+        With more than 100 classes ``audit.json`` has nothing per pair of classes, and the table of
+        pairs has the 10,000 with the largest inner product.
+
         Args:
             folder: An existing folder; each file is written whole or not at all.
             about: Facts about model and data, for ``audit.json``.
@@ -281,7 +285,10 @@ class Audit:
         folder = Path(folder)
         paths = [folder / "audit.json"]
         facts = {"about": dict(about)} if about else {}
-        text = json.dumps(facts | self.to_dict(), indent=1, allow_nan=False)
+        found = self.to_dict()
+        if len(self.classes) > _SQUARE:
+            found = _without_pairs(found, len(self.classes))
+        text = json.dumps(facts | found, indent=1, allow_nan=False)
         write_text(paths[0], text + "\n")
         tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
         if self.examples is not None:
@@ -301,18 +308,21 @@ class Audit:
             yield {k: v for k, v in row.items() if k not in skipped} | quantiles
 
     def _pair_rows(self) -> Iterable[dict[str, Any]]:
-        conflict = self.balance.conflict
-        for a, first in enumerate(self.classes):
-            for b, second in enumerate(self.classes):
-                yield {
-                    "class": first,
-                    "other": second,
-                    "gram": self.gram[a, b],
-                    "conflict": conflict[a, b],
-                } | {
-                    f"impact_{part}_of_other_on_class": impact.matrix[a, b]
-                    for part, impact in self.impact.items()
-                }
+        conflict, n = self.balance.conflict, len(self.classes)
+        pairs = range(n * n)
+        if n > _SQUARE:
+            largest = self.gram.abs().nan_to_num().flatten().topk(_SQUARE**2).indices
+            pairs = largest.sort().values.tolist()
+        for a, b in (divmod(pair, n) for pair in pairs):
+            yield {
+                "class": self.classes[a],
+                "other": self.classes[b],
+                "gram": self.gram[a, b],
+                "conflict": conflict[a, b],
+            } | {
+                f"impact_{part}_of_other_on_class": impact.matrix[a, b]
+                for part, impact in self.impact.items()
+            }
 
     def _example_rows(self) -> Iterable[dict[str, Any]]:
         rows = _rows(self)
@@ -321,6 +331,18 @@ class Audit:
         for index, label, *values in zip(*(c.tolist() for c in columns), strict=True):
             named = zip(("loss", "norm", "alignment", "margin"), values, strict=True)
             yield {"index": index, "class": self.classes[label]} | dict(named)
+
+
+def _without_pairs(value: Any, classes: int) -> Any:
+    """Return plain values with None for each matrix of as many rows and columns as classes."""
+    if isinstance(value, dict):
+        return {k: _without_pairs(v, classes) for k, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    first = value[0] if value else None
+    if len(value) == classes and isinstance(first, list) and len(first) == classes:
+        return None
+    return [_without_pairs(v, classes) for v in value]
 
 
 def class_statistics(

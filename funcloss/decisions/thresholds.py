@@ -1,6 +1,6 @@
 """Decisions of minimum expected cost as thresholds on probabilities, in numbers and in words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,22 +44,34 @@ def pair_thresholds(costs: Costs) -> list[Threshold]:
     References:
         Elkan, "The foundations of cost-sensitive learning", 2001, eq. 2.
     """
-    matrix, found = costs.matrix, []
-    own = {frozenset(cell[:2]) for cell in costs.amounts}  # pairs of classes
-    for a in range(len(costs.classes)):
-        for b in range(a + 1, len(costs.classes)):
-            miss = float(matrix[a, b] - matrix[a, a])  # of a true a, by deciding b
-            false_alarm = float(matrix[b, a] - matrix[b, b])
-            if miss > 0 and false_alarm > 0 and {a, b} not in own:
-                of_a, of_b = (
-                    Threshold(d, o, cost / (miss + false_alarm))
-                    for d, o, cost in (
-                        (costs.classes[a], costs.classes[b], false_alarm),
-                        (costs.classes[b], costs.classes[a], miss),
-                    )
-                )
-                found.append(min(of_b, of_a, key=lambda t: t.above))
+    found = [
+        Threshold(costs.classes[d], costs.classes[o], float(above))
+        for row in _rows_of_pairs(costs)
+        for d, o, above in zip(*(part.tolist() for part in row), strict=True)
+    ]
     return sorted(found, key=lambda t: t.above)
+
+
+def _rows_of_pairs(costs: Costs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, for each class, its pairs with later ones: decision, other, threshold."""
+    size = len(costs.classes)
+    matrix, right = costs.matrix[:, :size], costs.matrix.diagonal()
+    own: dict[int, list[int]] = {}  # pairs whose examples have costs of their own
+    for truth, decision, _ in costs.amounts:
+        own.setdefault(min(truth, decision), []).append(max(truth, decision))
+    for a in range(size):
+        b = torch.arange(a + 1, size)
+        miss = matrix[a, b] - right[a]  # of a true a, by deciding b
+        false_alarm = matrix[b, a] - right[b]
+        there = (miss > 0) & (false_alarm > 0)
+        there[[other - a - 1 for other in own.get(a, [])]] = False
+        b, miss, false_alarm = b[there], miss[there], false_alarm[there]
+        of_b = miss <= false_alarm  # the decision whose threshold is the lower
+        yield (
+            torch.where(of_b, b, a),
+            torch.where(of_b, a, b),
+            torch.minimum(miss, false_alarm) / (miss + false_alarm),
+        )
 
 
 def decision_sentences(costs: Costs) -> list[str]:
@@ -78,24 +90,31 @@ def decision_sentences(costs: Costs) -> list[str]:
         ...     20.0})), sep="\n")
         predict malignant when its probability exceeds 0.0476
     """
-    thresholds = pair_thresholds(costs)
     if costs.amounts:
         names = ", ".join(dict.fromkeys(name for *_, name in costs.amounts))
         return [f"the threshold of each example depends on its {names}"]
     if len(costs.classes) == 2 and not costs.extra:
-        if not thresholds:
-            return []
-        t = thresholds[0]
-        return [f"predict {t.decision} when its probability exceeds {_number(t.above)}"]
-    unequal = [t for t in thresholds if t.above < 0.5 - 1e-12]
+        return [
+            f"predict {t.decision} when its probability exceeds {_number(t.above)}"
+            for t in pair_thresholds(costs)
+        ]
+    named: list[tuple[float, int, int]] = []  # the most unequal pairs
+    pairs, unequal = 0, 0
+    for decisions, others, above in _rows_of_pairs(costs):
+        pairs += len(above)
+        unequal += int((above < 0.5 - 1e-12).sum())
+        order = above.argsort(stable=True)[:_NAMED]
+        rows = zip(*(part[order].tolist() for part in (above, decisions, others)), strict=True)
+        named = sorted((*named, *rows), key=lambda row: row[0])[:_NAMED]
     lines = [
-        f"between {t.decision} and {t.other}: predict {t.decision} when its probability exceeds "
-        f"{_number(t.above)} of the two's sum"
-        for t in unequal[:_NAMED]
+        f"between {costs.classes[d]} and {costs.classes[o]}: predict {costs.classes[d]} when its "
+        f"probability exceeds {_number(above)} of the two's sum"
+        for above, d, o in named
+        if above < 0.5 - 1e-12
     ]
-    if len(unequal) > _NAMED:
-        lines.append(f"{len(unequal) - _NAMED:,} more pairs have a threshold other than 1/2")
-    if not lines and thresholds and not costs.extra:
+    if unequal > _NAMED:
+        lines.append(f"{unequal - _NAMED:,} more pairs have a threshold other than 1/2")
+    if not lines and pairs and not costs.extra:
         lines = ["predict the most probable class: no two classes have unequal costs"]
     size = len(costs.classes)
     for name, column in zip(costs.extra, costs.matrix.T[size:], strict=True):
@@ -146,8 +165,8 @@ def cost_curve(
         >>> curve.threshold, round(curve.cost, 3), curve.lowest[1]
         (0.05, 0.333, 0.0)
     """
-    thresholds = pair_thresholds(costs)
-    if len(costs.decisions) != 2 or not thresholds:
+    thresholds = pair_thresholds(costs) if len(costs.decisions) == len(costs.classes) == 2 else []
+    if not thresholds:
         return None
     found = thresholds[0]
     equal = abs(found.above - 0.5) < 1e-12

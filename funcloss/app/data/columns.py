@@ -54,7 +54,9 @@ def with_features(
     done: dict[int, Tensor] = {}
     found = {}
     for split, raw in splits.items():
-        assert isinstance(raw.inputs, Rows)
+        if not isinstance(raw.inputs, Rows):
+            found[split] = raw
+            continue
         if id(raw.inputs) not in done:
             done[id(raw.inputs)] = encoded(raw.inputs, columns)
         inputs = done[id(raw.inputs)]

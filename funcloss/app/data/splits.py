@@ -51,7 +51,6 @@ def make_dataset(
     """
     for split, raw in splits.items():
         _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(splits["train"].classes))
-    _check_alike(name, splits)
     fractions = (
         val_fraction if "validation" not in splits else 0.0,
         test_fraction if "test" not in splits else 0.0,
@@ -70,6 +69,7 @@ def make_dataset(
             f"{val_fraction:g} and test_fraction {test_fraction:g}"
         )
     splits = with_features(splits, kept)
+    _check_alike(name, splits)
     given = {split: _examples(raw) for split, raw in splits.items()}
     whole, first = given["train"], splits["train"]
     train = whole if len(kept) == len(labels) else subset(whole, kept)
@@ -270,8 +270,7 @@ def _check_alike(name: str, splits: Mapping[str, RawSplit]) -> None:
 
 
 def _form(inputs: Tensor | Stream | Rows) -> str:
-    if isinstance(inputs, Rows):
-        return "the rows of a table"
+    assert not isinstance(inputs, Rows)
     kind = "streamed" if isinstance(inputs, Stream) else str(inputs.dtype).removeprefix("torch.")
     kind = "float" if kind in ("float32", "float64") else kind
     return f"shape {item_shape(inputs)}, {kind}"

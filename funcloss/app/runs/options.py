@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from funcloss._files import usable_memory
 from funcloss.app.config import TrainConfig, did_you_mean
 from funcloss.app.data import Examples
 from funcloss.app.registry import REDUCTIONS, loss_named
@@ -26,6 +27,7 @@ from funcloss.errors import ConfigError
 from funcloss.objectives.supervised import Reduced
 from funcloss.typing import Hyper, LossFn
 
+_MATRICES = 32  # of classes by classes, float64, that an evaluation holds at its peak
 _ROUNDING = 1e-6  # of fractions that add up to 1
 
 
@@ -266,8 +268,15 @@ def costs_of(config: TrainConfig, classes: tuple[str, ...]) -> Costs:
     """Return what decisions cost, as a configuration has it.
 
     Raises:
-        ConfigError: the costs do not fit the classes.
+        ConfigError: the costs do not fit the classes, or the classes are too many for matrices of
+            them.
     """
+    needed = _MATRICES * 8 * len(classes) ** 2
+    if needed > usable_memory():
+        raise ConfigError(
+            f"{len(classes):,} classes need about {needed / 2**30:.0f} GiB for what is counted per "
+            f"pair of classes, and there are {usable_memory() / 2**30:.0f}: train on fewer classes"
+        )
     return make_costs(classes, config.cost_matrix, config.class_cost, config.cost)
 
 
