@@ -1,5 +1,6 @@
 """Tables as people have them: read right, or refused with the place and the cure."""
 
+import csv
 import gzip
 import random
 import re
@@ -394,3 +395,14 @@ def test_data_that_has_changed_is_said_and_no_run_goes_on_with_it(trained, run_c
         resume(stop)
     write_rows(place / "t.csv", ["a", "b", "y"], rows)
     assert resume(stop).finished
+
+
+def test_decisions_name_the_row_of_the_file(trained, run_cli, tmp_path):
+    place, rows, _ = trained
+    assert run_cli("evaluate", place / "run", "--csv", tmp_path / "out.csv")[0] == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        decided = list(csv.DictReader(file))
+    assert {row["file"] for row in decided} == {str(place / "t.csv")}
+    assert len({row["row"] for row in decided}) == len(decided) == 12
+    for row in decided:
+        assert row["label"] == rows[int(row["row"]) - 1][2]

@@ -28,6 +28,7 @@ class Examples:
     # costs of each example by name, float64 on the CPU
     amounts: dict[str, Float[Tensor, " n"]] = dataclasses.field(default_factory=dict)
     costs: Float[Tensor, "n decisions"] | None = None  # made of them, for a loss that takes costs
+    rows: Int[Tensor, " n"] | None = None  # in what they were read from, from 1; on the CPU
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -250,6 +251,7 @@ def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
         examples.labels[index],
         {name: values[place] for name, values in examples.amounts.items()},
         None if examples.costs is None else examples.costs[index],
+        None if examples.rows is None else examples.rows[place],
     )
 
 
@@ -261,6 +263,9 @@ def joined(first: Examples, second: Examples) -> Examples:
         torch.cat([first.inputs, second.inputs]),
         torch.cat([first.labels, second.labels]),
         {name: torch.cat([a, second.amounts[name]]) for name, a in first.amounts.items()},
+        rows=None
+        if first.rows is None or second.rows is None
+        else torch.cat([first.rows, second.rows]),
     )
 
 

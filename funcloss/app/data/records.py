@@ -112,6 +112,7 @@ class RawSplit:
     unscaled: bool = False  # the inputs are what a model takes
     amounts: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)  # by name, float64
     notes: tuple[str, ...] = ()  # what was done in reading
+    rows: Int[Tensor, " n"] | None = None  # in the file, from 1; None: all, in their order
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

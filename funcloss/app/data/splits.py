@@ -96,7 +96,8 @@ def make_dataset(
 
 def _examples(raw: RawSplit) -> Examples:
     assert not isinstance(raw.inputs, Rows)
-    return Examples(raw.inputs, raw.labels, raw.amounts)
+    rows = torch.arange(1, len(raw.labels) + 1) if raw.rows is None else raw.rows
+    return Examples(raw.inputs, raw.labels, raw.amounts, rows=rows)
 
 
 def measured_scale(

@@ -112,6 +112,7 @@ def read_table(
         tuple(columns),
         amounts=each,
         notes=(*notes, *dropped),
+        rows=None if rows.numbers is None else torch.from_numpy(rows.numbers),
     )
 
 

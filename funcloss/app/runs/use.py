@@ -17,6 +17,7 @@ from funcloss.app.data import (
     Dataset,
     Examples,
     InputSchema,
+    joined,
     moved,
     read_features,
     read_images,
@@ -77,6 +78,7 @@ class EvaluationReport:
     dataset: str
     split: str
     note: str
+    sources: Sequence[tuple[str, int | None]]  # file or data set, and row, of each example
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
         if not config.folds or _asked(run.config, options).dataset != run.config.dataset:
             raise ConfigError("split out-of-fold is of a run with folds, on its own data")
         found = read_folds(Path(run_dir).expanduser()).evaluation(scored)
+        examples = joined(fitted.train, fitted.validation)
     else:
         # A loss that takes costs is that of the run's; for others its costs need not be at hand.
         by_costs = options_of(chosen_loss(config)) & {"cost_matrix", "costs"}
         judged = run if by_costs else scored
-        found = evaluate_examples(judged, fitted, split_of(fitted, split))
+        examples = split_of(fitted, split)
+        found = evaluate_examples(judged, fitted, examples)
     return EvaluationReport(
         evaluation=rescored(scored, {split: found})[split],
         calibration=calibration,
@@ -134,7 +138,19 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
         dataset=fitted.name,
         split=split,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
+        sources=_sources(_asked(run.config, options), fitted, split, examples) * found.repeats,
     )
+
+
+def _sources(
+    asked: TrainConfig, data: Dataset, split: str, examples: Examples
+) -> list[tuple[str, int | None]]:
+    """Return where each example is: the file, else data set and split, and its row."""
+    apart = {"validation": asked.validation_dataset, "test": asked.test_dataset}.get(split, "")
+    place = apart or asked.dataset
+    place = place if is_table(place) else f"{data.name}, {split}"
+    rows = range(1, len(examples.labels) + 1) if examples.rows is None else examples.rows.tolist()
+    return [(place, row) for row in rows]
 
 
 def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
@@ -292,7 +308,8 @@ def write_decisions(
 def write_evaluated(path: Path, report: EvaluationReport) -> None:
     """Write a CSV file with a line per example of an evaluation, as :func:`write_decisions` does.
 
-    Its file is the data set's name, its row the number in the split, from 1.
+    Its file is that of a table, and the row the one in it, from 1; of other data they are the data
+    set with its split, and the number of the example in what was read.
 
     Raises:
         RunError: the file cannot be written; what was there is as it was.
@@ -304,7 +321,7 @@ def write_evaluated(path: Path, report: EvaluationReport) -> None:
     write_decisions(
         path,
         found.rule.decisions(found.logits, each, by=report.rule),
-        [(f"{report.dataset}, {report.split}", i + 1) for i in range(len(found.labels))],
+        report.sources,
         [classes[i] for i in found.labels.tolist()],
     )
 
