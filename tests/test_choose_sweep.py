@@ -713,9 +713,9 @@ def test_a_damaged_specification_is_one_clear_error(tmp_path, damage):
 def test_a_sweep_of_a_newer_format_is_refused(tmp_path):
     made = started(config(), [NINE], tmp_path / "s", method="loop")
     path = made.folder / "sweep.toml"
-    assert "\n[run]\nversion = 1\n" in path.read_text()
-    path.write_text(path.read_text().replace("\nversion = 1\n", "\nversion = 2\n"))
-    said = "newer funcloss: format 2, this one reads 1"
+    assert "\n[run]\nversion = 2\n" in path.read_text()
+    path.write_text(path.read_text().replace("\nversion = 2\n", "\nversion = 3\n"))
+    said = "newer funcloss: format 3, this one reads 2"
     with pytest.raises(RunError, match=said):
         resume_sweep(made.folder)
     with pytest.raises(ConfigError, match=said):
@@ -737,7 +737,7 @@ def test_nothing_but_a_sweep_is_replaced_and_nothing_else_lost(tmp_path):
         note.unlink()
     started(config(), [NINE], made.folder, method="loop", overwrite=True)
     text = path.read_text()
-    unversioned = text.replace("\nversion = 1\n", "\n")
+    unversioned = text.replace("\nversion = 2\n", "\n")
     for spec in (unversioned, DAMAGE["no table"](text), "a = 1"):
         path.write_text(spec)
         with pytest.raises(ConfigError, match="is not a sweep folder to replace"):

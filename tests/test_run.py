@@ -327,7 +327,7 @@ FOREIGN = {
     "a version that is none": ('epochs = 2\n[run]\nversion = "1"\n', "has no version under"),
     "a run that is no table": ("epochs = 2\nrun = 1\n", "has no version under"),
     "no TOML": ("epochs = [\n", "is not TOML"),
-    "a newer run": ("[run]\nversion = 2\n", "newer funcloss: format 2, this one reads 1"),
+    "a newer run": ("[run]\nversion = 3\n", "newer funcloss: format 3, this one reads 2"),
 }
 
 
@@ -416,8 +416,8 @@ def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
     train(config(), run, should_stop=StopAt(5))
     path = run / "config.toml"
     text = path.read_text()
-    assert "\n[run]\nversion = 1\n" in text
-    path.write_text(text.replace("\nversion = 1\n", "\nversion = 2\n"))
+    assert "\n[run]\nversion = 2\n" in text
+    path.write_text(text.replace("\nversion = 2\n", "\nversion = 3\n"))
     reads = (
         resume,
         runs.evaluate_run,
@@ -426,13 +426,13 @@ def test_a_run_of_a_newer_format_is_refused_wherever_one_is_read(tmp_path):
         resume,
         lambda run: runs.predict_files(run, []),
     )
-    said = r"config\.toml was made by a newer funcloss: format 2, this one reads 1; update funcloss"
+    said = r"config\.toml was made by a newer funcloss: format 3, this one reads 2; update funcloss"
     for read in reads:
         with pytest.raises(RunError, match=said):
             read(run)
     with pytest.raises(ConfigError, match=said):
         read_toml(path)
-    path.write_text(text.replace("\nversion = 1\n", "\n"))  # of before there were versions
+    path.write_text(text.replace("\nversion = 2\n", "\n"))  # of before there were versions
     assert resume(run).finished
 
 

@@ -58,7 +58,7 @@ class Option:
     flag: str = ""  # of a switch that the command line has no opposite of
 
 
-FORMAT = 1  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
+FORMAT = 2  # of run and sweep folders; config.toml and sweep.toml say theirs under [run]
 DATASETS = tuple(PUBLISHED)
 _MOST_POWER = 10.0  # of balanced weights
 _DATA = ("dataset", "validation_dataset", "test_dataset")

@@ -233,6 +233,11 @@ def read_config(
     try:
         options, tables = read_record(folder / CONFIG, allow_import=allow_import)
         from_plain(_Tables, tables, str(folder / CONFIG))
+        if (version := recorded_format(tables)) is not None and version < FORMAT:
+            raise ConfigError(
+                f"{folder} was made by an older funcloss: format {version}, this one reads "
+                f"{FORMAT}; train it again with config {folder / CONFIG}"
+            )
     except ConfigError as error:
         raise RunError(str(error)) from None
     try:
