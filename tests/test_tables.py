@@ -4,6 +4,7 @@ import csv
 import gzip
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import but_learning, resume
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from funcloss.app import runs
 from funcloss.app.config import make_config
@@ -406,3 +409,15 @@ def test_decisions_name_the_row_of_the_file(trained, run_cli, tmp_path):
     assert len({row["row"] for row in decided}) == len(decided) == 12
     for row in decided:
         assert row["label"] == rows[int(row["row"]) - 1][2]
+
+
+def test_weights_that_are_no_numbers_predict_nothing(trained, run_cli, tmp_path):
+    place, _, _ = trained
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    with safe_open(run / "model.safetensors", framework="pt") as file:
+        names, header = list(file.keys()), file.metadata()
+        spoilt = {name: torch.full_like(file.get_tensor(name), torch.nan) for name in names}
+    save_file(spoilt, run / "model.safetensors", header)
+    code, out, err = run_cli("predict", run, place / "t.csv")
+    assert (code, out) == (1, "")
+    assert "is not a number" in err

@@ -235,6 +235,8 @@ def load_model(path: Path, config: TrainConfig, *, device: str = "cpu") -> Train
         raise RunError(f"{other}: {error}") from None
     if misshapen:
         raise RunError(f"{other}: the shape of its {misshapen[0]} differs")
+    if spoilt := [name for name, t in tensors.items() if t.isnan().any()]:
+        raise RunError(f"{path}: its {spoilt[0]} is not a number: train the run again")
     model = model.eval().to(device)
     params, buffers = (
         {name: preferred_layout(t.detach()) for name, t in named.items()}
