@@ -326,6 +326,7 @@ def test_figures_of_many_classes_say_what_they_show():
     assert "largest" not in figures.conflicts(make_audit(10)).axes[0].get_title()
 
 
+@pytest.mark.slow
 def test_figures_of_many_classes_with_long_names_are_bounded(tmp_path):
     names = [f"class {c} " + "x" * 3_000 for c in range(1000)]
     matrices = {"cost_matrix": torch.randn(1000, 1000).double()}

@@ -795,6 +795,7 @@ def test_an_audit_is_what_the_explicit_gradients_say(name, method, dtype):
 LITTLE = ["text", "where, weighted mean", "batches, where", "coupled, where", "focal"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", LITTLE)

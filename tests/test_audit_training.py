@@ -398,6 +398,8 @@ def test_what_was_audited_after_the_checkpoint_is_audited_again_once(tmp_path, a
     assert timeless(audits(run)) == timeless(audits(whole))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

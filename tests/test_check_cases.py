@@ -160,6 +160,7 @@ def judged(name: str, options: dict, compiled: bool) -> Verdict:
 COMPILED = [False, pytest.param(True, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_loss_works_everywhere(name, compiled):

@@ -403,6 +403,7 @@ def responding(kind, log_weights):
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0.0, 6.0])
 @pytest.mark.parametrize(
     ("kind", "bound", "weight"),
@@ -983,6 +984,7 @@ def killing(monkeypatch, at):
     monkeypatch.setattr(folder, "append_line", dying_append)
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_or_measurement_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     made = config(**BRIEF)
     runs.run(made, tmp_path / "whole")

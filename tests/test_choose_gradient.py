@@ -195,6 +195,7 @@ def check_by_differences(problem, name, gradient, directions=2):
         assert allowed <= 1e-3 * float(gradient.norm())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -565,6 +565,7 @@ def killing(monkeypatch, at):
         monkeypatch.setattr(Path, name, moved)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_any_write_the_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch, tiny):
     plainly(monkeypatch, tiny)

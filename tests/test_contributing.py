@@ -80,6 +80,7 @@ def test_the_new_loss_is_an_option_in_the_documentation_and_lawful(tree):
     python(tree, LAWS)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_new_loss_and_the_new_optimiser_train(run):
     summary = (run / "summary.json").read_text()
@@ -91,6 +92,8 @@ def test_the_new_loss_and_the_new_optimiser_train(run):
     assert float(accuracy[1]) > 0.6
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_new_figure_is_written(tree, run):
     assert (run / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert "`speed.png`" in (tree / "docs" / "reference" / "run-folder.md").read_text()

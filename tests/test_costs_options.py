@@ -102,6 +102,7 @@ def long_tail(largest, factor, classes=10):
     return [int(largest / factor ** (c / (classes - 1))) for c in range(classes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", REFERENCES)
 def test_a_loss_of_counts_or_costs_trains_on_what_the_data_and_the_options_say(
     run_cli, tmp_path, sample, loss

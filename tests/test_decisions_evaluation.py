@@ -207,6 +207,7 @@ RATES = [  # examples of each class, prior, recall of each class
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "prior", "recalls"), RATES)
 def test_intervals_hold_under_a_prior(sizes, prior, recalls):
     classes = len(sizes)

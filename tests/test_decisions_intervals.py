@@ -264,6 +264,7 @@ def test_one_seed_covers_at_95_percent(n):
     assert abs(rate - 0.95) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "example"), [(1.0, 0.3), (0.3, 1.0), (0.3, 6.0), (1.0, 6.0)])
 def test_five_seeds_cover_at_95_percent_what_seeds_and_examples_vary(seed, example):
     def make(rng):

@@ -201,6 +201,7 @@ def test_a_fixed_number_of_epochs_takes_the_same_steps(finished, table, tmp_path
     assert all(torch.equal(fixed[name], kept[name]) for name in kept)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 20, 33, "best", "after best", -1, 0])
 def test_stopped_and_resumed_it_ends_at_the_same_bits(tmp_path, finished, table, at):

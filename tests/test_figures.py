@@ -20,6 +20,7 @@ def counts_of(classes):
     return counts + 4 * classes * torch.eye(classes, dtype=torch.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 2, 30, 31, 100, 500, 501, 1000])
 def test_a_confusion_matrix_has_a_bounded_size(classes, tmp_path):
     names = [LONG if i % 2 else f"class {i}" for i in range(classes)]

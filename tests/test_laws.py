@@ -266,6 +266,7 @@ def with_alpha(z, y):
     return torch.add(z, wanted, alpha=-0.5).square().sum(-1)
 
 
+@pytest.mark.slow
 def test_inductor_is_broken_by_what_it_compiles_wrongly_behind_a_linear_layer():
     finding = try_law("inductor", adapt(with_alpha, classes=3).case)
     assert finding.verdict == "fail"
@@ -311,6 +312,8 @@ VERDICTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")
 @pytest.mark.parametrize(("name", "task", "broken"), VERDICTS)
@@ -494,6 +497,7 @@ NOT_BY_NAMES = {"linear_cross_entropy": "its weight is no prediction, and belong
 IMAGES = {"generalized_dice", "lovasz_softmax"}  # an example is pixels by classes, as no name says
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in IMAGES])
 def test_every_public_loss_is_fed_by_its_names_and_keeps_every_law(name):

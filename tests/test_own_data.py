@@ -1063,6 +1063,7 @@ def test_a_streamed_data_set_trains_to_the_bits_of_one_that_is_held(
     assert none_left()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("form", ["folder", "code"])
 def test_a_streamed_run_is_judged_and_audited_as_a_held_one(form, tmp_path, module, run_cli):

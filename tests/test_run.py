@@ -153,6 +153,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     assert steps == [0, 40, 80]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     made = config(model="linear", epochs=2)
@@ -444,6 +445,7 @@ def test_a_failing_overwrite_loses_nothing(tmp_path):
     assert (run / "summary.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
     run = tmp_path / "run"
