@@ -726,9 +726,12 @@ def timed(tmp_path_factory):
     return run, time.monotonic() - began
 
 
+MOMENTS = torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "moment", torch.rand(20, generator=torch.Generator().manual_seed(0)).tolist()
+    "moment", [*MOMENTS[:4], *(pytest.param(m, marks=pytest.mark.long) for m in MOMENTS[4:])]
 )
 def test_killed_at_any_of_twenty_moments_it_ends_in_the_same_weights(moment, timed, tmp_path):
     whole, seconds = timed
