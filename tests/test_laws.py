@@ -46,7 +46,10 @@ def test_every_loss_keeps_every_law(name, law):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in FIRST else [pytest.mark.long]) for n in CASES],
+)
 def test_the_default_compiler_changes_nothing(name):
     finding = try_law("inductor", CASES[name])
     assert finding.verdict != "fail", finding.detail
