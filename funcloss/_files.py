@@ -71,9 +71,14 @@ def reading(
     except MemoryError:
         raise error(f"{path} needs more memory than this machine has") from None
     except broken as failure:
-        raise error(f"{path} is not {kind}: {failure}") from None
+        raise error(f"{path} is not {kind}: {_in_one_line(failure)}") from None
     except OSError as failure:
-        raise error(f"cannot read {path}: {failure.strerror or failure}") from None
+        raise error(f"cannot read {path}: {failure.strerror or _in_one_line(failure)}") from None
+
+
+def _in_one_line(failure: Exception) -> str:
+    """Return what an error says, of whatever lines."""
+    return " ".join(str(failure).split())
 
 
 def _check_regular(path: str | Path, error: type[FunclossError], most: int) -> None:

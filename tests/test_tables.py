@@ -421,3 +421,17 @@ def test_weights_that_are_no_numbers_predict_nothing(trained, run_cli, tmp_path)
     code, out, err = run_cli("predict", run, place / "t.csv")
     assert (code, out) == (1, "")
     assert "is not a number" in err
+
+
+def test_what_arrow_says_of_a_damaged_file_is_one_line(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"a": [1.0] * 20, "y": ["p", "q"] * 10}).to_parquet(tmp_path / "t.parquet")
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    for place in range(len(content) - 300, len(content) - 8, 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        (tmp_path / "t.parquet").write_bytes(damaged)
+        try:
+            load_dataset(LoadOptions(str(tmp_path / "t.parquet"), target="y"))
+        except (DataError, ConfigError) as error:
+            assert "\n" not in str(error)
