@@ -18,7 +18,7 @@ from typing import IO, Any
 from funcloss.errors import DataError, FunclossError, RunError
 
 TEXT = 64 * 2**20  # bytes of a configuration, a matrix of costs or a summary, at most
-_SNIFFED = 65_536  # characters in which the separator of a CSV file is looked for
+SNIFFED = 65_536  # characters in which the separator of a CSV file is looked for
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes a cell for one by
 _KINDS = {
     stat.S_ISFIFO: "a named pipe",
@@ -118,7 +118,7 @@ def csv_rows(
         reading(path, error, kind="CSV", broken=(csv.Error,), most=most),
         open(path, newline="", encoding="utf-8-sig") as file,
     ):
-        separator = separator_of(file.read(_SNIFFED))
+        separator = separator_of(file.read(SNIFFED))
         file.seek(0)
         yield (row for row in csv.reader(_lines(file), delimiter=separator) if row)
 

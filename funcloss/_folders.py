@@ -88,12 +88,15 @@ def folder_replacing(path: Path, *, last: str) -> Iterator[Path]:
         The folder to fill.
 
     Raises:
-        RunError: it cannot be made; what was at ``path`` is as it was.
+        RunError: it cannot be made, or another process holds what is there; what was at ``path`` is
+            as it was.
     """
     path = Path(os.path.realpath(path))
-    beside, name = None, ""
+    beside, name, old_one = None, "", contextlib.ExitStack()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            old_one.enter_context(holding(path))  # nobody writes to what is replaced
         settle(path, last=last)
         empty = path.is_dir() and not any(path.iterdir())
         place = path if empty else path.parent
@@ -124,6 +127,7 @@ def folder_replacing(path: Path, *, last: str) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot make {path}: {error.strerror or error}") from None
     finally:
+        old_one.close()
         LIVE.discard(name)
         if beside is not None and not beside.name.endswith("-full"):
             shutil.rmtree(beside, ignore_errors=True)

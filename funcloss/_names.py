@@ -1,5 +1,7 @@
 """Names that users gave, as text that a page, a figure or a terminal can hold."""
 
+from collections.abc import Sequence
+
 
 def clean(name: str) -> str:
     """Return a name without what no page can hold: control characters and halves of characters.
@@ -23,6 +25,17 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names one after another, of many the first ``most``.
+
+    Example:
+        >>> listed(["a", "b"], 8), listed(["a", "b", "c"], 1)
+        ('a, b', 'a and 2 more')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def short(name: str, most: int = 18) -> str:

@@ -329,7 +329,7 @@ def run_case(base: Path, target: Target, work: Path, draw: random.Random) -> Out
         path.write_bytes(content)
     arguments = tuple(a.replace("@", str(place)) for a in draw.choice(target.commands))
     before = _state(place)
-    code, said, seconds, memory = _forked(arguments, work)
+    code, said, seconds, memory = forked(arguments, work)
     wrong = _judged(code, said, seconds, memory)
     begun = "is not finite at step" in said  # of numbers that are too large: its folder is whole
     if not wrong and code and not begun and (changed := _difference(before, _state(place))):
@@ -361,8 +361,14 @@ def _judged(code: int, said: str, seconds: float, memory: int) -> str:
     return ""
 
 
-def _forked(arguments: Sequence[str], work: Path) -> tuple[int, str, float, int]:
-    """Run a command in a process of its own; return exit code, stderr, seconds and memory."""
+def forked(
+    arguments: Sequence[str], work: Path, most: float = SECONDS
+) -> tuple[int, str, float, int]:
+    """Run a command in a process of its own, killed after ``most`` seconds.
+
+    Returns:
+        Exit code, stderr, seconds and memory.
+    """
     begun, said = time.monotonic(), work / "stderr"
     child = os.fork()
     if not child:
@@ -387,11 +393,11 @@ def _forked(arguments: Sequence[str], work: Path) -> tuple[int, str, float, int]
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
             os._exit(code)
-    while time.monotonic() - begun < SECONDS:
+    while time.monotonic() - begun < most:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     else:
         os.killpg(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)

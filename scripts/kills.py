@@ -17,14 +17,10 @@ import csv
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +28,7 @@ from typing import Annotated
 
 import torch
 import typer
-
-import funcloss.app.audits  # noqa: F401, what commands would import on the way
-from funcloss.app.cli import main as command
+from hostile import forked  # beside this script
 
 DATA = ("--dataset", "rows.csv", "--target", "y", "--model", "linear", "--batch-size", "8")
 DATA += ("--device", "cpu", "--threads", "1", "--compile", "off")
@@ -56,36 +50,6 @@ class Outcome:
     after: float  # seconds
     resumed: str  # "ended before", "taken up", "begun again"
     wrong: str  # empty: nothing
-
-
-def forked(arguments: tuple[str, ...], work: Path, after: float | None = None) -> int:
-    """Run a command in a process of its own, perhaps killed after some seconds."""
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            os.setsid()
-            with (work / "said").open("w") as out:
-                os.dup2(out.fileno(), 1)
-                os.dup2(out.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = ["funcloss", *arguments]
-            os.chdir(work)
-            command()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    until = time.monotonic() + (SECONDS if after is None else after)
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.killpg(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def placed(name: str) -> tuple[str, ...]:
@@ -112,14 +76,13 @@ def killed(name: str, whole: dict[str, str], seconds: float, work: Path, draw: f
     """Kill a command once, go on until it ends, and compare."""
     after, run = draw * seconds, work / "run"
     shutil.rmtree(run, ignore_errors=True)
-    code = forked(placed(name), work, after)
-    resumed = "ended before"
+    code, *_ = forked(placed(name), work, after)
+    resumed, said = "ended before", ""
     if code:
         there = (run / ("sweep.toml" if name == "sweep" else "config.toml")).exists()
         resumed = "taken up" if there else "begun again"
         again = (COMMANDS[name][0], "--resume", "run") if there else placed(name)
-        code = forked(again, work)
-    said = (work / "said").read_text()
+        code, said, *_ = forked(again, work, SECONDS)
     if code and "is finished" not in said:
         return Outcome(name, after, resumed, f"exit code {code}: {said[-300:]}")
     found = state(run)
@@ -148,10 +111,10 @@ def main(
             rows = [(rng.gauss(i % 2, 1), rng.gauss(0, 1), i % 2) for i in range(160)]
             csv.writer(file).writerows([("a", "b", "y"), *rows])
         for name in COMMANDS:
-            begun = time.monotonic()
-            if forked(placed(name), work):
-                raise SystemExit(f"{name}: {(work / 'said').read_text()}")
-            seconds, whole = time.monotonic() - begun, state(work / "run")
+            code, said, seconds, _ = forked(placed(name), work, SECONDS)
+            if code:
+                raise SystemExit(f"{name}: {said}")
+            whole = state(work / "run")
             for _ in range(kills // len(COMMANDS)):
                 every.append(killed(name, whole, seconds, work, moments.random()))
                 if every[-1].wrong:

@@ -290,7 +290,7 @@ def config(**options):
 
 
 def audits(run):
-    return [r for r in folder.read_records(run) if r["kind"] == "audit"]
+    return [r for r in [*folder.records_of(run)] if r["kind"] == "audit"]
 
 
 def timeless(records):
@@ -524,7 +524,7 @@ def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli
     told = re.search(r"^4 audits took (\d+\.\d)% of the epoch$", out, re.M)
     assert told
     spent = sum(r["seconds"] for r in records[::10])
-    epoch = [r for r in folder.read_records(tmp_path / "run") if r["kind"] == "epoch"][-1]
+    epoch = [r for r in [*folder.records_of(tmp_path / "run")] if r["kind"] == "epoch"][-1]
     assert float(told[1]) == pytest.approx(100 * spent / epoch["seconds"], abs=0.06)
     for title, key in (
         ("share of the gradient", "share"),

@@ -570,7 +570,7 @@ def argmax_of(outcome, part="validation"):
 
 
 def measurements(run):
-    return [r for r in folder.read_records(run) if r["kind"] == "constraints"]
+    return [r for r in [*folder.records_of(run)] if r["kind"] == "constraints"]
 
 
 def tensors(run, file):
@@ -591,7 +591,7 @@ def same(a, b):
 def told(run, *kinds):
     """What was recorded, less what the clock said."""
     clocks = ("seconds", "images_per_second")
-    records = [r for r in folder.read_records(run) if not kinds or r["kind"] in kinds]
+    records = [r for r in [*folder.records_of(run)] if not kinds or r["kind"] in kinds]
     return [{k: v for k, v in r.items() if k not in clocks} for r in records]
 
 
@@ -718,7 +718,7 @@ def test_it_is_evaluated_with_the_weights_that_its_model_was_given(floored):
 def test_a_step_that_is_audited_is_given_the_weights_of_the_moment(tmp_path):
     made = config(floor={"8": 0.99}, epochs=1, batch_size=250, floor_every=3, audit_every=3)
     train(made, tmp_path / "run")
-    records = folder.read_records(tmp_path / "run")
+    records = [*folder.records_of(tmp_path / "run")]
     weight_at = {
         r["step"]: r["weights"].get("8", 1.0) for r in records if r["kind"] == "constraints"
     }

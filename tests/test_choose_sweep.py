@@ -966,7 +966,7 @@ def test_its_configuration_trains_that_trial_alone(full, run_cli, tmp_path):
         gap = abs(a - b)
         assert gap <= max(spread, 0.004)
     logged = [
-        [r["loss"] for r in folder.read_records(run) if r["kind"] == "step"]
+        [r["loss"] for r in [*folder.records_of(run)] if r["kind"] == "step"]
         for run in (alone, out / "chosen")
     ]
     assert len(logged[0]) == 4

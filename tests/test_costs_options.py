@@ -115,7 +115,7 @@ def test_a_loss_of_counts_or_costs_trains_on_what_the_data_and_the_options_say(
     run = tmp_path / "run"
     code, _, err = run_cli(*args, "--run-dir", run, program=shell.main_train)
     assert code == 0, err
-    epochs = [r for r in folder.read_records(run) if r["kind"] == "epoch"]
+    epochs = [r for r in [*folder.records_of(run)] if r["kind"] == "epoch"]
     assert epochs[1]["test"]["loss"] < 0.9 * epochs[0]["test"]["loss"]
     judged = runs.evaluate_run(run)
     assert judged.evaluation.loss == pytest.approx(epochs[1]["test"]["loss"], rel=1e-6)
@@ -164,7 +164,7 @@ def test_a_run_with_costs_goes_on_to_the_same_bits(tmp_path, options):
         assert a[0].keys() == b[0].keys()
         assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
         assert a[1].get("class_counts") == b[1].get("class_counts")
-    shares = [[r["share"] for r in folder.read_records(run) if r["kind"] == "audit"]
+    shares = [[r["share"] for r in [*folder.records_of(run)] if r["kind"] == "audit"]
               for run in (whole, tmp_path / "part")]  # fmt: skip
     assert shares[0]
     assert shares[0] == shares[1]
@@ -577,7 +577,7 @@ def test_a_run_with_costs_is_audited_by_the_options_that_one_sets(
     made = {"loss": loss, "loss_option": options.get(loss, {}), "class_cost": {"9": 5}}
     config = make_config(TINY, made, {"imbalance": 3, "class_weight": {"8": 2}, "audit_every": 10})
     run = train(config, tmp_path / "run").folder
-    records = [r for r in folder.read_records(run) if r["kind"] == "audit"]
+    records = [r for r in [*folder.records_of(run)] if r["kind"] == "audit"]
     assert records
     for step in {r["step"] for r in records}:
         shares = [r["share"] for r in records if r["step"] == step]

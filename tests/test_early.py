@@ -159,7 +159,7 @@ def same(a, b):
 
 
 def epochs_of(run):
-    return [r for r in folder.read_records(Path(run)) if r["kind"] == "epoch"]
+    return [r for r in [*folder.records_of(Path(run))] if r["kind"] == "epoch"]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_killed_at_any_write_it_ends_at_the_same_bits(
         if folder.read_summary(run) is None:
             assert resume(run).finished
         assert same(run, whole)
-        assert len(folder.read_records(run)) == len(folder.read_records(whole))
+        assert len([*folder.records_of(run)]) == len([*folder.records_of(whole)])
     assert ended == [True]  # where no write was left to be killed at
 
 
@@ -269,7 +269,7 @@ def test_it_may_be_audited_on_the_way_and_after(tmp_path, finished, table):
     run = tmp_path / "run"
     train(config(table, audit_every=30), run, should_stop=StopAt(31))
     resume(run)
-    audited = [r["step"] for r in folder.read_records(run) if r["kind"] == "audit"]
+    audited = [r["step"] for r in [*folder.records_of(run)] if r["kind"] == "audit"]
     summary = folder.read_summary(run)
     assert sorted(set(audited)) == list(range(1, summary["steps"] + 1, 30))
     kept, whole = tensors(run, "model"), tensors(finished[0], "model")

@@ -16,7 +16,7 @@ from funcloss.app import runs
 from funcloss.app.config import make_config
 from funcloss.app.runs.augmentation import augmented
 from funcloss.app.runs.checkpoint import restore
-from funcloss.app.runs.folder import read_records
+from funcloss.app.runs.folder import records_of
 from funcloss.app.runs.network import make_model
 from funcloss.app.runs.pretrained import pretrained_form, pretrained_tensors
 from funcloss.app.runs.setup import make_setup
@@ -108,7 +108,7 @@ def test_a_run_keeps_what_is_frozen_and_resumes_without_the_weights(
     after = tensors(tmp_path / "run")
     kept = {name for name, tensor in weights.items() if torch.equal(after[name], tensor)}
     assert weights.keys() - kept == {"fc.weight", "fc.bias"}  # BatchNorm's statistics are kept
-    kinds = {line["kind"] for line in read_records(tmp_path / "run")}
+    kinds = {line["kind"] for line in [*records_of(tmp_path / "run")]}
     assert "audit" in kinds  # as it could not be if BatchNorm learnt
 
     part, n = tmp_path / "part", len(at_hand)

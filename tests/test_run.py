@@ -149,7 +149,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, finished, at):
     assert not (run / "summary.json").exists()
     assert resume(run).finished
     assert same(run, whole)
-    steps = [r["step"] for r in folder.read_records(run) if r["kind"] == "epoch"]
+    steps = [r["step"] for r in [*folder.records_of(run)] if r["kind"] == "epoch"]
     assert steps == [0, 40, 80]
 
 
@@ -173,7 +173,7 @@ def test_killed_at_any_write_the_run_goes_on_to_the_same_bits(tmp_path, monkeypa
             break
         if run.exists():
             assert same(run, tmp_path / "whole")
-            assert len(folder.read_records(run)) == len(folder.read_records(tmp_path / "whole"))
+            assert len([*folder.records_of(run)]) == len([*folder.records_of(tmp_path / "whole")])
     assert at > 10
 
 
@@ -182,7 +182,7 @@ def test_a_stop_does_not_change_what_is_said_of_the_epoch(tmp_path):
     train(config(), tmp_path / "whole")
     train(config(), tmp_path / "run", should_stop=StopAt(39))
     resume(tmp_path / "run")
-    whole, run = (folder.read_records(tmp_path / name) for name in ("whole", "run"))
+    whole, run = ([*folder.records_of(tmp_path / name)] for name in ("whole", "run"))
     for a, b in zip(*([r for r in rs if r["kind"] == "epoch"] for rs in (whole, run)), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-6)
         assert a["test"] == b["test"]

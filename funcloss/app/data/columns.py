@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcloss._names import listed
 from funcloss.app.config import did_you_mean
 from funcloss.app.data.records import MISSING, Cells, Column, RawSplit, Rows
 from funcloss.errors import ConfigError, DataError
@@ -48,36 +49,37 @@ def with_features(
     train = splits["train"]
     if not isinstance(train.inputs, Rows):
         return dict(splits)
-    columns, notes = train.columns, ()
+    columns, notes, read = train.columns, train.notes, {}
     if not columns:
-        columns, notes = _fitted(train.inputs, index.numpy())
-    done: dict[int, Tensor] = {}
+        columns, line, read = _fitted(train.inputs, index.numpy())
+        notes = (*notes, *line)
+    done = {id(train.inputs): encoded(train.inputs, columns, read)}
     found = {}
     for split, raw in splits.items():
-        if not isinstance(raw.inputs, Rows):
-            found[split] = raw
-            continue
-        if id(raw.inputs) not in done:
-            done[id(raw.inputs)] = encoded(raw.inputs, columns)
-        inputs = done[id(raw.inputs)]
-        found[split] = dataclasses.replace(raw, inputs=inputs, columns=columns)
-    found["train"] = dataclasses.replace(found["train"], notes=(*train.notes, *notes))
-    return found
+        if isinstance(raw.inputs, Rows):
+            if id(raw.inputs) not in done:
+                done[id(raw.inputs)] = encoded(raw.inputs, columns)
+            raw = dataclasses.replace(raw, inputs=done[id(raw.inputs)], columns=columns)
+        found[split] = raw
+    return found | {"train": dataclasses.replace(found["train"], notes=notes)}
 
 
-def encoded(rows: Rows, columns: Sequence[Column]) -> Float[Tensor, "n features"]:
+def encoded(
+    rows: Rows, columns: Sequence[Column], read: Mapping[str, np.ndarray] | None = None
+) -> Float[Tensor, "n features"]:
     """Return the features of the rows of a table, in float64.
 
     Args:
         rows: Of a table.
         columns: Its columns that count, from the training.
+        read: Columns of numbers and dates that are read already, by name.
 
     Raises:
         ConfigError: there is no such column.
         DataError: a cell is not what its column holds.
     """
     check_columns(rows, "column", [column.name for column in columns])
-    pieces = [_of_column(rows, column) for column in columns]
+    pieces = [_of_column(rows, column, read or {}) for column in columns]
     return torch.from_numpy(np.concatenate(pieces, 1))
 
 
@@ -87,26 +89,26 @@ def check_columns(rows: Rows, what: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             guess = did_you_mean(name, known)
-            raise ConfigError(f"{rows.path} has no {what} {name!r}{guess}; it has {listed(rows)}")
+            raise ConfigError(
+                f"{rows.path} has no {what} {name!r}{guess}; it has {column_names(rows)}"
+            )
 
 
-def listed(rows: Rows) -> str:
+def column_names(rows: Rows) -> str:
     """Return the names of the columns of a table, or the first of them."""
-    names = [*map(str, rows.frame.columns)]
-    few = ", ".join(names[:12])
-    return few if len(names) <= 12 else f"{few} and {len(names) - 12} more"
+    return listed([*map(str, rows.frame.columns)], 12)
 
 
-def _of_column(rows: Rows, column: Column) -> np.ndarray:
-    cells = rows.frame[column.name]
+def _of_column(rows: Rows, column: Column, read: Mapping[str, np.ndarray]) -> np.ndarray:
     if column.kind == "category":
         import pandas as pd
 
-        codes = pd.Index(column.levels, dtype="string").get_indexer(_names(cells))
+        names = _names(rows.frame[column.name])
+        codes = pd.Index(column.levels, dtype="string").get_indexer(names)
         width = len(column.features)
         codes = np.where(codes < 0, len(column.levels), codes)  # the pooled feature, or none
         return np.eye(len(column.levels) + 1)[codes][:, :width]
-    values = _values(rows, column.name, column.kind, column.format)
+    values = read[column.name] if column.name in read else values_of(rows, column)
     missing = np.isnan(values)
     filled = np.where(missing, column.median, values)
     return np.stack([filled, missing] if column.flagged else [filled], 1)
@@ -117,21 +119,22 @@ def _names(cells: Cells) -> Cells:
     return cells.astype("string").fillna(MISSING)
 
 
-def numbers_in(rows: Rows, name: str) -> np.ndarray:
-    """Return a column as float64, missing cells as NaN; raises ``DataError`` for text in it."""
-    return _values(rows, name, "number", "")
+def values_of(rows: Rows, column: Column) -> np.ndarray:
+    """Return a column of numbers or dates as float64, NaN where a cell is missing.
 
-
-def _values(rows: Rows, name: str, kind: str, form: str) -> np.ndarray:
-    """Return a column of numbers or dates as float64, NaN where it is missing."""
+    Raises:
+        DataError: a cell is not what the column holds.
+    """
     import pandas as pd
 
+    name = column.name
     cells = rows.frame[name]
-    if kind == "date":
+    if column.kind == "date":
         dates = cells
         if not pd.api.types.is_datetime64_any_dtype(cells):
-            dates = pd.to_datetime(cells, format=form, utc=True, errors="coerce")
-            _check_cells(rows, name, (dates.isna() & cells.notna()).to_numpy(), f"a date {form}")
+            dates = pd.to_datetime(cells, format=column.format, utc=True, errors="coerce")
+            wrong = (dates.isna() & cells.notna()).to_numpy()
+            _check_cells(rows, name, wrong, f"a date {column.format}")
         days = dates.to_numpy(dtype="datetime64[us]").astype(np.int64) / 86_400e6
         return np.where(dates.isna().to_numpy(), np.nan, days)
     if not pd.api.types.is_numeric_dtype(cells):
@@ -176,19 +179,19 @@ def _with_points(cells: Cells, rows: Rows) -> Cells:
     return cells
 
 
-def _kind_of(rows: Rows, name: str) -> tuple[str, str]:
-    """Return the kind of a column, and the format of its dates."""
+def _kind_of(rows: Rows, name: str) -> Column:
+    """Return a column of the kind that its cells are of, nothing learnt of it yet."""
     import pandas as pd
 
     cells = rows.frame[name]
     if pd.api.types.is_datetime64_any_dtype(cells):
-        return "date", "ISO8601"
+        return Column(name, "date", format="ISO8601")
     if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
-        return "number", ""
+        return Column(name, "number")
     present = cells.astype("string").dropna()
     numbers = _with_points(present, rows).str.fullmatch(_NUMBER, case=False)
     if numbers.mean() >= _MOSTLY:  # text among them is a mistake, and said when they are read
-        return "number", ""
+        return Column(name, "number")
     fit = [
         form
         for form, pattern in _DATES.items()
@@ -200,22 +203,29 @@ def _kind_of(rows: Rows, name: str) -> tuple[str, str]:
             f"{rows.path}, column {name!r}: {present.iloc[0]!r} may be day/month or month/day: "
             f"write 2024-01-31, or leave out the column with ignore {name}"
         )
-    return ("date", fit[0]) if fit else ("category", "")
+    return Column(name, "date", format=fit[0]) if fit else Column(name, "category")
 
 
-def _fitted(rows: Rows, index: np.ndarray) -> tuple[tuple[Column, ...], tuple[str, ...]]:
-    """Return the columns to learn from by the rows at ``index``, and a line on what was done."""
-    columns, plain, said = [], 0, []
+def _fitted(
+    rows: Rows, index: np.ndarray
+) -> tuple[tuple[Column, ...], tuple[str, ...], dict[str, np.ndarray]]:
+    """Return what is learnt of the rows at ``index``, for every row.
+
+    Returns:
+        The columns to learn from, a line on what was done, and the numbers and dates read.
+    """
+    columns, plain, said, read = [], 0, [], {}
     for name in map(str, rows.frame.columns):
         some = rows.frame[name].iloc[index]
         if some.nunique(dropna=False) < 2:
             said.append(f"{name} left out, as it has one value only")
             continue
-        kind, form = _kind_of(rows, name)
-        if kind == "category":
+        column = _kind_of(rows, name)
+        if column.kind == "category":
             column, line = _category(name, some)
         else:
-            column, line = _number(name, kind, form, _values(rows, name, kind, form)[index])
+            read[name] = values_of(rows, column)
+            column, line = _number(column, read[name][index])
         if column is not None:
             columns.append(column)
         plain += not line
@@ -223,22 +233,23 @@ def _fitted(rows: Rows, index: np.ndarray) -> tuple[tuple[Column, ...], tuple[st
     if not columns:
         raise ConfigError(f"{rows.path} has no column but its target to learn from")
     if not said:
-        return tuple(columns), ()
+        return tuple(columns), (), read
     numbers = f"{plain} of numbers" if plain else ""
-    return tuple(columns), (f"columns: {'; '.join(filter(None, (numbers, *said)))}",)
+    return tuple(columns), (f"columns: {'; '.join(filter(None, (numbers, *said)))}",), read
 
 
-def _number(name: str, kind: str, form: str, values: np.ndarray) -> tuple[Column | None, str]:
+def _number(column: Column, values: np.ndarray) -> tuple[Column | None, str]:
+    name, is_date = column.name, column.kind == "date"
     missing = int(np.isnan(values).sum())
     if missing == len(values):
         return None, f"{name} left out, as it is empty"
     median = float(np.nanmedian(values))
-    what = {"number": "", "date": "days since 1970"}[kind]
+    what = "days since 1970" if is_date else ""
     if missing:
-        shown = f"{median:.6g}" if kind == "number" else str(np.datetime64(math.floor(median), "D"))
+        shown = str(np.datetime64(math.floor(median), "D")) if is_date else f"{median:.6g}"
         what = f"{what or 'numbers'}, {missing:,} missing ones set to the median {shown} and marked"
-    column = Column(name, kind, median, missing > 0, form)
-    return column, f"{name} {what}" if what else ""
+    learnt = dataclasses.replace(column, median=median, flagged=missing > 0)
+    return learnt, f"{name} {what}" if what else ""
 
 
 def _category(name: str, cells: Cells) -> tuple[Column | None, str]:

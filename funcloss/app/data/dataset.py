@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from funcloss._names import listed
 from funcloss.app.data.records import Column
 from funcloss.app.data.streaming import Stream, item_shape
 from funcloss.errors import ConfigError, DataError
@@ -187,8 +188,8 @@ def with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
         return dataset
     if sorted(dataset.classes) != sorted(classes):
         raise DataError(
-            f"{dataset.name} has the classes {_listed(dataset.classes)}, and the run was trained "
-            f"on {_listed(classes)}"
+            f"{dataset.name} has the classes {listed(dataset.classes, 8)}, and the run was trained "
+            f"on {listed(classes, 8)}"
         )
     place = torch.tensor([classes.index(name) for name in dataset.classes])
 
@@ -197,10 +198,6 @@ def with_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
         return dataclasses.replace(examples, labels=labels)
 
     return dataclasses.replace(_with_splits(dataset, relabel), classes=classes)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from funcloss._names import listed
 from funcloss.errors import DataError
 
 # Not all that Pillow knows: an EPS it gives to Ghostscript to run.
@@ -181,11 +182,9 @@ def _listing(failed: Mapping[str, DataError], n: int) -> DataError:
     first, *others = failed.values()
     if not others:
         return first
-    names = ", ".join(islice(failed, _LISTED))
-    more = f" and {len(failed) - _LISTED:,} more" if len(failed) > _LISTED else ""
     return DataError(
-        f"{len(failed):,} of {n:,} images cannot be read, {names}{more}: replace or remove them; "
-        f"of the first: {first}"
+        f"{len(failed):,} of {n:,} images cannot be read, {listed([*failed], _LISTED)}: replace or "
+        f"remove them; of the first: {first}"
     )
 
 

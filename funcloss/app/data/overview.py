@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from funcloss._names import listed
 from funcloss.app.data.dataset import Dataset, Examples
-from funcloss.app.data.splits import class_counts
+from funcloss.app.data.splits import IN_WORDS, class_counts
 
 _LISTED = 12  # classes with a line each
 _WIDTH = 24  # characters of a class's name
 _FEW = 10  # examples of a class, of which little can be learnt or said
-_IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def overview(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -35,7 +35,7 @@ def overview(dataset: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
         'fewer than 10 training examples of a (8), b (8)'
     """
     counts = {
-        _IN_WORDS[split]: class_counts(examples, len(dataset.classes)).tolist()
+        IN_WORDS[split]: class_counts(examples, len(dataset.classes)).tolist()
         for split, examples in dataset.splits.items()
         if len(examples.labels)
     }
@@ -67,7 +67,7 @@ def _constant(dataset: Dataset) -> list[str]:
     answer = int(class_counts(dataset.train, len(dataset.classes)).argmax())
     accuracy = float((dataset.splits[split].labels == answer).float().mean())
     name = dataset.classes[answer]
-    return [f"answering {name} always: accuracy {accuracy:.1%} on the {_IN_WORDS[split]} split"]
+    return [f"answering {name} always: accuracy {accuracy:.1%} on the {IN_WORDS[split]} split"]
 
 
 def _absent(dataset: Dataset, counts: dict[str, list[int]]) -> list[str]:
@@ -75,7 +75,7 @@ def _absent(dataset: Dataset, counts: dict[str, list[int]]) -> list[str]:
     for split, of in counts.items():
         absent = [name for name, n in zip(dataset.classes, of, strict=True) if not n]
         if absent:
-            found.append(f"the {split} split has no example of {_listed(absent)}")
+            found.append(f"the {split} split has no example of {listed(absent, _LISTED)}")
     return found
 
 
@@ -85,7 +85,7 @@ def _rare(dataset: Dataset, counts: dict[str, list[int]]) -> list[str]:
         for name, n in zip(dataset.classes, counts["training"], strict=True)
         if 0 < n < _FEW
     ]
-    return [f"fewer than {_FEW} training examples of {_listed(rare)}"] if rare else []
+    return [f"fewer than {_FEW} training examples of {listed(rare, _LISTED)}"] if rare else []
 
 
 def _repeated(dataset: Dataset) -> list[str]:
@@ -96,7 +96,7 @@ def _repeated(dataset: Dataset) -> list[str]:
         again = sum(row in trained for row in hashes)
         if again:
             found.append(
-                f"{again:,} of {len(hashes):,} {_IN_WORDS[split]} inputs occur in the training "
+                f"{again:,} of {len(hashes):,} {IN_WORDS[split]} inputs occur in the training "
                 "split too: scores on them say less of new data"
             )
     return found
@@ -108,8 +108,3 @@ def _hashes(examples: Examples) -> list[int]:
         return []
     plain = inputs.detach().cpu().contiguous().flatten(1) if inputs.dim() > 1 else inputs[:, None]
     return [hash(row.tobytes()) for row in plain.view(torch.uint8).numpy()]
-
-
-def _listed(names: list[str]) -> str:
-    few = ", ".join(names[:_LISTED])
-    return few if len(names) <= _LISTED else f"{few} and {len(names) - _LISTED:,} more"

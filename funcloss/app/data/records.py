@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -54,9 +53,10 @@ class Rows:
     """The rows of a table before their columns have become features."""
 
     path: Path
-    frame: Frame  # text, or numbers where the file has types; NA where a cell is missing
+    # Text, or numbers where the file has types; NA where a cell is missing. Its index numbers the
+    # rows in the file, from 0.
+    frame: Frame
     separator: str = ""  # of the cells, in a text file
-    numbers: np.ndarray | None = None  # of the rows in the file, from 1; None: all of them
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -64,7 +64,7 @@ class Rows:
 
     def number(self, i: int) -> int:
         """Return the number of a row in its file, from 1."""
-        return i + 1 if self.numbers is None else int(self.numbers[i])
+        return int(self.frame.index[i]) + 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from funcloss.errors import ConfigError, DataError
 
 _MEASURED = 1_000  # streamed inputs whose mean and standard deviation stand for all
 _VALUES_AT_ONCE = 2**17
-_IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
+IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def make_dataset(
@@ -50,7 +50,7 @@ def make_dataset(
             column holds.
     """
     for split, raw in splits.items():
-        _check_examples(f"{name}, {_IN_WORDS[split]} set", raw, len(splits["train"].classes))
+        _check_examples(f"{name}, {IN_WORDS[split]} set", raw, len(splits["train"].classes))
     fractions = (
         val_fraction if "validation" not in splits else 0.0,
         test_fraction if "test" not in splits else 0.0,

@@ -15,31 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from funcloss._files import is_number, reading, separator_of
+from funcloss._files import SNIFFED, is_number, reading, separator_of
 from funcloss.app.data.arrays import check_amount
-from funcloss.app.data.columns import check_columns, encoded, listed, numbers_in
+from funcloss.app.data.columns import check_columns, column_names, encoded, values_of
 from funcloss.app.data.records import Cells, Column, Frame, RawSplit, Rows, ordered
 from funcloss.errors import ConfigError, DataError
 
 _TEXT, _PARQUET = (".csv", ".tsv", ".txt", ".data"), (".parquet",)
 TABLES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), *_PARQUET)
-_MISSING = (
-    "",
-    "?",
-    "NA",
-    "N/A",
-    "n/a",
-    "#N/A",
-    "<NA>",
-    "nan",
-    "NaN",
-    "NAN",
-    "null",
-    "NULL",
-    "None",
-)
-_NO_LABEL = tuple(text for text in _MISSING if text != "None")  # which may be a class
-_SNIFFED = 65_536  # characters in which separator and header are looked for
+_MISSING = ("", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "NaN", "NAN", "null", "NULL")
+_MISSING += ("None",)
+_NO_LABEL = _MISSING[:-1]  # None may be the name of a class
 
 
 def is_table(path: str | Path) -> bool:
@@ -84,7 +70,7 @@ def read_table(
     rows, notes = _read(path, (target, *names))
     if not target:
         raise ConfigError(
-            f"{path} needs a target, the column of its classes; it has {listed(rows)}"
+            f"{path} needs a target, the column of its classes; it has {column_names(rows)}"
         )
     for name in amounts:
         check_amount(str(path), name, [*map(str, rows.frame.columns)])
@@ -106,13 +92,13 @@ def read_table(
     classes = ordered(map(str, label.unique()))
     place = label.map({name: i for i, name in enumerate(classes)}).to_numpy(dtype=np.int64)
     return RawSplit(
-        Rows(path, features, rows.separator, rows.numbers),
+        Rows(path, features, rows.separator),
         torch.from_numpy(place.copy()),
         classes,
         tuple(columns),
         amounts=each,
         notes=(*notes, *dropped),
-        rows=None if rows.numbers is None else torch.from_numpy(rows.numbers),
+        rows=torch.from_numpy(features.index.to_numpy(dtype=np.int64) + 1),
     )
 
 
@@ -148,7 +134,7 @@ def features_of(frame: Frame, columns: Sequence[Column]) -> Float[Tensor, "n fea
         ConfigError: there is no such column.
         DataError: a cell is not what its column holds.
     """
-    return encoded(Rows(Path("the frame"), frame.apply(_typed)), columns)
+    return encoded(_rows_of(Path("the frame"), frame), columns)
 
 
 def _labelled(rows: Rows, label: Cells, drop: bool) -> tuple[Rows, Cells, tuple[str, ...]]:
@@ -166,13 +152,13 @@ def _labelled(rows: Rows, label: Cells, drop: bool) -> tuple[Rows, Cells, tuple[
     kept = np.flatnonzero(~missing)
     if not len(kept):
         raise DataError(f"{rows.path}: no row has a {label.name!r}, its class")
-    left = Rows(rows.path, rows.frame.iloc[kept], rows.separator, kept + 1)
+    left = Rows(rows.path, rows.frame.iloc[kept], rows.separator)
     line = f"{len(where):,} rows without a {label.name!r} are left out"
     return left, label.iloc[kept], (line,)
 
 
 def _amounts(rows: Rows, name: str) -> Tensor:
-    values = numbers_in(rows, name)
+    values = values_of(rows, Column(name, "number"))
     wrong = ~(values >= 0)
     if wrong.any():
         i = int(wrong.argmax())
@@ -197,11 +183,11 @@ def _read(path: Path, names: Collection[str]) -> tuple[Rows, tuple[str, ...]]:
         with reading(path, kind="a Parquet file", broken=(pyarrow.ArrowInvalid, ValueError)):
             frame = pd.read_parquet(path)
         frame.columns = _checked_names(path, [*map(str, frame.columns)])
-        return Rows(path, frame.apply(_typed)), ()
+        return _rows_of(path, frame), ()
     broken = (csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError)
     broken += (gzip.BadGzipFile, EOFError, zlib.error)
     with reading(path, kind="a table of text", broken=broken), _opened(path) as file:
-        some = file.read(_SNIFFED)
+        some = file.read(SNIFFED)
         if "\0" in some:
             raise DataError(f"{path} is not a table of text: it has bytes of 0")
         separator = separator_of(some, " ")
@@ -230,6 +216,11 @@ def _read(path: Path, names: Collection[str]) -> tuple[Rows, tuple[str, ...]]:
     frame.columns = _checked_names(path, header)
     frame = frame.reset_index(drop=True)
     return Rows(path, frame.apply(_text), separator), notes
+
+
+def _rows_of(path: Path, frame: Frame) -> Rows:
+    """Return the rows of a frame whose columns have types."""
+    return Rows(path, frame.apply(_typed).reset_index(drop=True))
 
 
 def _typed(cells: Cells) -> Cells:

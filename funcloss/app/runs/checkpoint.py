@@ -73,10 +73,20 @@ def load_record(path: Path, kind: type[Header]) -> tuple[dict[str, Tensor], Head
         RunError: the file cannot be read, is not of this format or has another header.
     """
     with _opened(path) as file:
-        text, wanted = file.metadata() or {}, get_type_hints(kind)
-        found = {n: from_json(object, text[n], f"{path}: {n}") for n in wanted if n in text}
-        header = from_plain(kind, found, f"{path}: its header")
+        header = _header(path, file, kind)  # before any tensor: it may be of another program
         return _tensors(file), header
+
+
+def load_header(path: Path, kind: type[Header]) -> Header:
+    """Read the header alone of what :func:`load_record` reads, and raise as it does."""
+    with _opened(path) as file:
+        return _header(path, file, kind)
+
+
+def _header(path: Path, file: Any, kind: type[Header]) -> Header:
+    text, wanted = file.metadata() or {}, get_type_hints(kind)
+    found = {n: from_json(object, text[n], f"{path}: {n}") for n in wanted if n in text}
+    return from_plain(kind, found, f"{path}: its header")
 
 
 @contextmanager

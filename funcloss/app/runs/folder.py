@@ -263,11 +263,6 @@ def records_of(folder: Path, lost: Lost = lambda text: None) -> Iterator[dict[st
     return (record for _, record in lines_of(folder / METRICS, metrics_line, lost))
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of ``metrics.jsonl``, all of them at once."""
-    return list(records_of(folder))
-
-
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a file of JSON lines.
 

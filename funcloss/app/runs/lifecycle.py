@@ -23,7 +23,7 @@ from funcloss.app.decoding import Count
 from funcloss.app.report.choice import Choice
 from funcloss.app.runs import folder, report
 from funcloss.app.runs.auditing import step_auditor
-from funcloss.app.runs.checkpoint import beneath, load_record, restore, save_tensors
+from funcloss.app.runs.checkpoint import beneath, load_header, load_record, restore, save_tensors
 from funcloss.app.runs.constrained import Controller, Held, make_controller
 from funcloss.app.runs.diverged import reason_of
 from funcloss.app.runs.early import (
@@ -197,15 +197,12 @@ def _begun(
     memory = memory if controller is None else controller.init(setup.state)
     folder.check_free(run_dir, overwrite=overwrite)  # another may have come meanwhile
     begin = _Begin(setup.state, memory)
-    with contextlib.ExitStack() as old:
-        if run_dir.is_dir():
-            old.enter_context(holding(run_dir))  # nobody trains into what is replaced
-        with folder_replacing(run_dir, last=folder.CONFIG) as beside:
-            folder.write_config(beside / folder.CONFIG, setup.config, run=about)
-            _save(dataclasses.replace(job, run_dir=beside), begin)
-            keep_lines(beside / folder.METRICS, [])
-            if folds is not None:
-                shutil.copyfile(folds, beside / FILE)
+    with folder_replacing(run_dir, last=folder.CONFIG) as beside:
+        folder.write_config(beside / folder.CONFIG, setup.config, run=about)
+        _save(dataclasses.replace(job, run_dir=beside), begin)
+        keep_lines(beside / folder.METRICS, [])
+        if folds is not None:
+            shutil.copyfile(folds, beside / FILE)
     return job, begin
 
 
@@ -238,8 +235,8 @@ def _taken_up(config: TrainConfig, run_dir: Path, show: Show) -> tuple[_Job, _Be
     losses = tensors.get("unreported", torch.zeros(0))
     if losses.dim() != 1 or len(losses) > done or not losses.isfinite().all():
         raise RunError(f"{path} is damaged: its unreported losses are not those of {done} steps")
-    kept = flatten({"now": state.params, "kept": {} if memory is None else memory.params})
-    sound = all(t.isfinite().all() for t in kept.values())
+    params = flatten({"now": state.params, "kept": {} if memory is None else memory.params})
+    sound = all(t.isfinite().all() for t in params.values())
     if not sound or any(t.isnan().any() for t in flatten(state.opt_state).values()):
         raise RunError(f"{path} is damaged: not all of its numbers are finite")
     if config.folds and (run_dir / FILE).exists():
@@ -339,10 +336,8 @@ def load_checkpoint(run_dir: Path, setup: Setup) -> tuple[TrainState, Hyper]:
     """
     path = run_dir / folder.CHECKPOINT
     tensors, header = load_record(path, _Header)
-    state, given = (
-        restore(setup.state, beneath(tensors, "state"), of=path),
-        beneath(tensors, "hyper"),
-    )
+    state = restore(setup.state, beneath(tensors, "state"), of=path)
+    given = beneath(tensors, "hyper")
     _check_steps(path, setup, header.step, int(state.step), 0)
     # Under constraints it holds what the next step is given.
     if any(n not in setup.hyper or t.shape != setup.hyper[n].shape for n, t in given.items()):
@@ -357,7 +352,7 @@ def note_on_data(run_dir: Path, setup: Setup) -> str:
         DataError: it has other classes or columns.
         RunError: the checkpoint cannot be read.
     """
-    _, header = load_record(run_dir / folder.CHECKPOINT, _Header)
+    header = load_header(run_dir / folder.CHECKPOINT, _Header)
     dataset = setup.dataset
     with_classes(dataset, header.classes)
     if (header.classes, header.columns) != (dataset.classes, dataset.columns):

@@ -136,12 +136,9 @@ def lines_of(
         return
     with reading(path, RunError), path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
-            if (
-                len(line) == _LONGEST
-            ):  # no line of ours: zeros, as a crash may leave them at the end
-                lost(
-                    f"{name}: line {number} is damaged: it is too long; all from it on is left out"
-                )
+            if len(line) == _LONGEST:  # not ours: zeros, as a crash may leave them at the end
+                too_long = "is damaged: it is too long; all from it on is left out"
+                lost(f"{name}: line {number} {too_long}")
                 break
             try:
                 record = parse(line, f"{name}: line {number}")

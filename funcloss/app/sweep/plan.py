@@ -1,6 +1,5 @@
 """What a sweep is: its trials, how they are run, and the file that says so."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from funcloss._folders import folder_replacing, holding
+from funcloss._folders import folder_replacing
 from funcloss.app.config import (
     FileOptions,
     TrainConfig,
@@ -168,11 +167,8 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
     run = {"command": folder.command_line(), "environment": folder.environment()}
     # Another may have come while the loss was checked.
     folder.check_free(out, overwrite=overwrite, what="sweep")
-    with contextlib.ExitStack() as old:
-        if out.is_dir():
-            old.enter_context(holding(out))  # nobody sweeps into what is replaced
-        with folder_replacing(out, last=SPEC) as beside:
-            folder.write_config(beside / SPEC, shared, sweep=own, run=run)
+    with folder_replacing(out, last=SPEC) as beside:
+        folder.write_config(beside / SPEC, shared, sweep=own, run=run)
     return made
 
 
