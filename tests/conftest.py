@@ -137,6 +137,19 @@ def kill_at_write(monkeypatch, at):
     monkeypatch.setattr(Path, "replace", replace)
 
 
+# At the head of a script in a process of its own: ``ru_maxrss`` begins at its parent's on Linux.
+PEAK = """
+import pathlib, resource, sys
+
+def peak():  # the most memory that this process has held, in MiB
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+"""
+
+
 def help_without(command, *modules):
     """Return the help of a command, which must load none of some modules."""
     loaded = " and ".join(f"{name!r} not in sys.modules" for name in modules)

@@ -30,6 +30,7 @@ class Examples:
     amounts: dict[str, Float[Tensor, " n"]] = dataclasses.field(default_factory=dict)
     costs: Float[Tensor, "n decisions"] | None = None  # made of them, for a loss that takes costs
     rows: Int[Tensor, " n"] | None = None  # in what they were read from, from 1; on the CPU
+    files: tuple[str, ...] = ()  # of each example, where it has one of its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,6 +250,7 @@ def subset(examples: Examples, index: Int[Tensor, " some"]) -> Examples:
         {name: values[place] for name, values in examples.amounts.items()},
         None if examples.costs is None else examples.costs[index],
         None if examples.rows is None else examples.rows[place],
+        tuple(examples.files[i] for i in place.tolist()) if examples.files else (),
     )
 
 
@@ -263,6 +265,7 @@ def joined(first: Examples, second: Examples) -> Examples:
         rows=None
         if first.rows is None or second.rows is None
         else torch.cat([first.rows, second.rows]),
+        files=first.files + second.files,
     )
 
 

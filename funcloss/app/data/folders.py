@@ -53,7 +53,10 @@ def read_folder(
         found = {"train": _class_files(folder, groups, skipped)}
     classes = {split: ordered(files) for split, files in found.items()}
     pictures = {split: _of_files(files, classes[split]) for split, files in found.items()}
-    read = read_pictures(pictures, classes, options, schema)
+    read = {
+        split: replace(raw, files=tuple(pictures[split].items))
+        for split, raw in read_pictures(pictures, classes, options, schema).items()
+    }
     return read | {"train": replace(read["train"], notes=_notes(folder, skipped))}
 
 

@@ -113,6 +113,7 @@ class RawSplit:
     amounts: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)  # by name, float64
     notes: tuple[str, ...] = ()  # what was done in reading
     rows: Int[Tensor, " n"] | None = None  # in the file, from 1; None: all, in their order
+    files: tuple[str, ...] = ()  # of each example, where it has one of its own
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

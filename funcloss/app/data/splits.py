@@ -97,7 +97,7 @@ def make_dataset(
 def _examples(raw: RawSplit) -> Examples:
     assert not isinstance(raw.inputs, Rows)
     rows = torch.arange(1, len(raw.labels) + 1) if raw.rows is None else raw.rows
-    return Examples(raw.inputs, raw.labels, raw.amounts, rows=rows)
+    return Examples(raw.inputs, raw.labels, raw.amounts, rows=rows, files=raw.files)
 
 
 def measured_scale(

@@ -145,12 +145,14 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
 def _sources(
     asked: TrainConfig, data: Dataset, split: str, examples: Examples
 ) -> list[tuple[str, int | None]]:
-    """Return where each example is: the file, else data set and split, and its row."""
+    """Return where each example is: its file, a table and its row, or its number in the split."""
+    if examples.files:
+        return [(file, None) for file in examples.files]
     apart = {"validation": asked.validation_dataset, "test": asked.test_dataset}.get(split, "")
     place = apart or asked.dataset
-    place = place if is_table(place) else f"{data.name}, {split}"
-    rows = range(1, len(examples.labels) + 1) if examples.rows is None else examples.rows.tolist()
-    return [(place, row) for row in rows]
+    if is_table(place) and examples.rows is not None:
+        return [(place, row) for row in examples.rows.tolist()]
+    return [(f"{data.name}, {split}", number + 1) for number in range(len(examples.labels))]
 
 
 def _loaded(run: TrainedModel, options: EvaluateOptions) -> Dataset:
@@ -308,8 +310,8 @@ def write_decisions(
 def write_evaluated(path: Path, report: EvaluationReport) -> None:
     """Write a CSV file with a line per example of an evaluation, as :func:`write_decisions` does.
 
-    Its file is that of a table, and the row the one in it, from 1; of other data they are the data
-    set with its split, and the number of the example in what was read.
+    Where an example is a row of a table, they are named; where it has a file of its own, that is;
+    else the data set with its split, and the number of the example in it, from 1.
 
     Raises:
         RunError: the file cannot be written; what was there is as it was.
