@@ -1,5 +1,6 @@
 """The audit that travels with a training: one batch at a time, beside the step that is taken."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ class StepFindings:
     step: StepAudit | None  # None: the optimiser does not say
     classes: tuple[str, ...] = ()
     note: str = ""  # what to doubt, and why there is no step; empty: nothing
+    moved: float = math.nan  # distance of the step taken from the one told, relative; NaN: unknown
 
     def records(self) -> list[dict[str, Any]]:
         """Return a row per class, numbers and text, for a log."""
@@ -51,6 +53,13 @@ class StepFindings:
         }
         rows = zip(*jsonable(list(columns.values())), strict=False)
         return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def nothing_found(why: str) -> StepFindings:
+    """Return findings without a class, of a step that could not be audited."""
+    none = torch.zeros(0, dtype=torch.float64)
+    unknown = balance(torch.zeros(0, 0, dtype=torch.float64), none.long(), none)
+    return StepFindings(unknown, none.long(), none, None, (), why)
 
 
 # (state, batch, hyper, memory) -> (findings, memory)

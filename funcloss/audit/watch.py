@@ -1,36 +1,189 @@
-"""The audit beside a loop that somebody already has: ``torch.optim``'s own memory is read."""
+"""The audit beside a loop that somebody already has: class parts of its own gradient and step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from funcloss.audit.inner import distance, grams, layers_of, norm_of, scaled_rows, total_of
+from funcloss.audit.gram import balance
+from funcloss.audit.inner import distance, norm_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
-from funcloss.audit.result import StepAudit
-from funcloss.audit.state import ModelState, has_dropout, make_model_state
-from funcloss.audit.step import OWN_ROWS, split_step
-from funcloss.audit.torch_optim import read_optimizer, strangers
-from funcloss.audit.training import BatchAudit, StepFindings, make_batch_audit
-from funcloss.errors import ConfigError
+from funcloss.audit.optimizers import bare, why_not
+from funcloss.audit.parts import (
+    NO_GROUP,
+    POOLED,
+    Groups,
+    Parts,
+    add_parts,
+    class_parts,
+    difference,
+    groups_in,
+    rows_at,
+)
+from funcloss.audit.state import ModelState, check_no_coupling, has_dropout, make_model_state
+from funcloss.audit.taken import Told, tell_step
+from funcloss.audit.training import BatchAudit, StepFindings, make_batch_audit, nothing_found
+from funcloss.errors import AuditError, ConfigError
 from funcloss.keys import example_keys
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Forward
 from funcloss.optim import clip_factor
-from funcloss.typing import Batch, Grads, LossFn, Params
+from funcloss.typing import Batch, Grads, LossFn
 
-_SAME = 0.01  # relative distance of two gradients that are one but for rounding
+_ALL_ROWS = 1000  # classes of which each has a row, in the batch or not
+_CANCELLED = 1e-4  # |g| / sum |g_c| below which float32's rounding shows in the shares
 _DROPOUT = "dropout is active: this gradient is under masks of the audit's own, not the step's"
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+_PLAIN_ROWS = {NO_GROUP: "no group", POOLED: "other classes"}
 
 
-class Watch(Protocol):
-    """A function of a batch that splits the step on it by class, as :func:`watch` returns it."""
+class Watch:
+    """Splits the steps of a loop by class, as :func:`watch` returns it.
 
+    Attributes:
+        found: What was told of the last step that was audited; None before the first.
+    """
+
+    found: StepFindings | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        spec: LossSpec | None,
+        classes: Sequence[str] | int | None,
+        *,
+        clip_norm: float,
+        every: int,
+        memory: float,
+        on_step: Callable[[StepFindings], None] | None,
+    ) -> None:
+        """Begin to listen to the optimiser's steps."""
+        self._model, self._optimizer, self._spec = model, optimizer, spec
+        self._classes, self._clip_norm = classes, clip_norm
+        self._every, self._memory, self._on_step = every, memory, on_step
+        self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
+        self._steps = 0
+        self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
+        self._inside = False
+        self.found = None
+        self._forget()
+        stepping = bare(optimizer)
+        self._handles = [
+            stepping.register_step_pre_hook(self._before_step),
+            stepping.register_step_post_hook(self._after_step),
+        ]
+
+    def backward(
+        self,
+        values: Float[Tensor, "*terms"],
+        groups: Int[Tensor, "*terms"],
+        *,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        divisor: float | Tensor | None = None,
+        scaler: Any = None,
+    ) -> None:
+        """Fill ``.grad`` as ``loss.backward()`` does, and keep each class's part of it.
+
+        The loss is ``sum_i w[group_i] values_i / divisor``; class ``c``'s part is the gradient of
+        its own terms, from the graph of the loop's own forward pass: exact with batch
+        normalisation, dropout, autocast, gradient checkpointing, whatever couples the examples.
+        The parts are told with the step, at ``optimizer.step()``, in ``found``.
+
+        Args:
+            values: Terms of the loss, one per example, pixel, token or label, of any shape.
+            groups: What each term counts for, of that shape: classes, domains, sources. Below 0:
+                nothing; such a term is in the loss and in a row ``no group``.
+            class_weights: Factor on the terms of each group, ``(classes,)``, where the values do
+                not have it in them.
+            divisor: Of the sum; None: the number of values, as ``values.mean()``.
+            scaler: The loop's ``torch.amp.GradScaler``, if it has one.
+
+        Raises:
+            ValueError: the class weights do not fit the groups, so that the loss is not defined.
+        """
+        if class_weights is not None:
+            values_in = _weighted(values, groups, class_weights)
+        else:
+            values_in = values
+        total = values_in.mean() if divisor is None else values_in.sum() / divisor
+        if scaler is not None:
+            total = scaler.scale(total)
+        params = self._params()
+        before = self._begin(params)
+        parts, seen, last = {}, None, None
+        if self._due() and (seen := self._seen(values, groups, class_weights)):
+            # The most frequent group's part is what the others leave of .grad, but for the first
+            # time, and where .grad will be that of several processes.
+            *others, last = seen.counts
+            by_difference = self._doubt is not None and self._world() == 1
+            wanted = others if by_difference else [*others, last]
+
+            def passes() -> Parts:
+                (cotangents,) = torch.autograd.grad(total, values, retain_graph=True)
+                return class_parts(values, cotangents, seen, params, wanted)
+
+            parts = self._tried(passes, {})
+        total.backward()
+        if seen is None or self._why:
+            return
+        if last not in parts:
+            parts[last] = [
+                difference(p.grad, [b, *(own[i] for own in parts.values())])
+                for i, (p, b) in enumerate(zip(params, before, strict=True))
+            ]
+        elif self._doubt is None and self._world() == 1:
+            self._doubt = _adds_up(params, before, parts)
+        self._scale = 1.0 if scaler is None else scaler.get_scale()
+        self._keep(parts, seen, values, class_weights)
+
+    def through(
+        self, predictions: Float[Tensor, "*terms classes"], groups: Tensor, *, class_dim: int = -1
+    ) -> None:
+        """Keep each class's part of the gradient that the loop's own ``backward()`` will take.
+
+        Called between the forward pass and ``loss.backward()``, it changes neither. Class ``c``'s
+        part is ``J^T (mask_c * dL/dpredictions)``: exact for every loss of these predictions,
+        with the loop's weights, division and scaling in it. What reaches the parameters on
+        another way (a penalty) is told as a row ``other gradient``.
+
+        Args:
+            predictions: Of the model, with their graph; without one, as in validation, nothing
+                happens.
+            groups: What the loss of each prediction counts for: the shape of the predictions
+                without the classes' axis, or all of it. Below 0: nothing.
+            class_dim: The classes' axis, -1, or 1 for ``(batch, classes, height, width)``.
+        """
+        if not predictions.requires_grad or not self._due():
+            return
+        if groups.dim() == predictions.dim() - 1 and class_dim % predictions.dim() == 1:
+            groups = groups.unsqueeze(1).expand_as(predictions)
+
+        def split(cotangents: Tensor) -> None:
+            if self._inside:
+                return
+            params = self._params()
+            self._begin(params)
+            seen = self._seen(predictions.detach(), groups, None)
+            if seen is None:
+                return
+            self._inside = True
+            parts = self._tried(
+                lambda: class_parts(predictions, cotangents, seen, params, [*seen.counts]), {}
+            )
+            self._inside = False
+            if parts:
+                self._keep(parts, seen, None, None)
+
+        predictions.register_hook(split)
+
+    @torch.no_grad()
     def __call__(
         self,
         inputs: Any,
@@ -38,122 +191,442 @@ class Watch(Protocol):
         *,
         where: Bool[Tensor, " batch"] | None = None,
     ) -> StepFindings:
-        """Return the shares of the batch at the present parameters; ``note`` says what to doubt."""
-        ...
+        """Return the shares of a batch at the present parameters, from a forward pass of its own.
+
+        For loops that cannot be changed: between ``loss.backward()`` and ``optimizer.step()``. It
+        needs the loss that the watch was given, and a model that couples no examples.
+
+        Args:
+            inputs: As for the model; a tuple holds its arguments, a dict its keywords.
+            labels: One integer per example.
+            where: Which examples count; None: all.
+
+        Returns:
+            The findings; where there are none, ``note`` says why.
+
+        Raises:
+            ConfigError: the watch was given no loss.
+        """
+        if self._spec is None:
+            raise ConfigError("watch: it was given no loss: use backward() or through()")
+        device = next(iter(self._model.parameters())).device.type
+        try:
+            _check_labels(labels)
+            with torch.autocast(device, enabled=False):  # verdicts of half precision would stay
+                return self._of_batch(self._spec, Batch(inputs, labels, where))
+        except Exception as error:  # whatever the model does: the training goes on
+            return nothing_found(_said(error))
+
+    def close(self) -> None:
+        """Stop listening to the optimiser."""
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+
+    # A micro-batch ---
+
+    def _forget(self) -> None:
+        self._parts: Parts = {}
+        self._counts: dict[int, int] = {}
+        self._losses: dict[int, Tensor] = {}  # sums of the terms, at weight 1
+        self._weights: Tensor | None = None
+        self._scale = 1.0
+        self._why = ""  # why this step cannot be told
+        self._told: tuple[Told, StepFindings] | None = None
+
+    def _due(self) -> bool:
+        return self._steps % self._every == 0
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
+    def _world(self) -> int:
+        wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
+        return dist.get_world_size(self._model.process_group) if wrapped else 1
+
+    def _begin(self, params: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Return copies of what is accumulated so far; where that is nothing, a step begins."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if not self._due() or not grads or not any(bool(g.any()) for g in map(_values, grads)):
+            if self._parts or self._why:
+                self._forget()
+            return [None] * len(params)
+        return [None if p.grad is None else p.grad.detach().clone() for p in params]
+
+    def _seen(self, values: Tensor, groups: Tensor, weights: Tensor | None) -> Groups | None:
+        """Return the groups of the terms, or None and the reason in ``_why``."""
+
+        def find() -> Groups | None:
+            if groups.is_floating_point() or groups.shape != values.shape[: groups.dim()]:
+                raise ValueError(
+                    "watch: groups must be integers of the shape of the terms, "
+                    f"{tuple(values.shape)}, got {groups.dtype} {tuple(groups.shape)}"
+                )
+            if not bool(values.detach().isfinite().all()):
+                raise AuditError("the loss is not finite: there is no gradient to split")
+            number = self._number()
+            if number and bool((groups >= number).any()):
+                raise AuditError(
+                    f"labels must be below {number}, got {int(groups.max())}: give watch classes="
+                )
+            size = sum(p.numel() * p.element_size() for p in self._params())
+            held = {group for group in self._parts if group != POOLED}
+            most = max(2, int(self._memory * 2**20 / size))
+            return groups_in(groups, max(most, len(held)))
+
+        return self._tried(find, None)
+
+    def _tried(self, make: Callable[[], Any], otherwise: Any) -> Any:
+        """Return what is made; a failure is noted, and the loop goes on."""
+        if self._why:
+            return otherwise
+        try:
+            return make()
+        except Exception as error:  # of autograd, of the model's own hooks, of memory
+            self._why = _said(error)
+            self._parts = {}
+            return otherwise
+
+    def _keep(
+        self, parts: Parts, seen: Groups, values: Tensor | None, weights: Tensor | None
+    ) -> None:
+        add_parts(self._parts, parts)
+        self._weights = weights
+        for group, count in seen.counts.items():
+            self._counts[group] = self._counts.get(group, 0) + count
+            if values is not None:
+                own = values.detach()[seen.of_terms == group].double().sum()
+                self._losses[group] = self._losses.get(group, 0.0) + own
+
+    # The step ---
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
+        """Tell the step; where the gradient is computed in a closure, after that."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._tell()
+            return None
+
+        def and_tell() -> Any:
+            loss = closure()
+            self._tell()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], and_tell, *args[2:]), kwargs
+        return args, {**kwargs, "closure": and_tell}
+
+    @torch.no_grad()
+    def _tell(self) -> None:
+        if not self._due() or not (self._parts or self._why or self._world() > 1):
+            return
+        if self._world() > 1:
+            self._tried(self._reduce, None)
+        told = self._tried(self._split, None)
+        self._told = told
+        if told is None:
+            self.found = nothing_found(self._why)
+
+    def _split(self) -> tuple[Told, StepFindings]:
+        params, ids = self._params(), sorted(self._parts, key=lambda g: (g < 0, g))
+        names = tuple(self._name(group) for group in ids)
+        told = tell_step(
+            self._optimizer,
+            params,
+            [p.grad for p in params],
+            lambda i: rows_at(self._parts, ids, i, params[i]),
+            names,
+            scale=self._scale,
+        )
+        self._parts = {}
+        number = self._number() or 0
+        if number <= _ALL_ROWS and POOLED not in ids:
+            every = sorted({*range(number), *ids}, key=lambda g: (g < 0, g))
+            names = tuple(self._name(group) for group in every)
+            told, ids = _with_all(told, [every.index(group) for group in ids], names), every
+        count = torch.tensor([self._counts.get(group, 0) for group in ids])
+        loss = torch.tensor([float(self._losses.get(group, math.nan)) for group in ids])
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        if self._weights is not None:
+            held = self._weights.detach().cpu().double()
+            weights = torch.stack([held[g] if g >= 0 else weights.new_ones(()) for g in ids])
+        inverse = torch.where(weights > 0, 1.0 / weights, 0.0)
+        at_one = told.gram * inverse[:, None] * inverse
+        now = balance(at_one, count, weights)
+        notes = [
+            told.why_not,
+            told.match.note,
+            self._doubt,
+            self._rounding(now.norm, now.gradient_norm),
+        ]
+        if POOLED in ids:
+            notes.append("memory= holds the gradients of some classes: the others share a row")
+        note = "; ".join(filter(None, notes))
+        return told, StepFindings(now, count, loss / count, told.step, names, note)
+
+    def _rounding(self, norm: Tensor, whole: Tensor) -> str:
+        eps = max(torch.finfo(p.dtype).eps for p in self._params())
+        left = float(whole / norm.sum())
+        if not left < max(_CANCELLED, 16.0 * eps):
+            return ""
+        return (
+            f"the class parts cancel: the gradient is {left:.1e} of their lengths together, and "
+            "its shares are mostly rounding"
+        )
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Compare the step that was told with the one that was taken."""
+        told, due = self._told, self._due() and (self._told or self._why)
+        if told is not None:
+            self.found = self._tried(lambda: _compared(*told), told[1])
+        self._steps += 1
+        self._forget()
+        if due and self.found is not None and self._on_step is not None:
+            self._on_step(self.found)
+
+    def _reduce(self) -> None:
+        """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
+        group = self._model.process_group
+        told: list[Any] = [None] * self._world()
+        mine = (self._counts, {g: float(v) for g, v in self._losses.items()}, self._why)
+        dist.all_gather_object(told, mine, group=group)
+        if failed := [why for _, _, why in told if why]:
+            raise AuditError(failed[0])
+        ids = sorted({g for counts, _, _ in told for g in counts})
+        params = self._params()
+        found: Parts = {}
+        for of in ids:
+            mine = self._parts.get(of, [None] * len(params))
+            found[of] = []
+            for p, part in zip(params, mine, strict=True):
+                part = torch.zeros_like(p) if part is None else _values(part).contiguous()
+                dist.all_reduce(part, group=group)
+                found[of].append(part / len(told))
+        self._parts = found
+        self._counts = {g: sum(counts.get(g, 0) for counts, _, _ in told) for g in ids}
+        self._losses = {
+            g: torch.tensor(sum(losses.get(g, 0.0) for _, losses, _ in told))
+            for g in ids
+            if any(g in losses for _, losses, _ in told)
+        }
+
+    # Names ---
+
+    def _number(self) -> int | None:
+        classes = self._classes
+        return classes if isinstance(classes, int) or classes is None else len(classes)
+
+    def _name(self, group: int) -> str:
+        if group < 0:
+            return _PLAIN_ROWS[group]
+        if self._classes is None or isinstance(self._classes, int):
+            return str(group)
+        return str(self._classes[group])
+
+    # A batch of its own forward pass ---
+
+    def _of_batch(self, spec: LossSpec, batch: Batch) -> StepFindings:
+        model = self._model
+        forward, batch_audit = self._known.get(mode := _mode(model), (None, None))
+        if forward is None or batch_audit is None:
+            forward = make_forward(model)
+            state = make_model_state(model, None, forward=forward)
+            names = _names(self._classes, spec, state, batch.inputs)
+            batch_audit = make_batch_audit(spec, names)
+            self._known[mode] = forward, batch_audit
+        state = make_model_state(model, None, forward=forward)
+        found, parts = batch_audit(state, batch, {})
+        whole = total_of(parts)
+        clip = float(clip_factor(whole, self._clip_norm)) if self._clip_norm else 1.0
+        named = {n: p for n, p in model.named_parameters() if n in parts}
+        moving = any(p.grad is not None for p in named.values())
+        told = tell_step(
+            self._optimizer,
+            [*named.values()],
+            [
+                clip * whole[n] if p.grad is not None or not moving else None
+                for n, p in named.items()
+            ],
+            lambda i: [*parts.values()][i],
+            found.classes,
+        )
+        doubt = _DROPOUT if has_dropout(model) else _differs(named, whole, clip)
+        note = "; ".join(filter(None, (told.why_not, doubt)))
+        return replace(found, step=told.step, note=note)
 
 
 def watch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss: LossFn | LossSpec,
+    loss: LossFn | LossSpec | None = None,
     *,
     classes: Sequence[str] | int | None = None,
     clip_norm: float = 0.0,
+    every: int = 1,
+    memory: float = 2048.0,
+    on_step: Callable[[StepFindings], None] | None = None,
 ) -> Watch:
-    """Return a function that splits the step that ``torch.optim`` is about to take by class.
+    """Return what splits the gradients and steps of a loop of ``torch.optim`` by class.
 
-    ``u = sum_c u_c + u_decay + u_history``, exactly, for ``torch.optim.SGD``, ``Adam`` and
-    ``AdamW``, whose options, rates and memory are read at every call; of another optimiser, of
-    ``amsgrad`` and of ``maximize`` the gradient alone is audited, and ``note`` says so. Nothing is
-    changed: no parameter, buffer, ``.grad``, mode or memory, and no generator of torch's.
+    ``u = sum_c u_c + u_decay + u_history``, exactly: each class's part of the gradient comes from
+    the graph of the loop's own forward pass, and the step is split as the optimiser takes it. One
+    line of the loop changes::
 
-    Call it between ``backward()`` and ``step()``: there it also compares its gradient with the one
-    in ``.grad``, and ``note`` says if they are two. Where dropout is active they are: the audit
-    draws masks of its own, and ``note`` says that.
+        watched.backward(values, labels)    # for values.mean().backward()
+
+    or is added, ``watched.through(predictions, labels)`` before ``loss.backward()``. The parts are
+    told at ``optimizer.step()``, in ``watched.found`` and to ``on_step``. Nothing else is changed:
+    the training is the same to the bit, and nothing that the watch meets in a step ends it: what
+    cannot be told is said in ``found.note``.
 
     Args:
-        model: In the mode that it is trained in. It must couple no examples, as BatchNorm in
-            training mode does.
-        optimizer: Of ``torch.optim``, on the model's parameters, in any number of groups.
-        loss: One value per example, at weight 1: of this package, or of torch with
-            ``reduction="none"``; or the loop's own scalar, to be read as it is. Class weights,
-            options and what the loop divides by come in a :class:`LossSpec`.
-        classes: Names of the classes, or how many there are; None: as the model has scores.
-        clip_norm: What the loop gives to ``torch.nn.utils.clip_grad_norm_``; 0 clips nothing.
+        model: In the mode that it is trained in; perhaps in DistributedDataParallel.
+        optimizer: Of ``torch.optim``, or accelerate's, Lightning's or fastai's of one.
+        loss: For ``watched(inputs, labels)`` alone: one value per example, at weight 1: of this
+            package, or of torch with ``reduction="none"``; or the loop's own scalar. Class
+            weights, options and what the loop divides by come in a :class:`LossSpec`.
+        classes: Names of the classes, or how many there are: each has a row, if there are at most
+            1,000; None: those in the batch have.
+        clip_norm: For ``watched(inputs, labels)``: what the loop gives to ``clip_grad_norm_``.
+            Elsewhere clipping is found.
+        every: Audit one step in so many.
+        memory: What the class gradients may take, in MiB; the rarest classes share a row.
+        on_step: Takes the findings of each step that was audited, after it.
 
     Returns:
-        ``(inputs, labels, where=None) -> findings``. Inputs in a tuple are the model's positional
-        arguments, in a dict its keywords.
+        The watch, which listens to the optimiser until ``close()``.
 
     Raises:
-        ConfigError: an argument makes no sense, or the optimiser has none of the parameters.
+        ConfigError: an argument makes no sense, or the model, as it is wrapped, cannot be watched.
 
     Example:
-        >>> from funcloss import losses
+        >>> import torch.nn.functional as F
         >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> watched = watch(model, optimizer, losses.cross_entropy, classes=("a", "b", "c"))
-        >>> found = watched(torch.ones(6, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
-        >>> found.step.rows, found.note
+        >>> watched = watch(model, optimizer, classes=("a", "b", "c"))
+        >>> inputs, labels = torch.ones(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> values = F.cross_entropy(model(inputs), labels, reduction="none")
+        >>> watched.backward(values, labels)
+        >>> optimizer.step()
+        >>> watched.found.step.rows, watched.found.note
         (('a', 'b', 'c', 'weight decay', 'history'), '')
     """
-    spec = as_spec(loss)
-    _check(model, optimizer, spec, classes, clip_norm)
-    known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
-
-    def watched(inputs: Any, labels: Tensor, *, where: Tensor | None = None) -> StepFindings:
-        _check_labels(labels)
-        forward, batch_audit = known.get(mode := _mode(model), (None, None))
-        if forward is None or batch_audit is None:
-            forward = make_forward(model)
-            state = make_model_state(model, None, forward=forward)
-            batch_audit = make_batch_audit(spec, _names(classes, spec, state, inputs))
-            known[mode] = forward, batch_audit
-        state = make_model_state(model, None, forward=forward)
-        found, parts = batch_audit(state, Batch(inputs, labels, where), {})
-        whole = total_of(parts)
-        clip = clip_factor(whole, clip_norm) if clip_norm else torch.ones(())
-        step, why = _step_audit(optimizer, model, found.classes, parts, clip)
-        doubt = _DROPOUT if has_dropout(model) else _compared(model, whole, float(clip))
-        return replace(found, step=step, note="; ".join(filter(None, (why, doubt))))
-
-    return torch.no_grad()(watched)
+    spec = None if loss is None else as_spec(loss)
+    _check(model, optimizer, spec, classes, clip_norm, every, memory)
+    return Watch(
+        model,
+        optimizer,
+        spec,
+        classes,
+        clip_norm=clip_norm,
+        every=every,
+        memory=memory,
+        on_step=on_step,
+    )
 
 
-def _step_audit(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    classes: tuple[str, ...],
-    parts: Grads,
-    clip: Tensor,
-) -> tuple[StepAudit | None, str]:
-    """Return the step on parts of a gradient by class; or None, and why."""
-    groups, why = read_optimizer(optimizer, model)
-    if not groups:
-        return None, why
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
-    moves: Params = {}
-    for group in groups:
-        params = {name: tensors[name] for name in group.names}
-        own = scaled_rows(clip.expand(len(classes)), {name: parts[name] for name in group.names})
-        split, why = split_step(
-            group.optimizer, group.state, params, total_of(own), group.rate, 0.0
+def _weighted(values: Tensor, groups: Tensor, class_weights: Tensor) -> Tensor:
+    """Return the terms times the weights of their groups; those of none count 1."""
+    if groups.shape != values.shape or groups.is_floating_point():
+        raise ValueError(
+            f"watch: groups must be integers of the shape of the values, {tuple(values.shape)}, "
+            f"got {groups.dtype} {tuple(groups.shape)}"
         )
-        if split is None:
-            return None, why
-        moves |= split.split(own, None)[0]
-    rates = {float(group.rate) for group in groups}
-    rate = rates.pop() if len(rates) == 1 else math.nan
-    gram = grams(moves, moves, layers_of(moves)).sum(0)
-    strange = strangers(optimizer, model)
-    return StepAudit((*classes, *OWN_ROWS), gram, rate, float(clip), strange), ""
+    if class_weights.dim() != 1 or bool((groups >= len(class_weights)).any()):
+        raise ValueError(
+            "watch: class_weights must have a weight for each group, got "
+            f"{tuple(class_weights.shape)} for groups up to {int(groups.max())}"
+        )
+    of_terms = class_weights.to(values)[groups.long().clamp(min=0)]
+    return torch.where(groups < 0, 1.0, of_terms) * values
 
 
-def _compared(model: nn.Module, gradient: Grads, clip: float) -> str:
+def _values(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
+    """Return how far the parts are from what ``backward()`` added to .grad; nothing if they add up."""
+    apart, size = [], []
+    for i, p in enumerate(params):
+        if p.grad is None:
+            continue
+        own = [part[i] for part in parts.values()]
+        rest = difference(p.grad, [before[i], *own])
+        apart.append(rest)
+        size += [_values(part) for part in own if part is not None]
+    error, length = (
+        math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in some))
+        for some in (apart, size)
+    )
+    half = max(torch.finfo(p.dtype).eps for p in params) > 1e-4
+    if not error > (0.05 if half else 0.01) * length:
+        return ""
+    return (
+        f"the class parts add up to .grad only within {error / max(length, 1e-300):.1%} of their "
+        "lengths: a hook changes gradients, or a backward pass is not the same twice"
+    )
+
+
+def _with_all(told: Told, place: Sequence[int], names: tuple[str, ...]) -> Told:
+    """Return what is told with rows of 0 for the names that are not at a place."""
+    index, rows, step = torch.tensor(place), len(names), told.step
+    gram = torch.zeros(rows, rows, dtype=torch.float64)
+    gram[index[:, None], index] = told.gram
+    if step is not None:
+        beside = step.rows[len(place) :]
+        where = torch.cat([index, torch.arange(rows, rows + len(beside))])
+        wide = torch.zeros(len(where) + rows - len(place), dtype=torch.float64).diag()
+        wide[where[:, None], where] = step.gram
+        step = replace(step, rows=(*names, *beside), gram=wide)
+    return replace(told, gram=gram, step=step)
+
+
+def _compared(told: Told, found: StepFindings) -> StepFindings:
+    """Return findings with the distance of the step that was taken from the one told."""
+    distance, rounding = told.distance()
+    if not distance > 0.01 + 4.0 * rounding:
+        return replace(found, moved=distance)
+    more = (
+        f"the step that was taken is not the one that was told: they differ by {distance:.2g} of "
+        "its length"
+    )
+    return replace(found, moved=distance, note="; ".join(filter(None, (found.note, more))))
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error as a note."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0][:240]
+    for what, way_out in _WAYS_OUT.items():
+        if what in text:
+            return f"not audited: {line}: {way_out}"
+    return f"not audited: {line}"
+
+
+_WAYS_OUT = {
+    "donated buffers": (
+        "set torch._functorch.config.donated_buffer = False before the first call of the "
+        "compiled model"
+    ),
+    "Checkpointing is not compatible with .grad()": "checkpoint with use_reentrant=False",
+}
+
+
+def _differs(named: dict[str, nn.Parameter], gradient: Grads, clip: float) -> str:
     """Return how the loop's own gradient differs, where there is one that does; or nothing."""
-    grads = {n: p.grad.to_dense() for n, p in model.named_parameters() if p.grad is not None}
-    here = {name: grads[name] for name in gradient if name in grads}
+    here = {n: _values(p.grad) for n, p in named.items() if p.grad is not None}
     size = norm_of(here)
     if not size:
         return ""
     audited = {name: gradient[name] for name in here}
     clipped = {name: clip * g for name, g in audited.items()}
-    if min(distance(audited, here), distance(clipped, here)) <= _SAME * size:
+    if min(distance(audited, here), distance(clipped, here)) <= 0.01 * size:
         return ""
     return (
-        f"the gradient in .grad, of length {size:.3g}, is not this batch's, of length "
-        f"{norm_of(audited):.3g}: accumulated, scaled, clipped or of another step, or the loss or "
-        "what divides it is another"
+        f"the gradient in .grad is not this batch's: they differ by {distance(audited, here):.2g} "
+        f"at lengths of {size:.3g} and {norm_of(audited):.3g}: accumulated, scaled, clipped or of "
+        "another step, or the loss or what divides it is another"
     )
 
 
@@ -186,31 +659,72 @@ def _names(
 def _check(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    spec: LossSpec,
+    spec: LossSpec | None,
     classes: Sequence[str] | int | None,
     clip_norm: float,
+    every: int,
+    memory: float,
 ) -> None:
     """Raise ``ConfigError`` where an argument of :func:`watch` makes no sense."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    stepping = bare(optimizer)
+    if not isinstance(stepping, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         raise ConfigError(
             f"watch: optimizer must be of torch.optim, got a {kind}: make_audit_step takes ours"
         )
+    _check_model(model, spec)
     own = set(model.parameters())
-    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+    if not any(p in own for group in stepping.param_groups for p in group["params"]):
         raise ConfigError(
             "watch: the optimizer has no parameter of the model: give the model that it moves"
         )
     if not clip_norm >= 0.0:
         raise ConfigError(f"watch: clip_norm must be at least 0, got {clip_norm}")
+    if every < 1 or not 0.0 < memory < math.inf:
+        raise ConfigError(
+            "watch: every must be at least 1, and memory positive and finite, got "
+            f"{every} and {memory}"
+        )
     number = classes if isinstance(classes, int) or classes is None else len(classes)
     if number is not None and number < 1:
         raise ConfigError(f"watch: classes must be at least 1, got {number}")
-    weights = spec.class_weights
+    weights = None if spec is None else spec.class_weights
     if number is not None and weights is not None and len(weights) != number:
         raise ConfigError(
             f"watch: class_weights must have shape ({number},), got {tuple(weights.shape)}"
         )
+
+
+def _check_model(model: nn.Module, spec: LossSpec | None) -> None:
+    """Raise ``ConfigError`` for models that, as they are wrapped, cannot be watched."""
+    kinds = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if sharded := [kind for kind in _SHARDED if kind in kinds]:
+        raise ConfigError(
+            f"watch: the model is sharded ({sharded[0]}), and its gradients are where no process "
+            "has all of them: train it with DistributedDataParallel to watch it"
+        )
+    if "DataParallel" in kinds:
+        raise ConfigError(
+            "watch: the model is in DataParallel: use DistributedDataParallel, or one device"
+        )
+    if "GradSampleModule" in kinds:
+        raise ConfigError(
+            "watch: the model has Opacus' hooks, which keep a gradient per example at every "
+            "backward pass: give the model from before make_private"
+        )
+    if spec is None:
+        return
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "watch: a loss is for watched(inputs, labels), which no TorchScript module can take: "
+            "leave it out, and use watched.backward() or watched.through()"
+        )
+    try:
+        check_no_coupling(model)
+    except AuditError as error:
+        raise ConfigError(
+            f"{error}; or leave out the loss and use watched.backward(), which takes any model"
+        ) from None
 
 
 def _check_labels(labels: Tensor) -> None:
