@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from funcloss.audit.gram import balance
 from funcloss.audit.inner import distance, norm_of, total_of
@@ -72,6 +73,7 @@ class Watch:
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
         self._inside = False
+        self._hooks: list[RemovableHandle] = []
         self.found = None
         self._forget()
         stepping = bare(optimizer)
@@ -144,7 +146,13 @@ class Watch:
         self._keep(parts, seen, values, class_weights)
 
     def through(
-        self, predictions: Float[Tensor, "*terms classes"], groups: Tensor, *, class_dim: int = -1
+        self,
+        predictions: Float[Tensor, "*terms classes"],
+        groups: Tensor,
+        *,
+        class_dim: int = -1,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        scaler: Any = None,
     ) -> None:
         """Keep each class's part of the gradient that the loop's own ``backward()`` will take.
 
@@ -157,31 +165,65 @@ class Watch:
             predictions: Of the model, with their graph; without one, as in validation, nothing
                 happens.
             groups: What the loss of each prediction counts for: the shape of the predictions
-                without the classes' axis, or all of it. Below 0: nothing.
+                without the classes' axis, or its first axes, or all of it. Below 0: nothing.
             class_dim: The classes' axis, -1, or 1 for ``(batch, classes, height, width)``.
+            class_weights: That the loss has in it, ``(classes,)``: for the expected shares.
+            scaler: The loop's ``torch.amp.GradScaler``, if it has one.
         """
         if not predictions.requires_grad or not self._due():
             return
-        if groups.dim() == predictions.dim() - 1 and class_dim % predictions.dim() == 1:
-            groups = groups.unsqueeze(1).expand_as(predictions)
 
         def split(cotangents: Tensor) -> None:
-            if self._inside:
-                return
-            params = self._params()
-            self._begin(params)
-            seen = self._seen(predictions.detach(), groups, None)
-            if seen is None:
-                return
-            self._inside = True
-            parts = self._tried(
-                lambda: class_parts(predictions, cotangents, seen, params, [*seen.counts]), {}
+            self.take(
+                predictions,
+                cotangents,
+                groups,
+                class_dim=class_dim,
+                class_weights=class_weights,
+                scaler=scaler,
             )
-            self._inside = False
-            if parts:
-                self._keep(parts, seen, None, None)
 
-        predictions.register_hook(split)
+        self._hooks.append(predictions.register_hook(split))  # holds the graph until removed
+
+    def take(
+        self,
+        predictions: Float[Tensor, "*terms classes"],
+        cotangents: Float[Tensor, "*terms classes"],
+        groups: Tensor,
+        *,
+        class_dim: int = -1,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        scaler: Any = None,
+    ) -> None:
+        """Do as :meth:`through`, in a hook of one's own, of ``predictions.register_hook``.
+
+        Args:
+            predictions: That have the hook.
+            cotangents: As the hook gets them, ``dL/dpredictions``.
+            groups: As for :meth:`through`, and all that follow.
+            class_dim: The classes' axis.
+            class_weights: That the loss has in it.
+            scaler: The loop's GradScaler.
+        """
+        if self._inside or not self._due():
+            return
+        params = self._params()
+        self._begin(params)
+        dims = predictions.dim()
+        terms = cotangents.detach()
+        wide = groups.dim() == dims - 1  # the classes' axis is to be passed over
+        seen = self._seen(terms.movedim(class_dim, -1) if wide else terms, groups, None)
+        if seen is None:
+            return
+        over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
+        self._inside = True
+        parts = self._tried(
+            lambda: class_parts(predictions, cotangents, over, params, [*seen.counts]), {}
+        )
+        self._inside = False
+        if parts:
+            self._scale = 1.0 if scaler is None else scaler.get_scale()
+            self._keep(parts, seen, None, class_weights)
 
     @torch.no_grad()
     def __call__(
@@ -219,7 +261,7 @@ class Watch:
 
     def close(self) -> None:
         """Stop listening to the optimiser."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._hooks):
             handle.remove()
         self._forget()
 
@@ -380,6 +422,8 @@ class Watch:
         if told is not None:
             self.found = self._tried(lambda: _compared(*told), told[1])
         self._steps += 1
+        while self._hooks:
+            self._hooks.pop().remove()
         self._forget()
         if due and self.found is not None and self._on_step is not None:
             self._on_step(self.found)
