@@ -16,6 +16,9 @@ NO_GROUP, POOLED = -1, -2  # terms of no group; groups that share a row, as memo
 Parts = dict[int, list[Tensor | None]]  # by group, one for each parameter; None is 0
 
 
+_passing: list[bool] = []
+
+
 @dataclass(frozen=True, eq=False)
 class Groups:
     """The group of each term of a batch, and which there are."""
@@ -69,18 +72,27 @@ def class_parts(
         wanted: Groups.
     """
     nothing = torch.zeros((), dtype=cotangents.dtype, device=cotangents.device)
-    return {
-        group: list(
-            torch.autograd.grad(
-                outputs,
-                params,
-                torch.where(groups.mask(group, outputs.dim()), cotangents, nothing),
-                retain_graph=True,
-                allow_unused=True,
+    _passing.append(True)  # seen from all threads: hooks may run in another
+    try:
+        return {
+            group: list(
+                torch.autograd.grad(
+                    outputs,
+                    params,
+                    torch.where(groups.mask(group, outputs.dim()), cotangents, nothing),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             )
-        )
-        for group in wanted
-    }
+            for group in wanted
+        }
+    finally:
+        _passing.pop()
+
+
+def passing() -> bool:
+    """Return whether a pass of :func:`class_parts` is running, whose gradients are of one group."""
+    return bool(_passing)
 
 
 def add_parts(into: Parts, more: Parts) -> None:

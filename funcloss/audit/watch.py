@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from funcloss.audit.gram import balance
 from funcloss.audit.inner import distance, norm_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
-from funcloss.audit.optimizers import bare, why_not
+from funcloss.audit.optimizers import bare
 from funcloss.audit.parts import (
     NO_GROUP,
     POOLED,
@@ -25,6 +25,7 @@ from funcloss.audit.parts import (
     class_parts,
     difference,
     groups_in,
+    passing,
     rows_at,
 )
 from funcloss.audit.state import ModelState, check_no_coupling, has_dropout, make_model_state
@@ -72,7 +73,6 @@ class Watch:
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
-        self._inside = False
         self._hooks: list[RemovableHandle] = []
         self.found = None
         self._forget()
@@ -205,7 +205,7 @@ class Watch:
             class_weights: That the loss has in it.
             scaler: The loop's GradScaler.
         """
-        if self._inside or not self._due():
+        if passing() or not self._due():
             return
         params = self._params()
         self._begin(params)
@@ -216,11 +216,9 @@ class Watch:
         if seen is None:
             return
         over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
-        self._inside = True
         parts = self._tried(
             lambda: class_parts(predictions, cotangents, over, params, [*seen.counts]), {}
         )
-        self._inside = False
         if parts:
             self._scale = 1.0 if scaler is None else scaler.get_scale()
             self._keep(parts, seen, None, class_weights)
@@ -590,7 +588,7 @@ def _values(grad: Tensor) -> Tensor:
 
 
 def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
-    """Return how far the parts are from what ``backward()`` added to .grad; nothing if they add up."""
+    """Return how far the parts are from what ``backward()`` added to .grad; or nothing."""
     apart, size = [], []
     for i, p in enumerate(params):
         if p.grad is None:
