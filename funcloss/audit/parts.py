@@ -111,7 +111,7 @@ def difference(whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor |
     """Return what is left of a gradient without some of its parts."""
     if whole is None:
         return None
-    rest = whole.to_dense(copy=True) if whole.layout != torch.strided else whole.clone()
+    rest = whole.to_dense() if whole.layout != torch.strided else whole.clone()
     for part in parts:
         if part is not None:
             rest -= part.to_dense() if part.layout != torch.strided else part
