@@ -799,3 +799,79 @@ def test_two_watches_of_one_graph_do_not_meet():
     assert one.found.note == two.found.note == ""
     sums = one.found.balance.share.view(2, 2).sum(0)
     assert_close(two.found.balance.share, sums)
+
+
+# Several processes ---
+
+RANKS = 2
+SIZES = 9, 3  # examples of each rank: DistributedDataParallel averages means of different sizes
+
+
+def rank_batch(rank):
+    generator = torch.Generator().manual_seed(rank)
+    labels = torch.randint(rank, CLASSES, (SIZES[rank],), generator=generator)
+    return torch.randn(SIZES[rank], 5, generator=generator).double() + labels[:, None], labels
+
+
+def make_plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def rank_steps(rank, port, into, how):
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
+    model = nn.parallel.DistributedDataParallel(make_plain())
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    watched = watch(model, optimizer, classes=NAMES)
+    inputs, labels = rank_batch(rank)
+    for _ in range(2):
+        optimizer.zero_grad()
+        predictions = model(inputs)
+        values = F.cross_entropy(predictions, labels, reduction="none")
+        if how == "backward":
+            watched.backward(values, labels)
+        else:
+            watched.through(predictions, labels)
+            values.mean().backward()
+        optimizer.step()
+    found = watched.found
+    torch.save(
+        (found.balance.share, found.balance.norm, found.count, found.step.gram, found.note,
+         found.moved),
+        f"{into}/{rank}",
+    )  # fmt: skip
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["backward", "through"])
+def test_two_processes_find_what_one_does(tmp_path, how):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(rank_steps, (port, str(tmp_path), how), RANKS)
+    one = make_plain()
+    optimizer = optim.SGD(one.parameters(), lr=0.1, momentum=0.9)
+    watched = watch(one, optimizer, classes=NAMES)
+    inputs, labels = map(torch.cat, zip(*map(rank_batch, range(RANKS)), strict=True))
+    divisors = torch.cat([torch.full((size,), 1.0 * size * RANKS) for size in SIZES])
+    for _ in range(2):
+        optimizer.zero_grad()
+        values = F.cross_entropy(one(inputs), labels, reduction="none")
+        watched.backward(values / divisors, labels, divisor=1)
+        optimizer.step()
+    expected = watched.found
+    for rank in range(RANKS):
+        share, norm, count, gram, note, moved = torch.load(tmp_path / str(rank))
+        assert_close(share, expected.balance.share, atol=1e-6, rtol=0)
+        assert_close(norm, expected.balance.norm, atol=1e-6, rtol=0)
+        assert_close(gram, expected.step.gram, atol=1e-6 * float(gram.abs().max()), rtol=0)
+        assert count.tolist() == labels.bincount(minlength=CLASSES).tolist()
+        assert note == ""
+        assert moved < 1e-6
