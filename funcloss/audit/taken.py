@@ -1,7 +1,7 @@
 """The step of ``torch.optim``: told from class parts before it is taken, and compared after."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +109,18 @@ def tell_step(
     step = None
     if squares:
         rate = rates.pop() if len(rates) == 1 else math.nan
-        step = StepAudit(rows, step_gram.cpu().double(), rate, match.factor, refused)
+        note = "; ".join(filter(None, (refused, _strangers(group_of, params))))
+        step = StepAudit(rows, step_gram.cpu().double(), rate, match.factor, note)
+    elif not refused:
+        refused = "the optimiser moves none of what is trained: see the gradient"
     return Told(gram.cpu().double(), step, expected, length, match, refused)
+
+
+def _strangers(moved: Iterable[nn.Parameter], params: Sequence[nn.Parameter]) -> str:
+    """Return a note if the optimiser moves parameters that are not the model's, else nothing."""
+    if set(params).issuperset(moved):
+        return ""
+    return "the optimiser moves parameters of another model too, which are left out"
 
 
 def match_of(
@@ -129,8 +139,8 @@ def match_of(
         return whole, _dense(grad).to(whole.dtype)
 
     sums = torch.stack([_moments(*pair(i, g)) for i, g in there])
-    with_grad, square, of_grad = sums[:, :3].sum(0).tolist()
-    largest = float(sums[:, 3].max())
+    sums = torch.cat([sums[:, :3].sum(0), sums[:, 3:].amax(0)])
+    with_grad, square, of_grad, largest = sums.tolist()
     tolerance = _tolerance(params)
     if not math.isfinite(of_grad + square) or not of_grad or not square:
         return Match(distance=0.0 if of_grad == square else math.inf)

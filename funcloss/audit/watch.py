@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from funcloss.audit.gram import balance
 from funcloss.audit.inner import distance, norm_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
-from funcloss.audit.optimizers import bare, why_not
+from funcloss.audit.optimizers import bare
 from funcloss.audit.parts import (
     NO_GROUP,
     POOLED,
@@ -47,10 +47,10 @@ class Watch:
     """Splits the steps of a loop by class, as :func:`watch` returns it.
 
     Attributes:
-        found: What was told of the last step that was audited; None before the first.
+        found: What was told of the last step that was audited.
     """
 
-    found: StepFindings | None
+    found: StepFindings
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Watch:
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
         self._inside = False
-        self.found = None
+        self.found = nothing_found("no step has been audited yet")
         self._forget()
         stepping = bare(optimizer)
         self._handles = [
@@ -118,7 +118,7 @@ class Watch:
         params = self._params()
         before = self._begin(params)
         parts, seen, last = {}, None, None
-        if self._due() and (seen := self._seen(values, groups, class_weights)):
+        if self._due() and (seen := self._seen(values, groups)):
             # The most frequent group's part is what the others leave of .grad, but for the first
             # time, and where .grad will be that of several processes.
             *others, last = seen.counts
@@ -141,7 +141,7 @@ class Watch:
         elif self._doubt is None and self._world() == 1:
             self._doubt = _adds_up(params, before, parts)
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        self._keep(parts, seen, values, class_weights)
+        self._keep(parts, seen, class_weights)
 
     def through(
         self, predictions: Float[Tensor, "*terms classes"], groups: Tensor, *, class_dim: int = -1
@@ -170,7 +170,7 @@ class Watch:
                 return
             params = self._params()
             self._begin(params)
-            seen = self._seen(predictions.detach(), groups, None)
+            seen = self._seen(cotangents, groups)
             if seen is None:
                 return
             self._inside = True
@@ -179,7 +179,7 @@ class Watch:
             )
             self._inside = False
             if parts:
-                self._keep(parts, seen, None, None)
+                self._keep(parts, replace(seen, sums=dict.fromkeys(seen.sums, math.nan)), None)
 
         predictions.register_hook(split)
 
@@ -228,7 +228,7 @@ class Watch:
     def _forget(self) -> None:
         self._parts: Parts = {}
         self._counts: dict[int, int] = {}
-        self._losses: dict[int, Tensor] = {}  # sums of the terms, at weight 1
+        self._sums: dict[int, float] = {}  # of the terms, at weight 1
         self._weights: Tensor | None = None
         self._scale = 1.0
         self._why = ""  # why this step cannot be told
@@ -253,7 +253,7 @@ class Watch:
             return [None] * len(params)
         return [None if p.grad is None else p.grad.detach().clone() for p in params]
 
-    def _seen(self, values: Tensor, groups: Tensor, weights: Tensor | None) -> Groups | None:
+    def _seen(self, values: Tensor, groups: Tensor) -> Groups | None:
         """Return the groups of the terms, or None and the reason in ``_why``."""
 
         def find() -> Groups | None:
@@ -262,17 +262,18 @@ class Watch:
                     "watch: groups must be integers of the shape of the terms, "
                     f"{tuple(values.shape)}, got {groups.dtype} {tuple(groups.shape)}"
                 )
-            if not bool(values.detach().isfinite().all()):
+            size = sum(p.numel() * p.element_size() for p in self._params())
+            most = max(2, int(self._memory * 2**20 / size))
+            by_term = values.shape == groups.shape
+            seen = groups_in(groups, most, values if by_term else None)
+            if by_term and not all(map(math.isfinite, seen.sums.values())):
                 raise AuditError("the loss is not finite: there is no gradient to split")
             number = self._number()
-            if number and bool((groups >= number).any()):
+            if number and max(seen.counts) >= number:
                 raise AuditError(
-                    f"labels must be below {number}, got {int(groups.max())}: give watch classes="
+                    f"labels must be below {number}, got {max(seen.counts)}: give watch classes="
                 )
-            size = sum(p.numel() * p.element_size() for p in self._params())
-            held = {group for group in self._parts if group != POOLED}
-            most = max(2, int(self._memory * 2**20 / size))
-            return groups_in(groups, max(most, len(held)))
+            return seen
 
         return self._tried(find, None)
 
@@ -287,16 +288,12 @@ class Watch:
             self._parts = {}
             return otherwise
 
-    def _keep(
-        self, parts: Parts, seen: Groups, values: Tensor | None, weights: Tensor | None
-    ) -> None:
+    def _keep(self, parts: Parts, seen: Groups, weights: Tensor | None) -> None:
         add_parts(self._parts, parts)
         self._weights = weights
         for group, count in seen.counts.items():
             self._counts[group] = self._counts.get(group, 0) + count
-            if values is not None:
-                own = values.detach()[seen.of_terms == group].double().sum()
-                self._losses[group] = self._losses.get(group, 0.0) + own
+            self._sums[group] = self._sums.get(group, 0.0) + seen.sums[group]
 
     # The step ---
 
@@ -345,7 +342,8 @@ class Watch:
             names = tuple(self._name(group) for group in every)
             told, ids = _with_all(told, [every.index(group) for group in ids], names), every
         count = torch.tensor([self._counts.get(group, 0) for group in ids])
-        loss = torch.tensor([float(self._losses.get(group, math.nan)) for group in ids])
+        sums = [self._sums.get(group, math.nan) for group in ids]
+        loss = torch.tensor(sums, dtype=torch.float64)
         weights = torch.ones(len(ids), dtype=torch.float64)
         if self._weights is not None:
             held = self._weights.detach().cpu().double()
@@ -381,14 +379,14 @@ class Watch:
             self.found = self._tried(lambda: _compared(*told), told[1])
         self._steps += 1
         self._forget()
-        if due and self.found is not None and self._on_step is not None:
+        if due and self._on_step is not None:
             self._on_step(self.found)
 
     def _reduce(self) -> None:
         """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
         group = self._model.process_group
         told: list[Any] = [None] * self._world()
-        mine = (self._counts, {g: float(v) for g, v in self._losses.items()}, self._why)
+        mine = (self._counts, self._sums, self._why)
         dist.all_gather_object(told, mine, group=group)
         if failed := [why for _, _, why in told if why]:
             raise AuditError(failed[0])
@@ -404,11 +402,7 @@ class Watch:
                 found[of].append(part / len(told))
         self._parts = found
         self._counts = {g: sum(counts.get(g, 0) for counts, _, _ in told) for g in ids}
-        self._losses = {
-            g: torch.tensor(sum(losses.get(g, 0.0) for _, losses, _ in told))
-            for g in ids
-            if any(g in losses for _, losses, _ in told)
-        }
+        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _ in told) for g in ids}
 
     # Names ---
 
@@ -546,7 +540,7 @@ def _values(grad: Tensor) -> Tensor:
 
 
 def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
-    """Return how far the parts are from what ``backward()`` added to .grad; nothing if they add up."""
+    """Return how far the parts are from what ``backward()`` added to .grad, if they are."""
     apart, size = [], []
     for i, p in enumerate(params):
         if p.grad is None:
@@ -556,7 +550,7 @@ def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], pa
         apart.append(rest)
         size += [_values(part) for part in own if part is not None]
     error, length = (
-        math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in some))
+        float(torch.stack([torch.linalg.vector_norm(x.float()) for x in some]).norm())
         for some in (apart, size)
     )
     half = max(torch.finfo(p.dtype).eps for p in params) > 1e-4
