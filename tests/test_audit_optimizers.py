@@ -350,6 +350,8 @@ def test_sparse_gradients(kind, options):
         before = p.detach().clone()
         optimizer.step()
         assert p.grad.is_sparse
+        rows = (split.on_gradient, split.decay, split.history)
+        assert {row.layout for row in rows if row is not None} == {torch.strided}
         assert_close(total(split, grad.to_dense()), p.detach() - before, rtol=1e-12, atol=1e-15)
 
 
@@ -375,6 +377,22 @@ def test_half_precision_is_computed_in_single(kind, dtype):
         assert_close(
             total(split, grad.float()), u, rtol=1e-4, atol=3e-7 * q.detach().abs().max().item()
         )
+
+
+def test_nesterov_with_dampening_set_later():
+    optimizer, gen = make(optim.SGD, NESTEROV | DECAY)
+    for group in optimizer.param_groups:
+        group["dampening"] = 0.3  # refused when it is made, and taken later
+    assert_torch_steps_so(optimizer, gen)
+
+
+def test_adagrad_of_an_empty_memory_begins_as_torch_does():
+    optimizer, gen = make(optim.Adagrad, {"initial_accumulator_value": 0.3, "lr_decay": 0.2})
+    draw(optimizer, gen)
+    expected = splits(optimizer)
+    optimizer.state.clear()
+    for (_, _, split), (_, _, begun) in zip(expected, splits(optimizer), strict=True):
+        assert_close(begun.on_gradient, split.on_gradient)
 
 
 def test_parameters_that_joined_late_have_their_own_age():
@@ -495,15 +513,22 @@ def test_adamw_of_earlier_torch_does_not_say_that_it_is_decoupled():
     assert_close(total(split, p.grad), p - before)
 
 
-def test_subclasses_are_their_base_also_after_either_is_made_first():
-    class Early(optim.NAdam): ...
-
-    p = nn.Parameter(torch.zeros(2))
-    assert why_not(Early([p])) == ""
-    optim.NAdam([p])
-    assert why_not(Early([p])) == ""
-    assert_torch_steps_so(*make(Early, {}))
+def test_subclasses_are_their_base():
     assert_torch_steps_so(*make(Renamed, {}))  # with AdamW's decay
+
+    class Base(optim.NAdam):
+        @torch.no_grad()
+        def step(self, closure=None): ...
+
+    class Early(Base): ...
+
+    STEPS[Base] = STEPS[optim.NAdam]
+    try:
+        assert why_not(Early([torch.zeros(2)])) == ""  # before torch has wrapped the base's step
+        assert why_not(Base([torch.zeros(2)])) == ""
+        assert why_not(Early([torch.zeros(2)])) == ""
+    finally:
+        del STEPS[Base]
 
 
 def test_memory_of_another_make_is_refused():
