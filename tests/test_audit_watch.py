@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from funcloss import class_weighted, losses
 from funcloss.audit import LossSpec, audit, watch
-from funcloss.audit.torch_optim import read_optimizer
 from funcloss.errors import ConfigError
 
 CLASSES, N, STEPS = 4, 16, 4
@@ -185,45 +184,18 @@ def flat_of(grads):
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_read_moves_every_parameter_as_torch_does(name):
-    model = make_model()
-    optimizer, named = OPTIMIZERS[name](model), dict(model.named_parameters())
-    for number in range(STEPS):
-        optimizer.zero_grad()
-        values(model, *batch_of(number)).mean().backward()
-        pieces, why = read_optimizer(optimizer, model)
-        assert why == ""
-        assert {n for piece in pieces for n in piece.names} == {
-            n for n, p in named.items() if p.grad is not None
-        }
-        expected = {}
-        for piece in pieces:
-            names, rule, state, rate = piece.names, piece.optimizer, piece.state, piece.rate
-            grads = {n: named[n].grad.clone() for n in names}
-            params = {n: named[n].detach().clone() for n in names}
-            moves, _ = rule.update(grads, state, params, rate)
-            expected |= {n: params[n] + move for n, move in moves.items()}
-        optimizer.step()
-        for n, after in expected.items():
-            assert_close(named[n].detach(), after, rtol=1e-12, atol=1e-14)
-
-
 def test_a_layer_that_joins_late_has_an_age_of_its_own():
     model = make_model()
     model.last.requires_grad_(False)
     optimizer = optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
     watched = watch(model, optimizer, WEIGHTED)
-    ages = []
     for number in range(4):
         model.last.requires_grad_(number > 1)
         optimizer.zero_grad()
         values(model, *batch_of(number)).mean().backward()
-        ages.append(len(read_optimizer(optimizer, model)[0]))
         found = watched(*batch_of(number))
         assert found.note == ""
         near(found.step.update_norm, moved_by(optimizer).norm())
-    assert ages == [1, 1, 2, 2]
 
 
 def test_before_the_backward_pass_it_says_the_same():

@@ -98,38 +98,41 @@ def class_parts(
 
 
 def add_parts(into: Parts, more: Parts) -> None:
-    """Add the parts of another micro-batch in place."""
+    """Add the parts of another micro-batch."""
     for group, found in more.items():
-        held = into.get(group)
-        if held is None:
+        held = into.get(group, found)
+        if held is found:
             into[group] = found
             continue
-        for i, part in enumerate(found):
-            if part is not None:
-                held[i] = part if held[i] is None else held[i] + part
+        into[group] = [
+            a if b is None else b if a is None else a + b for a, b in zip(held, found, strict=True)
+        ]
 
 
 def difference(whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor | None:
     """Return what is left of a gradient without some of its parts."""
     if whole is None:
         return None
-    rest = whole.to_dense(copy=True) if whole.layout != torch.strided else whole.clone()
+    rest = dense(whole).clone()
     for part in parts:
         if part is not None:
-            rest -= part.to_dense() if part.layout != torch.strided else part
+            rest -= dense(part)
     return rest
+
+
+def dense(grad: Tensor) -> Tensor:
+    """Return a gradient, sparse or not, as one that is not."""
+    grad = grad.detach()
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def rows_at(parts: Parts, rows: Sequence[int], i: int, like: Tensor) -> Tensor:
     """Return the parts of one parameter side by side, ``(rows, *shape)``, dense."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
     found = (parts[group][i] for group in rows)
     return torch.stack(
         [
-            torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-            if part is None
-            else (part.to_dense() if part.layout != torch.strided else part).to(
-                torch.promote_types(like.dtype, torch.float32)
-            )
+            torch.zeros_like(like, dtype=dtype) if part is None else dense(part).to(dtype)
             for part in found
         ]
     )

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from funcloss.audit.inner import _wide
 from funcloss.audit.optimizers import bare, direction, has_direction, linear_step, why_not
+from funcloss.audit.parts import dense
 from funcloss.audit.result import StepAudit
 from funcloss.audit.step import OWN_ROWS
+from funcloss.errors import AuditError
 
 REST = "other gradient"  # what is in .grad beside the parts
 _STRETCH = 1 << 16  # numbers of a row that are multiplied at once
@@ -88,12 +90,16 @@ def tell_step(
         if (given := grads[i]) is None:
             continue
         parts = rows_at(i) / scale
-        grad = _dense(given).to(parts.dtype)
+        grad = dense(given).to(parts.dtype)
         _add_products(gram, [parts])
         if (group := group_of.get(p)) is None or make is None:
             continue
         parts = _as_the_optimiser_gets_it(parts, match)
-        found = make(group, type(optimizer), optimizer.state.get(p, {}), p.detach(), grad)
+        try:
+            found = make(group, type(optimizer), optimizer.state.get(p, {}), p.detach(), grad)
+        except AuditError as error:  # its memory is not that of its kind
+            refused, make, squares, expected = str(error), None, [], []
+            continue
         rates.add(float(group["lr"]))
         beside = [grad - parts.sum(0)] if rest else []
         none = torch.zeros_like(grad)
@@ -136,7 +142,7 @@ def match_of(
 
     def pair(i: int, grad: Tensor) -> tuple[Tensor, Tensor]:
         whole = rows_at(i).sum(0) / scale
-        return whole, _dense(grad).to(whole.dtype)
+        return whole, dense(grad).to(whole.dtype)
 
     sums = torch.stack([_moments(*pair(i, g)) for i, g in there])
     sums = torch.cat([sums[:, :3].sum(0), sums[:, 3:].amax(0)])
@@ -198,8 +204,3 @@ def _add_products(gram: Tensor, rows: Sequence[Tensor]) -> None:
 def _square(x: Tensor) -> Tensor:
     flat = _wide(x.detach().flatten())
     return flat @ flat
-
-
-def _dense(grad: Tensor) -> Tensor:
-    grad = grad.detach()
-    return grad if grad.layout == torch.strided else grad.to_dense()

@@ -22,6 +22,7 @@ from funcloss.audit.parts import (
     Parts,
     add_parts,
     class_parts,
+    dense,
     difference,
     groups_in,
     rows_at,
@@ -241,13 +242,19 @@ class Watch:
         return [p for p in self._model.parameters() if p.requires_grad]
 
     def _world(self) -> int:
-        wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
-        return dist.get_world_size(self._model.process_group) if wrapped else 1
+        group = self._processes()
+        return 1 if group is None else dist.get_world_size(group)
+
+    def _processes(self) -> dist.ProcessGroup | None:
+        """Return the processes that average their gradients; None: there is one."""
+        model: Any = self._model
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        return model.process_group if wrapped else None
 
     def _begin(self, params: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Return copies of what is accumulated so far; where that is nothing, a step begins."""
         grads = [p.grad for p in params if p.grad is not None]
-        if not self._due() or not grads or not any(bool(g.any()) for g in map(_values, grads)):
+        if not self._due() or not grads or not any(bool(g.any()) for g in map(dense, grads)):
             if self._parts or self._why:
                 self._forget()
             return [None] * len(params)
@@ -330,7 +337,7 @@ class Watch:
         told = tell_step(
             self._optimizer,
             params,
-            [p.grad for p in params],
+            [self._as_stepped(p.grad) for p in params],
             lambda i: rows_at(self._parts, ids, i, params[i]),
             names,
             scale=self._scale,
@@ -362,6 +369,11 @@ class Watch:
         note = "; ".join(filter(None, notes))
         return told, StepFindings(now, count, loss / count, told.step, names, note)
 
+    def _as_stepped(self, grad: Tensor | None) -> Tensor | None:
+        """Return a gradient as the step takes it: a fused kernel takes the scale out itself."""
+        scale = getattr(bare(self._optimizer), "grad_scale", None)
+        return grad if scale is None or grad is None else dense(grad) / scale
+
     def _rounding(self, norm: Tensor, whole: Tensor) -> str:
         eps = max(torch.finfo(p.dtype).eps for p in self._params())
         left = float(whole / norm.sum())
@@ -384,7 +396,7 @@ class Watch:
 
     def _reduce(self) -> None:
         """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
-        group = self._model.process_group
+        group = self._processes()
         told: list[Any] = [None] * self._world()
         mine = (self._counts, self._sums, self._why)
         dist.all_gather_object(told, mine, group=group)
@@ -397,7 +409,7 @@ class Watch:
             mine = self._parts.get(of, [None] * len(params))
             found[of] = []
             for p, part in zip(params, mine, strict=True):
-                part = torch.zeros_like(p) if part is None else _values(part).contiguous()
+                part = torch.zeros_like(p) if part is None else dense(part).contiguous()
                 dist.all_reduce(part, group=group)
                 found[of].append(part / len(told))
         self._parts = found
@@ -535,10 +547,6 @@ def _weighted(values: Tensor, groups: Tensor, class_weights: Tensor) -> Tensor:
     return torch.where(groups < 0, 1.0, of_terms) * values
 
 
-def _values(grad: Tensor) -> Tensor:
-    return grad if grad.layout == torch.strided else grad.to_dense()
-
-
 def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
     """Return how far the parts are from what ``backward()`` added to .grad, if they are."""
     apart, size = [], []
@@ -548,7 +556,7 @@ def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], pa
         own = [part[i] for part in parts.values()]
         rest = difference(p.grad, [before[i], *own])
         apart.append(rest)
-        size += [_values(part) for part in own if part is not None]
+        size += [dense(part) for part in own if part is not None]
     error, length = (
         float(torch.stack([torch.linalg.vector_norm(x.float()) for x in some]).norm())
         for some in (apart, size)
@@ -609,7 +617,7 @@ _WAYS_OUT = {
 
 def _differs(named: dict[str, nn.Parameter], gradient: Grads, clip: float) -> str:
     """Return how the loop's own gradient differs, where there is one that does; or nothing."""
-    here = {n: _values(p.grad) for n, p in named.items() if p.grad is not None}
+    here = {n: dense(p.grad) for n, p in named.items() if p.grad is not None}
     size = norm_of(here)
     if not size:
         return ""
