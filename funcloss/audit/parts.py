@@ -16,6 +16,9 @@ NO_GROUP, POOLED = -1, -2  # terms of no group; groups that share a row, as memo
 Parts = dict[int, list[Tensor | None]]  # by group, one for each parameter; None is 0
 
 
+_passing: list[bool] = []
+
+
 @dataclass(frozen=True, eq=False)
 class Groups:
     """The group of each term of a batch, and which there are."""
@@ -46,7 +49,8 @@ def groups_in(of_terms: Tensor, most: int, values: Tensor | None = None) -> Grou
     ids, place, counts = of_terms.unique(return_inverse=True, return_counts=True)
     sums = torch.full_like(ids, torch.nan, dtype=torch.float64 if _has_wide(ids) else torch.float32)
     if values is not None:
-        sums = sums.zero_().index_add_(0, place.flatten(), values.detach().flatten().to(sums))
+        each = values.detach().reshape(*of_terms.shape, -1).sum(-1)
+        sums = sums.zero_().index_add_(0, place.flatten(), each.flatten().to(sums))
     rows = torch.stack([ids.to(sums), counts.to(sums), sums]).tolist()  # the device waits once
     found = sorted(zip(*rows, strict=True), key=lambda row: row[1])
     rare = found[: len(found) - most + 1] if len(found) > most else []
@@ -83,18 +87,27 @@ def class_parts(
         wanted: Groups.
     """
     nothing = torch.zeros((), dtype=cotangents.dtype, device=cotangents.device)
-    return {
-        group: list(
-            torch.autograd.grad(
-                outputs,
-                params,
-                torch.where(groups.mask(group, outputs.dim()), cotangents, nothing),
-                retain_graph=True,
-                allow_unused=True,
+    _passing.append(True)  # seen from all threads: hooks may run in another
+    try:
+        return {
+            group: list(
+                torch.autograd.grad(
+                    outputs,
+                    params,
+                    torch.where(groups.mask(group, outputs.dim()), cotangents, nothing),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             )
-        )
-        for group in wanted
-    }
+            for group in wanted
+        }
+    finally:
+        _passing.pop()
+
+
+def passing() -> bool:
+    """Return whether a pass of :func:`class_parts` is running, whose gradients are of one group."""
+    return bool(_passing)
 
 
 def add_parts(into: Parts, more: Parts) -> None:

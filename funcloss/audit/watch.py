@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from funcloss.audit.gram import balance
 from funcloss.audit.inner import distance, norm_of, total_of
@@ -25,6 +26,7 @@ from funcloss.audit.parts import (
     dense,
     difference,
     groups_in,
+    passing,
     rows_at,
 )
 from funcloss.audit.state import ModelState, check_no_coupling, has_dropout, make_model_state
@@ -72,7 +74,7 @@ class Watch:
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
-        self._inside = False
+        self._hooks: list[RemovableHandle] = []
         self.found = nothing_found("no step has been audited yet")
         self._forget()
         stepping = bare(optimizer)
@@ -119,7 +121,7 @@ class Watch:
         params = self._params()
         before = self._begin(params)
         parts, seen, last = {}, None, None
-        if self._due() and (seen := self._seen(values, groups)):
+        if self._due() and (seen := self._seen(values, groups, values)):
             # The most frequent group's part is what the others leave of .grad, but for the first
             # time, and where .grad will be that of several processes.
             *others, last = seen.counts
@@ -145,7 +147,13 @@ class Watch:
         self._keep(parts, seen, class_weights)
 
     def through(
-        self, predictions: Float[Tensor, "*terms classes"], groups: Tensor, *, class_dim: int = -1
+        self,
+        predictions: Float[Tensor, "*terms classes"],
+        groups: Tensor,
+        *,
+        class_dim: int = -1,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        scaler: Any = None,
     ) -> None:
         """Keep each class's part of the gradient that the loop's own ``backward()`` will take.
 
@@ -158,31 +166,63 @@ class Watch:
             predictions: Of the model, with their graph; without one, as in validation, nothing
                 happens.
             groups: What the loss of each prediction counts for: the shape of the predictions
-                without the classes' axis, or all of it. Below 0: nothing.
+                without the classes' axis, or its first axes, or all of it. Below 0: nothing.
             class_dim: The classes' axis, -1, or 1 for ``(batch, classes, height, width)``.
+            class_weights: That the loss has in it, ``(classes,)``: for the expected shares.
+            scaler: The loop's ``torch.amp.GradScaler``, if it has one.
         """
         if not predictions.requires_grad or not self._due():
             return
-        if groups.dim() == predictions.dim() - 1 and class_dim % predictions.dim() == 1:
-            groups = groups.unsqueeze(1).expand_as(predictions)
 
         def split(cotangents: Tensor) -> None:
-            if self._inside:
-                return
-            params = self._params()
-            self._begin(params)
-            seen = self._seen(cotangents, groups)
-            if seen is None:
-                return
-            self._inside = True
-            parts = self._tried(
-                lambda: class_parts(predictions, cotangents, seen, params, [*seen.counts]), {}
+            self.take(
+                predictions,
+                cotangents,
+                groups,
+                class_dim=class_dim,
+                class_weights=class_weights,
+                scaler=scaler,
             )
-            self._inside = False
-            if parts:
-                self._keep(parts, replace(seen, sums=dict.fromkeys(seen.sums, math.nan)), None)
 
-        predictions.register_hook(split)
+        self._hooks.append(predictions.register_hook(split))  # holds the graph until removed
+
+    def take(
+        self,
+        predictions: Float[Tensor, "*terms classes"],
+        cotangents: Float[Tensor, "*terms classes"],
+        groups: Tensor,
+        *,
+        class_dim: int = -1,
+        class_weights: Float[Tensor, " classes"] | None = None,
+        scaler: Any = None,
+    ) -> None:
+        """Do as :meth:`through`, in a hook of one's own, of ``predictions.register_hook``.
+
+        Args:
+            predictions: That have the hook.
+            cotangents: As the hook gets them, ``dL/dpredictions``.
+            groups: As for :meth:`through`, and all that follow.
+            class_dim: The classes' axis.
+            class_weights: That the loss has in it.
+            scaler: The loop's GradScaler.
+        """
+        if passing() or not self._due():
+            return
+        params = self._params()
+        self._begin(params)
+        dims = predictions.dim()
+        terms = cotangents.detach()
+        wide = groups.dim() == dims - 1  # the classes' axis is to be passed over
+        seen = self._seen(terms.movedim(class_dim, -1) if wide else terms, groups)
+        if seen is None:
+            return
+        over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
+        parts = self._tried(
+            lambda: class_parts(predictions, cotangents, over, params, [*seen.counts]), {}
+        )
+        if parts:
+            self._scale = 1.0 if scaler is None else scaler.get_scale()
+            self._keep(parts, seen, class_weights)
 
     @torch.no_grad()
     def __call__(
@@ -220,7 +260,7 @@ class Watch:
 
     def close(self) -> None:
         """Stop listening to the optimiser."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._hooks):
             handle.remove()
         self._forget()
 
@@ -260,20 +300,19 @@ class Watch:
             return [None] * len(params)
         return [None if p.grad is None else p.grad.detach().clone() for p in params]
 
-    def _seen(self, values: Tensor, groups: Tensor) -> Groups | None:
+    def _seen(self, terms: Tensor, groups: Tensor, values: Tensor | None = None) -> Groups | None:
         """Return the groups of the terms, or None and the reason in ``_why``."""
 
         def find() -> Groups | None:
-            if groups.is_floating_point() or groups.shape != values.shape[: groups.dim()]:
+            if groups.is_floating_point() or groups.shape != terms.shape[: groups.dim()]:
                 raise ValueError(
                     "watch: groups must be integers of the shape of the terms, "
-                    f"{tuple(values.shape)}, got {groups.dtype} {tuple(groups.shape)}"
+                    f"{tuple(terms.shape)}, got {groups.dtype} {tuple(groups.shape)}"
                 )
             size = sum(p.numel() * p.element_size() for p in self._params())
             most = max(2, int(self._memory * 2**20 / size))
-            by_term = values.shape == groups.shape
-            seen = groups_in(groups, most, values if by_term else None)
-            if by_term and not all(map(math.isfinite, seen.sums.values())):
+            seen = groups_in(groups, most, values)
+            if values is not None and not all(map(math.isfinite, seen.sums.values())):
                 raise AuditError("the loss is not finite: there is no gradient to split")
             number = self._number()
             if number and max(seen.counts) >= number:
@@ -390,6 +429,8 @@ class Watch:
         if told is not None:
             self.found = self._tried(lambda: _compared(*told), told[1])
         self._steps += 1
+        while self._hooks:
+            self._hooks.pop().remove()
         self._forget()
         if due and self._on_step is not None:
             self._on_step(self.found)
@@ -548,7 +589,7 @@ def _weighted(values: Tensor, groups: Tensor, class_weights: Tensor) -> Tensor:
 
 
 def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
-    """Return how far the parts are from what ``backward()`` added to .grad, if they are."""
+    """Return how far the parts are from what ``backward()`` added to .grad; or nothing."""
     apart, size = [], []
     for i, p in enumerate(params):
         if p.grad is None:

@@ -1,0 +1,152 @@
+"""The audit as a callback of Lightning's Trainer, of ``lightning`` or ``pytorch_lightning``."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from funcloss.errors import ConfigError
+from funcloss.integrations.listening import Listener, Settings, labels_of, missing
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+class AuditCallback:
+    """Logs each class's share of the gradient and of the optimizer's step while Lightning trains.
+
+    ``Trainer(callbacks=[AuditCallback(classes=...)])``. To the trainer's loggers go ``share/NAME``
+    and ``expected_share/NAME`` (from weight and count) of the gradient, ``update_share/NAME`` of
+    the step, with rows for ``weight decay`` and ``history`` (momentum), and ``audit/moved``, the
+    relative distance of the step taken from the one that was split. The training is the same to
+    the bit with and without it, and no failure here ends it: a warning is logged once.
+
+    Args:
+        classes: Names of the classes, or how many there are; None: those in each batch.
+        groups: From a batch to the group of each prediction, integers of the predictions' shape
+            without the classes' axis; below 0: none. None: the labels, ``batch[1]`` or
+            ``labels``, ``label``, ``targets``, ``target`` of a dict.
+        predictions: Name of the submodule whose output is the predictions; None: the last output,
+            of the module or of one of its direct children with parameters, that the loss
+            depends on.
+        class_weights: That the loss has in it, for the expected shares.
+        every: Audit one step in so many.
+        class_dim: The classes' axis of the predictions.
+        optimizer: Where there are several: the number, or the name of the class, of one.
+
+    Attributes:
+        found: The findings of the last step that was audited; None before the first.
+
+    Raises:
+        ImportError: Lightning is not installed.
+
+    Example:
+        >>> callback = AuditCallback(classes=("cat", "dog"), every=50)
+        >>> callback.found
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "AuditCallback":
+        """Return one that is a Callback of the Lightning that is imported."""
+        return object.__new__(_with_base(cls))
+
+    def __init__(
+        self,
+        classes: Sequence[str] | int | None = None,
+        *,
+        groups: Callable[[Any], Tensor] | None = None,
+        predictions: str | None = None,
+        class_weights: Tensor | Sequence[float] | None = None,
+        every: int = 20,
+        class_dim: int = -1,
+        optimizer: int | str | None = None,
+    ) -> None:
+        """Keep the settings."""
+        settings = Settings(classes, groups, predictions, class_weights, every, class_dim)
+        self._listener, self._optimizer = Listener(settings), optimizer
+
+    def __reduce__(self) -> tuple:
+        """Pickle without the class that was made for the Lightning at hand."""
+        return AuditCallback, (), self.__dict__
+
+    @property
+    def found(self) -> Any:
+        """The findings of the last step that was audited."""
+        return self._listener.found
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to listen to the module and its optimizer."""
+        with self._listener.guarded():
+            self._listener.start(
+                pl_module,
+                _chosen(trainer.optimizers, self._optimizer),
+                groups_of=lambda batch, predictions: labels_of(batch),
+                wrapped=trainer.strategy.model,
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
+            )
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch for the forward passes to come."""
+        self._listener.begin_batch(batch)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Wait for the predictions' gradient."""
+        self._listener.begin_backward()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Warn if none came."""
+        self._listener.end_backward()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a step that was audited."""
+        self._listener.begin_batch(None)
+        with self._listener.guarded():
+            if news := self._listener.news():
+                for logger in trainer.loggers:
+                    logger.log_metrics(news, step=trainer.global_step - 1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop listening."""
+        self._listener.stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop listening."""
+        self._listener.stop()
+
+
+def _with_base(cls: type) -> type:
+    """Return the class as a Callback of each Lightning that is imported, else of one installed."""
+    bases = [sys.modules[name].Callback for name in _PACKAGES if name in sys.modules]
+    for name in () if bases else _PACKAGES:
+        try:
+            bases = [importlib.import_module(name).Callback]
+            break
+        except ModuleNotFoundError:
+            continue
+    if not bases:
+        raise missing("Lightning", "lightning")
+    return _made(cls, *bases)
+
+
+@functools.cache
+def _made(cls: type, *bases: type) -> type:
+    return type(cls.__name__, (cls, *bases), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+
+
+def _chosen(optimizers: Sequence[Any], wanted: int | str | None) -> Any:
+    """Return the optimizer that is meant."""
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    if wanted is None and len(optimizers) == 1:
+        return optimizers[0]
+    places = [i for i, name in enumerate(names) if wanted in (i, name)]
+    if len(places) != 1:
+        raise ConfigError(
+            f"optimizer= must be the number, or the name of the class, of one of {names}, got "
+            f"{wanted!r}"
+        )
+    return optimizers[places[0]]
