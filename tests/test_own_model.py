@@ -650,6 +650,9 @@ TORCHVISION = [
     pytest.param("resnet18", id="resnet18"),
     pytest.param("mobilenet_v3_small", id="mobilenet_v3_small"),
     pytest.param("squeezenet1_0", id="squeezenet1_0"),
+    pytest.param("efficientnet_b0", id="efficientnet_b0"),
+    pytest.param("convnext_tiny", id="convnext_tiny", marks=pytest.mark.slow),
+    pytest.param("swin_t", id="swin_t", marks=pytest.mark.slow),
     pytest.param("vgg11", id="vgg11", marks=pytest.mark.slow),  # 130 million parameters
 ]
 
