@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from torchvision.ops import StochasticDepth
 
 from funcloss import _dropout
+from funcloss.audit.state import has_dropout
 from funcloss.keys import example_keys, keyed_randomness, make_key
 
 N, L, S, E = 3, 4, 5, 8
@@ -172,3 +174,22 @@ def test_a_recurrent_net_drops_between_its_layers_and_nowhere_else(batch_first):
         ours = net(x if batch_first else x.transpose(0, 1))
     assert_close(ours[0] if batch_first else ours[0].transpose(0, 1), expected[0])
     assert_close(ours[1][-1:], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "drops"),
+    [
+        (nn.Dropout(0.5), True),
+        (nn.Dropout(0.0), False),
+        (nn.MultiheadAttention(4, 2, dropout=0.5), True),
+        (nn.MultiheadAttention(4, 2), False),
+        (nn.GRU(4, 4, 2, dropout=0.5), True),
+        (nn.GRU(4, 4, 2), False),
+        (StochasticDepth(0.5, "row"), True),
+        (nn.Linear(2, 2), False),
+    ],
+)
+def test_layers_that_drop_out_are_known_in_training_mode_alone(layer, drops):
+    net = nn.Sequential(layer)
+    assert has_dropout(net) == drops
+    assert not has_dropout(net.eval())
