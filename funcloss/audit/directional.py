@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from funcloss.audit.checks import tolerance_of
 from funcloss.audit.data import MakeBatches, MaskedBatch
 from funcloss.audit.gradients import AuditContext, ClassGradients
 from funcloss.audit.loss import cotangents_of, option_slopes, tensor_options
+from funcloss.audit.methods import plain_vjp
 from funcloss.audit.state import ModelState
 from funcloss.errors import AuditError
 from funcloss.transforms import directional, twice_backward
@@ -19,18 +21,30 @@ from funcloss.typing import Params
 Directional = Callable[[Callable[[Params], Tensor], Params, Params], tuple[Tensor, Tensor]]
 
 
-def directional_of(state: ModelState, batch: MaskedBatch) -> Directional | None:
+def directional_of(state: ModelState, batch: MaskedBatch, direction: Params) -> Directional | None:
     """Return a way to derivatives along a direction that the model has; None if it has none.
 
     Forward mode; or, where an operation has none, the derivative of a backward pass, which is
-    linear in what it starts from.
+    linear in what it starts from. An operation may cut that one off without a word, so it is
+    compared with a backward pass.
     """
-    for derivative in (directional, twice_backward):
-        with contextlib.suppress(RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
-            derivative(
-                lambda p: state.predict(p, batch.inputs, batch.keys), state.params, state.params
-            )
-            return derivative
+
+    def predict(params: Params) -> Tensor:
+        return state.predict(params, batch.inputs, batch.keys)
+
+    with contextlib.suppress(RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        directional(predict, state.params, direction)
+        return directional
+    with contextlib.suppress(RuntimeError, ValueError):
+        predictions, slopes = twice_backward(predict, state.params, direction)
+        along = torch.linspace(1.0, 2.0, predictions.numel()).to(predictions)
+        along = along.reshape(predictions.shape)
+        grads = plain_vjp(state, batch, along)
+        terms = torch.stack([(g * direction[name]).sum() for name, g in grads.items()])
+        error = (terms.sum() - (along * slopes).sum()).abs()
+        size = terms.abs().sum() + (along * slopes).abs().sum()
+        if bool(error <= tolerance_of(state.params) * size):
+            return twice_backward
     return None
 
 

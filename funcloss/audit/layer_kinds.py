@@ -276,6 +276,12 @@ def mul(backprops: Tensor, input: Any, other: Any):
     yield other, Spread(backprops * input)
 
 
+def div(backprops: Tensor, input: Any, other: Any):
+    """Yield the gradients of ``input / other``."""
+    yield input, Spread(backprops / other)
+    yield other, Spread(-backprops * input / other**2)
+
+
 def prelu(backprops: Tensor, input: Tensor, weight: Tensor):
     """Yield the gradient of the slope below 0, one for all channels or one per channel."""
     below = torch.where(input < 0, backprops * input, 0.0)
@@ -306,9 +312,10 @@ LAYERS: dict[Callable[..., Any], LayerFunction] = {
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__), sub),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__), mul),
     **dict.fromkeys((Tensor.__rmul__, Tensor.__imul__), mul),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__), div),
     F.prelu: prelu,
 }
 # These read their input as (batch, channels, ...): nothing else may be folded into the batch.
 BATCH_FIRST = {F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.group_norm, F.prelu}
 # These act on each entry of the output; their arguments are spread to its shape first.
-ENTRYWISE = {func for func, layer in LAYERS.items() if layer in (add, sub, mul)}
+ENTRYWISE = {func for func, layer in LAYERS.items() if layer in (add, sub, mul, div)}

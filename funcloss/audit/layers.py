@@ -117,7 +117,7 @@ class LayerUse:
         """
         shape = self.zero.shape
         if any(x._version != version for x, version in self.versions):
-            raise NotByLayers(f"{self.called}, whose input is changed in place later")
+            raise NotByLayers(f"{self.called}, whose input is changed in place")
         if self.func in BATCH_FIRST and (layout.axis or shape[0] != n) and not layout.whole:
             raise NotByLayers(f"{self.called}, whose first axis holds more than the examples")
         if self.func in BATCH_FIRST and layout.whole:

@@ -140,7 +140,7 @@ def audit(
             notes.append("no standard errors: too few batches, or memory= too small")
         checks, elasticities = [check_gradient(context, probe, gradients)], {}
         if settings.per_example or tensor_options(context.loss):
-            derivative = directional_of(at, probe.some(_PROBE))
+            derivative = directional_of(at, probe.some(_PROBE), gradients.gradient)
             if derivative is None:
                 notes.append(
                     "the slopes of single examples and the elasticities of the loss's options are "
