@@ -49,7 +49,8 @@ def groups_in(of_terms: Tensor, most: int, values: Tensor | None = None) -> Grou
     ids, place, counts = of_terms.unique(return_inverse=True, return_counts=True)
     sums = torch.full_like(ids, torch.nan, dtype=torch.float64 if _has_wide(ids) else torch.float32)
     if values is not None:
-        each = values.detach().reshape(*of_terms.shape, -1).sum(-1)
+        within = values.dim() - of_terms.dim()
+        each = values.detach().flatten(-within).sum(-1) if within else values.detach()
         sums = sums.zero_().index_add_(0, place.flatten(), each.flatten().to(sums))
     rows = torch.stack([ids.to(sums), counts.to(sums), sums]).tolist()  # the device waits once
     found = sorted(zip(*rows, strict=True), key=lambda row: row[1])

@@ -124,7 +124,7 @@ def tell_step(
 
 def _strangers(moved: Iterable[nn.Parameter], params: Sequence[nn.Parameter]) -> str:
     """Return a note if the optimiser moves parameters that are not the model's, else nothing."""
-    if set(params).issuperset(moved):
+    if set(params).issuperset(p for p in moved if p.grad is not None):
         return ""
     return "the optimiser moves parameters of another model too, which are left out"
 
@@ -148,12 +148,15 @@ def match_of(
     sums = torch.cat([sums[:, :3].sum(0), sums[:, 3:].amax(0)])
     with_grad, square, of_grad, largest = sums.tolist()
     tolerance = _tolerance(params)
-    if not math.isfinite(of_grad + square) or not of_grad or not square:
-        return Match(distance=0.0 if of_grad == square else math.inf)
+    if not math.isfinite(of_grad + square):
+        return Match(distance=math.inf, note="the gradient in .grad is not finite")
+    if not of_grad:
+        note = "the gradient in .grad is 0, and the class parts are not" if square else ""
+        return Match(distance=math.inf if square else 0.0, note=note)
     apart = math.sqrt(max(of_grad - 2.0 * with_grad + square, 0.0) / of_grad)
     if apart <= tolerance:
         return Match(distance=apart)
-    factor = with_grad / square
+    factor = with_grad / square if square else 0.0
     scaled = math.sqrt(max(of_grad - with_grad * factor, 0.0) / of_grad)
     if factor > 0.0 and scaled <= tolerance:
         what = "clipped or scaled" if factor < 1.0 else "scaled"

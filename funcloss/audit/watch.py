@@ -42,6 +42,7 @@ from funcloss.typing import Batch, Grads, LossFn
 _ALL_ROWS = 1000  # classes of which each has a row, in the batch or not
 _CANCELLED = 1e-4  # |g| / sum |g_c| below which float32's rounding shows in the shares
 _DROPOUT = "dropout is active: this gradient is under masks of the audit's own, not the step's"
+_WITHIN = "not audited: the optimiser stepped within backward(): use watched.through()"
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 _PLAIN_ROWS = {NO_GROUP: "no group", POOLED: "other classes"}
 
@@ -118,14 +119,13 @@ class Watch:
         total = values_in.mean() if divisor is None else values_in.sum() / divisor
         if scaler is not None:
             total = scaler.scale(total)
-        params = self._params()
-        before = self._begin(params)
-        parts, seen, last = {}, None, None
-        if self._due() and (seen := self._seen(values, groups, values)):
+        params, before = self._begin()
+        parts, seen, last, steps = {}, None, None, self._steps
+        if self._due() and (seen := self._seen(values, groups, values)) and seen.counts:
             # The most frequent group's part is what the others leave of .grad, but for the first
             # time, and where .grad will be that of several processes.
             *others, last = seen.counts
-            by_difference = self._doubt is not None and self._world() == 1
+            by_difference = self._doubt == "" and self._world() == 1
             wanted = others if by_difference else [*others, last]
 
             def passes() -> Parts:
@@ -134,7 +134,10 @@ class Watch:
 
             parts = self._tried(passes, {})
         total.backward()
-        if seen is None or self._why:
+        if self._steps > steps:
+            self.found = nothing_found(_WITHIN)
+            return
+        if last is None or seen is None or self._why:
             return
         if last not in parts:
             parts[last] = [
@@ -208,8 +211,7 @@ class Watch:
         """
         if passing() or not self._due():
             return
-        params = self._params()
-        self._begin(params)
+        params, _ = self._begin()
         dims = predictions.dim()
         terms = cotangents.detach()
         wide = groups.dim() == dims - 1  # the classes' axis is to be passed over
@@ -270,6 +272,7 @@ class Watch:
         self._parts: Parts = {}
         self._counts: dict[int, int] = {}
         self._sums: dict[int, float] = {}  # of the terms, at weight 1
+        self._trained: list[nn.Parameter] = []
         self._weights: Tensor | None = None
         self._scale = 1.0
         self._why = ""  # why this step cannot be told
@@ -291,14 +294,19 @@ class Watch:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         return model.process_group if wrapped else None
 
-    def _begin(self, params: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Return copies of what is accumulated so far; where that is nothing, a step begins."""
-        grads = [p.grad for p in params if p.grad is not None]
+    def _begin(self) -> tuple[list[nn.Parameter], list[Tensor | None]]:
+        """Return the step's parameters and copies of their gradients; if all are 0, it begins."""
+        now = self._params()
+        grads = [p.grad for p in now if p.grad is not None]
         if not self._due() or not grads or not any(bool(g.any()) for g in map(dense, grads)):
             if self._parts or self._why:
                 self._forget()
-            return [None] * len(params)
-        return [None if p.grad is None else p.grad.detach().clone() for p in params]
+            self._trained = now
+            return now, [None] * len(now)
+        if not self._parts:
+            self._trained = now
+        params = self._trained
+        return params, [None if p.grad is None else p.grad.detach().clone() for p in params]
 
     def _seen(self, terms: Tensor, groups: Tensor, values: Tensor | None = None) -> Groups | None:
         """Return the groups of the terms, or None and the reason in ``_why``."""
@@ -312,10 +320,11 @@ class Watch:
             size = sum(p.numel() * p.element_size() for p in self._params())
             most = max(2, int(self._memory * 2**20 / size))
             seen = groups_in(groups, most, values)
-            if values is not None and not all(map(math.isfinite, seen.sums.values())):
+            whole = float(terms.sum()) if values is None else sum(seen.sums.values())
+            if not math.isfinite(whole):
                 raise AuditError("the loss is not finite: there is no gradient to split")
             number = self._number()
-            if number and max(seen.counts) >= number:
+            if number and max(seen.counts, default=0) >= number:
                 raise AuditError(
                     f"labels must be below {number}, got {max(seen.counts)}: give watch classes="
                 )
@@ -372,6 +381,10 @@ class Watch:
 
     def _split(self) -> tuple[Told, StepFindings]:
         params, ids = self._params(), sorted(self._parts, key=lambda g: (g < 0, g))
+        if ids and [*map(id, params)] != [*map(id, self._trained)]:
+            raise AuditError(
+                "what is trained changed within the step: freeze before its first batch"
+            )
         names = tuple(self._name(group) for group in ids)
         told = tell_step(
             self._optimizer,
@@ -595,9 +608,10 @@ def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], pa
         if p.grad is None:
             continue
         own = [part[i] for part in parts.values()]
-        rest = difference(p.grad, [before[i], *own])
-        apart.append(rest)
-        size += [dense(part) for part in own if part is not None]
+        apart.append(difference(p.grad, [before[i], *own]))
+        size += [dense(x) for x in (p.grad, *own) if x is not None]
+    if not apart:
+        return ""
     error, length = (
         float(torch.stack([torch.linalg.vector_norm(x.float()) for x in some]).norm())
         for some in (apart, size)
@@ -606,8 +620,8 @@ def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], pa
     if not error > (0.05 if half else 0.01) * length:
         return ""
     return (
-        f"the class parts add up to .grad only within {error / max(length, 1e-300):.1%} of their "
-        "lengths: a hook changes gradients, or a backward pass is not the same twice"
+        f"the class parts add up to .grad only within {error / length:.1%} of their lengths: "
+        "a hook changes gradients, a pass is not the same twice, or a checkpoint is reentrant"
     )
 
 
@@ -638,9 +652,9 @@ def _compared(told: Told, found: StepFindings) -> StepFindings:
 
 
 def _said(error: Exception) -> str:
-    """Return the first line of an error as a note."""
+    """Return the first sentence of an error as a note."""
     text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0][:240]
+    line = text.splitlines()[0].partition(". ")[0][:240]
     for what, way_out in _WAYS_OUT.items():
         if what in text:
             return f"not audited: {line}: {way_out}"
@@ -652,7 +666,7 @@ _WAYS_OUT = {
         "set torch._functorch.config.donated_buffer = False before the first call of the "
         "compiled model"
     ),
-    "Checkpointing is not compatible with .grad()": "checkpoint with use_reentrant=False",
+    "compatible with .grad()": "checkpoint with use_reentrant=False",
 }
 
 
