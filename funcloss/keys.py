@@ -1,19 +1,24 @@
 """Counter-based randomness: every random number is a hash of what it is for.
 
 A generator that moves as it draws cannot be mapped over, compiled whole or replayed for one
-example. Here, as in JAX, a key is a value: each example of a step has its own, and dropout under
-:class:`keyed_randomness` draws its mask from that key alone. The mask is therefore the same eager,
-compiled, chunked or mapped over examples one by one, and torch's generator is never touched.
+example. Here, as in JAX, a key is a value: each example of a step has its own, and dropout and
+noise under :class:`keyed_randomness` are drawn from that key alone. They are therefore the same
+eager, compiled, chunked or mapped over examples one by one, and torch's generator is never touched.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from funcloss import _dropout
+from funcloss._numbers import wide_dtype
 
 _STRIDE, _STEP_STRIDE = 0x3504F333, 0x1F83D9AB  # odd, below 2^30, unlike each other
 _MASK = 0xFFFFFFFF  # keys are 32 bits in int64: no product of _mix leaves 63 bits, none overflows
@@ -94,20 +99,25 @@ _ALPHA_DROPPED = -1.7580993408473766  # what torch's alpha dropout makes of a un
 
 
 class keyed_randomness(TorchFunctionMode):  # noqa: N801 - a context manager, used as a verb
-    """Draw every dropout mask in this context from the examples' own keys.
+    """Draw what is random in this context from the examples' own keys.
 
-    ``F.dropout`` and its kin (and so ``nn.Dropout`` and its kin) take as many words as they need
-    from the stream of each example, word ``j`` of example ``i`` being a hash of ``keys[i] + j``.
-    (Of 256 examples that draw 100,000 words each, about one pair shares a stretch of its streams.)
-    The other random functions of torch's Python API are refused by name: they would read a
-    generator that no transform can map over.
+    That is dropout of every kind (functional and in modules, of attention, of recurrent layers),
+    ``bernoulli`` and so stochastic depth, ``rand``, ``randn``, ``uniform_`` and ``normal_``. Each
+    takes as many words as it needs from the stream of each example, word ``j`` of example ``i``
+    being a hash of ``keys[i] + j``. (Of 256 examples that draw 100,000 words each, about one pair
+    shares a stretch of its streams.) Attention that drops out is computed as
+    ``drop(softmax(scores)) @ value``, without a fused kernel. The other random functions of torch's
+    Python API are refused by name: they would read a generator that no transform can map over.
 
     Args:
-        keys: One key an example, shape ``(batch,)``; the first axis of what is dropped.
+        keys: One key per example, shape ``(batch,)``; the first axis of what is drawn. The shape is
+            all that can be checked: another axis of that length, come first, is taken for it.
 
     Raises:
-        RuntimeError: in the context, on a random operation other than dropout.
-        ValueError: in the context, on dropout of a tensor whose first axis is not the batch.
+        RuntimeError: in the context, on another random operation, or with a generator of its own.
+        ValueError: in the context, on numbers whose first axis is not the batch (the second of a
+            recurrent layer and of ``nn.MultiheadAttention`` that are not ``batch_first``); on
+            packed sequences with dropout.
 
     Example:
         >>> keys = example_keys(make_key(0), torch.tensor(0), 2)
@@ -127,51 +137,168 @@ class keyed_randomness(TorchFunctionMode):  # noqa: N801 - a context manager, us
         self.used = 0  # the next word to hand out
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Draw dropout masks from the keys, refuse other randomness, let the rest pass."""
+        """Draw from the keys what can be, refuse other randomness, let the rest pass."""
         kwargs = kwargs or {}
         if func in _DROPOUT:
             return self._dropout(func, *args, **kwargs)
+        if func in _EMPTY:
+            # Mapped as the keys are: vmap refuses to write what differs per example into a tensor
+            # that does not, and stochastic depth fills an empty one.
+            made = func(*args, **kwargs)
+            if made.device != self.keys.device:
+                return made
+            return torch.where(self.keys.sum() < 0, made, made)
         if func in _RANDOM and _RANDOM[func](args, kwargs):
-            raise RuntimeError(
-                f"keyed_randomness: {func.__name__} draws from torch's global generator, which no "
-                "transform can map over or replay; only dropout (F.dropout and its kin) can be "
-                "used in a training step: set the probability to 0, or make what is random an input"
-            )
+            if func not in _KEYED or kwargs.get("generator") is not None or "out" in kwargs:
+                raise RuntimeError(
+                    f"keyed_randomness: {func.__name__} draws from torch's global generator or one "
+                    "of its own, which no transform can map over or replay; in a training step use "
+                    "dropout, stochastic depth, bernoulli, rand(x.shape), randn(x.shape), without "
+                    "generator or out; or set the probability to 0, or make what is random an input"
+                )
+            own = {option: value for option, value in kwargs.items() if option != "generator"}
+            return _KEYED[func](self, func, *args, **own)
         return func(*args, **kwargs)
 
     def _dropout(self, func, input, p=0.5, training=None, inplace=False):
         whole_maps, alpha = _DROPOUT[func]
         training = (not alpha) if training is None else training  # torch's own defaults
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"{func.__name__}: p must be in [0, 1], got {p}")
-        if not training or p == 0.0:
+        out = self._drop(func.__name__, input, p if training else 0.0, whole_maps, alpha)
+        return input.copy_(out) if inplace and out is not input else out
+
+    def _drop(self, name: str, input: Tensor, p: float, whole_maps=False, alpha=False) -> Tensor:
+        """Return ``input`` after dropout, on behalf of the function ``name``."""
+        _check_probability(name, p)
+        if p == 0.0:
             return input
         if p == 1.0:
             return input * 0.0
-        if input.dim() == 0 or input.shape[0] != self.keys.shape[0]:
-            raise ValueError(
-                f"{func.__name__}: the first axis must be the batch of {self.keys.shape[0]} "
-                f"examples for each to draw its own mask, got shape {tuple(input.shape)}"
-            )
         drawn = input.shape[:2] + (1,) * (input.dim() - 2) if whole_maps else input.shape
-        keep = self._words(math.prod(drawn[1:])) >= int(p * 2**32)
-        if len(drawn) != 2:
-            keep = keep.reshape(drawn)
+        keep = self._words(name, drawn) >= int(p * 2**32)
         if alpha:
             scale = ((1.0 - p) * (1.0 + p * _ALPHA_DROPPED**2)) ** -0.5
-            out = scale * (torch.where(keep, input, _ALPHA_DROPPED) - p * _ALPHA_DROPPED)
-        else:
-            out = input * (keep.to(input.dtype) * (1.0 / (1.0 - p)))
-        return input.copy_(out) if inplace else out
+            return scale * (torch.where(keep, input, _ALPHA_DROPPED) - p * _ALPHA_DROPPED)
+        return input * (keep.to(input.dtype) * (1.0 / (1.0 - p)))
 
-    def _words(self, n: int) -> Tensor:
-        """Return the next ``n`` words of each example's stream, int64 in [0, 2^32)."""
+    def _attention(
+        self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
+    ):
+        name = func.__name__
+        if query.dim() < 3:
+            self._refuse_shape(name, query.shape)
+        drop = partial(self._drop, name, p=dropout_p)
+        return _dropout.attention(drop, query, key, value, attn_mask, is_causal, **options)
+
+    def _multi_head_attention(
+        self, func, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
+        bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True,
+        key_padding_mask=None, need_weights=True, attn_mask=None, use_separate_proj_weight=False,
+        q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
+        average_attn_weights=True, is_causal=False,
+    ):  # fmt: skip
+        name = func.__name__
+        if query.dim() < 3:
+            self._refuse_shape(name, query.shape)
+        if static_k is not None or static_v is not None:
+            raise RuntimeError(f"{name}: static_k and static_v cannot be used with dropout")
+        if is_causal and attn_mask is None:  # a hint about the mask, not the mask itself
+            raise RuntimeError(f"{name}: is_causal needs attn_mask beside it")
+        separate: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+        out, weights = _dropout.multi_head_attention(
+            partial(self._drop, name, p=dropout_p), query, key, value, num_heads,
+            separate if use_separate_proj_weight else in_proj_weight.chunk(3),
+            None if in_proj_bias is None else in_proj_bias.chunk(3),
+            bias_k, bias_v, add_zero_attn, out_proj_weight, out_proj_bias,
+            key_padding_mask, attn_mask,
+        )  # fmt: skip
+        if not need_weights:
+            return out, None
+        return out, weights.mean(1) if average_attn_weights else weights
+
+    def _recurrent(self, func, input, hx, *others):
+        name = func.__name__
+        if isinstance(others[1], (tuple, list)):  # (batch_sizes,) hx, params, ...
+            raise ValueError(
+                f"{name}: a packed sequence has no axis of examples to draw dropout for: pad it, "
+                "without pack_padded_sequence, or set dropout to 0"
+            )
+        drop = partial(self._drop, name, p=others[3])
+        return _dropout.recurrent(drop, func, input, hx, *others)
+
+    def _bernoulli(self, func, input, p=None):
+        return self._coins(func.__name__, input, input if p is None else p)
+
+    def _bernoulli_(self, func, input, p=0.5):
+        return input.copy_(self._coins(func.__name__, input, p))
+
+    def _coins(self, name: str, like: Tensor, p: float | Tensor) -> Tensor:
+        """Return 1 with probability ``p``, else 0, in the shape and dtype of ``like``."""
+        if isinstance(p, Tensor):
+            bound = (p.to(wide_dtype(p)) * 2.0**32).to(torch.int64)
+        else:
+            _check_probability(name, p)
+            bound = int(p * 2**32)
+        return (self._words(name, like.shape) < bound).to(like.dtype)
+
+    def _rand(self, func, *args, **kwargs):
+        return self._uniform(func.__name__, torch.empty(*args, **kwargs))
+
+    def _randn(self, func, *args, **kwargs):
+        return self._normal(func.__name__, torch.empty(*args, **kwargs))
+
+    def _uniform_(self, func, input, *args, **kwargs):
+        low = args[0] if args else kwargs.get("from", 0.0)
+        high = args[1] if len(args) > 1 else kwargs.get("to", 1.0)
+        return input.copy_(low + (high - low) * self._uniform(func.__name__, input))
+
+    def _normal_(self, func, input, mean=0.0, std=1.0):
+        return input.copy_(mean + std * self._normal(func.__name__, input))
+
+    def _uniform(self, name: str, like: Tensor) -> Tensor:
+        """Return numbers in [0, 1), with as many bits as the dtype holds, at most 32."""
+        bits = _bits(name, like.dtype)
+        words = self._words(name, like.shape) >> (32 - bits)
+        return words.to(like.dtype) * 2.0**-bits
+
+    def _normal(self, name: str, like: Tensor) -> Tensor:
+        """Return standard normal numbers, by Box and Muller."""
+        _bits(name, like.dtype)
+        radii, angles = (self._words(name, like.shape).to(wide_dtype(like)) for _ in "ab")
+        radii = (-2 * ((radii + 1) * 2.0**-32).clamp(max=1).log()).sqrt()
+        return (radii * (angles * (2 * math.pi * 2.0**-32)).cos()).to(like.dtype)
+
+    def _words(self, name: str, shape: torch.Size) -> Tensor:
+        """Return the next words of the streams, int64 in [0, 2^32), in a shape."""
+        if not shape or shape[0] != self.keys.shape[0]:
+            self._refuse_shape(name, shape)
+        n = math.prod(shape[1:])
         first, self.used = self.used, self.used + n
         if self.used > self.end:
             self.start, self.end = first, max(self.used, first + _BLOCK)
             counters = torch.arange(self.start, self.end, device=self.keys.device)
             self.block = _mix(self.keys[:, None] + counters)
-        return self.block[:, first - self.start : self.used - self.start]
+        words = self.block[:, first - self.start : self.used - self.start]
+        return words if len(shape) == 2 else words.reshape(shape)
+
+    def _refuse_shape(self, name: str, shape: torch.Size) -> NoReturn:
+        raise ValueError(
+            f"{name}: the first axis must be the batch of {self.keys.shape[0]} examples for each "
+            f"to draw its own numbers, got shape {tuple(shape)}; move it there (batch_first=True "
+            "in torch's layers, mode='row' of stochastic depth)"
+        )
+
+
+def _check_probability(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: p must be in [0, 1], got {p}")
+
+
+def _bits(name: str, dtype: torch.dtype) -> int:
+    """Return how many random bits a floating-point number in [0, 1) has room for."""
+    bits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 32}
+    if dtype not in bits:
+        raise TypeError(f"{name}: dtype must be floating point for keyed randomness, got {dtype}")
+    return bits[dtype]
 
 
 _DROPOUT = {
@@ -237,4 +364,20 @@ _RANDOM = {
     F.scaled_dot_product_attention: _with_dropout(4),
     F.multi_head_attention_forward: _with_dropout(10),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _between_layers),
+}
+
+_EMPTY = (torch.empty, Tensor.new_empty)
+
+_KEYED = {
+    F.scaled_dot_product_attention: keyed_randomness._attention,
+    F.multi_head_attention_forward: keyed_randomness._multi_head_attention,
+    **dict.fromkeys(
+        (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), keyed_randomness._recurrent
+    ),
+    **dict.fromkeys((torch.bernoulli, Tensor.bernoulli), keyed_randomness._bernoulli),
+    torch.rand: keyed_randomness._rand,  # a compiled graph hides rand_like and randn_like from us
+    torch.randn: keyed_randomness._randn,
+    Tensor.bernoulli_: keyed_randomness._bernoulli_,
+    Tensor.uniform_: keyed_randomness._uniform_,
+    Tensor.normal_: keyed_randomness._normal_,
 }

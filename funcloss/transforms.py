@@ -162,6 +162,41 @@ def directional(
     return values, slopes
 
 
+def twice_backward(
+    function: Callable[[Params], Float[Tensor, "*out"]], params: Params, direction: Params
+) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
+    """As :func:`directional`, by two backward passes, for operations without forward mode.
+
+    The gradient ``J^T v`` is linear in ``v``, so the derivative of ``<J^T v, direction>`` in ``v``
+    is ``J direction``.
+
+    Args:
+        function: ``params -> values``, each operation of which can be differentiated twice.
+        params: Where.
+        direction: Along what; keys and shapes of ``params``.
+
+    Returns:
+        Values, and ``d/dt function(params + t * direction)`` at ``t = 0``, of the same shape.
+
+    Example:
+        >>> values, slopes = twice_backward(
+        ...     lambda p: p["w"].square(), {"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])})
+        >>> slopes
+        tensor([6.])
+    """
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        values = function(leaves)
+        along = torch.zeros_like(values, requires_grad=True)
+        grads = torch.autograd.grad(
+            values, list(leaves.values()), along, create_graph=True, allow_unused=True
+        )
+        pairs = zip(grads, direction.values(), strict=True)
+        total = torch.stack([(g * d).sum() for g, d in pairs if g is not None]).sum()
+        (slopes,) = torch.autograd.grad(total, along)
+    return values.detach(), slopes
+
+
 @contextlib.contextmanager
 def quiet_jvp() -> Iterator[None]:
     """Silence what torch says of its own code at the first forward-mode derivative of a process."""

@@ -125,7 +125,7 @@ def make_audit(
         step=taken,
         impact=impact,
         elasticities={"class_weights": now.elasticity} if elasticities is None else elasticities,
-        method=Method("products", "every layer has a rule", {"products": 1.6}, 256, 0.4),
+        method=Method("layers", "every layer has a rule", {"layers": 1.6}, 256, 0.4),
         checks=(
             Check("gradient", 3e-8, 1e-5, "the sum of the class gradients with the gradient"),
             Check("step", 2e-9, 1e-6, "the sum of the parts with the step that was taken"),

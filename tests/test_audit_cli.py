@@ -377,7 +377,7 @@ def test_a_second_audit_replaces_the_first_and_what_it_does_not_have_is_gone(run
     assert len(rows_of(run / "audit_examples.csv")) == 300
     changed = {name for name, content in listing(run).items() if content != first[name]}
     assert changed == set(FILES) - {"audit_history.png"}  # which is of the training
-    assert run_cli("audit", run, "--examples", "300", "--method", "classes")[0] == 0
+    assert run_cli("audit", run, "--examples", "300", "--method", "backward")[0] == 0
     assert read(run)["classes"][0]["agreement"] is None
     assert not (run / "audit_norms.png").exists()
     assert not (run / "audit_examples.png").exists()
@@ -503,7 +503,7 @@ def by_examples(stopped):
     return audit_run(stopped, AuditOptions(examples=60, method="examples")).audit
 
 
-@pytest.mark.parametrize("method", ["products", "examples", "classes", "loop"])
+@pytest.mark.parametrize("method", ["layers", "examples", "backward"])
 def test_every_method_can_be_forced_and_they_agree(
     stopped, by_examples, run_cli, tmp_path, method, no_figures
 ):
@@ -517,7 +517,7 @@ def test_every_method_can_be_forced_and_they_agree(
     size = float(by_examples.gram.abs().max())
     assert_close(double(found["gram"]), by_examples.gram, rtol=1e-4, atol=1e-5 * size)
     norms = [row["norm_quantiles"] for row in found["classes"]]
-    if method == "classes":
+    if method == "backward":
         assert all(q is None for row in norms for q in row)
     else:
         assert_close(double(norms), by_examples.norm_quantiles, rtol=1e-3, atol=1e-5)
@@ -665,7 +665,7 @@ REFUSED = [
     ([], 2, "name a run folder, or a model's file with --checkpoint"),
     (["RUN", "--checkpoint", "MODEL"], 2, "name a run folder, or a model's file"),
     (["RUN", "--split", "all"], 2, "split must be one of train, validation, test; got 'all'"),
-    (["RUN", "--method", "magic"], 2, "method must be one of auto, products"),
+    (["RUN", "--method", "magic"], 2, "method must be one of auto, layers"),
     (["RUN", "--device", "gpu"], 2, "device must be one of auto, cpu, cuda, mps; got 'gpu'"),
     (["RUN", "--model", "linear"], 2, "a run says itself what it is: leave out --model"),
     (["RUN", "--class-weight", "9=2"], 2, "leave out --class-weight"),

@@ -28,7 +28,7 @@ from funcloss.keys import example_keys
 from funcloss.training import init_state
 from funcloss.typing import Batch
 
-METHODS = ("auto", "products", "examples", "classes")
+METHODS = ("auto", "layers", "examples", "backward")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CLASSES = 4
@@ -704,10 +704,10 @@ def near(actual, expected, tolerance, what, size=None):
     assert error <= tolerance, f"{what}: off by {error:.1e} of {size:.3g}: {actual}, not {expected}"
 
 
-def agree(audited, expected: ref.Reference, tolerance, *, norms=True):
+def agree(audited, expected: ref.Reference, tolerance, *, norms=True, slopes=True):
     """Assert that an audit says what follows from the explicit gradients.
 
-    ``norms``: False where the method is one that measures no example's norm, and says so by NaN.
+    ``norms``, ``slopes``: False where no example's is measured, which NaN says.
     """
     now, g, examples = audited.balance, expected.gradient.norm(), audited.examples
     pairs = {
@@ -723,7 +723,6 @@ def agree(audited, expected: ref.Reference, tolerance, *, norms=True):
     by_example = {
         "length": (audited.length, expected.length),
         "norm quantiles": (audited.norm_quantiles, expected.quantiles(QUANTILES)),
-        "alignment": (audited.alignment, expected.alignment),
         "agreement": (audited.agreement, expected.agreement),
         "examples' norm": (examples.norm, expected.example_norm),
     }
@@ -731,6 +730,10 @@ def agree(audited, expected: ref.Reference, tolerance, *, norms=True):
         pairs |= by_example
     else:
         assert all(actual.isnan().all() for actual, _ in by_example.values())
+    if norms and slopes:
+        pairs["alignment"] = (audited.alignment, expected.alignment)
+    else:
+        assert audited.alignment.isnan().all()
     if not expected.objective.coupled:
         pairs["margin"] = (examples.margin, expected.margin)
     assert torch.equal(audited.count, expected.counts)
@@ -738,7 +741,10 @@ def agree(audited, expected: ref.Reference, tolerance, *, norms=True):
     assert torch.equal(examples.label, expected.label)
     for what, (actual, wanted) in pairs.items():
         near(actual, wanted, tolerance, what)
-    near(examples.slope, expected.slope, tolerance, "slope", expected.example_norm.max() * g)
+    if slopes:
+        near(examples.slope, expected.slope, tolerance, "slope", expected.example_norm.max() * g)
+    else:
+        assert examples.slope.isnan().all()
     columns = expected.layer_parts(audited.layers)
     assert [len(c) for c in columns] == list(audited.layer_sizes)
     for i, at in enumerate(columns):
@@ -747,25 +753,29 @@ def agree(audited, expected: ref.Reference, tolerance, *, norms=True):
         near(audited.layer_gram[i], unit @ unit.T, tolerance, audited.layers[i], largest)
 
 
-# Where a parameter does not act on each example by itself, once, through a layer that is known.
-NOT_BY_PRODUCTS = {
+# Where a parameter is used in a function that no layer function knows, or not for each example.
+NOT_BY_LAYERS = {
     "odd convs",
     "norms",
     "bag",
-    "tied",
-    "tied text",
-    "reused",
     "bare parameters",
-    "bypassed",
     "parametrized",
-    "time first",
     "positions",
     "recurrent",
     "gated",
-    "attention",
-    "two inputs",
-    "named inputs",
 }
+NOT_BY_EXAMPLES = {"recurrent", "gated"}
+USED_TWICE = {"tied", "tied text", "reused", "bypassed"}
+ONCE_DIFFERENTIABLE = {"bag"}
+
+
+def has_norms(name, method):
+    """Return whether a method measures single examples' norms of a case."""
+    if method == "auto":
+        return name not in NOT_BY_LAYERS & NOT_BY_EXAMPLES
+    return method == "examples" or (method == "layers" and name not in USED_TWICE)
+
+
 IN_SINGLE = {name: METHODS for name in MODELS} | {name: ("auto",) for name in SETTINGS}
 TABLE = [
     pytest.param(name, method, dtype, id=f"{name}-{method}-{dtype}".replace("torch.", ""))
@@ -777,16 +787,20 @@ TABLE = [
 
 @pytest.mark.parametrize(("name", "method", "dtype"), TABLE)
 def test_an_audit_is_what_the_explicit_gradients_say(name, method, dtype):
-    if method == "examples" and name in ("recurrent", "gated"):
+    if method == "examples" and name in NOT_BY_EXAMPLES:
         with pytest.raises(FunclossError, match=f"{method} cannot measure this model: "):
             CASES[name]().audited(dtype, method=method)
         return
-    if method == "products" and name in NOT_BY_PRODUCTS:
-        with pytest.raises(FunclossError, match="products cannot measure this model: "):
+    if method == "layers" and name in NOT_BY_LAYERS:
+        with pytest.raises(FunclossError, match="layers cannot measure this model: "):
             CASES[name]().audited(dtype, method=method)
         return
     audited = CASES[name]().audited(dtype, method=method)
-    agree(audited, reference(name), TOLERANCE[dtype], norms=method != "classes")
+    slopes, norms = name not in ONCE_DIFFERENTIABLE, has_norms(name, method)
+    agree(audited, reference(name), TOLERANCE[dtype], norms=norms, slopes=slopes)
+    told = [note for note in audited.notes if "norms of single examples" in note]
+    assert bool(told) != norms
+    assert any("slopes of single examples" in note for note in audited.notes) != slopes
     assert audited.linear_in_weights != CASES[name]().coupled
     held = [check for check in audited.checks if check.tolerance is not None]
     assert held
@@ -803,7 +817,7 @@ LITTLE = ["text", "where, weighted mean", "batches, where", "coupled, where", "f
 def test_little_memory_changes_nothing_but_the_time(name, method):
     case, expected = CASES[name](), reference(name)
     audited = case.audited(method=method, memory=1e-4, step=StepSpec(optim.sgd(), RATE))
-    agree(audited, expected, 1e-10, norms=method != "classes")
+    agree(audited, expected, 1e-10, norms=method != "backward")
     assert audited.method.chunk < 5
     for option in expected.objective.options:
         near(audited.elasticities[option], expected.option_elasticity(option), 1e-8, option, 1.0)
@@ -870,7 +884,7 @@ def test_dropout_is_that_of_the_step(method, where):
     expected = ref.measured(objective)
     asleep = ref.measured(objective._replace(model=copy.deepcopy(model).eval()))
     assert (expected.gram - asleep.gram).abs().max() > 0.01 * asleep.gram.abs().max()
-    agree(audited, expected, 1e-10, norms=method != "classes")
+    agree(audited, expected, 1e-10, norms=method != "backward")
 
 
 # The step.
@@ -1230,7 +1244,7 @@ def test_any_few_examples_are_audited(labels, data):
     method = data.draw(st.sampled_from(METHODS))
     case = simple(labels=torch.tensor(labels), inputs=ROWS[: len(labels)], where=where)
     audited = case.audited(method=method, batch_size=size)
-    agree(audited, ref.measured(case.objective()), 1e-10, norms=method != "classes")
+    agree(audited, ref.measured(case.objective()), 1e-10, norms=method != "backward")
 
 
 # Bounds and refusals.
@@ -1249,7 +1263,7 @@ def after(n, method):
     settings = AuditSettings(method=method, memory=8.0)
     audit(model, None, losses.cross_entropy, data, settings=settings)
     return peak()
-methods = "auto", "products", "classes", "examples"
+methods = "auto", "layers", "backward", "examples"
 first = max(after(200, method) for method in methods)
 print(*(after(1500, method) - first for method in methods))
 """
@@ -1308,7 +1322,7 @@ def test_class_weights_of_a_coupled_loss_are_refused():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: AuditSettings(method="guess"), "AuditSettings: method must be one of auto, prod"),
+        (lambda: AuditSettings(method="guess"), "AuditSettings: method must be one of auto, laye"),
         (lambda: AuditSettings(classes=0), "AuditSettings: classes must be at least 1, got 0"),
         (lambda: AuditSettings(classes=()), "AuditSettings: classes must be at least 1, got 0"),
         (lambda: AuditSettings(memory=float("inf")), "AuditSettings: memory and batch_size must"),
@@ -1389,7 +1403,7 @@ def test_norms_that_cancel_over_positions_keep_their_digits():
 
     case = simple(make=make, inputs=5.0 + draw(N, 1, 12, 12, scale=0.25))
     expected = ref.measured(case.objective())
-    for method in ("products", "examples", "auto"):
+    for method in ("layers", "examples", "auto"):
         audited = case.audited(torch.float32, method=method)
         near(audited.examples.norm, expected.example_norm, 1e-5, method)
 

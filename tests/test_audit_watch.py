@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from funcloss import class_weighted, losses
 from funcloss.audit import LossSpec, audit, watch
-from funcloss.audit.torch_optim import read_optimizer
-from funcloss.errors import AuditError, ConfigError
+from funcloss.errors import ConfigError
 
 CLASSES, N, STEPS = 4, 16, 4
 NAMES = ("a", "b", "c", "d")
@@ -183,45 +182,18 @@ def flat_of(grads):
     return torch.cat([g.flatten() for g in grads.values()])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_read_moves_every_parameter_as_torch_does(name):
-    model = make_model()
-    optimizer, named = OPTIMIZERS[name](model), dict(model.named_parameters())
-    for number in range(STEPS):
-        optimizer.zero_grad()
-        values(model, *batch_of(number)).mean().backward()
-        pieces, why = read_optimizer(optimizer, model)
-        assert why == ""
-        assert {n for piece in pieces for n in piece.names} == {
-            n for n, p in named.items() if p.grad is not None
-        }
-        expected = {}
-        for piece in pieces:
-            names, rule, state, rate = piece.names, piece.optimizer, piece.state, piece.rate
-            grads = {n: named[n].grad.clone() for n in names}
-            params = {n: named[n].detach().clone() for n in names}
-            moves, _ = rule.update(grads, state, params, rate)
-            expected |= {n: params[n] + move for n, move in moves.items()}
-        optimizer.step()
-        for n, after in expected.items():
-            assert_close(named[n].detach(), after, rtol=1e-12, atol=1e-14)
-
-
 def test_a_layer_that_joins_late_has_an_age_of_its_own():
     model = make_model()
     model.last.requires_grad_(False)
     optimizer = optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
     watched = watch(model, optimizer, WEIGHTED)
-    ages = []
     for number in range(4):
         model.last.requires_grad_(number > 1)
         optimizer.zero_grad()
         values(model, *batch_of(number)).mean().backward()
-        ages.append(len(read_optimizer(optimizer, model)[0]))
         found = watched(*batch_of(number))
         assert found.note == ""
         near(found.step.update_norm, moved_by(optimizer).norm())
-    assert ages == [1, 1, 2, 2]
 
 
 def test_before_the_backward_pass_it_says_the_same():
@@ -336,7 +308,7 @@ def test_another_gradient_than_the_loops_is_told(spoil, factor):
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     spoil(model, values(model, *batch).mean())
     found = watch(model, optimizer, WEIGHTED)(*batch)
-    here, ours = map(float, re.findall(r"length (\S+?),? (?:is|acc)", found.note.replace(":", "")))
+    here, ours = map(float, re.findall(r"lengths of (\S+) and (\S+?):", found.note)[0])
     assert "is not this batch's" in found.note
     assert here / ours == pytest.approx(factor or 1e-3 / ours, rel=0.01)
     assert found.step is not None
@@ -401,11 +373,16 @@ def test_it_knows_the_mode_of_now():
 
 def test_batch_norm_in_training_mode_is_refused_until_it_sleeps():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
-    watched = watch(model, optim.SGD(model.parameters(), lr=0.1), losses.cross_entropy)
-    with pytest.raises(AuditError, match="'1' .BatchNorm1d. is in training mode"):
-        watched(*batch_of(0))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="'1' .BatchNorm1d. is in training mode.*backward"):
+        watch(model, optimizer, losses.cross_entropy)
     model[1].eval()
+    watched = watch(model, optimizer, losses.cross_entropy)
     assert watched(*batch_of(0)).step.share.sum() == pytest.approx(1.0)
+    model[1].train()
+    found = watched(*batch_of(0))
+    assert found.records() == []
+    assert "'1' (BatchNorm1d) is in training mode" in found.note
 
 
 # What is not read.
@@ -414,12 +391,8 @@ def test_batch_norm_in_training_mode_is_refused_until_it_sleeps():
 @pytest.mark.parametrize(
     ("kind", "options", "why"),
     [
-        ("RMSprop", {}, "the step of RMSprop is not read, SGD, Adam and AdamW are"),
-        ("NAdam", {}, "the step of NAdam is not read"),
-        ("Adam", {"amsgrad": True}, "the step of Adam with amsgrad is not read"),
-        ("AdamW", {"amsgrad": True}, "the step of AdamW with amsgrad is not read"),
-        ("SGD", {"maximize": True}, "the step of SGD with maximize is not read"),
-        ("SGD", {"momentum": 1.5}, "not read, sgd: momentum must be in"),
+        ("Rprop", {}, "the step of Rprop is not known: see the gradient"),
+        ("LBFGS", {}, "the step of LBFGS is not known: see the gradient"),
     ],
 )
 def test_of_other_optimisers_the_gradient_is_told(kind, options, why):
@@ -429,7 +402,6 @@ def test_of_other_optimisers_the_gradient_is_told(kind, options, why):
     found = watch(model, optimizer, WEIGHTED)(*batch)
     assert found.step is None
     assert why in found.note
-    assert found.note.endswith(": see the gradient")
     assert found.balance.share.sum() == pytest.approx(1.0)
     assert [row["update_share"] for row in found.records()] == [None] * CLASSES
 
@@ -442,7 +414,7 @@ def test_a_class_of_its_own_that_steps_otherwise_is_not_taken_for_torchs():
     model = make_model()
     found = watch(model, Backwards(model.parameters(), lr=0.1), TORCH)(*batch_of(0))
     assert found.step is None
-    assert "the step of Backwards is not read" in found.note
+    assert "Backwards overrides the step of SGD" in found.note
 
 
 def test_parameters_that_are_elsewhere_are_told():
@@ -503,20 +475,17 @@ def test_an_optimiser_of_nothing_here_is_refused():
         watch(model, 0.1, TORCH)
 
 
-def test_batches_that_fit_nothing_are_refused():
+def test_batches_that_fit_nothing_are_noted_and_the_training_goes_on():
     model = nn.Linear(5, 1).double()
     inputs, labels = batch_of(0)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"labels must be integers, .* torch.float64 \(16,\)"):
-        watch(model, optimizer, losses.squared_error)(inputs, labels.double())
-    with pytest.raises(
-        ConfigError, match=r"score per class, .* got \(1, 1\) of one .* say classes="
-    ):
-        watch(model, optimizer, losses.squared_error)(inputs, labels)
+    found = watch(model, optimizer, losses.squared_error)(inputs, labels.double())
+    assert re.search(r"labels must be integers, .* torch.float64 \(16,\)", found.note)
+    found = watch(model, optimizer, losses.squared_error)(inputs, labels)
+    assert re.search(r"score per class, .* got \(1, 1\) of one .* say classes=", found.note)
     model = make_model()
     watched = watch(model, optim.SGD(model.parameters(), lr=0.1), TORCH, classes=2)
-    with pytest.raises(AuditError, match="labels must be in 0..1, got 3"):
-        watched(inputs, labels)
+    assert "labels must be in 0..1, got 3" in watched(inputs, labels).note
 
 
 def test_one_score_will_do_where_the_classes_are_named():

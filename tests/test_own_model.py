@@ -343,6 +343,37 @@ REFUSED = [
         r"randn_like draws from torch's global generator",
         id="noise",
     ),
+    *(
+        pytest.param(
+            "from torch.utils.checkpoint import checkpoint\n"
+            + net(f"return checkpoint(super().forward, x, use_reentrant={reentrant})"),
+            "Bad",
+            r"uses gradient checkpointing \(torch\.utils\.checkpoint\).*: turn it off, such as by",
+            id=f"checkpointing, reentrant: {reentrant}",
+        )
+        for reentrant in (True, False)
+    ),
+    pytest.param(
+        """
+        class Same(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x): return x.clone()
+            @staticmethod
+            def backward(ctx, slope): return slope
+
+        class Bad(Net):
+            def forward(self, x): return Same.apply(super().forward(x))
+        """,
+        "Bad",
+        r"fails on inputs of shape .*override the setup_context",
+        id="old function",
+    ),
+    pytest.param(
+        net("return super().forward(x) * torch.empty(1, 1).bernoulli_(0.5)"),
+        "Bad",
+        r"bernoulli_: the first axis must be the batch of 4 examples.*mode='row'",
+        id="depth of a batch",
+    ),
     pytest.param(
         "def make(): return nn.LazyLinear(2)",
         "make",
@@ -455,6 +486,44 @@ class Frozen(Net):
 class Dropped(Net):
     def forward(self, x): return self.second(F.dropout(self.first(x).relu(), 0.5, self.training))
 """
+
+
+RANDOM = """
+class Encoder(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
+        self.embed, self.head = nn.Linear(1, 4), nn.Linear(4, classes)
+    def forward(self, x): return self.head(self.encoder(self.embed(x[..., None])).mean(1))
+
+class Recurrent(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.net, self.head = nn.LSTM(1, 4, 2, dropout=0.3), nn.Linear(4, classes)
+    def forward(self, x): return self.head(self.net(x.T[..., None])[0][-1])
+
+class Deep(Net):
+    def forward(self, x):
+        keep = x.new_empty(len(x), 1).bernoulli_(0.7) if self.training else 0.7
+        return self.second(self.first(x).relu() * keep / 0.7)
+"""
+
+
+@pytest.mark.parametrize("name", ["Encoder", "Recurrent", "Deep"])
+def test_what_a_model_draws_within_is_repeated_resumed_and_audited(
+    name, own, fit, run_cli, tmp_path, table
+):
+    address = f"{own(RANDOM)}:{name}"
+    whole, (code, _, err) = fit("--model", address)
+    assert (code, but_learning(err)) == (0, "")
+    options = {"model": address, "dataset": str(table), "epochs": 1, "audit_every": 0}
+    config = make_config(options, {"batch_size": 4, "compile": "off", "device": "cpu"})
+    assert not train(config, tmp_path / "part", should_stop=StopAt(3)).finished
+    code, _, err = run_cli("train", "--resume", tmp_path / "part", "--allow-import")
+    assert (code, but_learning(err)) == (0, "")
+    assert_same(whole, tmp_path / "part")
+    code, _, err = run_cli("audit", whole, "--allow-import", "--out", tmp_path / "audit")
+    assert (code, but_learning(err)) == (0, "")
 
 
 def test_batch_norm_keeps_its_running_mean(own, fit):
@@ -581,6 +650,9 @@ TORCHVISION = [
     pytest.param("resnet18", id="resnet18"),
     pytest.param("mobilenet_v3_small", id="mobilenet_v3_small"),
     pytest.param("squeezenet1_0", id="squeezenet1_0"),
+    pytest.param("efficientnet_b0", id="efficientnet_b0"),
+    pytest.param("convnext_tiny", id="convnext_tiny", marks=pytest.mark.slow),
+    pytest.param("swin_t", id="swin_t", marks=pytest.mark.slow),
     pytest.param("vgg11", id="vgg11", marks=pytest.mark.slow),  # 130 million parameters
 ]
 

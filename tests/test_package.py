@@ -36,7 +36,7 @@ LIBRARY = [
         "__init__",
     },
     {"losses", "reduction"},
-    {"combinators", "keys"},
+    {"combinators", "keys", "_dropout"},
     {"modules", "objectives", "_custom_vjp", "transforms"},
     {"laws"},
     {"optim"},

@@ -119,6 +119,25 @@ def test_a_run_keeps_what_is_frozen_and_resumes_without_the_weights(
     assert len(at_hand) == n + 1  # to begin, and not to resume or to evaluate
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_tiny", "swin_t"])
+def test_all_layers_of_a_net_with_stochastic_depth_are_trained(name, images, tmp_path, monkeypatch):
+    made = torchvision.models.get_model(name, weights=None).state_dict()
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", lambda *_, **__: made)
+    monkeypatch.setattr("funcloss.app.runs.pretrained.check_network", lambda urls: None)
+    options = {"model": f"torchvision:{name}", "image_size": 32, "epochs": 1, "audit_every": 0}
+    asked = config(images, pretrained=True, **options)
+    for run in ("run", "again"):
+        train(asked, tmp_path / run)
+    after, again = tensors(tmp_path / "run"), tensors(tmp_path / "again")
+    assert all(torch.equal(after[n], again[n]) for n in after)
+    moved = {
+        n for n in after if after[n].shape != made[n].shape or not torch.equal(after[n], made[n])
+    }
+    trained = dict(torchvision.models.get_model(name, weights=None).named_parameters())
+    assert len(trained.keys() - moved) == 0
+
+
 def test_a_checkpoint_is_read_into_memory_aligned_as_that_of_a_training(tmp_path):
     """Some convolutions round by where in memory their weights begin: resumed runs would differ."""
     state = {f"{i}": torch.rand(3) for i in range(9)}

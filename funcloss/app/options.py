@@ -68,7 +68,7 @@ class AuditOptions(_Checked):
         bool, Option("Audit in evaluation mode, without dropout.", flag="--eval")
     ] = False
     method: Annotated[
-        str, Option("How to measure.", ("auto", "products", "examples", "classes", "loop"))
+        str, Option("How to measure.", ("auto", "layers", "examples", "backward"))
     ] = "auto"
     memory: Annotated[
         float, Option("MiB that intermediate results may take, beside the model.", low=1)

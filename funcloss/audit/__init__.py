@@ -1,6 +1,7 @@
 """The audit: each class's share of the gradient and of the optimiser's step, measured."""
 
 from funcloss.audit.gram import Balance, balance
+from funcloss.audit.layer_kinds import LAYERS
 from funcloss.audit.loss import LossSpec
 from funcloss.audit.measure import AuditSettings, audit
 from funcloss.audit.result import (
@@ -18,6 +19,7 @@ from funcloss.audit.watch import Watch, watch
 from funcloss.audit.words import compare, sentences
 
 __all__ = [
+    "LAYERS",
     "Audit",
     "AuditSettings",
     "Balance",

@@ -1,17 +1,51 @@
 """The second pass: each example's slope along the gradient, and the elasticities of options."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from funcloss.audit.checks import tolerance_of
 from funcloss.audit.data import MakeBatches, MaskedBatch
 from funcloss.audit.gradients import AuditContext, ClassGradients
 from funcloss.audit.loss import cotangents_of, option_slopes, tensor_options
 from funcloss.audit.methods import plain_vjp
+from funcloss.audit.state import ModelState
 from funcloss.errors import AuditError
-from funcloss.transforms import directional
+from funcloss.transforms import directional, twice_backward
 from funcloss.typing import Params
+
+# (function of the params, params, direction) -> (values, their derivatives along the direction)
+Directional = Callable[[Callable[[Params], Tensor], Params, Params], tuple[Tensor, Tensor]]
+
+
+def directional_of(state: ModelState, batch: MaskedBatch, direction: Params) -> Directional | None:
+    """Return a way to derivatives along a direction that the model has; None if it has none.
+
+    Forward mode; or, where an operation has none, the derivative of a backward pass, which is
+    linear in what it starts from. An operation may cut that one off without a word, so it is
+    compared with a backward pass.
+    """
+
+    def predict(params: Params) -> Tensor:
+        return state.predict(params, batch.inputs, batch.keys)
+
+    with contextlib.suppress(RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        directional(predict, state.params, direction)
+        return directional
+    with contextlib.suppress(RuntimeError, ValueError):
+        predictions, slopes = twice_backward(predict, state.params, direction)
+        along = torch.linspace(1.0, 2.0, predictions.numel()).to(predictions)
+        along = along.reshape(predictions.shape)
+        grads = plain_vjp(state, batch, along)
+        terms = torch.stack([(g * direction[name]).sum() for name, g in grads.items()])
+        error = (terms.sum() - (along * slopes).sum()).abs()
+        size = terms.abs().sum() + (along * slopes).abs().sum()
+        if bool(error <= tolerance_of(state.params) * size):
+            return twice_backward
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,18 +57,17 @@ class DirectionalDerivatives:
 
 
 def directional_derivatives(
-    context: AuditContext, make_batches: MakeBatches, gradients: ClassGradients, *, forward: bool
+    context: AuditContext,
+    make_batches: MakeBatches,
+    gradients: ClassGradients,
+    derivative: Directional,
 ) -> DirectionalDerivatives:
-    """Pass over the data along its gradient.
-
-    Without ``forward`` mode it takes a gradient per example, and no option gets an elasticity.
-    """
+    """Pass over the data along its gradient."""
     rows, by_option = [], {}
-    along = _forward_slopes if forward else _backward_slopes
     for batch in make_batches():
         if not len(batch):
             continue
-        loss, slope, options = along(context, batch, gradients.gradient)
+        loss, slope, options = _slopes(context, batch, gradients.gradient, derivative)
         rows.append((batch.position, batch.groups, loss, slope))
         by_option = {name: by_option.get(name, 0) + value for name, value in options.items()}
     index, label, loss, slope = (torch.cat(column) for column in zip(*rows, strict=True))
@@ -58,12 +91,14 @@ def directional_derivatives(
     )
 
 
-def _forward_slopes(context: AuditContext, batch: MaskedBatch, direction: Params):
-    """Return losses, slopes and those of the options, by forward mode."""
+def _slopes(
+    context: AuditContext, batch: MaskedBatch, direction: Params, derivative: Directional
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return losses, slopes and those of the options."""
     state, moved = context.state, []
     for piece in context.pieces(batch):
         part = batch.at(piece)
-        predictions, tangents = directional(
+        predictions, tangents = derivative(
             lambda p, part=part: state.predict(p, part.inputs, part.keys), state.params, direction
         )
         moved.append((part, predictions, tangents))
@@ -80,14 +115,3 @@ def _forward_slopes(context: AuditContext, batch: MaskedBatch, direction: Params
             found = option_slopes(context.loss, predictions, tangents, part.targets, weights)
             by_option = {name: by_option.get(name, 0) + value for name, value in found.items()}
     return torch.cat(losses), torch.cat(slopes), by_option
-
-
-def _backward_slopes(context: AuditContext, batch: MaskedBatch, direction: Params):
-    """Return losses and slopes from a gradient per example, where there is no forward mode."""
-    loss, cotangents = cotangents_of(context.loss, context.predictions(batch), batch.targets)
-    slopes = []
-    for i in range(len(batch)):
-        one = slice(i, i + 1)
-        grads = plain_vjp(context.state, batch.at(one), cotangents[one])
-        slopes.append(torch.stack([(g * direction[n]).sum() for n, g in grads.items()]).sum())
-    return loss, torch.stack(slopes), {}

@@ -20,7 +20,7 @@ from funcloss.audit.inner import (
 )
 from funcloss.audit.jackknife import Jackknife
 from funcloss.audit.loss import LossSpec, cotangents_of, margins
-from funcloss.audit.methods import METHODS
+from funcloss.audit.methods import Measure
 from funcloss.audit.result import ExampleRows, StandardErrors
 from funcloss.audit.state import ModelState
 from funcloss.errors import AuditError
@@ -37,7 +37,7 @@ class AuditContext:
     coupled: bool  # whether the loss couples examples
     names: tuple[str, ...]  # of the classes
     weights: Tensor  # of the classes, (classes,)
-    method: str
+    measure: Measure
     chunk: int  # examples at a time
     blocks: tuple[range, ...]  # classes whose gradients are held together
     norms: bool = False  # whether every example's norm is measured
@@ -103,7 +103,7 @@ def batch_gradients(
         rows = []
         for piece in context.pieces(batch):
             part = from_zero.at(piece)
-            predictions, pullback = METHODS[context.method](context.state, part)
+            predictions, pullback = context.measure(context.state, part)
             loss, cotangents = (
                 [found[piece] for found in known]
                 if known

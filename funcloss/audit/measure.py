@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from funcloss.audit.checks import check_given, check_gradient, check_slopes, require
 from funcloss.audit.data import GroupBy, MakeBatches, MaskedBatch, check_labels, reiterable
-from funcloss.audit.directional import directional_derivatives
+from funcloss.audit.directional import directional_derivatives, directional_of
 from funcloss.audit.gradients import AuditContext, class_gradients
 from funcloss.audit.loss import LossSpec, as_spec, cotangents_of, inspected, tensor_options
-from funcloss.audit.methods import BY_EXAMPLE, METHODS, Plan, has_forward_mode, make_plan
+from funcloss.audit.methods import METHODS, Plan, make_plan
 from funcloss.audit.result import Audit, Method, class_statistics
 from funcloss.audit.state import ModelState, has_dropout, make_model_state
 from funcloss.audit.step import StepSpec, step_and_impact
@@ -35,7 +35,7 @@ class AuditSettings:
         group_by: From a batch to the integer group of each example, ``(batch,)``, in place of its
             label: for regression, for weights of other groups than classes.
         per_example: Whether to measure every example: norms, slopes and what follows.
-        method: ``auto``, ``products``, ``examples``, ``classes`` or ``loop``.
+        method: ``auto``, ``layers``, ``examples`` or ``backward``.
         memory: What may be held at a time beside the model, in MiB.
         batch_size: Examples per batch of data that does not come in batches.
         gradient: What a training step computed on the same data, to be compared.
@@ -69,11 +69,6 @@ class AuditSettings:
         number = self.classes if isinstance(self.classes, int | None) else len(self.classes)
         if number is not None and number < 1:
             raise ValueError(f"AuditSettings: classes must be at least 1, got {number}")
-
-    @property
-    def norms(self) -> bool:
-        """Whether every example's norm is measured."""
-        return self.per_example and self.method in ("auto", *BY_EXAMPLE)
 
 
 def audit(
@@ -138,20 +133,23 @@ def audit(
         context, plan = _prepare(
             at, as_spec(loss), make_batches, probe, settings, with_step=step is not None
         )
+        notes += [plan.note] if plan.note else []
         gradients = class_gradients(context, make_batches, number, settings.memory * 2**16)
         examples, gradient_norm = gradients.examples, gradients.gradient_norm
         if gradients.standard_errors is None and len(examples.label) > settings.batch_size:
             notes.append("no standard errors: too few batches, or memory= too small")
         checks, elasticities = [check_gradient(context, probe, gradients)], {}
         if settings.per_example or tensor_options(context.loss):
-            forward = has_forward_mode(at, probe.some(_PROBE))
-            found = directional_derivatives(context, make_batches, gradients, forward=forward)
-            examples, elasticities = replace(examples, slope=found.slope), found.elasticities
-            checks.append(check_slopes(context, gradients, found.slope))
-            if not forward and tensor_options(context.loss):
+            derivative = directional_of(at, probe.some(_PROBE), gradients.gradient)
+            if derivative is None:
                 notes.append(
-                    "the model has an operation without forward mode: no elasticity of the options"
+                    "the slopes of single examples and the elasticities of the loss's options are "
+                    "not measured: the model has an operation that can be differentiated only once"
                 )
+            else:
+                found = directional_derivatives(context, make_batches, gradients, derivative)
+                examples, elasticities = replace(examples, slope=found.slope), found.elasticities
+                checks.append(check_slopes(context, gradients, found.slope))
         if settings.gradient is not None:
             checks.append(check_given(context, gradients, settings.gradient))
         require(checks, dropout=has_dropout(model))
@@ -206,9 +204,9 @@ def _prepare(
     check_labels(few.groups, len(names))
     spec, coupled = inspected(spec, predictions, few.targets)
     weights = _weights(spec.class_weights, len(names), predictions)
-    plan = plan_for(state, spec, few, norms=settings.norms, method=settings.method)
+    plan = plan_for(state, spec, few, norms=settings.per_example, method=settings.method)
     chunk, blocks = _fit(plan, state, len(names), settings.memory, with_step=with_step)
-    how = {"method": plan.method, "chunk": chunk, "blocks": blocks, "norms": settings.norms}
+    how = {"measure": plan.measure, "chunk": chunk, "blocks": blocks, "norms": plan.norms}
     return AuditContext(state, spec, coupled, names, weights, **how), plan
 
 

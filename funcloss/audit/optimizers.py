@@ -65,8 +65,8 @@ def bare(optimizer: Any) -> torch.optim.Optimizer:
         True
     """
     for kind in type(optimizer).__mro__:
-        inner = getattr(optimizer, _WRAPPERS.get(kind.__name__, ""), None)
-        if inner is not None:
+        name = _WRAPPERS.get(kind.__name__)
+        if name and (inner := getattr(optimizer, name, None)) is not None:
             return bare(inner)
     return optimizer
 
@@ -88,8 +88,8 @@ def why_not(optimizer: Any) -> str:
     Example:
         >>> why_not(torch.optim.Adam([torch.zeros(2)]))
         ''
-        >>> why_not(torch.optim.Rprop([torch.zeros(2)]))
-        'the step of Rprop is not known: see the gradient, or add Rprop to audit.optimizers.STEPS'
+        >>> why_not(torch.optim.Rprop([torch.zeros(2)]))  # doctest: +ELLIPSIS
+        'the step of Rprop is not known: see the gradient, or add Rprop to ...optimizers.STEPS'
     """
     optimizer = bare(optimizer)
     kind = type(optimizer)
@@ -367,7 +367,7 @@ def _read(kind: type) -> tuple[_Known | None, str]:
         why = f"{name} overrides the step of {known.base.__name__}"
     else:
         return known, ""
-    return None, f"{why}: see the gradient, or add {name} to audit.optimizers.STEPS"
+    return None, f"{why}: see the gradient, or add {name} to {__name__}.STEPS"
 
 
 def _not_linear(kind: type) -> str:
@@ -429,12 +429,9 @@ def _made(
     Decoupled, weight decay takes ``-lr * weight_decay * p`` instead.
     """
     scale = scale if isinstance(scale, Tensor) else p.new_full((), scale)
-    decay = (-options["lr"] if decoupled else scale) * options["weight_decay"] * p
-    return LinearStep(
-        -scale if options.get("maximize") else scale,
-        decay if _decays(options) else None,
-        history,
-    )
+    pull = -options["lr"] if decoupled else scale
+    decay = pull * options["weight_decay"] * p if _decays(options) else None
+    return LinearStep(-scale if options.get("maximize") else scale, decay, history)
 
 
 def _entering(options: _Options, p: Tensor, grad: Tensor, decoupled: bool = False) -> Tensor:
@@ -448,7 +445,9 @@ def _decays(options: _Options) -> bool:
     return isinstance(decay, Tensor) or decay != 0  # a tensor is not waited for
 
 
-def _second(state: _Options, name: str, beta: _Number, entering: Tensor, p: Tensor) -> Tensor:
+def _second(
+    state: Mapping[str, Any], name: str, beta: _Number, entering: Tensor, p: Tensor
+) -> Tensor:
     """Return the running mean of squares after this gradient."""
     before = _held(state, name, p)
     now = (1 - beta) * entering**2

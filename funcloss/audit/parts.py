@@ -25,6 +25,7 @@ class Groups:
 
     of_terms: Tensor  # int64; NO_GROUP: in the loss, and in no group
     counts: dict[int, int]  # terms of each group that is there, the most frequent last
+    sums: dict[int, float]  # of the values of its terms; NaN where none are given
 
     def mask(self, group: int, dims: int) -> Tensor:
         """Return where a group's terms are, with axes of length 1 added up to ``dims``."""
@@ -32,27 +33,42 @@ class Groups:
         return here.reshape(*here.shape, *(1,) * (dims - here.dim()))
 
 
-def groups_in(of_terms: Tensor, most: int) -> Groups:
+def groups_in(of_terms: Tensor, most: int, values: Tensor | None = None) -> Groups:
     """Return the groups of the terms; where there are more than ``most``, the rarest share one.
 
     Args:
         of_terms: A group per term, any shape; below 0: none.
         most: How many gradients can be held.
+        values: Of the terms, to be summed by group.
 
     Example:
         >>> groups_in(torch.tensor([4, 4, 4, 1, 1, 0, 2, -100]), 3).counts
         {-2: 3, 1: 2, 4: 3}
     """
     of_terms = of_terms.long().clamp(min=NO_GROUP)
-    ids, counts = of_terms.unique(return_counts=True)
-    ids, counts = torch.stack([ids, counts]).tolist()
-    found = dict(sorted(zip(ids, counts, strict=True), key=lambda item: item[1]))
-    if len(found) > most:
-        rare = list(found)[: len(found) - most + 1]
-        pooled = sum(found.pop(group) for group in rare)
-        of_terms = torch.where(torch.isin(of_terms, of_terms.new_tensor(rare)), POOLED, of_terms)
-        found = {POOLED: pooled, **found}
-    return Groups(of_terms, found)
+    ids, place, counts = of_terms.unique(return_inverse=True, return_counts=True)
+    sums = torch.full_like(ids, torch.nan, dtype=torch.float64 if _has_wide(ids) else torch.float32)
+    if values is not None:
+        within = values.dim() - of_terms.dim()
+        each = values.detach().flatten(-within).sum(-1) if within else values.detach()
+        sums = sums.zero_().index_add_(0, place.flatten(), each.flatten().to(sums))
+    rows = torch.stack([ids.to(sums), counts.to(sums), sums]).tolist()  # the device waits once
+    found = sorted(zip(*rows, strict=True), key=lambda row: row[1])
+    rare = found[: len(found) - most + 1] if len(found) > most else []
+    if rare:
+        which = of_terms.new_tensor([int(group) for group, _, _ in rare])
+        of_terms = torch.where(torch.isin(of_terms, which), POOLED, of_terms)
+        pooled = (POOLED, sum(n for _, n, _ in rare), sum(total for _, _, total in rare))
+        found = [pooled, *found[len(rare) :]]
+    return Groups(
+        of_terms,
+        {int(group): int(count) for group, count, _ in found},
+        {int(group): total for group, _, total in found},
+    )
+
+
+def _has_wide(x: Tensor) -> bool:
+    return x.device.type != "mps"
 
 
 def class_parts(
@@ -96,38 +112,41 @@ def passing() -> bool:
 
 
 def add_parts(into: Parts, more: Parts) -> None:
-    """Add the parts of another micro-batch in place."""
+    """Add the parts of another micro-batch."""
     for group, found in more.items():
-        held = into.get(group)
-        if held is None:
+        held = into.get(group, found)
+        if held is found:
             into[group] = found
             continue
-        for i, part in enumerate(found):
-            if part is not None:
-                held[i] = part if held[i] is None else held[i] + part
+        into[group] = [
+            a if b is None else b if a is None else a + b for a, b in zip(held, found, strict=True)
+        ]
 
 
 def difference(whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor | None:
     """Return what is left of a gradient without some of its parts."""
     if whole is None:
         return None
-    rest = whole.to_dense() if whole.layout != torch.strided else whole.clone()
+    rest = dense(whole).clone()
     for part in parts:
         if part is not None:
-            rest -= part.to_dense() if part.layout != torch.strided else part
+            rest -= dense(part)
     return rest
+
+
+def dense(grad: Tensor) -> Tensor:
+    """Return a gradient, sparse or not, as one that is not."""
+    grad = grad.detach()
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def rows_at(parts: Parts, rows: Sequence[int], i: int, like: Tensor) -> Tensor:
     """Return the parts of one parameter side by side, ``(rows, *shape)``, dense."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
     found = (parts[group][i] for group in rows)
     return torch.stack(
         [
-            torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-            if part is None
-            else (part.to_dense() if part.layout != torch.strided else part).to(
-                torch.promote_types(like.dtype, torch.float32)
-            )
+            torch.zeros_like(like, dtype=dtype) if part is None else dense(part).to(dtype)
             for part in found
         ]
     )

@@ -106,9 +106,24 @@ def make_predict(forward: Forward, buffers: Buffers) -> Predict:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return whether dropout is active in the model's present mode."""
-    layers = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    return any(m.training and m.p > 0 for m in layers)
+    """Return whether a layer of the model drops out in its present mode.
+
+    One does that is in training mode and has a probability: ``p`` as torch's dropout layers and
+    torchvision's stochastic depth, ``dropout`` as attention and recurrent layers, ``drop_prob`` as
+    timm's. What a model calls as a function is not seen.
+
+    Example:
+        >>> has_dropout(nn.LSTM(2, 2, 2, dropout=0.1)), has_dropout(nn.Linear(2, 2))
+        (True, False)
+    """
+    return any(_drops(m) for m in model.modules() if m.training)
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+        return False
+    given = (getattr(module, name, None) for name in ("p", "dropout", "drop_prob"))
+    return any(isinstance(p, float) and p > 0 for p in given)
 
 
 def check_no_coupling(model: nn.Module) -> None:

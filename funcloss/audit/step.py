@@ -20,7 +20,6 @@ from funcloss.audit.inner import (
     total_of,
 )
 from funcloss.audit.loss import cotangents_of, values_of
-from funcloss.audit.methods import METHODS
 from funcloss.audit.result import Check, Impact, StepAudit
 from funcloss.optim import Optimizer, OptState, Schedule, SGDState, clip_factor
 from funcloss.typing import Grads, Params
@@ -234,7 +233,7 @@ def coupled_gradients(context: AuditContext, make_batches: MakeBatches, wanted: 
             _, cotangents = cotangents_of(context.loss, predictions, batch.targets, of_class)
             one = {name: part[row : row + 1] for name, part in sums.items()}
             for piece in context.pieces(batch):
-                _, pullback = METHODS[context.method](context.state, whole.at(piece))
+                _, pullback = context.measure(context.state, whole.at(piece))
                 pullback(cotangents[piece], one, False)
     return sums
 

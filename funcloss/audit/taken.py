@@ -1,7 +1,7 @@
 """The step of ``torch.optim``: told from class parts before it is taken, and compared after."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from funcloss.audit.inner import _wide
 from funcloss.audit.optimizers import bare, direction, has_direction, linear_step, why_not
+from funcloss.audit.parts import dense
 from funcloss.audit.result import StepAudit
 from funcloss.audit.step import OWN_ROWS
+from funcloss.errors import AuditError
 
 REST = "other gradient"  # what is in .grad beside the parts
 _STRETCH = 1 << 16  # numbers of a row that are multiplied at once
@@ -88,12 +90,16 @@ def tell_step(
         if (given := grads[i]) is None:
             continue
         parts = rows_at(i) / scale
-        grad = _dense(given).to(parts.dtype)
+        grad = dense(given).to(parts.dtype)
         _add_products(gram, [parts])
         if (group := group_of.get(p)) is None or make is None:
             continue
         parts = _as_the_optimiser_gets_it(parts, match)
-        found = make(group, type(optimizer), optimizer.state.get(p, {}), p.detach(), grad)
+        try:
+            found = make(group, type(optimizer), optimizer.state.get(p, {}), p.detach(), grad)
+        except AuditError as error:  # its memory is not that of its kind
+            refused, make, squares, expected = str(error), None, [], []
+            continue
         rates.add(float(group["lr"]))
         beside = [grad - parts.sum(0)] if rest else []
         none = torch.zeros_like(grad)
@@ -109,8 +115,18 @@ def tell_step(
     step = None
     if squares:
         rate = rates.pop() if len(rates) == 1 else math.nan
-        step = StepAudit(rows, step_gram.cpu().double(), rate, match.factor, refused)
+        note = "; ".join(filter(None, (refused, _strangers(group_of, params))))
+        step = StepAudit(rows, step_gram.cpu().double(), rate, match.factor, note)
+    elif not refused:
+        refused = "the optimiser moves none of what is trained: see the gradient"
     return Told(gram.cpu().double(), step, expected, length, match, refused)
+
+
+def _strangers(moved: Iterable[nn.Parameter], params: Sequence[nn.Parameter]) -> str:
+    """Return a note if the optimiser moves parameters that are not the model's, else nothing."""
+    if set(params).issuperset(p for p in moved if p.grad is not None):
+        return ""
+    return "the optimiser moves parameters of another model too, which are left out"
 
 
 def match_of(
@@ -126,18 +142,21 @@ def match_of(
 
     def pair(i: int, grad: Tensor) -> tuple[Tensor, Tensor]:
         whole = rows_at(i).sum(0) / scale
-        return whole, _dense(grad).to(whole.dtype)
+        return whole, dense(grad).to(whole.dtype)
 
     sums = torch.stack([_moments(*pair(i, g)) for i, g in there])
-    with_grad, square, of_grad = sums[:, :3].sum(0).tolist()
-    largest = float(sums[:, 3].max())
+    sums = torch.cat([sums[:, :3].sum(0), sums[:, 3:].amax(0)])
+    with_grad, square, of_grad, largest = sums.tolist()
     tolerance = _tolerance(params)
-    if not math.isfinite(of_grad + square) or not of_grad or not square:
-        return Match(distance=0.0 if of_grad == square else math.inf)
+    if not math.isfinite(of_grad + square):
+        return Match(distance=math.inf, note="the gradient in .grad is not finite")
+    if not of_grad:
+        note = "the gradient in .grad is 0, and the class parts are not" if square else ""
+        return Match(distance=math.inf if square else 0.0, note=note)
     apart = math.sqrt(max(of_grad - 2.0 * with_grad + square, 0.0) / of_grad)
     if apart <= tolerance:
         return Match(distance=apart)
-    factor = with_grad / square
+    factor = with_grad / square if square else 0.0
     scaled = math.sqrt(max(of_grad - with_grad * factor, 0.0) / of_grad)
     if factor > 0.0 and scaled <= tolerance:
         what = "clipped or scaled" if factor < 1.0 else "scaled"
@@ -188,8 +207,3 @@ def _add_products(gram: Tensor, rows: Sequence[Tensor]) -> None:
 def _square(x: Tensor) -> Tensor:
     flat = _wide(x.detach().flatten())
     return flat @ flat
-
-
-def _dense(grad: Tensor) -> Tensor:
-    grad = grad.detach()
-    return grad if grad.layout == torch.strided else grad.to_dense()

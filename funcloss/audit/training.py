@@ -16,6 +16,7 @@ from funcloss.audit.gram import Balance, balance
 from funcloss.audit.inner import grams, layers_of, scaled_rows, total_of
 from funcloss.audit.loss import LossSpec, as_spec, inspected
 from funcloss.audit.measure import COUPLING, plan_for
+from funcloss.audit.methods import Measure
 from funcloss.audit.result import StepAudit
 from funcloss.audit.state import ModelState, check_no_coupling, make_predict
 from funcloss.audit.step import split_step
@@ -143,7 +144,8 @@ def make_batch_audit(spec: LossSpec, classes: tuple[str, ...]) -> BatchAudit:
         spec: The loss; class weights and options of ``hyper`` go before its own.
         classes: Names of the classes.
     """
-    known: dict[bool, tuple[LossSpec, bool, str]] = {}  # by whether there are class weights
+    # By whether there are class weights, and more than one example to try a method on.
+    known: dict[tuple[bool, bool], tuple[LossSpec, bool, Measure]] = {}
 
     def batch_audit(state: ModelState, batch: Batch, hyper: Hyper) -> tuple[StepFindings, Grads]:
         weights = hyper.get("class_weights", spec.class_weights)
@@ -151,19 +153,19 @@ def make_batch_audit(spec: LossSpec, classes: tuple[str, ...]) -> BatchAudit:
         valid = select_valid(batch, groups_of(batch, None), state)
         if not len(valid):
             raise AuditError("audit: no example counts")
-        if (weighted := weights is not None) not in known:
+        if (case := (weights is not None, len(valid) > 1)) not in known:
             few = valid.some(COUPLING)
             predictions = state.predict(state.params, few.inputs, few.keys)
             asked = replace(spec, class_weights=weights, options=options)
             inner, coupled = inspected(asked, predictions, few.targets)
-            known[weighted] = inner, coupled, plan_for(state, inner, few, norms=False).method
-        inner, coupled, method = known[weighted]
+            known[case] = inner, coupled, plan_for(state, inner, few, norms=False).measure
+        inner, coupled, measure = known[case]
         like = next(iter(state.params.values()))
         weights = like.new_ones(len(classes)) if weights is None else weights.to(like)
         every = range(len(classes))
         context = AuditContext(
             state, replace(inner, class_weights=None, options=options), coupled, classes, weights,
-            method, chunk=len(valid), blocks=(every,),
+            measure, chunk=len(valid), blocks=(every,),
         )  # fmt: skip
         seen = next(batch_gradients(context, lambda: iter([valid]), every))
         groups, n = seen.batch.groups, len(seen.loss)

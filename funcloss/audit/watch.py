@@ -1,7 +1,7 @@
 """The audit beside a loop that somebody already has: class parts of its own gradient and step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from funcloss.audit.parts import (
     Parts,
     add_parts,
     class_parts,
+    dense,
     difference,
     groups_in,
     passing,
@@ -41,6 +42,7 @@ from funcloss.typing import Batch, Grads, LossFn
 _ALL_ROWS = 1000  # classes of which each has a row, in the batch or not
 _CANCELLED = 1e-4  # |g| / sum |g_c| below which float32's rounding shows in the shares
 _DROPOUT = "dropout is active: this gradient is under masks of the audit's own, not the step's"
+_WITHIN = "not audited: the optimiser stepped within backward(): use watched.through()"
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 _PLAIN_ROWS = {NO_GROUP: "no group", POOLED: "other classes"}
 
@@ -49,10 +51,10 @@ class Watch:
     """Splits the steps of a loop by class, as :func:`watch` returns it.
 
     Attributes:
-        found: What was told of the last step that was audited; None before the first.
+        found: What was told of the last step that was audited.
     """
 
-    found: StepFindings | None
+    found: StepFindings
 
     def __init__(
         self,
@@ -65,16 +67,18 @@ class Watch:
         every: int,
         memory: float,
         on_step: Callable[[StepFindings], None] | None,
+        params: Iterable[nn.Parameter],
     ) -> None:
         """Begin to listen to the optimiser's steps."""
         self._model, self._optimizer, self._spec = model, optimizer, spec
         self._classes, self._clip_norm = classes, clip_norm
         self._every, self._memory, self._on_step = every, memory, on_step
+        self._some = set(params)  # empty: all of the model
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
         self._hooks: list[RemovableHandle] = []
-        self.found = None
+        self.found = nothing_found("no step has been audited yet")
         self._forget()
         stepping = bare(optimizer)
         self._handles = [
@@ -117,14 +121,13 @@ class Watch:
         total = values_in.mean() if divisor is None else values_in.sum() / divisor
         if scaler is not None:
             total = scaler.scale(total)
-        params = self._params()
-        before = self._begin(params)
-        parts, seen, last = {}, None, None
-        if self._due() and (seen := self._seen(values, groups, class_weights)):
+        params, before = self._begin()
+        parts, seen, last, steps = {}, None, None, self._steps
+        if self._due() and (seen := self._seen(values, groups, values)) and seen.counts:
             # The most frequent group's part is what the others leave of .grad, but for the first
             # time, and where .grad will be that of several processes.
             *others, last = seen.counts
-            by_difference = self._doubt is not None and self._world() == 1
+            by_difference = self._doubt == "" and self._world() == 1
             wanted = others if by_difference else [*others, last]
 
             def passes() -> Parts:
@@ -133,7 +136,10 @@ class Watch:
 
             parts = self._tried(passes, {})
         total.backward()
-        if seen is None or self._why:
+        if self._steps > steps:
+            self.found = nothing_found(_WITHIN)
+            return
+        if last is None or seen is None or self._why:
             return
         if last not in parts:
             parts[last] = [
@@ -143,7 +149,7 @@ class Watch:
         elif self._doubt is None and self._world() == 1:
             self._doubt = _adds_up(params, before, parts)
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        self._keep(parts, seen, values, class_weights)
+        self._keep(parts, seen, class_weights)
 
     def through(
         self,
@@ -210,12 +216,11 @@ class Watch:
         """
         if passing() or not self._due():
             return True
-        params = self._params()
-        self._begin(params)
+        params, _ = self._begin()
         dims = predictions.dim()
         terms = cotangents.detach()
         wide = groups.dim() == dims - 1  # the classes' axis is to be passed over
-        seen = self._seen(terms.movedim(class_dim, -1) if wide else terms, groups, None)
+        seen = self._seen(terms.movedim(class_dim, -1) if wide else terms, groups)
         if seen is None:
             return True
         over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
@@ -226,7 +231,7 @@ class Watch:
             return False
         if parts:
             self._scale = 1.0 if scaler is None else scaler.get_scale()
-            self._keep(parts, seen, None, class_weights)
+            self._keep(parts, seen, class_weights)
         return True
 
     @torch.no_grad()
@@ -274,7 +279,8 @@ class Watch:
     def _forget(self) -> None:
         self._parts: Parts = {}
         self._counts: dict[int, int] = {}
-        self._losses: dict[int, Tensor] = {}  # sums of the terms, at weight 1
+        self._sums: dict[int, float] = {}  # of the terms, at weight 1
+        self._trained: list[nn.Parameter] = []
         self._weights: Tensor | None = None
         self._scale = 1.0
         self._why = ""  # why this step cannot be told
@@ -284,43 +290,54 @@ class Watch:
         return self._steps % self._every == 0
 
     def _params(self) -> list[nn.Parameter]:
-        """Return what is trained and moved by this optimiser, which may be one of several."""
-        moved = {p for group in bare(self._optimizer).param_groups for p in group["params"]}
-        return [p for p in self._model.parameters() if p.requires_grad and p in moved]
+        some = self._some
+        return [p for p in self._model.parameters() if p.requires_grad and (not some or p in some)]
 
     def _world(self) -> int:
-        wrapped = isinstance(self._model, nn.parallel.DistributedDataParallel)
-        return dist.get_world_size(self._model.process_group) if wrapped else 1
+        group = self._processes()
+        return 1 if group is None else dist.get_world_size(group)
 
-    def _begin(self, params: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Return copies of what is accumulated so far; where that is nothing, a step begins."""
-        grads = [p.grad for p in params if p.grad is not None]
-        if not self._due() or not grads or not any(bool(g.any()) for g in map(_values, grads)):
+    def _processes(self) -> dist.ProcessGroup | None:
+        """Return the processes that average their gradients; None: there is one."""
+        model: Any = self._model
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        return model.process_group if wrapped else None
+
+    def _begin(self) -> tuple[list[nn.Parameter], list[Tensor | None]]:
+        """Return the step's parameters and copies of their gradients; if all are 0, it begins."""
+        now = self._params()
+        grads = [p.grad for p in now if p.grad is not None]
+        if not self._due() or not grads or not any(bool(g.any()) for g in map(dense, grads)):
             if self._parts or self._why:
                 self._forget()
-            return [None] * len(params)
-        return [None if p.grad is None else p.grad.detach().clone() for p in params]
+            self._trained = now
+            return now, [None] * len(now)
+        if not self._parts:
+            self._trained = now
+        params = self._trained
+        return params, [None if p.grad is None else p.grad.detach().clone() for p in params]
 
-    def _seen(self, values: Tensor, groups: Tensor, weights: Tensor | None) -> Groups | None:
+    def _seen(self, terms: Tensor, groups: Tensor, values: Tensor | None = None) -> Groups | None:
         """Return the groups of the terms, or None and the reason in ``_why``."""
 
         def find() -> Groups | None:
-            if groups.is_floating_point() or groups.shape != values.shape[: groups.dim()]:
+            if groups.is_floating_point() or groups.shape != terms.shape[: groups.dim()]:
                 raise ValueError(
                     "watch: groups must be integers of the shape of the terms, "
-                    f"{tuple(values.shape)}, got {groups.dtype} {tuple(groups.shape)}"
-                )
-            if not bool(values.detach().isfinite().all()):
-                raise AuditError("the loss is not finite: there is no gradient to split")
-            number = self._number()
-            if number and bool((groups >= number).any()):
-                raise AuditError(
-                    f"labels must be below {number}, got {int(groups.max())}: give watch classes="
+                    f"{tuple(terms.shape)}, got {groups.dtype} {tuple(groups.shape)}"
                 )
             size = sum(p.numel() * p.element_size() for p in self._params())
-            held = {group for group in self._parts if group != POOLED}
             most = max(2, int(self._memory * 2**20 / size))
-            return groups_in(groups, max(most, len(held)))
+            seen = groups_in(groups, most, values)
+            whole = float(terms.sum()) if values is None else sum(seen.sums.values())
+            if not math.isfinite(whole):
+                raise AuditError("the loss is not finite: there is no gradient to split")
+            number = self._number()
+            if number and max(seen.counts, default=0) >= number:
+                raise AuditError(
+                    f"labels must be below {number}, got {max(seen.counts)}: give watch classes="
+                )
+            return seen
 
         return self._tried(find, None)
 
@@ -335,16 +352,12 @@ class Watch:
             self._parts = {}
             return otherwise
 
-    def _keep(
-        self, parts: Parts, seen: Groups, values: Tensor | None, weights: Tensor | None
-    ) -> None:
+    def _keep(self, parts: Parts, seen: Groups, weights: Tensor | None) -> None:
         add_parts(self._parts, parts)
         self._weights = weights
         for group, count in seen.counts.items():
             self._counts[group] = self._counts.get(group, 0) + count
-            if values is not None:
-                own = values.detach()[seen.of_terms == group].double().sum()
-                self._losses[group] = self._losses.get(group, 0.0) + own
+            self._sums[group] = self._sums.get(group, 0.0) + seen.sums[group]
 
     # The step ---
 
@@ -377,11 +390,15 @@ class Watch:
 
     def _split(self) -> tuple[Told, StepFindings]:
         params, ids = self._params(), sorted(self._parts, key=lambda g: (g < 0, g))
+        if ids and [*map(id, params)] != [*map(id, self._trained)]:
+            raise AuditError(
+                "what is trained changed within the step: freeze before its first batch"
+            )
         names = tuple(self._name(group) for group in ids)
         told = tell_step(
             self._optimizer,
             params,
-            [p.grad for p in params],
+            [self._as_stepped(p.grad) for p in params],
             lambda i: rows_at(self._parts, ids, i, params[i]),
             names,
             scale=self._scale,
@@ -393,7 +410,8 @@ class Watch:
             names = tuple(self._name(group) for group in every)
             told, ids = _with_all(told, [every.index(group) for group in ids], names), every
         count = torch.tensor([self._counts.get(group, 0) for group in ids])
-        loss = torch.tensor([float(self._losses.get(group, math.nan)) for group in ids])
+        sums = [self._sums.get(group, math.nan) for group in ids]
+        loss = torch.tensor(sums, dtype=torch.float64)
         weights = torch.ones(len(ids), dtype=torch.float64)
         if self._weights is not None:
             held = self._weights.detach().cpu().double()
@@ -411,6 +429,11 @@ class Watch:
             notes.append("memory= holds the gradients of some classes: the others share a row")
         note = "; ".join(filter(None, notes))
         return told, StepFindings(now, count, loss / count, told.step, names, note)
+
+    def _as_stepped(self, grad: Tensor | None) -> Tensor | None:
+        """Return a gradient as the step takes it: a fused kernel takes the scale out itself."""
+        scale = getattr(bare(self._optimizer), "grad_scale", None)
+        return grad if scale is None or grad is None else dense(grad) / scale
 
     def _rounding(self, norm: Tensor, whole: Tensor) -> str:
         eps = max(torch.finfo(p.dtype).eps for p in self._params())
@@ -431,14 +454,14 @@ class Watch:
         while self._hooks:
             self._hooks.pop().remove()
         self._forget()
-        if due and self.found is not None and self._on_step is not None:
+        if due and self._on_step is not None:
             self._on_step(self.found)
 
     def _reduce(self) -> None:
         """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
-        group = self._model.process_group
+        group = self._processes()
         told: list[Any] = [None] * self._world()
-        mine = (self._counts, {g: float(v) for g, v in self._losses.items()}, self._why)
+        mine = (self._counts, self._sums, self._why)
         dist.all_gather_object(told, mine, group=group)
         if failed := [why for _, _, why in told if why]:
             raise AuditError(failed[0])
@@ -449,16 +472,12 @@ class Watch:
             mine = self._parts.get(of, [None] * len(params))
             found[of] = []
             for p, part in zip(params, mine, strict=True):
-                part = torch.zeros_like(p) if part is None else _values(part).contiguous()
+                part = torch.zeros_like(p) if part is None else dense(part).contiguous()
                 dist.all_reduce(part, group=group)
                 found[of].append(part / len(told))
         self._parts = found
         self._counts = {g: sum(counts.get(g, 0) for counts, _, _ in told) for g in ids}
-        self._losses = {
-            g: torch.tensor(sum(losses.get(g, 0.0) for _, losses, _ in told))
-            for g in ids
-            if any(g in losses for _, losses, _ in told)
-        }
+        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _ in told) for g in ids}
 
     # Names ---
 
@@ -515,6 +534,7 @@ def watch(
     every: int = 1,
     memory: float = 2048.0,
     on_step: Callable[[StepFindings], None] | None = None,
+    params: Iterable[nn.Parameter] = (),
 ) -> Watch:
     """Return what splits the gradients and steps of a loop of ``torch.optim`` by class.
 
@@ -542,6 +562,8 @@ def watch(
         every: Audit one step in so many.
         memory: What the class gradients may take, in MiB; the rarest classes share a row.
         on_step: Takes the findings of each step that was audited, after it.
+        params: Parameters of the model whose gradient is split, such as those of one optimizer of
+            several; none given: all that are trained.
 
     Returns:
         The watch, which listens to the optimiser until ``close()``.
@@ -572,6 +594,7 @@ def watch(
         every=every,
         memory=memory,
         on_step=on_step,
+        params=params,
     )
 
 
@@ -591,10 +614,6 @@ def _weighted(values: Tensor, groups: Tensor, class_weights: Tensor) -> Tensor:
     return torch.where(groups < 0, 1.0, of_terms) * values
 
 
-def _values(grad: Tensor) -> Tensor:
-    return grad if grad.layout == torch.strided else grad.to_dense()
-
-
 def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], parts: Parts) -> str:
     """Return how far the parts are from what ``backward()`` added to .grad; or nothing."""
     apart, size = [], []
@@ -602,19 +621,20 @@ def _adds_up(params: Sequence[nn.Parameter], before: Sequence[Tensor | None], pa
         if p.grad is None:
             continue
         own = [part[i] for part in parts.values()]
-        rest = difference(p.grad, [before[i], *own])
-        apart.append(rest)
-        size += [_values(part) for part in own if part is not None]
+        apart.append(difference(p.grad, [before[i], *own]))
+        size += [dense(x) for x in (p.grad, *own) if x is not None]
+    if not apart:
+        return ""
     error, length = (
-        math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in some))
+        float(torch.stack([torch.linalg.vector_norm(x.float()) for x in some]).norm())
         for some in (apart, size)
     )
     half = max(torch.finfo(p.dtype).eps for p in params) > 1e-4
     if not error > (0.05 if half else 0.01) * length:
         return ""
     return (
-        f"the class parts add up to .grad only within {error / max(length, 1e-300):.1%} of their "
-        "lengths: a hook changes gradients, or a backward pass is not the same twice"
+        f"the class parts add up to .grad only within {error / length:.1%} of their lengths: "
+        "a hook changes gradients, a pass is not the same twice, or a checkpoint is reentrant"
     )
 
 
@@ -645,9 +665,9 @@ def _compared(told: Told, found: StepFindings) -> StepFindings:
 
 
 def _said(error: Exception) -> str:
-    """Return the first line of an error as a note."""
+    """Return the first sentence of an error as a note."""
     text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0][:240]
+    line = text.splitlines()[0].partition(". ")[0][:240]
     for what, way_out in _WAYS_OUT.items():
         if what in text:
             return f"not audited: {line}: {way_out}"
@@ -659,13 +679,13 @@ _WAYS_OUT = {
         "set torch._functorch.config.donated_buffer = False before the first call of the "
         "compiled model"
     ),
-    "Checkpointing is not compatible with .grad()": "checkpoint with use_reentrant=False",
+    "compatible with .grad()": "checkpoint with use_reentrant=False",
 }
 
 
 def _differs(named: dict[str, nn.Parameter], gradient: Grads, clip: float) -> str:
     """Return how the loop's own gradient differs, where there is one that does; or nothing."""
-    here = {n: _values(p.grad) for n, p in named.items() if p.grad is not None}
+    here = {n: dense(p.grad) for n, p in named.items() if p.grad is not None}
     size = norm_of(here)
     if not size:
         return ""

@@ -1,6 +1,5 @@
 """What a step minimises: a model, a loss and a reduction, as one pure function."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from torch.func import functional_call
 
 from funcloss.combinators import class_weighted, masking, options_of, target_weights
 from funcloss.keys import keyed_randomness
+from funcloss.objectives.skeleton import skeleton_of
 from funcloss.reduction import fraction
 from funcloss.typing import Batch, Buffers, Hyper, Inputs, LossFn, Metrics, Objective, Params
 
@@ -91,8 +91,11 @@ def make_forward(model: nn.Module) -> Forward:
         ``(params, buffers, inputs) -> (predictions, buffers)``. Inputs in a tuple are the model's
         positional arguments, in a dict its keywords. The buffers that come back are new: what a
         module writes to its own, in place or by assignment, is in them.
+
+    Raises:
+        ConfigError: an attribute of the model cannot be copied; which one.
     """
-    skeleton = copy.deepcopy(model).to("meta")
+    skeleton = skeleton_of(model)
     return _ForwardOf(skeleton, aliases_of(model), {name for name, _ in model.named_buffers()})
 
 

@@ -3,12 +3,16 @@
 import contextlib
 import copy
 import inspect
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.func import vjp
 from torch.utils._pytree import tree_leaves
 
 from funcloss.app.addresses import imported
@@ -26,7 +30,7 @@ from funcloss.keys import example_keys, keyed_randomness, make_key
 from funcloss.models import InputShape
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import aliases_of, split_tensors
-from funcloss.typing import Inputs
+from funcloss.typing import Inputs, Params
 
 _SMALLEST = 12  # pixels that fast-cnn needs
 _SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 224, 256, 299, 384)  # of images, to be tried
@@ -151,7 +155,9 @@ def _takes_two(factory: Any) -> bool:
 
 
 def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None:
-    """Raise ``ConfigError`` unless a model makes logits of inputs, in the mode that it is in.
+    """Raise ``ConfigError`` unless a model makes logits of inputs that can be differentiated.
+
+    It is tried in the mode that it is in, under ``torch.func`` as a training step is.
 
     Args:
         model: It is not touched.
@@ -171,10 +177,24 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
     first = tree_leaves(inputs)[0]
     keys = example_keys(make_key(0), torch.tensor(0), len(first)).to(first.device)
     shape = tuple(first.shape)
-    try:
-        with torch.no_grad(), keyed_randomness(keys):
+
+    def forward(params: Params) -> tuple[Tensor, Any]:
+        with keyed_randomness(keys):
             logits, _ = make_forward(model)(params, buffers, inputs)
+        floating = isinstance(logits, Tensor) and logits.is_floating_point()
+        scalar = logits.sum() if floating else torch.zeros(())
+        return scalar, logits
+
+    try:
+        *_, logits = vjp(forward, params, has_aux=True)
     except Exception as error:
+        if _within(error, torch.utils.checkpoint):
+            raise ConfigError(
+                f"model {name} uses gradient checkpointing (torch.utils.checkpoint), which "
+                "torch.func cannot differentiate: turn it off, such as by "
+                "model.gradient_checkpointing_disable() of transformers, and use a smaller "
+                "batch_size if memory is short"
+            ) from error
         line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
         least = _least_size(model, shape[1:]) if len(shape) == 4 else 0
         raise ConfigError(
@@ -187,6 +207,12 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
             f"model {name} must give logits of shape {(len(first), classes)} for inputs of shape "
             f"{shape}, one a class; got {got}"
         )
+
+
+def _within(error: Exception, module: ModuleType) -> bool:
+    """Return whether an error came out of a function of a module."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == module.__file__ for frame, _ in frames)
 
 
 def _least_size(model: nn.Module, shape: tuple[int, ...]) -> int:
