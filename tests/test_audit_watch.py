@@ -3,7 +3,6 @@
 import copy
 import functools
 import re
-from pathlib import Path
 
 import audit_reference as ref
 import pytest
@@ -23,7 +22,6 @@ NAMES = ("a", "b", "c", "d")
 ROWS = (*NAMES, "weight decay", "history")
 COSTS = torch.tensor([1.0, 3.0, 0.5, 2.0]).double()
 WEIGHTED = LossSpec(losses.cross_entropy, COSTS)
-PAGE = Path(__file__).parent.parent / "docs" / "existing-loop.md"
 
 
 class Model(nn.Module):
@@ -517,7 +515,7 @@ def test_a_record_is_a_row_of_the_log():
     assert [row["loss"] for row in rows] == found.loss.tolist()
 
 
-# Lightning, and the page.
+# Lightning.
 
 # Of torch, on how Lightning walks a tree; and of Lightning, on machines with many cores.
 QUIET = ("ignore:.*isinstance.treespec, LeafSpec:FutureWarning", "ignore:.*does not have many wor")
@@ -568,33 +566,3 @@ def test_a_lightning_module_logs_the_shares_of_its_own_steps(tmp_path, monkeypat
     logged = [float(trainer.logged_metrics[f"share/{name}"]) for name in NAMES]
     assert logged == pytest.approx(last.tolist(), rel=1e-6)
     assert not list(tmp_path.iterdir())
-
-
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-
-
-@pytest.mark.filterwarnings(QUIET[0])
-@pytest.mark.filterwarnings(QUIET[1])
-@pytest.mark.parametrize("block", BLOCKS, ids=["loop", "lightning"])
-def test_what_the_page_shows_runs_and_adds_under_ten_lines(block, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, PAGE.name, "exec"), {})
-    assert re.search(r"9 owns -?\d+%|tensor\(", capsys.readouterr().out)
-    assert not list(tmp_path.iterdir())
-    assert 1 <= added(block) < 10
-
-
-def added(block):
-    """Return how many lines are marked as added, to the end of the indented where it says so."""
-    count, inside = 0, None
-    for line in block.splitlines():
-        indent = len(line) - len(line.lstrip())
-        if inside is not None and line.strip():
-            if indent > inside:
-                count += 1
-                continue
-            inside = None
-        if "# added" in line:
-            count += 1
-            inside = indent if "to the end" in line else None
-    return count

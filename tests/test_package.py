@@ -43,6 +43,7 @@ LIBRARY = [
     {"models", "decisions"},
     {"training"},
     {"audit", "constraints", "sensitivity"},
+    {"integrations"},
 ]
 APPLICATION = [
     {"app", "app.addresses", "app.decoding"},

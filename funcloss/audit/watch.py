@@ -198,7 +198,7 @@ class Watch:
         class_dim: int = -1,
         class_weights: Float[Tensor, " classes"] | None = None,
         scaler: Any = None,
-    ) -> None:
+    ) -> bool:
         """Do as :meth:`through`, in a hook of one's own, of ``predictions.register_hook``.
 
         Args:
@@ -208,23 +208,29 @@ class Watch:
             class_dim: The classes' axis.
             class_weights: That the loss has in it.
             scaler: The loop's GradScaler.
+
+        Returns:
+            Whether any of the parameters has a gradient through them.
         """
         if passing() or not self._due():
-            return
+            return True
         params, _ = self._begin()
         dims = predictions.dim()
         terms = cotangents.detach()
         wide = groups.dim() == dims - 1  # the classes' axis is to be passed over
         seen = self._seen(terms.movedim(class_dim, -1) if wide else terms, groups)
         if seen is None:
-            return
+            return True
         over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
         parts = self._tried(
             lambda: class_parts(predictions, cotangents, over, params, [*seen.counts]), {}
         )
+        if parts and all(p is None for own in parts.values() for p in own):
+            return False
         if parts:
             self._scale = 1.0 if scaler is None else scaler.get_scale()
             self._keep(parts, seen, class_weights)
+        return True
 
     @torch.no_grad()
     def __call__(
@@ -282,7 +288,9 @@ class Watch:
         return self._steps % self._every == 0
 
     def _params(self) -> list[nn.Parameter]:
-        return [p for p in self._model.parameters() if p.requires_grad]
+        """Return what is trained and moved by this optimiser, which may be one of several."""
+        moved = {p for group in bare(self._optimizer).param_groups for p in group["params"]}
+        return [p for p in self._model.parameters() if p.requires_grad and p in moved]
 
     def _world(self) -> int:
         group = self._processes()

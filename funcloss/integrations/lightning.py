@@ -121,7 +121,7 @@ class AuditCallback:
 
 def _with_base(cls: type) -> type:
     """Return the class as a Callback of each Lightning that is imported, else of one installed."""
-    bases = [sys.modules[name].Callback for name in _PACKAGES if name in sys.modules]
+    bases = [sys.modules[name].Callback for name in _PACKAGES if sys.modules.get(name)]
     for name in () if bases else _PACKAGES:
         try:
             bases = [importlib.import_module(name).Callback]

@@ -167,14 +167,14 @@ class Listener:
     def _take(self, predictions: Tensor, cotangents: Tensor) -> None:
         if self._taken or self._watched is None or passing():
             return
-        self._taken = True
+        self._taken = True  # whatever fails below
         with self.guarded():
             of = self._settings
             given = (
                 of.groups(self._batch) if of.groups else self._groups_of(self._batch, predictions)
             )
             groups = torch.as_tensor(given, device=predictions.device)
-            self._watched.take(
+            self._taken = self._watched.take(
                 predictions,
                 cotangents,
                 groups,
