@@ -288,9 +288,17 @@ class Watch:
         return self._steps % self._every == 0
 
     def _params(self) -> list[nn.Parameter]:
-        """Return what is trained and moved by this optimiser, which may be one of several."""
+        """Return what is trained by this optimiser, which may be one of several."""
         moved = {p for group in bare(self._optimizer).param_groups for p in group["params"]}
         return [p for p in self._model.parameters() if p.requires_grad and p in moved]
+
+    def _strange(self) -> str:
+        """Return a note if the optimiser moves what is not the model's, else nothing."""
+        own = set(self._model.parameters())
+        groups = bare(self._optimizer).param_groups
+        if all(p in own for group in groups for p in group["params"]):
+            return ""
+        return "the optimiser moves parameters of another model too, which are left out"
 
     def _world(self) -> int:
         group = self._processes()
@@ -401,6 +409,7 @@ class Watch:
             lambda i: rows_at(self._parts, ids, i, params[i]),
             names,
             scale=self._scale,
+            strange=self._strange(),
         )
         self._parts = {}
         number = self._number() or 0
@@ -517,6 +526,7 @@ class Watch:
             ],
             lambda i: [*parts.values()][i],
             found.classes,
+            strange=self._strange(),
         )
         doubt = _DROPOUT if has_dropout(model) else _differs(named, whole, clip)
         note = "; ".join(filter(None, (told.why_not, doubt)))
@@ -548,7 +558,8 @@ def watch(
     cannot be told is said in ``found.note``.
 
     Args:
-        model: In the mode that it is trained in; perhaps in DistributedDataParallel.
+        model: In the mode that it is trained in; perhaps in DistributedDataParallel. The gradient is
+            that in the parameters which the optimizer moves.
         optimizer: Of ``torch.optim``, or accelerate's, Lightning's or fastai's of one.
         loss: For ``watched(inputs, labels)`` alone: one value per example, at weight 1: of this
             package, or of torch with ``reduction="none"``; or the loop's own scalar. Class
