@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from funcloss.audit import watch
 
@@ -65,7 +65,9 @@ CASES = {
         "ResNet-18, BatchNorm, 64 of 32x32, every=20", resnet18, 10, 32, options={"every": 20}
     ),
     "vit-4": Case("ViT-tiny, patches of 4, 16 of 32x32, backward", vit_tiny, 4, 32, 16),
-    "vit-4-through": Case("ViT-tiny, patches of 4, 16 of 32x32, through", vit_tiny, 4, 32, 16, True),
+    "vit-4-through": Case(
+        "ViT-tiny, patches of 4, 16 of 32x32, through", vit_tiny, 4, 32, 16, True
+    ),
     "many": Case(
         "MLP, BatchNorm, 64 of 32x32, memory=256", mlp, 1000, 32, options={"memory": 256.0}
     ),
@@ -77,7 +79,9 @@ CASES = {
 
 
 def main(
-    only: Annotated[str, typer.Option(help=f"Part of the names of cases: {', '.join(CASES)}.")] = "",
+    only: Annotated[
+        str, typer.Option(help=f"Part of the names of cases: {', '.join(CASES)}.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Turns that each takes.", min=3)] = 9,
     threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
     out: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,

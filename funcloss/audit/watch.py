@@ -278,6 +278,7 @@ class Watch:
         self._parts: Parts = {}
         self._counts: dict[int, int] = {}
         self._sums: dict[int, float] = {}  # of the terms, at weight 1
+        self._pooled: set[int] = set()  # groups that share a row, in some micro-batch
         self._trained: list[nn.Parameter] = []
         self._weights: Tensor | None = None
         self._scale = 1.0
@@ -335,7 +336,7 @@ class Watch:
                 )
             size = sum(p.numel() * p.element_size() for p in self._params())
             most = max(2, int(self._memory * 2**20 / size))
-            seen = groups_in(groups, most, values)
+            seen = groups_in(groups, most, values, held=self._parts)
             whole = float(terms.sum()) if values is None else sum(seen.sums.values())
             if not math.isfinite(whole):
                 raise AuditError("the loss is not finite: there is no gradient to split")
@@ -362,6 +363,7 @@ class Watch:
     def _keep(self, parts: Parts, seen: Groups, weights: Tensor | None) -> None:
         add_parts(self._parts, parts)
         self._weights = weights
+        self._pooled.update(seen.pooled)
         for group, count in seen.counts.items():
             self._counts[group] = self._counts.get(group, 0) + count
             self._sums[group] = self._sums.get(group, 0.0) + seen.sums[group]
@@ -389,13 +391,20 @@ class Watch:
         if not self._due() or not (self._parts or self._why or self._world() > 1):
             return
         if self._world() > 1:
-            self._tried(self._reduce, None)
+            try:
+                self._reduce()
+            except Exception as error:  # of a process that is gone, say
+                self._why = self._why or _said(error)
         told = self._tried(self._split, None)
         self._told = told
         if told is None:
             self.found = nothing_found(self._why)
 
     def _split(self) -> tuple[Told, StepFindings]:
+        for group in self._pooled & self._parts.keys():  # of its own in another process
+            add_parts(self._parts, {POOLED: self._parts.pop(group)})
+            self._counts[POOLED] += self._counts.pop(group)
+            self._sums[POOLED] += self._sums.pop(group)
         params, ids = self._params(), sorted(self._parts, key=lambda g: (g < 0, g))
         if ids and [*map(id, params)] != [*map(id, self._trained)]:
             raise AuditError(
@@ -469,11 +478,13 @@ class Watch:
         """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
         group = self._processes()
         told: list[Any] = [None] * self._world()
-        mine = (self._counts, self._sums, self._why)
+        mine = (self._counts, self._sums, self._pooled, self._why)
         dist.all_gather_object(told, mine, group=group)
-        if failed := [why for _, _, why in told if why]:
-            raise AuditError(failed[0])
-        ids = sorted({g for counts, _, _ in told for g in counts})
+        if failed := [why for _, _, _, why in told if why]:
+            self._why = failed[0]
+            return
+        self._pooled = set().union(*(pooled for _, _, pooled, _ in told))
+        ids = sorted({g for counts, _, _, _ in told for g in counts})
         params = self._params()
         found: Parts = {}
         for of in ids:
@@ -484,8 +495,8 @@ class Watch:
                 dist.all_reduce(part, group=group)
                 found[of].append(part / len(told))
         self._parts = found
-        self._counts = {g: sum(counts.get(g, 0) for counts, _, _ in told) for g in ids}
-        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _ in told) for g in ids}
+        self._counts = {g: sum(counts.get(g, 0) for counts, _, _, _ in told) for g in ids}
+        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _, _ in told) for g in ids}
 
     # Names ---
 
@@ -558,8 +569,8 @@ def watch(
     cannot be told is said in ``found.note``.
 
     Args:
-        model: In the mode that it is trained in; perhaps in DistributedDataParallel. The gradient is
-            that in the parameters which the optimizer moves.
+        model: In the mode that it is trained in; perhaps in DistributedDataParallel. Its gradient
+            is that in the parameters which the optimizer moves.
         optimizer: Of ``torch.optim``, or accelerate's, Lightning's or fastai's of one.
         loss: For ``watched(inputs, labels)`` alone: one value per example, at weight 1: of this
             package, or of torch with ``reduction="none"``; or the loop's own scalar. Class
