@@ -75,7 +75,7 @@ def main(
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     began, outcomes, skipped = time.perf_counter(), [], []
-    print(environment())
+    typer.echo(environment())
     print()
     print("| model | entry | optimiser | classes | share | moved | same | time | memory | note |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -220,6 +220,24 @@ def test_little_memory_puts_the_rarest_classes_into_one_row():
     assert_close(found.balance.share, shares(rows))
 
 
+def test_little_memory_holds_over_micro_batches():
+    """Classes that have a row keep it; those that come later share one."""
+    model = make_net().eval()  # the same masks, none, in all
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    _, optimizer, watched = watched_net(net=model, memory=2.5 * size / 2**20)
+    first = torch.tensor([0] * 9 + [1] * 3)
+    second = torch.tensor([1] * 5 + [2] * 4 + [3] * 2 + [0])
+    inputs, _ = batch_of(0)
+    rows = expected_parts(model, inputs, first) + expected_parts(model, inputs, second)
+    for labels in (first, second):
+        watched.backward(terms(model, inputs, labels), labels)
+    optimizer.step()
+    found = watched.found
+    assert found.classes == ("0", "1", "other classes")
+    assert found.count.tolist() == [10, 8, 6]
+    assert_close(found.balance.share, shares(torch.stack([*rows[:2], rows[2:].sum(0)])))
+
+
 # What the optimiser gets may be another gradient, and that is found.
 
 

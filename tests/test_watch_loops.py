@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from funcloss.audit import watch
+from funcloss.audit.optimizers import bare
 
 CLASSES, N = 3, 12
 
@@ -40,7 +41,7 @@ class Loop:
 
     def __init__(self, entry, model, optimizer, **options):
         self.entry, self.parts, self.reference, self.notes = entry, {}, {}, []
-        self.trained = [model]
+        self.trained, self.optimizer = [model], optimizer
         self.watched = watch(model, optimizer, **options) if entry else None
 
     def train(self, model, batch, *, divisor=None, scaler=None, groups=None, retain=False):
@@ -61,10 +62,11 @@ class Loop:
         return loss.detach()
 
     def refer(self, model, values, groups, divisor):
+        moved = [p for group in bare(self.optimizer).param_groups for p in group["params"]]
         for group in groups.unique().tolist() if groups.shape == values.shape else ():
             grads = torch.autograd.grad(
                 values[groups == group].sum() / divisor,
-                params_of(model),
+                [p for p in moved if p.requires_grad],
                 retain_graph=True,
                 materialize_grads=True,
                 allow_unused=True,
@@ -685,10 +687,12 @@ def test_two_watches_see_one_backward_pass():
         logits = model(inputs)
         for watched in watches:
             watched.through(logits, labels)
-        values, reference = F.cross_entropy(logits, labels, reduction="none"), Loop("", model, None)
-        reference.refer(model, values, labels, N)
+        values = F.cross_entropy(logits, labels, reduction="none")
+        references = [Loop("", model, optimizer) for optimizer in optimizers]
+        for reference in references:
+            reference.refer(model, values, labels, N)
         values.mean().backward()
-        for optimizer, watched in zip(optimizers, watches, strict=True):
+        for optimizer, watched, reference in zip(optimizers, watches, references, strict=True):
             optimizer.step()
             assert not watched.found.note
             near(watched.found, reference.parts)

@@ -42,7 +42,7 @@ def check_gradient(context: AuditContext, batch: MaskedBatch, gradients: ClassGr
 
 
 def check_slopes(context: AuditContext, gradients: ClassGradients, slope: Tensor) -> Check:
-    """Compare each class's sum of slopes, forward mode, with the Gram matrix, reverse mode."""
+    """Compare each class's sum of slopes with the Gram matrix, of reverse mode."""
     gram, scale = gradients.grams.sum(0), gradients.scale
     weights, label = context.weights.cpu().to(gram), gradients.examples.label
     by_slopes = torch.zeros(len(gram)).double().index_add_(0, label, slope) / len(slope)
@@ -50,7 +50,7 @@ def check_slopes(context: AuditContext, gradients: ClassGradients, slope: Tensor
     lengths = gram.diagonal().clamp(min=0.0).sqrt()
     size = scale * lengths.max() * (weights @ gram @ weights).clamp(min=0.0).sqrt()
     error = float((by_slopes - by_gram).abs().max() / size.clamp(min=1e-300))
-    says = "slopes along the gradient summed by class, forward mode, against the Gram matrix"
+    says = "slopes along the gradient summed by class against the Gram matrix"
     return Check("slopes", error, tolerance_of(gradients.gradient), says)
 
 

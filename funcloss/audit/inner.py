@@ -1,6 +1,5 @@
 """Inner products of gradients that lie side by side, by layer and block by block."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,11 +30,16 @@ def layers_of(params: Params) -> Layers:
 
 def grams(a: Grads, b: Grads, layers: Layers) -> Float[Tensor, "layers rows columns"]:
     """Inner products of each row of ``a`` with each of ``b``, by layer, on the CPU in float64."""
+    return grams_in_place(a, b, layers).cpu().double()
+
+
+def grams_in_place(a: Grads, b: Grads, layers: Layers) -> Float[Tensor, "layers rows columns"]:
+    """As :func:`grams`, but where the gradients are: nothing waits for the device."""
     by_layer = [
         torch.stack([_products(flat(a[n]), flat(b[n])) for n in names]).sum(0)
         for names in layers.values()
     ]
-    return torch.stack(by_layer).cpu().double()
+    return torch.stack(by_layer)
 
 
 def side_by_side(params: Params, rows: int) -> Grads:
@@ -71,7 +75,11 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # which has no float64
+    return x.to(_widest(x))
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return x.dtype if x.device.type == "mps" else torch.float64  # which has no float64
 
 
 def held(function: Callable[[range], Grads], blocks: Sequence[range]) -> Callable[[range], Grads]:
@@ -89,13 +97,11 @@ def cross(
     layers: Layers,
 ) -> Float[Tensor, "layers classes classes"]:
     """Inner products of all rows of ``left`` with all of ``right``, a block of each at a time."""
-    return torch.cat(
-        [
-            torch.cat([grams(of_left, right(block), layers) for block in blocks], 2)
-            for of_left in map(left, blocks)
-        ],
-        1,
-    )
+    found = [
+        torch.cat([grams_in_place(of_left, right(block), layers) for block in blocks], 2)
+        for of_left in map(left, blocks)
+    ]
+    return torch.cat(found, 1).cpu().double()
 
 
 def total_of(parts: Grads, weights: Tensor | None = None) -> Grads:
@@ -128,7 +134,10 @@ def add_to(into: Params, more: Params) -> None:
 
 def norm_of(tree: Params) -> float:
     """Return the Euclidean norm of all entries together, in float64."""
-    return math.hypot(*(float(torch.linalg.vector_norm(_wide(x))) for x in tree.values()))
+    if not tree:
+        return 0.0
+    lengths = [torch.linalg.vector_norm(x, dtype=_widest(x)) for x in tree.values()]
+    return float(torch.linalg.vector_norm(torch.stack(lengths)))
 
 
 def distance(a: Params, b: Params) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcloss.audit.data import MaskedBatch
 from funcloss.audit.gram import balance
-from funcloss.audit.inner import grams, layers_of
+from funcloss.audit.inner import grams_in_place, layers_of
 from funcloss.audit.result import StandardErrors
 from funcloss.typing import Grads
 
@@ -51,11 +51,15 @@ class Jackknife:
         if len(self.kept) < _FEWEST:
             return None
         layers, shares, conflicts = layers_of(sums), [], []
-        for halved, counted in self.kept:
+        found = []
+        for halved, _ in self.kept:
             batch = {name: part.to(sums[name]) for name, part in halved.items()}
+            pair = (grams_in_place(batch, other, layers).sum(0) for other in (sums, batch))
+            found.append(torch.stack([*pair]))
+        products = torch.stack(found).cpu().double()
+        for (across, within), (_, counted) in zip(products, self.kept, strict=True):
             part = counted / n
-            across = grams(batch, sums, layers).sum(0) / (counted * n)
-            within = grams(batch, batch, layers).sum(0) / counted**2
+            across, within = across / (counted * n), within / counted**2
             left = (gram - part * (across + across.T) + part**2 * within) / (1.0 - part) ** 2
             now = balance(left, torch.ones(len(left)), class_weights)
             shares.append(now.share * (1.0 / part - 1.0))

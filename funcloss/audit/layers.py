@@ -238,7 +238,8 @@ class LayerInputs(TorchFunctionMode):
 
     def _used(self, use: LayerUse, out: Tensor) -> Tensor:
         self.uses.append(use)
-        return out.add_(use.zero)
+        # In place saves a copy, but a function that is not known may keep its output to go back.
+        return out.add_(use.zero) if use.moved or use.func in _KNOWN else out + use.zero
 
     def _followed(self, func, args, kwargs, own):
         """Return the result of a function that moves entries, which is a source from now on."""
@@ -412,3 +413,4 @@ _NO_USE = {
     "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
 }  # fmt: skip
 _COMPOSED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+_KNOWN = frozenset(LAYERS)  # what is there at first, none of which keeps its output

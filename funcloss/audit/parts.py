@@ -5,7 +5,7 @@
 dropout, attention), since all passes go through the graph of the one forward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Groups:
     of_terms: Tensor  # int64; NO_GROUP: in the loss, and in no group
     counts: dict[int, int]  # terms of each group that is there, the most frequent last
     sums: dict[int, float]  # of the values of its terms; NaN where none are given
+    pooled: tuple[int, ...] = ()  # groups that share a row
 
     def mask(self, group: int, dims: int) -> Tensor:
         """Return where a group's terms are, with axes of length 1 added up to ``dims``."""
@@ -33,13 +34,16 @@ class Groups:
         return here.reshape(*here.shape, *(1,) * (dims - here.dim()))
 
 
-def groups_in(of_terms: Tensor, most: int, values: Tensor | None = None) -> Groups:
+def groups_in(
+    of_terms: Tensor, most: int, values: Tensor | None = None, *, held: Collection[int] = ()
+) -> Groups:
     """Return the groups of the terms; where there are more than ``most``, the rarest share one.
 
     Args:
         of_terms: A group per term, any shape; below 0: none.
         most: How many gradients can be held.
         values: Of the terms, to be summed by group.
+        held: Groups whose gradients are held already.
 
     Example:
         >>> groups_in(torch.tensor([4, 4, 4, 1, 1, 0, 2, -100]), 3).counts
@@ -54,16 +58,19 @@ def groups_in(of_terms: Tensor, most: int, values: Tensor | None = None) -> Grou
         sums = sums.zero_().index_add_(0, place.flatten(), each.flatten().to(sums))
     rows = torch.stack([ids.to(sums), counts.to(sums), sums]).tolist()  # the device waits once
     found = sorted(zip(*rows, strict=True), key=lambda row: row[1])
-    rare = found[: len(found) - most + 1] if len(found) > most else []
+    fresh = [row for row in found if row[0] not in held]
+    over = len(fresh) + len(held) - most
+    rare = fresh[: over + (POOLED not in held)] if over > 0 else []
     if rare:
         which = of_terms.new_tensor([int(group) for group, _, _ in rare])
         of_terms = torch.where(torch.isin(of_terms, which), POOLED, of_terms)
         pooled = (POOLED, sum(n for _, n, _ in rare), sum(total for _, _, total in rare))
-        found = [pooled, *found[len(rare) :]]
+        found = [pooled, *(row for row in found if row not in rare)]
     return Groups(
         of_terms,
         {int(group): int(count) for group, count, _ in found},
         {int(group): total for group, _, total in found},
+        tuple(int(group) for group, _, _ in rare),
     )
 
 

@@ -1,7 +1,7 @@
 """The step of ``torch.optim``: told from class parts before it is taken, and compared after."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ def tell_step(
     names: tuple[str, ...],
     *,
     scale: float = 1.0,
+    strange: str = "",
 ) -> Told:
     """Split the step that an optimiser is about to take by parts of its gradient.
 
@@ -70,6 +71,7 @@ def tell_step(
         rows_at: From the number of a parameter to the parts of its gradient, ``(rows, *shape)``.
         names: Of the rows.
         scale: What the parts are multiplied by and the gradients no longer are (a GradScaler's).
+        strange: What the optimiser does beside, to be noted with the step.
 
     Returns:
         The inner products of the parts and of the rows of the step, and where it leads to.
@@ -115,18 +117,11 @@ def tell_step(
     step = None
     if squares:
         rate = rates.pop() if len(rates) == 1 else math.nan
-        note = "; ".join(filter(None, (refused, _strangers(group_of, params))))
+        note = "; ".join(filter(None, (refused, strange)))
         step = StepAudit(rows, step_gram.cpu().double(), rate, match.factor, note)
     elif not refused:
         refused = "the optimiser moves none of what is trained: see the gradient"
     return Told(gram.cpu().double(), step, expected, length, match, refused)
-
-
-def _strangers(moved: Iterable[nn.Parameter], params: Sequence[nn.Parameter]) -> str:
-    """Return a note if the optimiser moves parameters that are not the model's, else nothing."""
-    if set(params).issuperset(p for p in moved if p.grad is not None):
-        return ""
-    return "the optimiser moves parameters of another model too, which are left out"
 
 
 def match_of(

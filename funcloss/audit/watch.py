@@ -1,7 +1,7 @@
 """The audit beside a loop that somebody already has: class parts of its own gradient and step."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,13 +67,11 @@ class Watch:
         every: int,
         memory: float,
         on_step: Callable[[StepFindings], None] | None,
-        params: Iterable[nn.Parameter],
     ) -> None:
         """Begin to listen to the optimiser's steps."""
         self._model, self._optimizer, self._spec = model, optimizer, spec
         self._classes, self._clip_norm = classes, clip_norm
         self._every, self._memory, self._on_step = every, memory, on_step
-        self._some = set(params)  # empty: all of the model
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
@@ -280,6 +278,7 @@ class Watch:
         self._parts: Parts = {}
         self._counts: dict[int, int] = {}
         self._sums: dict[int, float] = {}  # of the terms, at weight 1
+        self._pooled: set[int] = set()  # groups that share a row, in some micro-batch
         self._trained: list[nn.Parameter] = []
         self._weights: Tensor | None = None
         self._scale = 1.0
@@ -290,8 +289,17 @@ class Watch:
         return self._steps % self._every == 0
 
     def _params(self) -> list[nn.Parameter]:
-        some = self._some
-        return [p for p in self._model.parameters() if p.requires_grad and (not some or p in some)]
+        """Return what is trained by this optimiser, which may be one of several."""
+        moved = {p for group in bare(self._optimizer).param_groups for p in group["params"]}
+        return [p for p in self._model.parameters() if p.requires_grad and p in moved]
+
+    def _strange(self) -> str:
+        """Return a note if the optimiser moves what is not the model's, else nothing."""
+        own = set(self._model.parameters())
+        groups = bare(self._optimizer).param_groups
+        if all(p in own for group in groups for p in group["params"]):
+            return ""
+        return "the optimiser moves parameters of another model too, which are left out"
 
     def _world(self) -> int:
         group = self._processes()
@@ -328,7 +336,7 @@ class Watch:
                 )
             size = sum(p.numel() * p.element_size() for p in self._params())
             most = max(2, int(self._memory * 2**20 / size))
-            seen = groups_in(groups, most, values)
+            seen = groups_in(groups, most, values, held=self._parts)
             whole = float(terms.sum()) if values is None else sum(seen.sums.values())
             if not math.isfinite(whole):
                 raise AuditError("the loss is not finite: there is no gradient to split")
@@ -355,6 +363,7 @@ class Watch:
     def _keep(self, parts: Parts, seen: Groups, weights: Tensor | None) -> None:
         add_parts(self._parts, parts)
         self._weights = weights
+        self._pooled.update(seen.pooled)
         for group, count in seen.counts.items():
             self._counts[group] = self._counts.get(group, 0) + count
             self._sums[group] = self._sums.get(group, 0.0) + seen.sums[group]
@@ -382,13 +391,20 @@ class Watch:
         if not self._due() or not (self._parts or self._why or self._world() > 1):
             return
         if self._world() > 1:
-            self._tried(self._reduce, None)
+            try:
+                self._reduce()
+            except Exception as error:  # of a process that is gone, say
+                self._why = self._why or _said(error)
         told = self._tried(self._split, None)
         self._told = told
         if told is None:
             self.found = nothing_found(self._why)
 
     def _split(self) -> tuple[Told, StepFindings]:
+        for group in self._pooled & self._parts.keys():  # of its own in another process
+            add_parts(self._parts, {POOLED: self._parts.pop(group)})
+            self._counts[POOLED] += self._counts.pop(group)
+            self._sums[POOLED] += self._sums.pop(group)
         params, ids = self._params(), sorted(self._parts, key=lambda g: (g < 0, g))
         if ids and [*map(id, params)] != [*map(id, self._trained)]:
             raise AuditError(
@@ -402,6 +418,7 @@ class Watch:
             lambda i: rows_at(self._parts, ids, i, params[i]),
             names,
             scale=self._scale,
+            strange=self._strange(),
         )
         self._parts = {}
         number = self._number() or 0
@@ -461,11 +478,13 @@ class Watch:
         """Bring together the parts of all processes, averaged as DistributedDataParallel does."""
         group = self._processes()
         told: list[Any] = [None] * self._world()
-        mine = (self._counts, self._sums, self._why)
+        mine = (self._counts, self._sums, self._pooled, self._why)
         dist.all_gather_object(told, mine, group=group)
-        if failed := [why for _, _, why in told if why]:
-            raise AuditError(failed[0])
-        ids = sorted({g for counts, _, _ in told for g in counts})
+        if failed := [why for _, _, _, why in told if why]:
+            self._why = failed[0]
+            return
+        self._pooled = set().union(*(pooled for _, _, pooled, _ in told))
+        ids = sorted({g for counts, _, _, _ in told for g in counts})
         params = self._params()
         found: Parts = {}
         for of in ids:
@@ -476,8 +495,8 @@ class Watch:
                 dist.all_reduce(part, group=group)
                 found[of].append(part / len(told))
         self._parts = found
-        self._counts = {g: sum(counts.get(g, 0) for counts, _, _ in told) for g in ids}
-        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _ in told) for g in ids}
+        self._counts = {g: sum(counts.get(g, 0) for counts, _, _, _ in told) for g in ids}
+        self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _, _ in told) for g in ids}
 
     # Names ---
 
@@ -518,6 +537,7 @@ class Watch:
             ],
             lambda i: [*parts.values()][i],
             found.classes,
+            strange=self._strange(),
         )
         doubt = _DROPOUT if has_dropout(model) else _differs(named, whole, clip)
         note = "; ".join(filter(None, (told.why_not, doubt)))
@@ -534,7 +554,6 @@ def watch(
     every: int = 1,
     memory: float = 2048.0,
     on_step: Callable[[StepFindings], None] | None = None,
-    params: Iterable[nn.Parameter] = (),
 ) -> Watch:
     """Return what splits the gradients and steps of a loop of ``torch.optim`` by class.
 
@@ -550,7 +569,8 @@ def watch(
     cannot be told is said in ``found.note``.
 
     Args:
-        model: In the mode that it is trained in; perhaps in DistributedDataParallel.
+        model: In the mode that it is trained in; perhaps in DistributedDataParallel. Its gradient
+            is that in the parameters which the optimizer moves.
         optimizer: Of ``torch.optim``, or accelerate's, Lightning's or fastai's of one.
         loss: For ``watched(inputs, labels)`` alone: one value per example, at weight 1: of this
             package, or of torch with ``reduction="none"``; or the loop's own scalar. Class
@@ -562,8 +582,6 @@ def watch(
         every: Audit one step in so many.
         memory: What the class gradients may take, in MiB; the rarest classes share a row.
         on_step: Takes the findings of each step that was audited, after it.
-        params: Parameters of the model whose gradient is split, such as those of one optimizer of
-            several; none given: all that are trained.
 
     Returns:
         The watch, which listens to the optimiser until ``close()``.
@@ -594,7 +612,6 @@ def watch(
         every=every,
         memory=memory,
         on_step=on_step,
-        params=params,
     )
 
 

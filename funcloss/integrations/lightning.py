@@ -78,15 +78,12 @@ class AuditCallback:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to listen to the module and its optimizer."""
         with self._listener.guarded():
-            optimizer = _chosen(trainer.optimizers, self._optimizer)
-            own = (p for group in optimizer.param_groups for p in group["params"])
             self._listener.start(
                 pl_module,
-                optimizer,
+                _chosen(trainer.optimizers, self._optimizer),
                 groups_of=lambda batch, predictions: labels_of(batch),
                 wrapped=trainer.strategy.model,
                 scaler=getattr(trainer.precision_plugin, "scaler", None),
-                params=own if len(trainer.optimizers) > 1 else (),
             )
 
     def on_train_batch_start(

@@ -3,7 +3,7 @@
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -66,7 +66,6 @@ class Listener:
         groups_of: Callable[[Any, Tensor], Tensor],
         wrapped: nn.Module | None = None,
         scaler: Any = None,
-        params: Iterable[nn.Parameter] = (),
     ) -> None:
         """Begin to listen.
 
@@ -76,7 +75,6 @@ class Listener:
             groups_of: From a batch and its predictions to the groups, where the user gave none.
             wrapped: The model in DistributedDataParallel, if it is.
             scaler: The GradScaler, if there is one.
-            params: As for :func:`funcloss.audit.watch`.
         """
         self.stop()
         of = self._settings
@@ -92,7 +90,6 @@ class Listener:
             classes=of.classes,
             every=of.every,
             on_step=self._keep,
-            params=params,
         )
         self._on_modules = [
             module.register_forward_hook(_Hear(self))
