@@ -178,14 +178,16 @@ def try_model(model: nn.Module, name: str, inputs: Inputs, classes: int) -> None
     keys = example_keys(make_key(0), torch.tensor(0), len(first)).to(first.device)
     shape = tuple(first.shape)
 
-    def forward(params: Params) -> tuple[Tensor, Any]:
-        with keyed_randomness(keys):
-            logits, _ = make_forward(model)(params, buffers, inputs)
-        floating = isinstance(logits, Tensor) and logits.is_floating_point()
-        scalar = logits.sum() if floating else torch.zeros(())
-        return scalar, logits
-
     try:
+        of_model = make_forward(model)  # outside of the transform, which no module is copied in
+
+        def forward(params: Params) -> tuple[Tensor, Any]:
+            with keyed_randomness(keys):
+                logits, _ = of_model(params, buffers, inputs)
+            floating = isinstance(logits, Tensor) and logits.is_floating_point()
+            scalar = logits.sum() if floating else torch.zeros(())
+            return scalar, logits
+
         *_, logits = vjp(forward, params, has_aux=True)
     except Exception as error:
         if _within(error, torch.utils.checkpoint):
