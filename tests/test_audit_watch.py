@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import re
 
 import audit_reference as ref
@@ -566,3 +567,33 @@ def test_a_lightning_module_logs_the_shares_of_its_own_steps(tmp_path, monkeypat
     logged = [float(trainer.logged_metrics[f"share/{name}"]) for name in NAMES]
     assert logged == pytest.approx(last.tolist(), rel=1e-6)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_leaves_no_verdict():
+    model, (inputs, labels) = make_model(), batch_of(0)
+    watched = watch(model, optim.SGD(model.parameters(), lr=0.1), WEIGHTED)
+    assert "the loss is not finite" in watched(inputs * math.nan, labels).note
+    values(model, inputs, labels).mean().backward()
+    found = watched(inputs, labels)
+    assert found.note == ""
+    assert found.balance.share.sum() == pytest.approx(1.0)
+
+
+class Centred(nn.Module):
+    """Couples the examples of a batch, without a layer that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Model(0.3)
+
+    def forward(self, x):
+        return self.inner(x - x.mean(0) * self.inner.one.bias)
+
+
+def test_a_model_that_couples_examples_is_not_split_by_passes_of_its_own():
+    torch.manual_seed(0)
+    model = Centred().double()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    found = watch(model, optimizer, WEIGHTED)(*batch_of(0))
+    assert found.records() == []
+    assert "the model couples examples" in found.note

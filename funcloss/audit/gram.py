@@ -5,12 +5,15 @@ class weights is ``g = sum_c w_c G_c``; so the matrix ``K[a, b] = <G_a, G_b>`` g
 every class under any weights, without the gradients.
 """
 
+import math
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcloss.reduction import divisor
+
+_CANCELLED = 1e-4  # |g| / sum |g_c| below which shares are doubted, whatever the dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,30 @@ def balance(
         norm=scale * weights * gram.diagonal().clamp(min=0.0).sqrt(),
         conflict=cosines(gram),
         gradient_norm=scale * along.sum().clamp(min=0.0).sqrt(),
+    )
+
+
+def cancelled(now: Balance, eps: float) -> str:
+    """Return a note if the gradient is short against its parts, so that shares may be rounding.
+
+    Args:
+        now: The balance.
+        eps: Of the dtype that the gradients were computed in.
+
+    Example:
+        >>> import torch
+        >>> gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0 + 1e-9]], dtype=torch.float64)
+        >>> now = balance(gram, torch.tensor([4, 4]), torch.ones(2))
+        >>> cancelled(now, 1e-7)
+        'the class parts cancel: the gradient is 1.6e-05 of their lengths together, so shares are \
+large and rounding shows in them'
+    """
+    left = float(now.gradient_norm / now.norm.sum())
+    if not left < max(_CANCELLED, math.sqrt(10.0 * eps)):
+        return ""
+    return (
+        f"the class parts cancel: the gradient is {left:.1e} of their lengths together, so shares "
+        "are large and rounding shows in them"
     )
 
 

@@ -73,7 +73,7 @@ def inspected(spec: LossSpec, predictions: Tensor, targets: Tensor) -> tuple[Los
 
     Raises:
         AuditError: class weights are given, and the loss applies them where it wants, or couples
-            examples.
+            examples; or its values are not finite, so that nothing can be said of it.
     """
     loss, weighted = spec.loss, spec.class_weights is not None
     bound = loss.keywords.keys() if isinstance(loss, functools.partial) else set()
@@ -85,6 +85,8 @@ def inspected(spec: LossSpec, predictions: Tensor, targets: Tensor) -> tuple[Los
             "options={'class_weights': ...}, and they are audited as they act"
         )
     spec = replace(spec, loss=loss)
+    if not values_of(spec, predictions, targets).isfinite().all():
+        raise AuditError("audit: the loss is not finite: there is no gradient to split")
     coupled = couples_examples(loss) or _found_to_couple(spec, predictions, targets)
     if coupled and (weighted or spec.reduction == "weighted_mean"):
         raise AuditError(

@@ -12,6 +12,7 @@ from funcloss.audit.checks import check_given, check_gradient, check_slopes, req
 from funcloss.audit.data import GroupBy, MakeBatches, MaskedBatch, check_labels, reiterable
 from funcloss.audit.directional import directional_derivatives, directional_of
 from funcloss.audit.gradients import AuditContext, class_gradients
+from funcloss.audit.gram import balance, cancelled
 from funcloss.audit.loss import LossSpec, as_spec, cotangents_of, inspected, tensor_options
 from funcloss.audit.methods import METHODS, Plan, make_plan
 from funcloss.audit.result import Audit, Method, class_statistics
@@ -162,15 +163,20 @@ def audit(
             require(more, dropout=has_dropout(model))
             checks += more
             notes += [why_not] if why_not else []
+    gram, counts = gradients.grams.sum(0), gradients.counts
+    weights = context.weights.cpu().double()
+    now = balance(gram, counts, weights, reduction=context.loss.reduction)
+    eps = torch.finfo(next(iter(at.params.values())).dtype).eps
+    notes += filter(None, [cancelled(now, eps)])
     layers = context.layers
     sizes = (sum(at.params[name].numel() for name in inside) for inside in layers.values())
     return Audit(
         classes=context.names,
         reduction=context.loss.reduction,
         linear_in_weights=not context.coupled,
-        class_weights=context.weights.cpu().double(),
-        count=gradients.counts,
-        gram=gradients.grams.sum(0),
+        class_weights=weights,
+        count=counts,
+        gram=gram,
         layers=tuple(layers),
         layer_sizes=tuple(sizes),
         layer_gram=gradients.grams,

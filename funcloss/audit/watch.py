@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from funcloss.audit.gram import balance
+from funcloss.audit.gram import balance, cancelled
 from funcloss.audit.inner import distance, norm_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.optimizers import bare
@@ -40,7 +40,6 @@ from funcloss.optim import clip_factor
 from funcloss.typing import Batch, Grads, LossFn
 
 _ALL_ROWS = 1000  # classes of which each has a row, in the batch or not
-_CANCELLED = 1e-4  # |g| / sum |g_c| below which float32's rounding shows in the shares
 _DROPOUT = "dropout is active: this gradient is under masks of the audit's own, not the step's"
 _WITHIN = "not audited: the optimiser stepped within backward(): use watched.through()"
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
@@ -440,7 +439,7 @@ class Watch:
             told.why_not,
             told.match.note,
             self._doubt,
-            self._rounding(now.norm, now.gradient_norm),
+            cancelled(now, max(torch.finfo(p.dtype).eps for p in params)),
         ]
         if POOLED in ids:
             notes.append("memory= holds the gradients of some classes: the others share a row")
@@ -451,16 +450,6 @@ class Watch:
         """Return a gradient as the step takes it: a fused kernel takes the scale out itself."""
         scale = getattr(bare(self._optimizer), "grad_scale", None)
         return grad if scale is None or grad is None else dense(grad) / scale
-
-    def _rounding(self, norm: Tensor, whole: Tensor) -> str:
-        eps = max(torch.finfo(p.dtype).eps for p in self._params())
-        left = float(whole / norm.sum())
-        if not left < max(_CANCELLED, 16.0 * eps):
-            return ""
-        return (
-            f"the class parts cancel: the gradient is {left:.1e} of their lengths together, and "
-            "its shares are mostly rounding"
-        )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Compare the step that was told with the one that was taken."""
