@@ -79,9 +79,7 @@ CASES = {
 
 
 def main(
-    only: Annotated[
-        str, typer.Option(help=f"Part of the names of cases: {', '.join(CASES)}.")
-    ] = "",
+    only: Annotated[str, typer.Option(help=f"Part of a name: {', '.join(CASES)}.")] = "",
     rounds: Annotated[int, typer.Option(help="Turns that each takes.", min=3)] = 9,
     threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
     out: Annotated[Path | None, typer.Option("--json", help="Where the figures go.")] = None,

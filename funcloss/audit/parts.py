@@ -145,15 +145,3 @@ def dense(grad: Tensor) -> Tensor:
     """Return a gradient, sparse or not, as one that is not."""
     grad = grad.detach()
     return grad if grad.layout == torch.strided else grad.to_dense()
-
-
-def rows_at(parts: Parts, rows: Sequence[int], i: int, like: Tensor) -> Tensor:
-    """Return the parts of one parameter side by side, ``(rows, *shape)``, dense."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    found = (parts[group][i] for group in rows)
-    return torch.stack(
-        [
-            torch.zeros_like(like, dtype=dtype) if part is None else dense(part).to(dtype)
-            for part in found
-        ]
-    )

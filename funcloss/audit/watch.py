@@ -27,7 +27,6 @@ from funcloss.audit.parts import (
     difference,
     groups_in,
     passing,
-    rows_at,
 )
 from funcloss.audit.state import ModelState, check_no_coupling, has_dropout, make_model_state
 from funcloss.audit.taken import Told, tell_step
@@ -414,7 +413,7 @@ class Watch:
             self._optimizer,
             params,
             [self._as_stepped(p.grad) for p in params],
-            lambda i: rows_at(self._parts, ids, i, params[i]),
+            lambda i: (self._parts[group][i] for group in ids),
             names,
             scale=self._scale,
             strange=self._strange(),
