@@ -442,3 +442,13 @@ def test_an_evaluation_names_the_file_of_each_image(tmp_path):
     assert len(files) == len(report.sources) == len(report.evaluation.labels)
     named = [sorted("ab").index(file.parent.name) for file in files]
     assert named == report.evaluation.labels.tolist()
+
+
+def test_streamed_files_that_change_are_other_data(tmp_path):
+    images = {name: [pixels(6, 5, seed=i) for i in range(20)] for name in "ab"}
+    own = write_folder(tmp_path / "own", images)
+    first = load(str(own), stream="on", workers=0).fingerprint
+    assert load(str(own), stream="on", workers=0).fingerprint == first
+    with (own / "a" / "3.png").open("ab") as file:
+        file.write(b"more")
+    assert load(str(own), stream="on", workers=0).fingerprint != first

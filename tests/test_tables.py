@@ -15,7 +15,7 @@ from conftest import but_learning, resume
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from funcloss.app import runs
+from funcloss.app import runs, sweep
 from funcloss.app.config import make_config
 from funcloss.app.data import Column, LoadOptions, load_dataset
 from funcloss.app.train import train
@@ -382,6 +382,24 @@ def test_a_class_that_was_renamed_is_refused(trained, run_cli):
         assert code == 1
         assert re.search("t has the classes q, r, and the run was trained on p, q", err)
     write_rows(place / "t.csv", ["a", "b", "y"], rows)
+
+
+def test_a_sweep_does_not_go_on_with_changed_data(tmp_path):
+    rows = [(i % 7, i % 3, "pn"[i % 2]) for i in range(60)]
+    write_rows(tmp_path / "t.csv", ["a", "b", "y"], rows)
+    made = make_config(
+        LINEAR, {"dataset": str(tmp_path / "t.csv"), "epochs": 3, "batch_size": 8, "check": False}
+    )
+    axis = sweep.Axis("class_weight", "n", (2.0, 4.0))
+    spec = sweep.SweepSpec(made, [axis], method="loop")
+    asked = iter([False] * 3)
+    out = tmp_path / "s"
+    assert not sweep.sweep(spec, out, should_stop=lambda: next(asked, True)).finished
+    write_rows(tmp_path / "t.csv", ["a", "b", "y"], [(a + 1, b, y) for a, b, y in rows])
+    with pytest.raises(RunError, match="t has changed since .* begin another sweep"):
+        sweep.sweep(sweep.read_spec(out), out, resume=True)
+    write_rows(tmp_path / "t.csv", ["a", "b", "y"], rows)
+    assert sweep.sweep(sweep.read_spec(out), out, resume=True).finished
 
 
 def test_data_that_has_changed_is_said_and_no_run_goes_on_with_it(trained, run_cli, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -158,7 +159,7 @@ def fingerprint(dataset: Dataset) -> str:
     """Return a number, in hexadecimal, that other data does not have.
 
     It is made of the names of classes and columns, the labels, and the inputs that are held; of
-    streamed ones only their number counts.
+    streamed ones their number counts, and name and size of each file.
 
     Example:
         >>> empty = Examples(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
@@ -176,6 +177,8 @@ def fingerprint(dataset: Dataset) -> str:
         for tensor in (examples.labels, *held):
             plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             made.update(plain.numpy().data)
+        for file in () if held else examples.files:
+            made.update(f"{os.path.basename(file)} {os.stat(file).st_size} ".encode())
     return made.hexdigest()
 
 

@@ -74,6 +74,7 @@ class _RunTable(folder.RunTable):
     """What its ``[run]`` says."""
 
     environment: dict[str, str]
+    data: str = ""  # fingerprint of the data; empty: not kept
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,11 @@ def start(spec: SweepSpec, out: Path, show: Show, *, overwrite: bool = False) ->
         "width": width,
         "axes": [dataclasses.asdict(axis) | {"values": list(axis.values)} for axis in made.axes],
     }
-    run = {"command": folder.command_line(), "environment": folder.environment()}
+    run = {
+        "command": folder.command_line(),
+        "environment": folder.environment(),
+        "data": made.setup.dataset.fingerprint,
+    }
     # Another may have come while the loss was checked.
     folder.check_free(out, overwrite=overwrite, what="sweep")
     with folder_replacing(out, last=SPEC) as beside:
@@ -207,7 +212,7 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     Raises:
         ConfigError: a device of the sweep is not on this machine.
         DataError: the data cannot be had.
-        RunError: the folder is not that of a sweep.
+        RunError: the folder is not that of a sweep, or its data has changed.
     """
     check_code(spec.config)
     folder.check_files(out)
@@ -215,6 +220,12 @@ def taken_up(spec: SweepSpec, out: Path, show: Show) -> Sweep:
     for line in folder.differences(run.environment, folder.environment()):
         show(Note(f"not the same to the bit as without a stop: {line}", warning=True))
     made, hypers = _assembled(spec, out)
+    data = made.setup.dataset
+    if run.data and run.data != data.fingerprint:
+        raise RunError(
+            f"{data.name} has changed since {out} began to train on it: put the data back as it "
+            "was, or begin another sweep"
+        )
     if made.config.folds:
         for path in out.glob("folds-[0-9]*.safetensors"):
             read_done(path)
