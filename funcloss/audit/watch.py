@@ -90,6 +90,7 @@ class Watch:
         class_weights: Float[Tensor, " classes"] | None = None,
         divisor: float | Tensor | None = None,
         scaler: Any = None,
+        retain_graph: bool = False,
     ) -> None:
         """Fill ``.grad`` as ``loss.backward()`` does, and keep each class's part of it.
 
@@ -106,6 +107,7 @@ class Watch:
                 not have it in them.
             divisor: Of the sum; None: the number of values, as ``values.mean()``.
             scaler: The loop's ``torch.amp.GradScaler``, if it has one.
+            retain_graph: Whether another backward pass needs the graph.
 
         Raises:
             ValueError: the class weights do not fit the groups, so that the loss is not defined.
@@ -131,7 +133,7 @@ class Watch:
                 return class_parts(values, cotangents, seen, params, wanted)
 
             parts = self._tried(passes, {})
-        total.backward()
+        total.backward(retain_graph=retain_graph)
         if self._steps > steps:
             self.found = nothing_found(_WITHIN)
             return
