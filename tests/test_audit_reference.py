@@ -987,8 +987,9 @@ def impact_agrees(audited, judged, rows):
     for part, objective in judged.items():
         found = audited.impact[part]
         matrix, before, after = ref.impact(
-            objective, dict(zip(audited.step.rows, rows, strict=True))
+            objective, dict(zip(audited.step.rows, rows, strict=True)), found.pieces
         )
+        assert found.residual <= 0.05 or found.pieces == 8
         near(found.matrix, matrix, 1e-9, f"{part} impact")
         near(found.before, before, 1e-10, f"{part} before")
         near(found.after, after, 1e-9, f"{part} after")
@@ -999,6 +1000,20 @@ def impact_agrees(audited, judged, rows):
             f"{part} predicted",
             matrix.nan_to_num().abs().max(),
         )
+
+
+def test_the_impact_adds_up_to_what_the_step_changes():
+    """First order misses by more than a half at this rate; in pieces the parts close."""
+    case = CASES["weights"]()
+    rates = {}
+    for rate in (0.3, 30.0, 300.0):
+        audited = case.audited(step=StepSpec(optim.sgd(), rate))
+        found = audited.impact["train"]
+        assert float((found.predicted - found.measured).norm() / found.measured.norm()) < 0.05
+        rates[rate] = found.pieces
+        assert audited.notes == ()
+    assert rates[0.3] == 1
+    assert max(rates.values()) > 1
 
 
 def test_the_impact_under_a_coupled_loss_is_on_each_class_s_mean_value():

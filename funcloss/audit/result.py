@@ -62,16 +62,29 @@ class StepAudit:
 
 @dataclass(frozen=True, eq=False)
 class Impact:
-    """The change of each class's mean loss by the step, to first order by row, and measured."""
+    """The change of each class's mean loss by the step, as a sum over its rows, and measured.
 
-    matrix: Float[Tensor, "classes rows"]  # M[k, r] = <grad L_k, u_r>; below 0: r helps k
+    ``M[k, r] = int_0^1 <grad L_k(params + t u), u_r> dt``, by Simpson's rule.
+    """
+
+    matrix: Float[Tensor, "classes rows"]  # M[k, r]; below 0: r helps k
     before: Float[Tensor, " classes"]  # L_k at the params
     after: Float[Tensor, " classes"]  # L_k one step on
+    pieces: int = 1  # of the step, each with its own three points
 
     @property
     def predicted(self) -> Float[Tensor, " classes"]:
-        """``<grad L_k, u>``, the predicted change of each class's mean loss."""
+        """``sum_r M[k, r]``, what the parts say of the change of each class's mean loss."""
         return self.matrix.sum(1)
+
+    @property
+    def residual(self) -> float:
+        """How far the parts are from adding up to the measured change, relative to it."""
+        known = self.predicted.isfinite() & self.measured.isfinite()
+        apart = (self.predicted - self.measured)[known].norm()
+        # The change of a loss that hardly changes is rounding.
+        size = torch.maximum(self.measured[known].norm(), 1e-6 * self.before[known].norm())
+        return float(apart / size.clamp(min=1e-300))
 
     @property
     def measured(self) -> Float[Tensor, " classes"]:
@@ -251,7 +264,11 @@ class Audit:
                 "step": step and jsonable(step) | of_step,
                 "impact": {
                     part: jsonable(impact)
-                    | {"predicted": impact.predicted, "measured": impact.measured}
+                    | {
+                        "predicted": impact.predicted,
+                        "measured": impact.measured,
+                        "residual": impact.residual,
+                    }
                     for part, impact in self.impact.items()
                 },
                 "elasticities": self.elasticities,

@@ -309,10 +309,10 @@ class _Writer:
         raised.sort(key=lambda k: -rise[k])
         its, where = f"{self.classes([label])}'s part of the step", self.where()
         if not raised:
-            return [f"{where}{its} raises no other class's loss (linear estimate)."]
+            return [f"{where}{its} raises no other class's loss."]
         listed = self.classes(raised, _NAMED)
         if audit.standard_errors is None:
-            return [f"{where}{its} raises the loss of {listed} (linear estimate)."]
+            return [f"{where}{its} raises the loss of {listed}."]
         certain = [k for k in raised if conflicting(audit, self.now.conflict, label, k)]
         if not certain:
             return [
@@ -320,7 +320,7 @@ class _Writer:
                 f"of {listed}."
             ]
         losers = _list([f"{self.classes([k])} ({rise[k]:+.2g})" for k in certain], _NAMED)
-        lines = [_sentence(f"{its} raises the loss of {losers} (linear estimate).")]
+        lines = [_sentence(f"{its} raises the loss of {losers}.")]
         if "held_out" in audit.impact:
             elsewhere = audit.impact["held_out"].matrix[:, label]
             agree = [k for k in certain if elsewhere[k] > 0]
