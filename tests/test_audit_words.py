@@ -131,9 +131,7 @@ OPPOSED = [[1.0, 0.0, -0.5], [0.0, 1.0, -0.1], [-0.5, -0.1, 1.0]]
 def test_losers_are_those_whose_loss_rises_and_whose_gradients_conflict():
     audit = audit_of(OPPOSED, weights={2: 3.0}, error=0.15)  # 1 does not conflict significantly
     text = text_of(with_impact(audit, [0.02, 0.01, -0.3]))
-    assert (
-        "Class 2's part of the step raises the loss of class 0 (+0.02)." in text
-    )
+    assert "Class 2's part of the step raises the loss of class 0 (+0.02)." in text
     assert "class 1 (+" not in text
     assert "held-out" not in text
 

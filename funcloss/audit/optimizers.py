@@ -219,7 +219,7 @@ def _rmsprop(options: _Options, state: Mapping[str, Any], p: Tensor, grad: Tenso
     if options["centered"]:
         first = _held(state, "grad_avg", p)
         first = (torch.zeros_like(p) if first is None else first).lerp(entering, 1 - alpha)
-        second = second.addcmul(first, first, value=-1)
+        second = second - first * first
     scale = -options["lr"] / (second.sqrt() + options["eps"])
     momentum = options["momentum"]
     velocity = _held(state, "momentum_buffer", p) if momentum > 0 else None

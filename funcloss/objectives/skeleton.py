@@ -59,7 +59,10 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         elif foreign or isinstance(thing, _SHARED):
             memo[id(thing)] = thing
     try:
-        return copy.deepcopy(model, memo).to("meta")
+        skeleton = copy.deepcopy(model, memo)
+        if all(t.is_meta for t in (*skeleton.parameters(), *skeleton.buffers())):
+            return skeleton  # ``to`` assigns data, which a transform does not allow
+        return skeleton.to("meta")
     except Exception as error:  # whatever an attribute raises when it is copied
         name, why = _culprit(model, memo, error)
         raise ConfigError(
