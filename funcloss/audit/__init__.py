@@ -2,6 +2,7 @@
 
 from funcloss.audit.gram import Balance, balance
 from funcloss.audit.layer_kinds import LAYERS
+from funcloss.audit.ledger import Ledger, LedgerKeeper, make_ledger
 from funcloss.audit.loss import LossSpec
 from funcloss.audit.measure import AuditSettings, audit
 from funcloss.audit.result import (
@@ -26,6 +27,8 @@ __all__ = [
     "Check",
     "ExampleRows",
     "Impact",
+    "Ledger",
+    "LedgerKeeper",
     "LossSpec",
     "Method",
     "StandardErrors",
@@ -37,6 +40,7 @@ __all__ = [
     "balance",
     "compare",
     "make_audit_step",
+    "make_ledger",
     "sentences",
     "watch",
 ]

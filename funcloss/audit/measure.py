@@ -130,8 +130,8 @@ def audit(
     with torch.no_grad():
         at = make_model_state(model, state, settings.key)
         make_batches = reiterable(data, at, **batching)
-        number, probe = _probe(make_batches)
-        context, plan = _prepare(
+        number, probe = probe_of(make_batches)
+        context, plan = prepare(
             at, as_spec(loss), make_batches, probe, settings, with_step=step is not None
         )
         notes += [plan.note] if plan.note else []
@@ -194,7 +194,7 @@ def audit(
     )
 
 
-def _prepare(
+def prepare(
     state: ModelState,
     spec: LossSpec,
     make_batches: MakeBatches,
@@ -216,7 +216,7 @@ def _prepare(
     return AuditContext(state, spec, coupled, names, weights, **how), plan
 
 
-def _probe(make_batches: MakeBatches) -> tuple[int, MaskedBatch]:
+def probe_of(make_batches: MakeBatches) -> tuple[int, MaskedBatch]:
     """Return number and examples of the first batch that has two that count, or else one."""
     best = None
     for number, batch in enumerate(make_batches()):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NO_GROUP, POOLED = -1, -2  # terms of no group; groups that share a row, as memory is short
 
@@ -82,7 +82,7 @@ def class_parts(
     outputs: Tensor,
     cotangents: Tensor,
     groups: Groups,
-    params: Sequence[nn.Parameter],
+    params: Sequence[Tensor],
     wanted: Sequence[int],
 ) -> Parts:
     """Return ``J^T (mask_c * cotangents)`` of the groups wanted; the graph stays as it is.

@@ -1,6 +1,6 @@
 """The step that an optimiser takes as the sum of what each part of the gradient does to it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -213,27 +213,54 @@ def _impact(
     step: Params,
     products: Callable[[Callable[[range], Grads]], Tensor],
 ) -> Impact:
-    """Integrate along the step by Simpson's rule, in as many pieces as it takes to add up.
-
-    Args:
-        context: At the params before the step.
-        make_batches: Of the data.
-        first: Sums of the classes' gradients there, by block, if they are known.
-        step: The whole of it.
-        products: From gradients by block of classes to their inner products with the step's rows.
-    """
+    """Integrate along the step; ``first``: the sums of gradients before it, if they are known."""
     params = context.state.params
     before, count = class_losses(context, make_batches, params)
     after, _ = class_losses(context, make_batches, plus(params, step))
+
+    def sums_at(at: Params) -> Callable[[range], Grads]:
+        if at is params and first is not None:
+            return first
+        there = replace(context, state=replace(context.state, params=at))
+        return lambda block: loss_gradients(there, make_batches, block)
+
+    def mean_products(left: Callable[[range], Grads]) -> Tensor:
+        sums = products(left)
+        return torch.where(count[:, None] > 0, sums / count[:, None], torch.nan)
+
+    return impact_along(params, step, sums_at, mean_products, before, after, context.blocks)
+
+
+def impact_along(
+    params: Params,
+    step: Params,
+    sums_at: Callable[[Params], Callable[[range], Grads]],
+    products: Callable[[Callable[[range], Grads]], Tensor],
+    before: Tensor,
+    after: Tensor,
+    blocks: Sequence[range],
+    *,
+    closes: float = _CLOSES,
+) -> Impact:
+    """Integrate along a step by Simpson's rule, in as many pieces as it takes to add up.
+
+    Args:
+        params: Before the step.
+        step: The whole of it.
+        sums_at: From params on the way to the gradients of the classes' losses there, by block.
+        products: From gradients by block of classes to their inner products with the step's rows.
+        before: The classes' mean losses at the params.
+        after: Those one step on.
+        blocks: Of classes.
+        closes: Relative distance of the parts from the measured change that ends it.
+    """
 
     def along(pieces: int) -> Impact:
         def mean_gradients(block: range) -> Grads:
             total: Grads = {}
             for point, weight in enumerate(_simpson(pieces)):
                 at = {name: p + point / (2 * pieces) * step[name] for name, p in params.items()}
-                there = replace(context, state=replace(context.state, params=at))
-                known = first if point == 0 else None
-                found = known(block) if known else _loss_gradients(there, make_batches, block)
+                found = sums_at(at if point else params)(block)
                 factors = torch.full((len(block),), weight, dtype=torch.float64)
                 scaled = scaled_rows(factors, found)
                 if total:
@@ -242,12 +269,10 @@ def _impact(
                     total = scaled
             return total
 
-        matrix = products(held(mean_gradients, context.blocks))
-        matrix = torch.where(count[:, None] > 0, matrix / count[:, None], torch.nan)
-        return Impact(matrix, before, after, pieces)
+        return Impact(products(held(mean_gradients, blocks)), before, after, pieces)
 
     pieces, found = 1, along(1)
-    while not found.residual <= _CLOSES and pieces < _MOST_PIECES:
+    while not found.residual <= closes and pieces < _MOST_PIECES:
         pieces *= 2
         found = along(pieces)
     return found
@@ -276,7 +301,7 @@ def _row_products(
     return torch.cat([cross(left, moves, blocks, layers), with_own], 2)
 
 
-def _loss_gradients(context: AuditContext, make_batches: MakeBatches, block: range) -> Grads:
+def loss_gradients(context: AuditContext, make_batches: MakeBatches, block: range) -> Grads:
     """Return the gradient of each class's sum of losses, of a block of classes."""
     if context.coupled:  # class parts of the whole loss are not gradients of the classes' losses
         return coupled_gradients(context, make_batches, block)
