@@ -5,8 +5,8 @@
 
 Each network is trained on MNIST, or on its sample, with the weight 5 on class 9, and its ledger is
 kept on held-out digits. A residual is the distance of the sums of parts from the measured changes
-of the classes' losses over the training, relative to these: of the ledger, and of the gradients at the
-two ends of each step (trapezoid) and at its start alone.
+of the classes' losses over the training, relative to these: of the ledger, and of the gradients at
+the two ends of each step (trapezoid) and at its start alone.
 """
 
 import platform
