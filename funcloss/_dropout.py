@@ -108,11 +108,12 @@ def multi_head_attention(
     if add_zero_attn:
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
         added += 1
-    q, k, v = (x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
+    # torch 2.6 cannot compile ``unflatten`` where functions are looked at, as here.
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
     bias = None
     if attn_mask is not None:
         bias = _added(attn_mask, q.dtype)
-        bias = bias if bias.dim() == 2 else bias.unflatten(0, (batch, num_heads))
+        bias = bias if bias.dim() == 2 else bias.reshape(batch, num_heads, *bias.shape[1:])
     if key_padding_mask is not None:
         padding = _added(key_padding_mask, q.dtype)[:, None, None]
         bias = padding if bias is None else bias + padding

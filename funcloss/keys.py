@@ -102,7 +102,8 @@ class keyed_randomness(TorchFunctionMode):  # noqa: N801 - a context manager, us
     """Draw what is random in this context from the examples' own keys.
 
     That is dropout of every kind (functional and in modules, of attention, of recurrent layers),
-    ``bernoulli`` and so stochastic depth, ``rand``, ``randn``, ``uniform_`` and ``normal_``. Each
+    ``bernoulli`` and so stochastic depth, ``uniform_``, ``normal_``, and from torch 2.14 on
+    ``rand`` and ``randn``, which older compilers hide. Each
     takes as many words as it needs from the stream of each example, word ``j`` of example ``i``
     being a hash of ``keys[i] + j``. (Of 256 examples that draw 100,000 words each, about one pair
     shares a stretch of its streams.) Attention that drops out is computed as
@@ -153,8 +154,9 @@ class keyed_randomness(TorchFunctionMode):  # noqa: N801 - a context manager, us
                 raise RuntimeError(
                     f"keyed_randomness: {func.__name__} draws from torch's global generator or one "
                     "of its own, which no transform can map over or replay; in a training step use "
-                    "dropout, stochastic depth, bernoulli, rand(x.shape), randn(x.shape), without "
-                    "generator or out; or set the probability to 0, or make what is random an input"
+                    "dropout, stochastic depth, bernoulli, from torch 2.14 on rand(x.shape) and "
+                    "randn(x.shape), without generator or out; or set the probability to 0, or "
+                    "make what is random an input"
                 )
             own = {option: value for option, value in kwargs.items() if option != "generator"}
             return _KEYED[func](self, func, *args, **own)
@@ -375,9 +377,11 @@ _KEYED = {
         (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), keyed_randomness._recurrent
     ),
     **dict.fromkeys((torch.bernoulli, Tensor.bernoulli), keyed_randomness._bernoulli),
-    torch.rand: keyed_randomness._rand,  # a compiled graph hides rand_like and randn_like from us
-    torch.randn: keyed_randomness._randn,
     Tensor.bernoulli_: keyed_randomness._bernoulli_,
     Tensor.uniform_: keyed_randomness._uniform_,
     Tensor.normal_: keyed_randomness._normal_,
 }
+# A compiled graph hides rand_like and randn_like from us; of older versions (2.6, say) these too.
+SEES_RAND = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+if SEES_RAND:
+    _KEYED |= {torch.rand: keyed_randomness._rand, torch.randn: keyed_randomness._randn}

@@ -8,7 +8,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 from torchvision.ops import stochastic_depth
 
-from funcloss.keys import example_keys, fold_in, keyed_randomness, make_key
+from funcloss.keys import SEES_RAND, example_keys, fold_in, keyed_randomness, make_key
 
 N = 64
 
@@ -136,6 +136,9 @@ KEYED = {
     "uniform_": lambda x: torch.empty_like(x).uniform_(0.9, to=1.1),
     "normal_": lambda x: torch.empty_like(x).normal_(1.0, std=0.1),
 }
+if not SEES_RAND:
+    for name in ("rand", "randn", "noise", "drop path, floored"):
+        KEYED.pop(name)
 MAPPED = [pytest.param(fn, id=name) for name, fn in KEYED.items()]
 ALL = [pytest.param(fn, id=name) for name, fn in {**KEYED, **RECURRENT}.items()]
 
@@ -236,6 +239,7 @@ def test_what_is_kept_is_scaled_and_as_frequent_as_it_should_be(name, p):
     assert both.abs() <= 5 * sd**2 / n**0.5
 
 
+@pytest.mark.skipif(not SEES_RAND, reason="rand and randn are refused")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_noise_is_uniform_or_normal_and_independent(dtype):
     with keyed_randomness(keys(n=512)):
@@ -273,6 +277,7 @@ def test_what_is_no_probability_is_refused(call):
         dropped(call, torch.ones(N, 2), keys())
 
 
+@pytest.mark.skipif(not SEES_RAND, reason="rand and randn are refused")
 def test_whole_numbers_are_not_drawn():
     with pytest.raises(TypeError, match="rand: dtype must be floating point .*int64"):
         dropped(lambda x: torch.rand(x.shape, dtype=torch.int64), torch.ones(N, 2), keys())
@@ -350,6 +355,7 @@ OFF_THE_BATCH = {
 }
 
 
+@pytest.mark.skipif(not SEES_RAND, reason="rand and randn are refused")
 @pytest.mark.parametrize("name", OFF_THE_BATCH)
 def test_draws_off_the_batch_axis_are_refused_by_name(name):
     with (

@@ -21,7 +21,7 @@ N, LENGTH, WORDS, WIDTH, HEADS, CLASSES, P = 6, 7, 11, 8, 2, 3, 0.3
 
 def split(x):
     """``(batch, length, width)`` to ``(batch, heads, length, width / heads)``."""
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], HEADS, -1).transpose(1, 2)
 
 
 def merged(x):
