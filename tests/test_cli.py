@@ -265,3 +265,27 @@ def test_the_first_line_of_an_auto_run_without_network_says_so(run_cli, monkeypa
     note = json.loads((tmp_path / "r" / "summary.json").read_text())["dataset_note"]
     assert "there is no network" in note
     assert data.load_dataset("mnist-sample").note in note
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        type("OutOfMemoryError", (RuntimeError,), {})(
+            "CUDA out of memory. Tried to allocate 9 GiB"
+        ),
+    ],
+    ids=["Python", "CPU", "GPU"],
+)
+def test_out_of_memory_anywhere_is_one_line(error, run_cli, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("funcloss.app.train.train", fail)
+    code, out, err = run_cli(
+        "train", "--model", "linear", "--dataset", "mnist-sample", "--run-dir", tmp_path / "r"
+    )
+    assert (code, out) == (1, "")
+    assert err.startswith("error: not enough memory: try a smaller --batch-size")
+    assert err.count("\n") == 1

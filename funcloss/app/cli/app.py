@@ -66,7 +66,14 @@ def _run(program: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            say(
+                "error: not enough memory: try a smaller --batch-size or --image-size, or --stream "
+                "on; a run folder that is begun goes on with --resume",
+                error=True,
+            )
+            sys.exit(1)
         # Torch raises it wherever the training is when a process that reads ahead dies.
         if "DataLoader worker" not in str(error):
             raise
@@ -82,3 +89,9 @@ def _run(program: Callable[[], Any]) -> None:
         hush()
         say(f"error: cannot print the result: {error.strerror}", error=True)
         sys.exit(1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the machine or its GPU has no more, without loading torch to ask."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
