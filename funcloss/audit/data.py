@@ -1,6 +1,6 @@
 """The forms that audited data comes in, brought to one: batches that can be iterated again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -192,6 +192,11 @@ def groups_of(batch: Batch, group_by: GroupBy | None) -> Tensor:
             "example out with where="
         )
     return torch.where(counts, groups, -1)
+
+
+def number_of(classes: Sequence[str] | int | None) -> int | None:
+    """Return how many classes there are by their names or their number; None: not said."""
+    return classes if isinstance(classes, int | None) else len(classes)
 
 
 def check_labels(groups: Tensor, classes: int) -> None:

@@ -71,15 +71,17 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     their products would show in every share.
     """
     pairs = zip(a.split(_STRETCH, 1), b.split(_STRETCH, 1), strict=True)
-    return torch.stack([_wide(x) @ _wide(y).T for x, y in pairs]).sum(0)
+    return torch.stack([wide(x) @ wide(y).T for x, y in pairs]).sum(0)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_widest(x))
+def wide(x: Tensor) -> Tensor:
+    """Return numbers in the widest dtype that their device has."""
+    return x.to(widest(x))
 
 
-def _widest(x: Tensor) -> torch.dtype:
-    return x.dtype if x.device.type == "mps" else torch.float64  # which has no float64
+def widest(x: Tensor) -> torch.dtype:
+    """Return the widest floating-point dtype of a tensor's device."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def held(function: Callable[[range], Grads], blocks: Sequence[range]) -> Callable[[range], Grads]:
@@ -136,7 +138,7 @@ def norm_of(tree: Params) -> float:
     """Return the Euclidean norm of all entries together, in float64."""
     if not tree:
         return 0.0
-    lengths = [torch.linalg.vector_norm(x, dtype=_widest(x)) for x in tree.values()]
+    lengths = [torch.linalg.vector_norm(x, dtype=widest(x)) for x in tree.values()]
     return float(torch.linalg.vector_norm(torch.stack(lengths)))
 
 

@@ -175,7 +175,9 @@ def make_ledger(
             raise AuditError(f"ledger: {why_not}")
         moves, memory = split.split(gradients, ledger.memory or None)
         moved = state._replace(params=after.params)
-        (before, count), (there, _), (now, _) = map(judged.losses, (state, moved, after))
+        (before, count), (there, _) = map(judged.losses, (state, moved))
+        kept = all(torch.equal(b, after.buffers[name]) for name, b in state.buffers.items())
+        now = there if kept else judged.losses(after)[0]
 
         def products(left: Callable[[range], Grads]) -> Tensor:
             sums = grams(left(judged.block), moves, layers_of(moves)).sum(0)

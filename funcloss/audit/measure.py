@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from funcloss.audit.checks import check_given, check_gradient, check_slopes, require
-from funcloss.audit.data import GroupBy, MakeBatches, MaskedBatch, check_labels, reiterable
+from funcloss.audit.data import (
+    GroupBy,
+    MakeBatches,
+    MaskedBatch,
+    check_labels,
+    number_of,
+    reiterable,
+)
 from funcloss.audit.directional import directional_derivatives, directional_of
 from funcloss.audit.gradients import AuditContext, class_gradients
 from funcloss.audit.gram import balance, cancelled
@@ -67,7 +74,7 @@ class AuditSettings:
                 "AuditSettings: memory and batch_size must be positive and finite, got "
                 f"{self.memory} and {self.batch_size}"
             )
-        number = self.classes if isinstance(self.classes, int | None) else len(self.classes)
+        number = number_of(self.classes)
         if number is not None and number < 1:
             raise ValueError(f"AuditSettings: classes must be at least 1, got {number}")
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from funcloss.audit.inner import widest
+
 NO_GROUP, POOLED = -1, -2  # terms of no group; groups that share a row, as memory is short
 
 Parts = dict[int, list[Tensor | None]]  # by group, one for each parameter; None is 0
@@ -51,7 +53,7 @@ def groups_in(
     """
     of_terms = of_terms.long().clamp(min=NO_GROUP)
     ids, place, counts = of_terms.unique(return_inverse=True, return_counts=True)
-    sums = torch.full_like(ids, torch.nan, dtype=torch.float64 if _has_wide(ids) else torch.float32)
+    sums = torch.full_like(ids, torch.nan, dtype=widest(ids))
     if values is not None:
         within = values.dim() - of_terms.dim()
         each = values.detach().flatten(-within).sum(-1) if within else values.detach()
@@ -72,10 +74,6 @@ def groups_in(
         {int(group): total for group, _, total in found},
         tuple(int(group) for group, _, _ in rare),
     )
-
-
-def _has_wide(x: Tensor) -> bool:
-    return x.device.type != "mps"
 
 
 def class_parts(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funcloss.audit.inner import _wide
+from funcloss.audit.inner import wide, widest
 from funcloss.audit.optimizers import (
     LinearStep,
     bare,
@@ -89,7 +89,7 @@ def tell_step(
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
 
     def walk(bound: float = math.inf) -> tuple[_Walked, str]:
-        walked, failed = _Walked(len(names), params[0].device), ""
+        walked, failed = _Walked(len(names), params[0]), ""
         for i, p in enumerate(params):
             if (given := grads[i]) is None:
                 continue
@@ -141,8 +141,8 @@ class _Walked:
     what weight decay does and what is remembered.
     """
 
-    def __init__(self, parts: int, device: torch.device) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+    def __init__(self, parts: int, like: Tensor) -> None:
+        device, self.dtype = like.device, widest(like)
         self.stretch = _STRETCH if device.type == "cpu" else 64 * _STRETCH
         self.of_grad = torch.zeros(parts + 1, parts + 1, dtype=self.dtype, device=device)
         self.of_step = torch.zeros(parts + 3, parts + 3, dtype=self.dtype, device=device)
@@ -288,5 +288,5 @@ def _tolerance(params: Sequence[nn.Parameter]) -> float:
 
 
 def _square(x: Tensor) -> Tensor:
-    flat = _wide(x.detach().flatten())
+    flat = wide(x.detach().flatten())
     return flat @ flat

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from funcloss.audit.data import number_of
 from funcloss.audit.gram import balance, cancelled
 from funcloss.audit.inner import distance, norm_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
@@ -340,7 +341,7 @@ class Watch:
             whole = float(terms.sum()) if values is None else sum(seen.sums.values())
             if not math.isfinite(whole):
                 raise AuditError("the loss is not finite: there is no gradient to split")
-            number = self._number()
+            number = number_of(self._classes)
             if number and max(seen.counts, default=0) >= number:
                 raise AuditError(
                     f"labels must be below {number}, got {max(seen.counts)}: give watch classes="
@@ -421,7 +422,7 @@ class Watch:
             strange=self._strange(),
         )
         self._parts = {}
-        number = self._number() or 0
+        number = number_of(self._classes) or 0
         if number <= _ALL_ROWS and POOLED not in ids:
             every = sorted({*range(number), *ids}, key=lambda g: (g < 0, g))
             names = tuple(self._name(group) for group in every)
@@ -489,10 +490,6 @@ class Watch:
         self._sums = {g: sum(sums.get(g, 0.0) for _, sums, _, _ in told) for g in ids}
 
     # Names ---
-
-    def _number(self) -> int | None:
-        classes = self._classes
-        return classes if isinstance(classes, int) or classes is None else len(classes)
 
     def _name(self, group: int) -> str:
         if group < 0:
@@ -762,7 +759,7 @@ def _check(
             "watch: every must be at least 1, and memory positive and finite, got "
             f"{every} and {memory}"
         )
-    number = classes if isinstance(classes, int) or classes is None else len(classes)
+    number = number_of(classes)
     if number is not None and number < 1:
         raise ConfigError(f"watch: classes must be at least 1, got {number}")
     weights = None if spec is None else spec.class_weights
