@@ -363,6 +363,9 @@ class TrainConfig:
             ("exact", "sampled", "off"),
         ),
     ] = "sampled"
+    ledger_layers: Annotated[bool, Option("Keep the sums of the ledger for each layer too.")] = (
+        False
+    )
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
     # No option: the power of class_weight balanced, of which a setup makes weights; 0: none.
     balance: float = 0.0

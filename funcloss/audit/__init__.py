@@ -1,5 +1,6 @@
 """The audit: each class's share of the gradient and of the optimiser's step, measured."""
 
+from funcloss.audit.behind import make_behind
 from funcloss.audit.gram import Balance, balance
 from funcloss.audit.layer_kinds import LAYERS
 from funcloss.audit.ledger import Ledger, LedgerKeeper, make_ledger
@@ -42,6 +43,7 @@ __all__ = [
     "balance",
     "compare",
     "make_audit_step",
+    "make_behind",
     "make_ledger",
     "make_sampled_ledger",
     "sentences",
