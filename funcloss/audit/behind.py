@@ -19,6 +19,7 @@ from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion
 from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
+from funcloss.transforms import quiet_jvp
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
 # (state before the step, batch, hyper) -> (classes, examples of the batch)
@@ -113,7 +114,8 @@ def make_behind(
         effects = []
         for k in range(len(names)):
             tangents = {name: move[k] for name, move in along.items()}
-            slopes = jvp(predict, (state.params,), (tangents,))[1]
+            with quiet_jvp():
+                slopes = jvp(predict, (state.params,), (tangents,))[1]
             effects.append((cotangents * slopes).flatten(1).sum(1))
         found = torch.stack(effects).cpu().double() / (1.0 - split.keeps)
         return torch.where(count[:, None] > 0, found, torch.nan)
