@@ -84,7 +84,7 @@ def ledger_sentences(
             "The parts do not add up to the measured changes of the losses: they miss them by "
             f"{_percent(ledger.residual)}. The ledger does not tell who moved whose loss.",
         )
-    if not exact and samples is not None and samples < _FEW:
+    if few(exact, samples):
         return (
             f"Only {samples} of {int(ledger.steps):,} steps were measured, too few to tell who "
             "moved whose loss. For all steps: --ledger exact.",
@@ -93,14 +93,14 @@ def ledger_sentences(
         [f"class {name(text)}" for text in classes],
         ledger,
         ledger.net,
-        certain(ledger, exact=exact),
+        certain(ledger, exact=exact, samples=samples),
         class_weights.tolist(),
         ledger.due_to(class_weights),
         exact,
         samples,
     )
     weighted = weighted_columns(class_weights)
-    spoken = spoken_columns(ledger, class_weights, exact=exact, most=most)
+    spoken = spoken_columns(ledger, class_weights, exact=exact, samples=samples, most=most)
     lines = []
     if weighted:
         for c in spoken:
@@ -113,11 +113,14 @@ def ledger_sentences(
     return (*lines, *writer.limits(bool(weighted)))
 
 
-def certain(ledger: Ledger, *, exact: bool) -> Bool[Tensor, "classes parts"]:
+def certain(
+    ledger: Ledger, *, exact: bool, samples: int | None = None
+) -> Bool[Tensor, "classes parts"]:
     """Return which entries surely differ from 0.
 
     Of an exact ledger, those larger than what is missing from the sum of their row; of a sampled
-    one, those two standard errors from 0. An entry that is not finite is none of them.
+    one, those two standard errors from 0, of 16 samples or more. An entry that is not finite is
+    none of them.
     """
     net = ledger.net
     if exact:
@@ -125,7 +128,14 @@ def certain(ledger: Ledger, *, exact: bool) -> Bool[Tensor, "classes parts"]:
         rounding = _ROUNDING * (ledger.raised - ledger.lowered).sum(1)
         return net.isfinite() & (net.abs() > torch.maximum(missing, rounding)[:, None])
     error = ledger.standard_error
+    if few(exact, samples):
+        return torch.zeros_like(net, dtype=torch.bool)
     return net.isfinite() & (error > 0) & (net.abs() > 2.0 * error)
+
+
+def few(exact: bool, samples: int | None) -> bool:
+    """Return whether too few steps were measured for two standard errors to mean the usual 95 %."""
+    return not exact and samples is not None and samples < _FEW
 
 
 def closes(ledger: Ledger) -> bool:
@@ -145,14 +155,19 @@ def weighted_columns(class_weights: Float[Tensor, " classes"]) -> list[int]:
 
 
 def spoken_columns(
-    ledger: Ledger, class_weights: Float[Tensor, " classes"], *, exact: bool, most: int = 4
+    ledger: Ledger,
+    class_weights: Float[Tensor, " classes"],
+    *,
+    exact: bool,
+    samples: int | None = None,
+    most: int = 4,
 ) -> list[int]:
     """Return the classes to speak of: those weighted, else two that did most to others' losses."""
     if weighted := weighted_columns(class_weights):
         return weighted[:most]
     classes = len(class_weights)
-    surely = ledger.net.where(certain(ledger, exact=exact), 0.0)[:, :classes].abs()
-    size = surely.fill_diagonal_(0.0).sum(0)
+    surely = ledger.net.where(certain(ledger, exact=exact, samples=samples), 0.0)
+    size = surely[:, :classes].abs().fill_diagonal_(0.0).sum(0)
     return [c for c in size.argsort(descending=True, stable=True).tolist() if size[c] > 0][:2]
 
 
@@ -165,6 +180,20 @@ def amount(value: float) -> str:
     """
     size = abs(value)
     return f"{size:,.1f}" if 0.995 <= size < 1e6 else f"{size:.2g}"
+
+
+def signed(value: float) -> str:
+    """Return an entry for a table, with its sign and about three digits.
+
+    Example:
+        >>> signed(103.94), signed(-48.54), signed(0.0123), signed(-0.0)
+        ('+104', '-48.5', '+0.012', '0')
+    """
+    size = abs(value)
+    if not size:
+        return "0"
+    form = "+,.0f" if 99.95 <= size < 1e6 else "+.1f" if 9.95 <= size < 99.95 else "+.2g"
+    return format(value, form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,8 +351,8 @@ class _Writer:
         measured = "Some" if self.samples is None else f"{self.samples:,}"
         return (
             f"{measured} of {int(self.ledger.steps):,} steps were measured: ± is one standard "
-            "error, and an entry within two of 0 is not named (for all steps: --ledger exact). The parts "
-            f"add up to the measured change within two standard errors for {near:,} of "
+            "error, and an entry within two of 0 is not named (for all steps: --ledger exact). "
+            f"The parts add up to the measured change within two standard errors for {near:,} of "
             f"{classes:,} classes."
         )
 

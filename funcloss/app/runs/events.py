@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from funcloss.app.config import TrainConfig
+from funcloss.audit import Ledger
 from funcloss.decisions import Evaluation
 from funcloss.training.loop import Progress
 
@@ -48,6 +51,21 @@ class Audited:
     rows: list[dict[str, Any]]  # one per class
 
 
+@dataclass(frozen=True, eq=False)
+class LedgerReport:
+    """The ledger of the training so far, at the end of an epoch."""
+
+    epoch: int  # from 1
+    classes: tuple[str, ...]
+    parts: tuple[str, ...]  # names of the columns
+    weights: Tensor  # of the classes, (classes)
+    ledger: Ledger
+    exact: bool
+    seconds: float  # that it took so far
+    training_seconds: float  # that the training took so far, without it
+    samples: int | None = None  # steps that were measured; None: not known
+
+
 @dataclass(frozen=True)
 class Constrained:
     """A measurement of the constraints, after ``step`` steps."""
@@ -56,7 +74,7 @@ class Constrained:
     record: dict[str, Any]
 
 
-Event = Note | Started | Progress | EpochReport | Audited | Constrained
+Event = Note | Started | Progress | EpochReport | Audited | LedgerReport | Constrained
 Show = Callable[[Any], None]
 
 
