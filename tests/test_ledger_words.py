@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,12 +110,19 @@ def test_a_sampled_ledger_says_for_how_many_classes_its_rows_add_up(missing, err
 
 
 @pytest.mark.parametrize(("samples", "enough"), [(1, False), (15, False), (16, True)])
-def test_a_few_samples_name_nobody(samples, enough):
-    text = told(ledger_of(NET, error=1.0), {2: 5.0}, exact=False, samples=samples)
+@pytest.mark.parametrize(
+    ("first", "begins"),
+    [(0, "{} of 40 steps were measured, drawn at random"),
+     (8, "Of 40 steps the first 8 were measured, then {} drawn at random")],
+)  # fmt: skip
+def test_a_few_samples_name_nobody(samples, enough, first, begins):
+    drawn = SimpleNamespace(since=torch.tensor(first), samples=torch.tensor(samples))
+    ledger = ledger_of(NET, error=1.0)._replace(sampling=drawn)
+    text = told(ledger, {2: 5.0}, exact=False)
     assert ("class k0" in text) == enough
-    assert f"{samples} of 40 steps were measured" in text
+    assert begins.format(samples) in text
     assert "--ledger exact" in text
-    assert "Class k2" in told(ledger_of(NET, error=1.0), {2: 5.0}, samples=samples)  # exact
+    assert certain(ledger, exact=False).any() == enough
 
 
 ROSE = [[-10.0, 0.0, 60.0], [0.0, -5.0, 1.0], [0.0, 0.0, -2.0]]
@@ -150,7 +158,7 @@ def test_what_was_moved_to_and_fro_is_told_of_an_exact_ledger_only(exact):
 @pytest.mark.parametrize(
     ("weight", "says", "not_said"),
     [
-        (5.0, "80 % of these, (w - 1) / w, is due to the weight beyond 1: 83.1", "held back"),
+        (5.0, "80 % of these, (w - 1) / w, are due to the weight beyond 1: 83.1", "held back"),
         (0.5, "2 times as large at weight 1: the lower weight held back a rise", "due to"),
         (0.5, "held back a rise of class k0's loss by 103.9", "due to"),
         (0.25, "4 times as large at weight 1: the lower weight held back a rise", "due to"),

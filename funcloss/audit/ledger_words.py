@@ -34,7 +34,6 @@ def ledger_sentences(
     class_weights: Float[Tensor, " classes"],
     *,
     exact: bool,
-    samples: int | None = None,
     name: Name = str,
     most: int = 4,
 ) -> tuple[str, ...]:
@@ -48,7 +47,6 @@ def ledger_sentences(
         ledger: The sums over a training.
         class_weights: Of the training, shape ``(classes)``.
         exact: Whether each step was measured, not a sample of them.
-        samples: How many steps were measured, where it is known.
         name: How a class's name is written.
         most: Weighted classes to speak of, at most.
 
@@ -84,23 +82,22 @@ def ledger_sentences(
             "The parts do not add up to the measured changes of the losses: they miss them by "
             f"{_percent(ledger.residual)}. The ledger does not tell who moved whose loss.",
         )
-    if few(exact, samples):
+    if few(ledger):
         return (
-            f"Only {samples} of {int(ledger.steps):,} steps were measured, too few to tell who "
-            "moved whose loss. For all steps: --ledger exact.",
+            f"{_measured(ledger)}, too few to tell who moved whose loss. For all steps: "
+            "--ledger exact.",
         )
     writer = _Writer(
         [f"class {name(text)}" for text in classes],
         ledger,
         ledger.net,
-        certain(ledger, exact=exact, samples=samples),
+        certain(ledger, exact=exact),
         class_weights.tolist(),
         ledger.due_to(class_weights),
         exact,
-        samples,
     )
     weighted = weighted_columns(class_weights)
-    spoken = spoken_columns(ledger, class_weights, exact=exact, samples=samples, most=most)
+    spoken = spoken_columns(ledger, class_weights, exact=exact, most=most)
     lines = []
     if weighted:
         for c in spoken:
@@ -113,14 +110,12 @@ def ledger_sentences(
     return (*lines, *writer.limits(bool(weighted)))
 
 
-def certain(
-    ledger: Ledger, *, exact: bool, samples: int | None = None
-) -> Bool[Tensor, "classes parts"]:
+def certain(ledger: Ledger, *, exact: bool) -> Bool[Tensor, "classes parts"]:
     """Return which entries surely differ from 0.
 
     Of an exact ledger, those larger than what is missing from the sum of their row; of a sampled
-    one, those two standard errors from 0, of 16 samples or more. An entry that is not finite is
-    none of them.
+    one, those two standard errors from 0, where 16 steps or more were drawn. None is that is not
+    finite.
     """
     net = ledger.net
     if exact:
@@ -128,14 +123,14 @@ def certain(
         rounding = _ROUNDING * (ledger.raised - ledger.lowered).sum(1)
         return net.isfinite() & (net.abs() > torch.maximum(missing, rounding)[:, None])
     error = ledger.standard_error
-    if few(exact, samples):
+    if few(ledger):
         return torch.zeros_like(net, dtype=torch.bool)
     return net.isfinite() & (error > 0) & (net.abs() > 2.0 * error)
 
 
-def few(exact: bool, samples: int | None) -> bool:
-    """Return whether too few steps were measured for two standard errors to mean the usual 95 %."""
-    return not exact and samples is not None and samples < _FEW
+def few(ledger: Ledger) -> bool:
+    """Return whether too few steps were drawn for two standard errors to mean the usual 95 %."""
+    return ledger.sampling is not None and int(ledger.sampling.samples) < _FEW
 
 
 def closes(ledger: Ledger) -> bool:
@@ -159,16 +154,22 @@ def spoken_columns(
     class_weights: Float[Tensor, " classes"],
     *,
     exact: bool,
-    samples: int | None = None,
     most: int = 4,
 ) -> list[int]:
     """Return the classes to speak of: those weighted, else two that did most to others' losses."""
     if weighted := weighted_columns(class_weights):
         return weighted[:most]
     classes = len(class_weights)
-    surely = ledger.net.where(certain(ledger, exact=exact, samples=samples), 0.0)
+    surely = ledger.net.where(certain(ledger, exact=exact), 0.0)
     size = surely[:, :classes].abs().fill_diagonal_(0.0).sum(0)
     return [c for c in size.argsort(descending=True, stable=True).tolist() if size[c] > 0][:2]
+
+
+def largest_rows(ledger: Ledger, first: Sequence[int], most: int) -> list[int]:
+    """Return the classes to show, ascending: these first, then those with the largest entries."""
+    size = ledger.net.abs().nan_to_num(-1.0).max(1).values
+    order = [*first, *size.argsort(descending=True, stable=True).tolist()]
+    return sorted(list(dict.fromkeys(order))[:most])
 
 
 def amount(value: float) -> str:
@@ -192,7 +193,7 @@ def signed(value: float) -> str:
     size = abs(value)
     if not size:
         return "0"
-    form = "+,.0f" if 99.95 <= size < 1e6 else "+.1f" if 9.95 <= size < 99.95 else "+.2g"
+    form = "+,.0f" if 99.95 <= size < 1e6 else "+.1f" if 0.995 <= size < 99.95 else "+.2g"
     return format(value, form)
 
 
@@ -207,7 +208,6 @@ class _Writer:
     weights: Sequence[float]
     due: Float[Tensor, "classes classes"]
     exact: bool
-    samples: int | None
 
     def weighted(self, c: int) -> list[str]:
         """Say what the examples of a weighted class did, who paid, and what the weight added."""
@@ -280,7 +280,7 @@ class _Writer:
         due, entry = amount(float(self.due[k, c])), self.entry(k, c)
         if weight > 1:
             return [
-                f"Along this path {_percent(1 - 1 / weight)} of these, (w - 1) / w, is due to the "
+                f"Along this path {_percent(1 - 1 / weight)} of these, (w - 1) / w, are due to the "
                 f"weight beyond 1: {due} of the {entry} on {whose}."
             ]
         held = "a fall" if self.net[k, c] < 0 else "a rise"
@@ -348,10 +348,9 @@ class _Writer:
         error = self.ledger.variance_of_sum.sqrt()
         known = apart.isfinite() & error.isfinite()
         near, classes = int((apart <= 2.0 * error)[known].sum()), int(known.sum())
-        measured = "Some" if self.samples is None else f"{self.samples:,}"
         return (
-            f"{measured} of {int(self.ledger.steps):,} steps were measured: ± is one standard "
-            "error, and an entry within two of 0 is not named (for all steps: --ledger exact). "
+            f"{_measured(self.ledger)}: ± is one standard error, and an entry within two of 0 is "
+            "not named (for all steps: --ledger exact). "
             f"The parts add up to the measured change within two standard errors for {near:,} of "
             f"{classes:,} classes."
         )
@@ -393,6 +392,16 @@ class _Writer:
 
 def _changes(ledger: Ledger) -> Float[Tensor, " classes"]:
     return ledger.now - ledger.begin
+
+
+def _measured(ledger: Ledger) -> str:
+    steps = int(ledger.steps)
+    if ledger.sampling is None:
+        return f"Some of {steps:,} steps were measured"
+    first, drawn = int(ledger.sampling.since), int(ledger.sampling.samples)
+    if not first:
+        return f"{drawn:,} of {steps:,} steps were measured, drawn at random"
+    return f"Of {steps:,} steps the first {first:,} were measured, then {drawn:,} drawn at random"
 
 
 def _level(loss: float) -> str:

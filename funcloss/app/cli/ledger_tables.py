@@ -10,11 +10,11 @@ from torch import Tensor
 from funcloss._names import short
 from funcloss.app.cli.tables import make_table, number
 from funcloss.app.runs.events import LedgerReport
-from funcloss.audit.ledger import Ledger
 from funcloss.audit.ledger_words import (
     certain,
     closes,
     few,
+    largest_rows,
     signed,
     spoken_columns,
     weighted_columns,
@@ -41,8 +41,8 @@ def running_lines(report: LedgerReport) -> tuple[str, Table | None]:
     head = f"ledger: {took:.1%} of the time of the training"
     if exact and not closes(ledger):
         return f"{head}; the parts do not add up (off by {ledger.residual:.0%})", None
-    if few(exact, report.samples):
-        return f"{head}; {report.samples} steps measured so far, too few to tell", None
+    if few(ledger):
+        return f"{head}; too few of its steps were drawn so far to tell", None
     head += "; change of each class's mean held-out loss since the first step"
     return (head if exact else f"{head} ({_UNSURE}: not significant)"), _running_table(report)
 
@@ -51,10 +51,10 @@ def _running_table(report: LedgerReport) -> Table:
     """Return a column per class: which parts changed its held-out loss by how much."""
     ledger, exact, weights = report.ledger, report.exact, report.weights
     net = ledger.net
-    sure = certain(ledger, exact=exact, samples=report.samples) | exact
+    sure = certain(ledger, exact=exact) | exact
     error, due = ledger.standard_error, ledger.due_to(weights)
     spoken = [c for c in weighted_columns(weights)[:4] if weights[c] > 0]
-    shown = _largest(ledger, spoken, _SHOWN)
+    shown = largest_rows(ledger, spoken, _SHOWN)
 
     def row(title: str, cells: list[str]) -> tuple[str, ...]:
         return title, *cells
@@ -69,12 +69,15 @@ def _running_table(report: LedgerReport) -> Table:
     for c in spoken:
         title = f"class {short(report.classes[c], _NAME)}'s weight"
         rows.append(row(title, [known(due[k, c], sure[k, c]) for k in shown]))
-    others = {k: net[k].sum() - own[k] - due[k, spoken].sum() for k in shown}
-    # the error of a sum is at most the sum of the errors, however they depend on one another
-    bound = {k: 2.0 * (error[k].sum() - error[k, k]) for k in shown}
-    surely = {k: exact or bool(others[k].abs() > bound[k]) for k in shown}
+    changed = ledger.now - ledger.begin
+    # Of samples, what is missing from the change; its error is at most the sum of the errors.
+    part = 1.0 - 1.0 / weights[spoken].to(net)
+    whole = net.sum(1) if exact else changed
+    others = {k: whole[k] - own[k] - due[k, spoken].sum() for k in shown}
+    bound = {k: error[k, k] + (part.abs() * error[k, spoken]).sum() for k in shown}
+    surely = {k: exact or bool(others[k].abs() > 2.0 * bound[k]) for k in shown}
     rows.append(row("all others", [known(others[k], surely[k]) for k in shown]))
-    rows.append(row("in all", [_cell(float(ledger.now[k] - ledger.begin[k])) for k in shown]))
+    rows.append(row("in all", [_cell(float(changed[k])) for k in shown]))
     table = make_table([""] * (1 + len(shown)), rows, left=0)
     table.show_header = False
     return table
@@ -86,9 +89,7 @@ def ledger_table(found: "KeptLedger") -> Table:
     At most 80 columns wide: the classes spoken of have a column each, as many as there is room for.
     Of more than 24 classes, those with the largest entries.
     """
-    spoken = spoken_columns(
-        found.ledger, found.weights, exact=found.exact, samples=found.samples or None
-    )
+    spoken = spoken_columns(found.ledger, found.weights, exact=found.exact)
     while True:
         head, rows = _columns(found, spoken)
         wide = [max(cell_len(row[k]) for row in (head, *rows)) for k in range(len(head))]
@@ -111,21 +112,14 @@ def _columns(found: "KeptLedger", spoken: list[int]) -> tuple[list[str], list[li
         return f"{text} ± {signed(float(error[k, c])).removeprefix('+')}"
 
     rows = []
-    for k in _largest(ledger, spoken, _MOST):
+    for k in largest_rows(ledger, spoken, _MOST):
         begin, now = ledger.begin[k], ledger.now[k]
-        row = [short(found.classes[k], _NAME), number(begin, ".4g"), number(now, ".4g")]
+        row = [short(found.classes[k], _NAME), number(begin, ".3g"), number(now, ".3g")]
         row += [entry(k, k), *("" if c == k else entry(k, c) for c in spoken)]
         if found.exact:  # the error of a sum is not known
             row.append(_cell(float(net[k].sum() - net[k, sorted({k, *spoken})].sum())))
         rows.append([*row, _cell(float(now - begin))])
     return head, rows
-
-
-def _largest(ledger: Ledger, first: list[int], most: int) -> list[int]:
-    """Return the classes to show, ascending: these first, then those with the largest entries."""
-    size = ledger.net.abs().nan_to_num(-1.0).max(1).values
-    order = [*first, *size.argsort(descending=True, stable=True).tolist()]
-    return sorted(list(dict.fromkeys(order))[:most])
 
 
 def _cell(value: float) -> str:

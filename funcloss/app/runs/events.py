@@ -58,12 +58,11 @@ class LedgerReport:
     epoch: int  # from 1
     classes: tuple[str, ...]
     parts: tuple[str, ...]  # names of the columns
-    weights: Tensor  # of the classes, (classes)
     ledger: Ledger
     exact: bool
     seconds: float  # that it took so far
     training_seconds: float  # that the training took so far, without it
-    samples: int | None = None  # steps that were measured; None: not known
+    weights: Tensor  # of the classes in the training, (classes,)
 
 
 @dataclass(frozen=True)
