@@ -3,6 +3,7 @@
 from funcloss.audit.gram import Balance, balance
 from funcloss.audit.layer_kinds import LAYERS
 from funcloss.audit.ledger import Ledger, LedgerKeeper, make_ledger
+from funcloss.audit.ledger_words import ledger_sentences
 from funcloss.audit.loss import LossSpec
 from funcloss.audit.measure import AuditSettings, audit
 from funcloss.audit.result import (
@@ -41,6 +42,7 @@ __all__ = [
     "audit",
     "balance",
     "compare",
+    "ledger_sentences",
     "make_audit_step",
     "make_ledger",
     "make_sampled_ledger",

@@ -1,10 +1,11 @@
 """The ledger of a training as a section of a page: its sentences, its matrix, and its course."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from markupsafe import Markup
+from torch import Tensor
 
 from funcloss._names import clean
 from funcloss.app.report.pages import (
@@ -17,6 +18,7 @@ from funcloss.app.report.pages import (
     thinned,
     zero_axis,
 )
+from funcloss.audit import Ledger
 from funcloss.audit.ledger_words import (
     certain,
     largest_rows,
@@ -25,16 +27,47 @@ from funcloss.audit.ledger_words import (
     spoken_columns,
 )
 
-if TYPE_CHECKING:
-    from funcloss.app.runs.ledger import KeptLedger
-
 _LINES = 24  # in a figure, four of them in colour
 _COLOURS = 4
 _POINTS = 200  # of a line
 _TOLD = 20  # epochs in the table below a figure
 
 
-def render(found: "KeptLedger") -> Markup:
+class _Recorded(Protocol):
+    """A run's ledger, as :class:`funcloss.app.runs.ledger.KeptLedger` has it."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    @property
+    def epochs(self) -> Tensor: ...
+
+    @property
+    def nets(self) -> Tensor: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def training_seconds(self) -> float: ...
+
+    @property
+    def note(self) -> str: ...
+
+
+def render(found: _Recorded) -> Markup:
     """Return the section: what the weights did over the training, and who paid.
 
     Args:
@@ -76,7 +109,7 @@ class _Cell:
     strength: float  # of its colour, 0 to 1
 
 
-def _matrix(found: "KeptLedger", shown: list[int]) -> dict[str, Any]:
+def _matrix(found: _Recorded, shown: list[int]) -> dict[str, Any]:
     """Return the rows of the classes shown, by the parts that changed their loss."""
     ledger, classes = found.ledger, len(found.classes)
     net, errors = ledger.net, ledger.standard_error
@@ -130,7 +163,7 @@ def _matrix(found: "KeptLedger", shown: list[int]) -> dict[str, Any]:
     }
 
 
-def _course(found: "KeptLedger", spoken: list[int], shown: list[int]) -> dict[str, Any] | None:
+def _course(found: _Recorded, spoken: list[int], shown: list[int]) -> dict[str, Any] | None:
     """Return the sums of the columns spoken of after each epoch, a line per class moved."""
     if not len(found.epochs) or not len(found.nets) or not spoken:
         return None
