@@ -355,6 +355,14 @@ class TrainConfig:
     audit_every: Annotated[
         int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
     ] = 100
+    ledger: Annotated[
+        str,
+        Option(
+            "Sum up what each class's examples did to each class's held-out loss: of every step, "
+            "or of some for a tenth of the time.",
+            ("exact", "sampled", "off"),
+        ),
+    ] = "sampled"
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
     # No option: the power of class_weight balanced, of which a setup makes weights; 0: none.
     balance: float = 0.0

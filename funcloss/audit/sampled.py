@@ -71,8 +71,9 @@ def make_sampled_ledger(
 ) -> SampledKeeper:
     """Return what keeps the ledger of a training by a sample of its steps.
 
-    ``E[net] = sum_t M_t``, the entries of :func:`make_ledger`; ``standard_error`` is by the jackknife
-    over the steps that were measured. Of ``raised`` and ``lowered`` only the sum is unbiased.
+    ``E[net] = sum_t M_t``, the entries of :func:`make_ledger`; their ``standard_error`` is by the
+    jackknife over the steps that were measured. Of ``raised`` and ``lowered`` the sum alone is
+    unbiased.
 
     A ledger that has measured every step so far may be handed on: from there its steps are drawn.
 

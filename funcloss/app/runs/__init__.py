@@ -14,6 +14,7 @@ from funcloss.app.runs.events import (
 )
 from funcloss.app.runs.export import ExportReport, export_run
 from funcloss.app.runs.folds import FoldReport, OutOfFold, read_folds
+from funcloss.app.runs.ledger import KeptLedger, read_ledger
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.use import (
@@ -35,6 +36,7 @@ __all__ = [
     "Event",
     "ExportReport",
     "FoldReport",
+    "KeptLedger",
     "LedgerReport",
     "Note",
     "OutOfFold",
@@ -53,6 +55,7 @@ __all__ = [
     "load_tensors",
     "predict_files",
     "read_folds",
+    "read_ledger",
     "restore",
     "run",
     "save_tensors",

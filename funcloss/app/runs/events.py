@@ -53,15 +53,15 @@ class Audited:
 
 @dataclass(frozen=True, eq=False)
 class LedgerReport:
-    """The ledger of the training so far, at the end of an epoch."""
+    """The sums of the ledger after an epoch."""
 
-    epoch: int  # from 1
+    epoch: int
     classes: tuple[str, ...]
     parts: tuple[str, ...]  # names of the columns
     ledger: Ledger
-    exact: bool
+    exact: bool  # every step was measured
     seconds: float  # that it took so far
-    training_seconds: float  # that the training took so far, without it
+    training_seconds: float  # that the steps took without it
     weights: Tensor  # of the classes in the training, (classes,)
 
 
