@@ -183,18 +183,25 @@ def amount(value: float) -> str:
     return f"{size:,.1f}" if 0.995 <= size < 1e6 else f"{size:.2g}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, *, largest: float = 0.0) -> str:
     """Return an entry for a table, with its sign and about three digits.
 
+    Args:
+        value: The entry.
+        largest: Of the table: where it is 10 or more, no entry has more than one decimal.
+
     Example:
-        >>> signed(103.94), signed(-48.54), signed(0.0123), signed(-0.0)
-        ('+104', '-48.5', '+0.012', '0')
+        >>> signed(103.94), signed(-48.54), signed(0.0123), signed(0.0123, largest=103.94)
+        ('+104', '-48.5', '+0.012', '+0.0')
     """
     size = abs(value)
     if not size:
         return "0"
-    form = "+,.0f" if 99.95 <= size < 1e6 else "+.1f" if 0.995 <= size < 99.95 else "+.2g"
-    return format(value, form)
+    if 99.95 <= size < 1e6:
+        return f"{value:+,.0f}"
+    if 0.995 <= size < 99.95 or size < largest and largest >= 10:
+        return f"{round(value, 1) + 0.0:+.1f}"
+    return f"{value:+.2g}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from rich.cells import cell_len
 from rich.table import Table
 from torch import Tensor
@@ -27,6 +28,7 @@ _SHOWN = 10  # classes side by side
 _MOST = 24  # classes one below the other
 _WIDTH = 80
 _NAME = 12  # characters of a class's name
+_SPOKEN = 4  # weighted classes
 _UNSURE = "n.s."
 
 
@@ -37,8 +39,7 @@ def running_lines(report: LedgerReport) -> tuple[str, Table | None]:
     what is due to the weights of weighted classes, (w - 1) / w of their entries, and all the rest.
     """
     ledger, exact = report.ledger, report.exact
-    took = report.seconds / max(report.training_seconds, 1e-9)
-    head = f"ledger: {took:.1%} of the time of the training"
+    head = f"ledger: {report.seconds:.1f} s beside {report.training_seconds:.1f} s of training"
     if exact and not closes(ledger):
         return f"{head}; the parts do not add up (off by {ledger.residual:.0%})", None
     if few(ledger):
@@ -50,34 +51,34 @@ def running_lines(report: LedgerReport) -> tuple[str, Table | None]:
 def _running_table(report: LedgerReport) -> Table:
     """Return a column per class: which parts changed its held-out loss by how much."""
     ledger, exact, weights = report.ledger, report.exact, report.weights
-    net = ledger.net
-    sure = certain(ledger, exact=exact) | exact
-    error, due = ledger.standard_error, ledger.due_to(weights)
-    spoken = [c for c in weighted_columns(weights)[:4] if weights[c] > 0]
-    shown = largest_rows(ledger, spoken, _SHOWN)
-
-    def row(title: str, cells: list[str]) -> tuple[str, ...]:
-        return title, *cells
-
-    def known(value: float | Tensor, surely: bool | Tensor) -> str:
-        return _cell(float(value)) if surely or math.isnan(float(value)) else _UNSURE
-
-    names = [short(report.classes[c], _NAME) for c in shown]
-    rows = [row("class", names)]
-    own = {k: net[k, k] - (due[k, k] if k in spoken else 0.0) for k in shown}
-    rows.append(row("own examples", [known(own[k], sure[k, k]) for k in shown]))
-    for c in spoken:
-        title = f"class {short(report.classes[c], _NAME)}'s weight"
-        rows.append(row(title, [known(due[k, c], sure[k, c]) for k in shown]))
-    changed = ledger.now - ledger.begin
-    # Of samples, what is missing from the change; its error is at most the sum of the errors.
+    net, error, due = ledger.net, ledger.standard_error, ledger.due_to(weights)
+    sure, changed = certain(ledger, exact=exact) | exact, ledger.now - ledger.begin
+    spoken = [c for c in weighted_columns(weights)[:_SPOKEN] if weights[c] > 0]
+    own = net.diagonal().clone()
+    own[spoken] -= due[spoken, spoken]
+    # Of samples: what is missing from the change, whose error is at most the sum of the errors.
+    others = (net.sum(1) if exact else changed) - own - due[:, spoken].sum(1)
     part = 1.0 - 1.0 / weights[spoken].to(net)
-    whole = net.sum(1) if exact else changed
-    others = {k: whole[k] - own[k] - due[k, spoken].sum() for k in shown}
-    bound = {k: error[k, k] + (part.abs() * error[k, spoken]).sum() for k in shown}
-    surely = {k: exact or bool(others[k].abs() > 2.0 * bound[k]) for k in shown}
-    rows.append(row("all others", [known(others[k], surely[k]) for k in shown]))
-    rows.append(row("in all", [_cell(float(changed[k])) for k in shown]))
+    bound = error.diagonal() + (error[:, spoken] * part.abs()).sum(1)
+    lines = [
+        ("own examples", own, sure.diagonal()),
+        *(
+            (f"class {short(report.classes[c], _NAME)}'s weight", due[:, c], sure[:, c])
+            for c in spoken
+        ),
+        ("all others", others, (others.abs() > 2.0 * bound) | exact),
+        ("in all", changed, torch.ones_like(changed, dtype=torch.bool)),
+    ]
+    shown = largest_rows(ledger, spoken, _SHOWN)
+    largest = _largest(torch.stack([values for _, values, _ in lines]))
+    room = max(6, 60 // len(shown) - 2)
+    rows = [("class", *(short(report.classes[k], room) for k in shown))]
+    for title, values, surely in lines:
+        cells = [
+            _cell(float(values[k]), largest) if surely[k] or values[k].isnan() else _UNSURE
+            for k in shown
+        ]
+        rows.append((title, *cells))
     table = make_table([""] * (1 + len(shown)), rows, left=0)
     table.show_header = False
     return table
@@ -105,11 +106,13 @@ def _columns(found: "KeptLedger", spoken: list[int]) -> tuple[list[str], list[li
     by = [f"by {short(found.classes[c], _NAME)} (w {float(found.weights[c]):.3g})" for c in spoken]
     head = ["class", "before", "after", "own", *by, *["others"] * found.exact, "in all"]
 
+    largest = _largest(net)
+
     def entry(k: int, c: int) -> str:
-        text = _cell(float(net[k, c]))
+        text = _cell(float(net[k, c]), largest)
         if found.exact or not error[k, c].isfinite():
             return text
-        return f"{text} ± {signed(float(error[k, c])).removeprefix('+')}"
+        return f"{text} ± {_cell(float(error[k, c]), largest).removeprefix('+')}"
 
     rows = []
     for k in largest_rows(ledger, spoken, _MOST):
@@ -117,10 +120,16 @@ def _columns(found: "KeptLedger", spoken: list[int]) -> tuple[list[str], list[li
         row = [short(found.classes[k], _NAME), number(begin, ".3g"), number(now, ".3g")]
         row += [entry(k, k), *("" if c == k else entry(k, c) for c in spoken)]
         if found.exact:  # the error of a sum is not known
-            row.append(_cell(float(net[k].sum() - net[k, sorted({k, *spoken})].sum())))
+            rest = net[k].sum() - net[k, sorted({k, *spoken})].sum()
+            row.append(_cell(float(rest), largest))
         rows.append([*row, _cell(float(now - begin))])
     return head, rows
 
 
-def _cell(value: float) -> str:
-    return signed(value) if math.isfinite(value) else "-"
+def _cell(value: float, largest: float = 0.0) -> str:
+    return signed(value, largest=largest) if math.isfinite(value) else "-"
+
+
+def _largest(values: Tensor) -> float:
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 0.0

@@ -122,9 +122,6 @@ def _matrix(found: _Recorded, shown: list[int]) -> dict[str, Any]:
 
     def cell(k: int, r: int) -> _Cell:
         value = float(net[k, r])
-        text = signed(value)
-        if abs(value) < 9.95 <= limit:  # all of a table to one decimal
-            text = f"{round(value, 1) + 0.0:+.1f}"
         if not known(value):
             return _Cell("–", "", "not known", "", 0.0)
         error = float(errors[k, r])
@@ -133,10 +130,10 @@ def _matrix(found: _Recorded, shown: list[int]) -> dict[str, Any]:
         if found.exact:
             up, down = float(ledger.raised[k, r]), float(ledger.lowered[k, r])
             title = f"{of}: raised {signed(up)}, lowered {signed(down)}"
-            return _Cell(text, "", title, kind, abs(value) / limit)
-        spread = signed(error).removeprefix("+") if known(error) else "?"
+            return _Cell(signed(value, largest=limit), "", title, kind, abs(value) / limit)
+        spread = signed(error, largest=limit).removeprefix("+") if known(error) else "?"
         title = f"{of}: {signed(value)} ± {spread}"
-        return _Cell(text, spread, title, kind, abs(value) / limit)
+        return _Cell(signed(value, largest=limit), spread, title, kind, abs(value) / limit)
 
     others = [c for c in range(classes) if c not in set(shown)] if found.exact else []
     rows = []
