@@ -74,6 +74,7 @@ KEPT = {
     "not closed": lambda: (lambda f: kept_of(ledger=f.ledger._replace(now=3 * f.ledger.now)))(
         kept_of()
     ),
+    "too few samples": lambda: too_few(),
     "no epochs": lambda: kept_of(weights={9: 5.0}, epochs=0),
     "sums not kept": lambda: kept_of(weights={9: 5.0}, nets=torch.zeros(0, 10, 13)),
     "a thousand epochs": lambda: kept_of(weights={9: 5.0}, epochs=1000),
@@ -84,6 +85,13 @@ KEPT = {
             steps=torch.tensor(0)),
         note="it begins after step 7 <of> the training"))(kept_of()),
 }  # fmt: skip
+
+
+def too_few() -> SimpleNamespace:
+    found = kept_of(weights={9: 5.0}, error=1.0)
+    found.ledger = found.ledger._replace(sampling=SimpleNamespace(
+        since=torch.tensor(1), samples=torch.tensor(2)))  # fmt: skip
+    return found
 
 
 def hostile() -> SimpleNamespace:
@@ -174,6 +182,12 @@ def test_the_course_begins_at_0_and_ends_at_the_sum():
         assert line == pytest.approx(wanted, rel=0.01)
     sizes = found.ledger.net[:, 9].abs()
     assert {int(k) for k, _ in names} == {*sizes.argsort(descending=True)[:4].tolist()}
+
+
+def test_of_too_few_samples_nothing_is_shown():
+    section = render(too_few())
+    assert "<table" not in section
+    assert "3 of 50 steps were measured" in section
 
 
 def test_a_note_is_shown_as_text():

@@ -168,6 +168,14 @@ def test_the_table_has_what_moved_each_loss():
     assert row.count("± 20.0") == 2
 
 
+def test_of_too_few_samples_the_table_has_the_losses_only():
+    ledger = ledger_of(4, error=20.0)
+    ledger = ledger._replace(sampling=SimpleNamespace(samples=torch.tensor(15)))
+    lines = text_of(ledger_table(kept_of(ledger, {2: 5.0}, exact=False)))
+    assert lines[0].split() == ["class", "before", "after", "in", "all"]
+    assert {len(line.split()) for line in lines[1:]} == {4}
+
+
 def test_what_is_not_known_is_a_dash():
     ledger = ledger_of(3)
     ledger.raised[1] = ledger.begin[1] = ledger.now[1] = math.nan

@@ -408,7 +408,10 @@ def _measured(ledger: Ledger) -> str:
     first, drawn = int(ledger.sampling.since), int(ledger.sampling.samples)
     if not first:
         return f"{drawn:,} of {steps:,} steps were measured, drawn at random"
-    return f"Of {steps:,} steps the first {first:,} were measured, then {drawn:,} drawn at random"
+    return (
+        f"{first + drawn:,} of {steps:,} steps were measured, the first {first:,} and {drawn:,} "
+        "drawn at random"
+    )
 
 
 def _level(loss: float) -> str:

@@ -88,7 +88,7 @@ def ledger_table(found: "KeptLedger") -> Table:
     """Return a row per class: its held-out loss before and after, and what moved it, in between.
 
     At most 80 columns wide: the classes spoken of have a column each, as many as there is room for.
-    Of more than 24 classes, those with the largest entries.
+    Of more than 24 classes, those with the largest entries. Of too few samples, the losses only.
     """
     spoken = spoken_columns(found.ledger, found.weights, exact=found.exact)
     while True:
@@ -104,7 +104,8 @@ def _columns(found: "KeptLedger", spoken: list[int]) -> tuple[list[str], list[li
     ledger = found.ledger
     net, error = ledger.net, ledger.standard_error
     by = [f"by {short(found.classes[c], _NAME)} (w {float(found.weights[c]):.3g})" for c in spoken]
-    head = ["class", "before", "after", "own", *by, *["others"] * found.exact, "in all"]
+    by = [] if few(ledger) else ["own", *by]
+    head = ["class", "before", "after", *by, *["others"] * found.exact, "in all"]
 
     largest = _largest(net)
 
@@ -118,7 +119,8 @@ def _columns(found: "KeptLedger", spoken: list[int]) -> tuple[list[str], list[li
     for k in largest_rows(ledger, spoken, _MOST):
         begin, now = ledger.begin[k], ledger.now[k]
         row = [short(found.classes[k], _NAME), number(begin, ".3g"), number(now, ".3g")]
-        row += [entry(k, k), *("" if c == k else entry(k, c) for c in spoken)]
+        if not few(ledger):
+            row += [entry(k, k), *("" if c == k else entry(k, c) for c in spoken)]
         if found.exact:  # the error of a sum is not known
             rest = net[k].sum() - net[k, sorted({k, *spoken})].sum()
             row.append(_cell(float(rest), largest))

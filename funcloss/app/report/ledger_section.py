@@ -21,6 +21,7 @@ from funcloss.app.report.pages import (
 from funcloss.audit import Ledger
 from funcloss.audit.ledger_words import (
     certain,
+    few,
     largest_rows,
     ledger_sentences,
     signed,
@@ -90,8 +91,8 @@ def render(found: _Recorded) -> Markup:
             exact=exact,
             total=len(found.classes),
             names=[found.classes[k] for k in shown],
-            matrix=_matrix(found, shown),
-            course=_course(found, spoken, shown),
+            matrix=None if few(ledger) else _matrix(found, shown),
+            course=None if few(ledger) else _course(found, spoken, shown),
             seconds=found.seconds,
             training_seconds=found.training_seconds,
         )
