@@ -201,12 +201,11 @@ def with_perhaps(
         else:
             effects.append(_Effect(moves, scale, float(sampling.every)))
     due, waiting = sampling.waiting.at(step)
-    if len(due) or effects:
+    effects += [
+        _Effect(memory, scale, length, remembered=True) for memory, scale, length in due.each()
+    ]
+    if effects:
         taken = taken or take(False)
-        effects += [
-            _Effect(taken.split.remembered(memory), scale, length)
-            for memory, scale, length in due.each()
-        ]
         generator = drawn(seed, step, _HELD_OUT)
         found = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
         for estimate in found:
@@ -225,9 +224,10 @@ def with_perhaps(
 class _Effect(NamedTuple):
     """What a measured step does at a step, and what it stands for."""
 
-    moves: Params  # in rows
+    moves: Params  # in rows; or the memory that makes them
     scale: float  # of them
     every: float  # the length of its block; 0: of none
+    remembered: bool = False
 
 
 def _estimates(
@@ -244,7 +244,8 @@ def _estimates(
     found = []
     for effect in effects:
         own = effect.every / reached
-        matrix = effect.scale * products(effect.moves)
+        moves = taken.split.remembered(effect.moves) if effect.remembered else effect.moves
+        matrix = effect.scale * products(moves)
         if taken.split.decay and own:
             decay = products({name: move[None] for name, move in taken.split.decay.items()})
             matrix[:, -len(OWN_ROWS)] += own * decay[:, 0]
