@@ -221,6 +221,7 @@ class RunLedger:
                     ledger.sampling is None,
                     self._spent,
                     self._trained,
+                    class_weights_of(self._setup),
                 )
             )
         return {
