@@ -30,6 +30,7 @@ from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_s
 from funcloss.app.runs.use import split_of
 from funcloss.audit import Audit, AuditSettings, LossSpec, StepSpec, audit
 from funcloss.audit.training import loss_options
+from funcloss.combinators import couples_examples
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Params
@@ -37,6 +38,7 @@ from funcloss.typing import Batch, Params
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
 _FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
+_BATCHES, _SMALLEST = 8, 32  # batches that standard errors need, examples in each
 _DEFAULTS = AuditOptions()
 _NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
 
@@ -81,16 +83,18 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
     state, hyper = load_checkpoint(run_dir, setup)
     setup = replace(setup, hyper=hyper)
     summary = folder.read_summary(run_dir)
-    going_on = summary is None and int(state.step) < setup.steps
+    done = int(state.step)
+    going_on = done == 0 or (summary is None and done < setup.steps)
+    schedule = make_schedule(config, setup.per_epoch)
     step = StepSpec(
         make_optimizer(config),
         hyper["learning_rate"],
-        schedule=make_schedule(config, setup.per_epoch) if going_on else None,
+        # A checkpoint has the state after its last step; that of a finished run takes no more.
+        schedule=schedule if going_on else lambda step: schedule(step - 1),
         clip_norm=config.clip_norm,
     )
     found = _audited(setup, state, options, step)
-    over = "training has finished; the audited step is hypothetical, at the peak learning rate"
-    notes = [changed] * bool(changed) + [over] * (not going_on)
+    notes = [changed] * bool(changed) + [_step_note(found, going_on=going_on)]
     if summary is not None and "best_epoch" in summary:
         notes.append(
             f"audited after the last epoch, {summary['epochs']}; the model that the run kept is of "
@@ -104,6 +108,16 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
         notes.append("images were varied in training; here they are as they are")
     found = replace(found, notes=(*found.notes, *notes))
     return _with_report(setup, found, options, run_dir.name, int(state.step), _history(run_dir))
+
+
+def _step_note(found: Audit, *, going_on: bool) -> str:
+    """Return which step the audit shows."""
+    what = "the next step" if going_on else "a step like the last one taken"
+    note = f"the step shown is {what}"
+    if found.step is not None:
+        note += f": its learning rate, {found.step.learning_rate:.3g}"
+    note += f", on the mean gradient of {int(found.count.sum()):,} examples"
+    return note if going_on else f"{note}; the last batch itself is not kept"
 
 
 def _history(run_dir: Path) -> list[dict[str, Any]]:
@@ -193,7 +207,10 @@ def _audited(
     held = dataset.validation if options.split == "train" else None
 
     def batches(examples: Examples) -> Callable[[], Iterator[Batch]]:
-        pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
+        index, size = _index(examples, options.examples), max(config.batch_size, 256)
+        if not couples_examples(loss_of(setup)):  # else a batch is what the loss looks at
+            size = min(size, max(len(index) // _BATCHES, _SMALLEST))
+        pieces = index.split(size)
         return lambda: iter_batches(dataset, examples, pieces)
 
     if step is not None and held is not None and len(held.labels):
