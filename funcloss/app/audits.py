@@ -14,11 +14,14 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss._folders import settle
+from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
+from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, short_name, subset
 from funcloss.app.options import AuditOptions
+from funcloss.app.outcome import measured
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.outcome import RunOutcome, of_saved_model
 from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
@@ -51,10 +54,13 @@ class RunAudit:
     about: About
     history: Sequence[dict[str, Any]]  # the audits of the training
     pictures: dict[int, bytes]  # PNG files, by index in the split of the data set
+    outcome: RunOutcome | str = ""  # beside the baseline; or why there is none
+    ledger_lines: tuple[str, ...] = ()  # of the whole training, in sentences
+    ledger_section: str = ""  # of the page, rendered
 
 
 def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudit:
-    """Audit a run at its last checkpoint: gradient, step, and impact on held-out data.
+    """Audit a run: what its weights changed, and gradient and step at its last checkpoint.
 
     Args:
         run_dir: A run folder, finished or not.
@@ -72,12 +78,13 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=options.allow_import)
     here = {"data_dir": options.data_dir or config.data_dir, "device": options.device}
-    config = replace(config, **here, init="", pretrained=False)  # its weights are its own
-    return audit_training(run_dir, make_setup(config), options)
+    setup = make_setup(replace(config, **here, init="", pretrained=False))  # its weights are there
+    found = audit_training(run_dir, setup, options)
+    return replace(found, outcome=measured(run_dir, config, setup))
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
-    """Audit a run as :func:`audit_run` does, where its training has been set up."""
+    """Audit the checkpoint of a run as :func:`audit_run` does, where its training is set up."""
     config = setup.config
     changed = note_on_data(run_dir, setup)
     state, hyper = load_checkpoint(run_dir, setup)
@@ -160,7 +167,8 @@ def audit_checkpoint(
         raise RunError(f"{other}: {error}") from None
     if misshapen:
         raise RunError(f"{other}: see its {misshapen[0]}")
-    return _with_report(setup, _audited(setup, None, options), options, path.name)
+    found = _with_report(setup, _audited(setup, None, options), options, path.name)
+    return replace(found, outcome=of_saved_model(setup.config.class_weight))
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -182,9 +190,17 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
     except OSError as error:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
     settle(out, last=folder.CONFIG)
-    page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
+    page = render_page(
+        found.audit,
+        found.about,
+        history=found.history,
+        pictures=found.pictures,
+        outcome=found.outcome,
+        ledger_section=found.ledger_section,
+    )
     write_text(out / "audit.html", page)
-    paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
+    facts = {"about": asdict(found.about), "outcome": jsonable(found.outcome) or None}
+    paths = [out / "audit.html", *found.audit.write(out, facts=facts)]
     with own_style():
         figures = draw_all(found.audit, found.history)
     for name, figure in figures.items():
@@ -296,6 +312,7 @@ def about_of(
         mode="eval" if options.evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",
         scale_invariant=make_optimizer(config).scale_invariant,
+        log_loss=short_name(config.loss) == "cross_entropy",
         command=folder.command_line(),
         versions={name: str(environment[name]) for name in names},
         made=datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -112,8 +112,8 @@ def doubts(audit: Audit, *, log_loss: bool = False, name: Name = str) -> list[st
     if 4 * error**2 > norm**2:
         left = norm / float(now.norm.sum())
         reasons.append(
-            f"the class gradients nearly cancel: the norm of their sum is {left:.1%} of their "
-            f"norms together, and its standard error {error / norm:.0%} of it"
+            f"the class gradients nearly cancel (the norm of their sum is {left:.1%} of their norms "
+            f"together, and has a standard error of {error / norm:.0%} of itself)"
         )
     return reasons
 
@@ -141,8 +141,9 @@ def _at_chance(audit: Audit, *, log_loss: bool) -> str:
         part = audit.balance.expected_share[present]
         loss = float(part @ audit.loss[present])
         entropy = float(-torch.special.xlogy(part, part).sum())
-        found = f"its weighted loss, {loss:.3g}, is not below {entropy:.3g}, that of the prior"
-        return "" if loss < entropy else f"the model is at chance: {found}"
+        if loss < entropy:
+            return ""
+        return f"the model is at chance (weighted loss {loss:.3g}, that of the prior {entropy:.3g})"
     examples = audit.examples
     if examples is None or examples.margin.isnan().any():
         return ""
@@ -154,7 +155,7 @@ def _at_chance(audit: Audit, *, log_loss: bool) -> str:
     error = float((recall * (1 - recall) / count).sum().sqrt()) / classes
     if mean - 1 / classes > 2 * error:
         return ""
-    return f"the model is at chance: its mean recall is {mean:.1%}, with {classes} classes"
+    return f"the model is at chance (mean recall {mean:.1%} of {classes} classes)"
 
 
 def compare(audit: Audit, plain: Audit, *, name: Name = str, most: int = _MOST) -> tuple[str, ...]:

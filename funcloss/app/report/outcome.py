@@ -58,18 +58,20 @@ class RunOutcome:
 
 
 def outcome_sentences(
-    found: RunOutcome, *, name: Callable[[str], str] = str, most: int = 4
+    found: RunOutcome | str, *, name: Callable[[str], str] = str, most: int = 4
 ) -> tuple[str, ...]:
     """Return what the weights of a run changed, the answer first.
 
     Args:
-        found: The run beside its baseline.
+        found: The run beside its baseline; or the sentence that says why there is none.
         name: How a class's name is written.
         most: Classes to speak of, at most.
 
     Returns:
         One or two sentences each.
     """
+    if isinstance(found, str):
+        return (found,) if found else ()
     if not found.focus:
         return _unweighted(found, name)
     lines: list[str] = []
@@ -97,13 +99,10 @@ def outcome_sentences(
     return (*lines, _baseline(found), _seeds(found), *filter(None, [found.note]))
 
 
-def saved_model_sentences(class_weight: dict[str, float]) -> tuple[str, ...]:
-    """Return what is known of the weights that a saved model was trained with."""
-    if not class_weight:
-        return ()
-    return (
-        "A saved model has no baseline: what its class weights changed in recall is not known.",
-    )
+def of_saved_model(class_weight: dict[str, float]) -> str:
+    """Return what is known of the weights of a saved model, which has no baseline."""
+    what = "what its class weights changed in recall is not known"
+    return f"A saved model has no baseline: {what}." if class_weight else ""
 
 
 def _unweighted(found: RunOutcome, name: Callable[[str], str]) -> tuple[str, ...]:
