@@ -101,19 +101,18 @@ def doubts(audit: Audit, *, log_loss: bool = False, name: Name = str) -> list[st
     present = [c for c, n in enumerate(audit.count.tolist()) if n]
     outside = [name(audit.classes[c]) for c in present if not -1 <= float(now.share[c]) <= 2]
     if outside:
-        which = "that of class" if len(outside) == 1 else "those of classes"
-        reasons.append(
-            f"{which} {_list(outside, _NAMED)} lie outside -100 to 200 %, as the class gradients "
-            "nearly cancel".replace("lie", "lies" if len(outside) == 1 else "lie")
-        )
+        one = len(outside) == 1
+        which = f"{'that of class' if one else 'those of classes'} {_list(outside, _NAMED)}"
+        reasons.append(f"{which} {'lies' if one else 'lie'} outside -100 to 200 %")
     error, norm = _gradient_error(audit), float(now.gradient_norm)
-    # <g_c, g> and |g|^2 of a sample hold the sampling error's square too: where that makes up a
-    # quarter of |g|^2, shares are off by as much of themselves, and no jackknife shows it.
+    # Within two of its standard errors the gradient is not significantly different from 0. The
+    # square of the error is then a quarter of |g|^2 or more, and as much of every share may be
+    # sampling alone, which the jackknife does not show. Few parts that cancel need many examples.
     if 4 * error**2 > norm**2:
         left = norm / float(now.norm.sum())
         reasons.append(
-            f"the class gradients nearly cancel (the norm of their sum is {left:.1%} of their norms "
-            f"together, and has a standard error of {error / norm:.0%} of itself)"
+            f"the class gradients nearly cancel (the norm of their sum is {percent(left)} of their "
+            f"norms together, its standard error {100 * error / norm:.0f} % of it)"
         )
     return reasons
 

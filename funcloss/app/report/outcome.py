@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from funcloss.decisions import Interval
 
+_MANY = 1000  # examples of a class from which a second digit of a percentage says something
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
@@ -79,11 +81,12 @@ def outcome_sentences(
         lines += _compared(found, found.classes[c], name) if found.seeds else []
         lines += [] if found.seeds else [_alone(found.classes[c], name)]
     if more := len(found.focus) - most:
-        lines += [f"{more:,} more classes have their weights: see the report."] * (more > 0)
+        have = "class has its weight" if more == 1 else "classes have their weights"
+        lines += [f"{more:,} more {have}: see the report."] * (more > 0)
     if not found.seeds:
         cost = f"{found.expected_cost.run.value:.4f} per example ({found.where})"
         what = "the weight" if len(found.focus) == 1 else "the weights"
-        if found.classes[found.focus[0]].weight == 1.0:
+        if all(found.classes[c].weight == 1.0 for c in found.focus):
             what = "the costs in the loss"
         return (
             *lines,
@@ -131,8 +134,10 @@ def _compared(
     causes += [f"weight {of_class.weight:.4g}"] if of_class.weight != 1.0 else []
     cause = " and ".join(causes) or "the costs in the loss"
     recall, what = of_class.recall, f"recall of class {name(of_class.name)}"
-    before, now = _percent(recall.baseline, bare=True), _percent(recall.run, bare=True)
-    change = _points(recall.difference)
+    digits = 1 if of_class.examples < _MANY else 2
+    percent, points = partial(_percent, digits=digits), partial(_points, digits=digits)
+    before, now = percent(recall.baseline, bare=True), percent(recall.run, bare=True)
+    change = points(recall.difference)
     if math.isnan(recall.difference.value):
         first = f"The {what} is not known: the {found.split} split has no example of it."
     elif recall.significant:
@@ -148,9 +153,9 @@ def _compared(
         )
     precision = of_class.precision
     if math.isnan(precision.difference.value):
-        run, base = _percent(precision.run), _percent(precision.baseline)
+        run, base = percent(precision.run), percent(precision.baseline)
         return first, f"Its precision is {run}; in the baseline {base}."
-    return first, _moved("Its precision", precision, _points, _percent)
+    return first, _moved("Its precision", precision, points, percent)
 
 
 def _moved(
@@ -201,17 +206,15 @@ def _seeds(found: RunOutcome) -> str:
     return f"Means over {found.seeds} seeds; the intervals are over {over}."
 
 
-def _percent(score: Interval, *, bare: bool = False) -> str:
+def _percent(score: Interval, digits: int = 1, *, bare: bool = False) -> str:
     if math.isnan(score.value):
         return "not defined (the class is never predicted)"
-    text = f"{100 * score.value:.1f}"
-    if bare or math.isnan(score.low):
-        return f"{text} %"
-    return f"{text} % [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    value, low, high = (f"{100 * v:.{digits}f}" for v in score)
+    return f"{value} %" if bare or math.isnan(score.low) else f"{value} % [{low}, {high}]"
 
 
-def _points(difference: Interval) -> str:
-    return _signed([100 * v for v in difference], 1) + " percentage points"
+def _points(difference: Interval, digits: int = 1) -> str:
+    return _signed([100 * v for v in difference], digits) + " percentage points"
 
 
 def _amount(difference: Interval) -> str:
