@@ -14,11 +14,14 @@ from torch import Tensor
 
 from funcloss._files import write_text
 from funcloss._folders import settle
+from funcloss._json import jsonable
 from funcloss.app.config import TrainConfig
-from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, subset
+from funcloss.app.data import Dataset, Examples, as_pixels, iter_batches, short_name, subset
 from funcloss.app.options import AuditOptions
+from funcloss.app.outcome import measured
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.outcome import RunOutcome, of_saved_model
 from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
@@ -30,6 +33,7 @@ from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_s
 from funcloss.app.runs.use import split_of
 from funcloss.audit import Audit, AuditSettings, LossSpec, StepSpec, audit
 from funcloss.audit.training import loss_options
+from funcloss.combinators import couples_examples
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Params
@@ -37,6 +41,7 @@ from funcloss.typing import Batch, Params
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
 _FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
+_BATCHES, _SMALLEST = 8, 32  # batches that standard errors need, examples in each
 _DEFAULTS = AuditOptions()
 _NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
 
@@ -49,10 +54,13 @@ class RunAudit:
     about: About
     history: Sequence[dict[str, Any]]  # the audits of the training
     pictures: dict[int, bytes]  # PNG files, by index in the split of the data set
+    outcome: RunOutcome | str = ""  # beside the baseline; or why there is none
+    ledger_lines: tuple[str, ...] = ()  # of the whole training, in sentences
+    ledger_section: str = ""  # of the page, rendered
 
 
 def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudit:
-    """Audit a run at its last checkpoint: gradient, step, and impact on held-out data.
+    """Audit a run: what its weights changed, and gradient and step at its last checkpoint.
 
     Args:
         run_dir: A run folder, finished or not.
@@ -70,27 +78,30 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     run_dir = Path(run_dir).expanduser()
     config = folder.read_config(run_dir, allow_import=options.allow_import)
     here = {"data_dir": options.data_dir or config.data_dir, "device": options.device}
-    config = replace(config, **here, init="", pretrained=False)  # its weights are its own
-    return audit_training(run_dir, make_setup(config), options)
+    setup = make_setup(replace(config, **here, init="", pretrained=False))  # its weights are there
+    found = audit_training(run_dir, setup, options)
+    return replace(found, outcome=measured(run_dir, config, setup))
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
-    """Audit a run as :func:`audit_run` does, where its training has been set up."""
+    """Audit the checkpoint of a run as :func:`audit_run` does, where its training is set up."""
     config = setup.config
     changed = note_on_data(run_dir, setup)
     state, hyper = load_checkpoint(run_dir, setup)
     setup = replace(setup, hyper=hyper)
     summary = folder.read_summary(run_dir)
-    going_on = summary is None and int(state.step) < setup.steps
+    done = int(state.step)
+    going_on = done == 0 or (summary is None and done < setup.steps)
+    schedule = make_schedule(config, setup.per_epoch)
     step = StepSpec(
         make_optimizer(config),
         hyper["learning_rate"],
-        schedule=make_schedule(config, setup.per_epoch) if going_on else None,
+        # A checkpoint has the state after its last step; that of a finished run takes no more.
+        schedule=schedule if going_on else lambda step: schedule(step - 1),
         clip_norm=config.clip_norm,
     )
     found = _audited(setup, state, options, step)
-    over = "training has finished; the audited step is hypothetical, at the peak learning rate"
-    notes = [changed] * bool(changed) + [over] * (not going_on)
+    notes = [changed] * bool(changed) + [_step_note(found, going_on=going_on)]
     if summary is not None and "best_epoch" in summary:
         notes.append(
             f"audited after the last epoch, {summary['epochs']}; the model that the run kept is of "
@@ -104,6 +115,16 @@ def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULT
         notes.append("images were varied in training; here they are as they are")
     found = replace(found, notes=(*found.notes, *notes))
     return _with_report(setup, found, options, run_dir.name, int(state.step), _history(run_dir))
+
+
+def _step_note(found: Audit, *, going_on: bool) -> str:
+    """Return which step the audit shows."""
+    what = "the next step" if going_on else "a step like the last one taken"
+    note = f"the step shown is {what}"
+    if found.step is not None:
+        note += f": its learning rate, {found.step.learning_rate:.3g}"
+    note += f", on the mean gradient of {int(found.count.sum()):,} examples"
+    return note if going_on else f"{note}; the last batch itself is not kept"
 
 
 def _history(run_dir: Path) -> list[dict[str, Any]]:
@@ -146,7 +167,8 @@ def audit_checkpoint(
         raise RunError(f"{other}: {error}") from None
     if misshapen:
         raise RunError(f"{other}: see its {misshapen[0]}")
-    return _with_report(setup, _audited(setup, None, options), options, path.name)
+    found = _with_report(setup, _audited(setup, None, options), options, path.name)
+    return replace(found, outcome=of_saved_model(setup.config.class_weight))
 
 
 def write_report(found: RunAudit, out: str | Path) -> list[Path]:
@@ -168,9 +190,17 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
     except OSError as error:
         raise RunError(f"cannot make {out}: {error.strerror}") from None
     settle(out, last=folder.CONFIG)
-    page = render_page(found.audit, found.about, history=found.history, pictures=found.pictures)
+    page = render_page(
+        found.audit,
+        found.about,
+        history=found.history,
+        pictures=found.pictures,
+        outcome=found.outcome,
+        ledger_section=found.ledger_section,
+    )
     write_text(out / "audit.html", page)
-    paths = [out / "audit.html", *found.audit.write(out, about=asdict(found.about))]
+    facts = {"about": asdict(found.about), "outcome": jsonable(found.outcome) or None}
+    paths = [out / "audit.html", *found.audit.write(out, facts=facts)]
     with own_style():
         figures = draw_all(found.audit, found.history)
     for name, figure in figures.items():
@@ -193,7 +223,10 @@ def _audited(
     held = dataset.validation if options.split == "train" else None
 
     def batches(examples: Examples) -> Callable[[], Iterator[Batch]]:
-        pieces = _index(examples, options.examples).split(max(config.batch_size, 256))
+        index, size = _index(examples, options.examples), max(config.batch_size, 256)
+        if not couples_examples(loss_of(setup)):  # else a batch is what the loss looks at
+            size = min(size, max(len(index) // _BATCHES, _SMALLEST))
+        pieces = index.split(size)
         return lambda: iter_batches(dataset, examples, pieces)
 
     if step is not None and held is not None and len(held.labels):
@@ -279,6 +312,7 @@ def about_of(
         mode="eval" if options.evaluation_mode else "train",
         optimizer=config.optimizer if step is not None else "",
         scale_invariant=make_optimizer(config).scale_invariant,
+        log_loss=short_name(config.loss) == "cross_entropy",
         command=folder.command_line(),
         versions={name: str(environment[name]) for name in names},
         made=datetime.now().astimezone().isoformat(timespec="seconds"),

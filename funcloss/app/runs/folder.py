@@ -52,7 +52,7 @@ _WRITTEN = (
     *("seed-[0-9]*.safetensors", "folds-[0-9]*.safetensors"),
 )
 SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
-_FOLDERS = ("plain", "chosen", "tensorboard")
+_FOLDERS = ("plain", "chosen", "tensorboard", "seed-[0-9]*")
 _NAMED = 5  # files in an error
 
 
@@ -115,7 +115,7 @@ def foreign(path: Path) -> list[str]:
         if HALF.fullmatch(name):  # what a kill left
             continue
         if item.is_dir() and not item.is_symlink():
-            own = name in _FOLDERS
+            own = any(fnmatchcase(name, pattern) for pattern in _FOLDERS)
             found += [f"{name}/{n}" for n in foreign(item)] if own else [f"{name}/"]
         elif not any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
             found.append(name)
