@@ -224,10 +224,10 @@ def _match_of(gram: Tensor, tolerance: float, cut_at: Callable[[], tuple[float, 
         note = "the gradient in .grad is 0, and the class parts are not" if square else ""
         return Match(distance=math.inf if square else 0.0, note=note)
     apart = math.sqrt(max(of_grad - 2.0 * with_grad + square, 0.0) / of_grad)
-    if apart <= tolerance:
-        return Match(distance=apart)
     factor = with_grad / square if square else 0.0
     scaled = math.sqrt(max(of_grad - with_grad * factor, 0.0) / of_grad)
+    if apart <= tolerance:  # rounding, or hardly scaled
+        return Match(factor=factor if scaled < 0.01 * apart else 1.0, distance=apart)
     if factor > 0.0 and scaled <= tolerance:
         what = "clipped or scaled" if factor < 1.0 else "scaled"
         note = f"the gradient was {what}, by a factor of {factor:.3g}, before the step"
