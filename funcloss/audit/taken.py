@@ -96,7 +96,7 @@ def tell_step(
             grad = dense(given).to(torch.promote_types(p.dtype, torch.float32))
             parts = [None if part is None else dense(part) for part in parts_at(i)]
             if not math.isinf(bound):
-                parts = _cut(parts, bound * scale)
+                parts = cut_off(parts, bound * scale)
             found = None
             if (group := group_of.get(p)) is not None and make is not None and not failed:
                 try:
@@ -272,10 +272,10 @@ def _sum_of(parts: Iterable[Tensor | None], like: Tensor) -> Tensor:
     return whole
 
 
-def _cut(parts: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
+def cut_off(parts: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
     """Return parts scaled alike wherever their sum is above a bound."""
     there = [part for part in parts if part is not None]
-    if not there:
+    if not there or math.isinf(bound):
         return [*parts]
     whole = _sum_of(there, there[0]).abs()
     factor = torch.where(whole > bound, bound / whole, torch.ones_like(whole))
