@@ -20,6 +20,7 @@ from funcloss.audit.sampled import SampledKeeper, make_sampled_ledger
 from funcloss.audit.step import StepSpec
 from funcloss.audit.training import StepFindings, make_audit_step
 from funcloss.audit.watch import Watch, watch
+from funcloss.audit.watch_ledger import LedgerOptions
 from funcloss.audit.words import compare, sentences
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Impact",
     "Ledger",
     "LedgerKeeper",
+    "LedgerOptions",
     "LossSpec",
     "Method",
     "SampledKeeper",

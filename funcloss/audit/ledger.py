@@ -180,10 +180,10 @@ def make_ledger(
     return LedgerKeeper(init, update, (*names, *OWN_ROWS, STATISTICS))
 
 
-def begun(held: HeldOut, point: Point, *, by_layer: bool) -> Ledger:
-    """Return a ledger without a step."""
+def begun(held: HeldOut, point: Point, *, more: int = 0, by_layer: bool = False) -> Ledger:
+    """Return a ledger without a step, whose gradients have ``more`` parts than the classes'."""
     begin, _ = held.losses(point)
-    none = begin.new_zeros(len(begin), len(begin) + len(OWN_ROWS) + 1)
+    none = begin.new_zeros(len(begin), len(begin) + more + len(OWN_ROWS) + 1)
     steps = torch.zeros((), dtype=torch.int64)
     layers = {name: none[:, :-1] for name in layers_of(point.params)} if by_layer else {}
     return Ledger(none, none, none, none[:, 0], begin, begin, {}, steps, layers=layers)

@@ -228,6 +228,17 @@ def with_perhaps(
     return ledger._replace(memory={}, steps=ledger.steps + 1, sampling=sampling)
 
 
+def asks(ledger: Ledger, every: int, *, seed: int = 0) -> tuple[bool, bool]:
+    """Return whether :func:`with_perhaps` will take the next step, and its classes' gradients."""
+    step, sampling = int(ledger.steps), ledger.sampling
+    begins = sampling is None
+    if sampling is None:
+        sampling = no_sample(ledger.steps, torch.zeros_like(ledger.raised), Waiting.none())
+    sampling = in_block(sampling, step, every, drawn(seed, step, _BLOCK))
+    chosen = step == int(sampling.chosen)
+    return begins or chosen or bool((sampling.waiting.due == step).any()), chosen
+
+
 class _Effect(NamedTuple):
     """What a measured step does at a step, and what it stands for."""
 
@@ -270,4 +281,4 @@ def _of_steps_before(ledger: Ledger, split: SplitStep, generator: torch.Generato
 
 
 def _all_history(ledger: Ledger, split: SplitStep) -> Params:
-    return split.all_history(len(ledger.begin))
+    return split.all_history(ledger.raised.shape[1] - len(OWN_ROWS) - 1)
