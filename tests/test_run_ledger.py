@@ -2,12 +2,15 @@
 
 import json
 
+import pandas
 import pytest
 import torch
 from torch.testing import assert_close
 
 from funcloss.app import runs
+from funcloss.app.audits import audit_run, write_report
 from funcloss.app.config import make_config
+from funcloss.app.options import AuditOptions
 from funcloss.app.runs import ledger as kept
 from funcloss.app.runs import read_ledger
 from funcloss.app.runs.setup import make_setup
@@ -76,6 +79,25 @@ def test_the_examples_behind_a_pair_are_of_its_class(run, sample):
     assert [value for _, value in behind] == sorted((v for _, v in behind), reverse=True)
     assert all(int(sample.train.labels[index]) == 9 for index, _ in behind)
     assert not found.behind(4, 3)  # of classes with a weight alone
+
+
+def test_the_audit_of_a_run_tells_its_ledger(tmp_path, run):
+    found = audit_run(run[0], AuditOptions(examples=200))
+    assert_close(found.ledger.ledger.net, read_ledger(run[0]).ledger.net)
+    (pair,) = found.behind
+    assert pair.by == "9"
+    harm = found.ledger.ledger.net[:, 9].clone()
+    harm[9] = 0.0
+    assert pair.loss == str(int(harm.argmax()))
+    assert all(example.picture for example in pair.examples)
+    assert all(example.effect > 0 for example in pair.examples)
+    write_report(found, tmp_path)
+    page = (tmp_path / "audit.html").read_text()
+    assert 'id="outcome"' in page
+    assert page.index('id="ledger"') < page.index('id="shares"')
+    table = pandas.read_csv(tmp_path / "audit_ledger.csv")
+    sums = torch.tensor(table.groupby("loss_of")["net"].sum().to_list())
+    assert_close(sums.double(), found.ledger.ledger.net.sum(1))
 
 
 @pytest.mark.parametrize("stop", [3, 10, 14])

@@ -570,7 +570,10 @@ def with_final_names(config: TrainConfig) -> TrainConfig:
 
 
 def plain_config(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
+    """Return the configuration of plain training: cross-entropy, every class at a cost of 1.
+
+    It keeps no ledger: there is no weight to tell of.
+    """
     return dataclasses.replace(
         config,
         loss="cross_entropy",
@@ -580,6 +583,7 @@ def plain_config(config: TrainConfig) -> TrainConfig:
         reduction="mean",
         floor={},
         ceiling={},
+        ledger="off",
     )
 
 
