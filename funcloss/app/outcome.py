@@ -129,7 +129,9 @@ def measured(run_dir: Path, config: TrainConfig, setup: Setup) -> RunOutcome | s
     split = "test" if "test" in summary else OUT_OF_FOLD
     model = _load(run_dir, config, setup)
     weights = [1.0] * len(model.classes)
-    if model.class_weights is not None:
+    if "weights_found" in summary:  # under constraints: they moved as it trained
+        weights = [summary["weights_found"].get(name, 1.0) for name in model.classes]
+    elif model.class_weights is not None:
         weights = model.class_weights.tolist()
     focus = unusual(weights) or [c for c, weight in enumerate(weights) if weight != 1.0]
     if not focus and _has_costs(config):
