@@ -5,6 +5,7 @@ import functools
 import math
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -19,6 +20,7 @@ from funcloss.app.options import AuditOptions
 from funcloss.app.report.outcome import Change, ClassOutcome, RunOutcome
 from funcloss.app.runs import folder
 from funcloss.app.runs.baseline import PLAIN, differing, seed_dir, train_pairs
+from funcloss.app.runs.checkpoint import load_header
 from funcloss.app.runs.evaluation import evaluate_examples, rescored
 from funcloss.app.runs.events import Watcher
 from funcloss.app.runs.folds import OUT_OF_FOLD, read_folds
@@ -92,7 +94,7 @@ def train_baseline(
         config, data_dir=options.data_dir or config.data_dir, device=device
     )
     places = [run_dir] + [seed_dir(run_dir, config.seed + k) for k in range(1, seeds)]
-    if all(_finished(place) and _finished(place / PLAIN) for place in places):
+    if {*places} <= {pair[0] for pair in _pairs(run_dir, config)[0]}:
         return True
     setup = make_setup(dataclasses.replace(config, init="", pretrained=False))
     if changed := note_on_data(run_dir, setup):
@@ -127,7 +129,9 @@ def measured(run_dir: Path, config: TrainConfig, setup: Setup) -> RunOutcome | s
     split = "test" if "test" in summary else OUT_OF_FOLD
     model = _load(run_dir, config, setup)
     weights = [1.0] * len(model.classes)
-    if model.class_weights is not None:
+    if "weights_found" in summary:  # under constraints: they moved as it trained
+        weights = [summary["weights_found"].get(name, 1.0) for name in model.classes]
+    elif model.class_weights is not None:
         weights = model.class_weights.tolist()
     focus = unusual(weights) or [c for c, weight in enumerate(weights) if weight != 1.0]
     if not focus and _has_costs(config):
@@ -194,10 +198,26 @@ def _pairs(run_dir: Path, config: TrainConfig) -> tuple[list[_Pair], str]:
             continue
         apart = (differing(own, place) if place != run_dir else []) + differing(plain, base)
         if apart:
-            notes.append(f"{base} is not compared: {', '.join(apart)} differ.")
-        else:
-            pairs.append((place, own, base, plain))
+            notes.append(f"{base} is not compared: it has other options ({', '.join(apart)}).")
+            continue
+        pairs.append((place, own, base, plain))
+        if changed := folder.differences(_environment(place), _environment(base)):
+            notes.append(
+                f"{base} was trained in another environment ({'; '.join(changed)}): it may differ "
+                "from its run in rounding too."
+            )
     return pairs, " ".join(notes)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is read of the header of a checkpoint."""
+
+    environment: dict[str, str]
+
+
+def _environment(run_dir: Path) -> dict[str, str]:
+    return load_header(run_dir / folder.CHECKPOINT, _Header).environment
 
 
 def _load(run_dir: Path, config: TrainConfig, setup: Setup) -> TrainedModel:

@@ -72,17 +72,23 @@ def train(
             return outcome
         path = str(outcome.folder / folder.SUMMARY)
         from_plain(ConstrainedSummary, outcome.summary, path)
-        baseline = _baseline(outcome, watcher)
+        baseline = _baseline(outcome, config, watcher)
         if not baseline.finished:
             return dataclasses.replace(outcome, finished=False, summary={})
         setup = make_setup(dataclasses.replace(outcome.config, init="", pretrained=False))
         return _compared(outcome, baseline.folder, setup)
 
 
-def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
+def _baseline(outcome: Outcome, asked: TrainConfig, watcher: Watcher) -> Outcome:
     """Train without constraints, if that is not done."""
     note = "training once more without constraints, to compare with,"
-    return trained(plain_config(outcome.config), outcome.folder / PLAIN, watcher, note=note)
+    # A run that was resumed has forgotten where its first weights are from.
+    config = dataclasses.replace(
+        plain_config(outcome.config),
+        init=outcome.config.init or asked.init,
+        pretrained=outcome.config.pretrained or asked.pretrained,
+    )
+    return trained(config, outcome.folder / PLAIN, watcher, note=note)
 
 
 def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:

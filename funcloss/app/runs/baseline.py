@@ -14,10 +14,11 @@ from funcloss.app.runs.lifecycle import Outcome, run
 from funcloss.errors import RunError
 
 PLAIN = "plain"  # the folder of a baseline, in that of its run
-# Options that change neither the state before the first step nor any step after it but by rounding.
+# Options that change neither the state before the first step nor any step after it, but by rounding
+# (or, of floors, that a baseline has none of).
 _APART = {
     *("data_dir", "stream", "workers", "device", "threads", "compile", "check"),
-    *("log_every", "audit_every", "ledger", "tensorboard"),
+    *("log_every", "audit_every", "ledger", "tensorboard", "floor_every"),
 }
 
 
@@ -39,8 +40,8 @@ def trained(config: TrainConfig, run_dir: Path, watcher: Watcher, *, note: str) 
     there = (run_dir / folder.CONFIG).is_file()
     if there and (others := differing(config, run_dir)):
         raise RunError(
-            f"{run_dir} holds another training ({', '.join(others)} differ): remove it, then try "
-            "again"
+            f"{run_dir} holds another training (other options: {', '.join(others)}): remove it, "
+            "then try again"
         )
     if (summary := folder.read_summary(run_dir)) is not None:
         return Outcome(run_dir, True, config, summary)
