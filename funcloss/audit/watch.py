@@ -75,6 +75,7 @@ class Watch:
         self._every, self._memory, self._on_step = every, memory, on_step
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
+        self._within = 0  # calls of step() that are running
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
         self._hooks: list[RemovableHandle] = []
         self.found = nothing_found("no step has been audited yet")
@@ -373,6 +374,7 @@ class Watch:
 
     def _begin(self) -> tuple[list[nn.Parameter], list[Tensor | None]]:
         """Return the step's parameters and copies of their gradients; if all are 0, it begins."""
+        self._within = 0  # whatever became of the last step
         now = self._params()
         grads = [p.grad for p in now if p.grad is not None]
         if not self._due() or not grads or not any(bool(g.any()) for g in map(dense, grads)):
@@ -439,6 +441,9 @@ class Watch:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
         """Tell the step; where the gradient is computed in a closure, after that."""
+        self._within += 1
+        if self._within > 1:  # a subclass's step() calls that of its base, which has the hooks too
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tell()
@@ -525,6 +530,9 @@ class Watch:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Compare the step that was told with the one that was taken."""
+        self._within = max(self._within - 1, 0)
+        if self._within:
+            return
         told, due = self._told, self._audited() and (self._told or self._why)
         if told is not None and self._audited():
             self.found = self._tried(lambda: _compared(*told), told[1])

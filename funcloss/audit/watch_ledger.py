@@ -15,6 +15,7 @@ from funcloss import losses
 from funcloss._trees import flatten
 from funcloss.audit.data import GroupBy, as_batch, groups_of, in_memory, number_of
 from funcloss.audit.held_out import Point, make_held_out
+from funcloss.audit.inner import distance
 from funcloss.audit.ledger import STATISTICS, Ledger, Taken, begun, with_step
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.optimizers import bare, memory_of
@@ -126,7 +127,7 @@ class WatchLedger:
         self._keeps, self._kept = 0.0, torch.zeros(0, dtype=torch.float64)
         self._spent = self._passed = 0.0  # seconds, of the ledger and in all
         self._clock: float | None = None
-        self._buffers = self._copied_buffers()
+        self._buffers, self._left_at = self._copied_buffers(), {}
         self._every, self._wants, self.wants_parts = 1, True, True
         self._plan(0)
 
@@ -151,7 +152,8 @@ class WatchLedger:
             return {}
         kept = {name: value for name, value in ledger._asdict().items() if value is not None}
         seconds = torch.tensor([self._spent, self._passed], dtype=torch.float64)
-        own = {"seconds": seconds, "kept": self._kept, "keeps": torch.tensor(self._keeps).double()}
+        keeps = torch.tensor(self._keeps, dtype=torch.float64)
+        own = {"seconds": seconds, "kept": self._kept, "keeps": keeps}
         return flatten({"ledger": kept, **own})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -180,8 +182,8 @@ class WatchLedger:
         self._ledger, self._kept, self._keeps = ledger, kept, keeps
         self._spent, self._passed, self._clock = spent, passed, None
         self._remember = self._remembered() if len(kept) else ()
-        self._buffers = self._copied_buffers()
         self._plan(int(ledger.steps))
+        self._left_at = {}
 
     # The step ---
 
@@ -306,7 +308,14 @@ class WatchLedger:
             kept=self._kept if self._remember else None,
             kept_then=pending.kept_then if self._remember else None,
         )
-        taken = Taken(pending.before, self._now(), split, pending.rows)
+        before, now = pending.before, self._now()
+        left = {n: p for n, p in self._left_at.items() if n in before.params}
+        if left and distance(left, before.params) > 0.01 * distance(before.params, now.params):
+            self._doubt(
+                "parameters were changed between two steps (by another optimiser, or weights that "
+                "were loaded): what that did is in no column"
+            )
+        taken = Taken(before, now, split, pending.rows)
         self._ledger = (
             with_step(ledger, self._held, taken)
             if self.exact
@@ -348,6 +357,7 @@ class WatchLedger:
             self._wants, self.wants_parts = asks(self._ledger, self._every, seed=self._options.seed)
         if self._wants:
             self._buffers = self._copied_buffers()
+            self._left_at = {n: p.detach().clone() for n, p in self._trained().items()}
 
     def _next_block(self, steps: int) -> int:
         """Return the length of the next block of steps, the same for all processes."""
@@ -392,13 +402,16 @@ class WatchLedger:
                 act()
         except Exception as error:  # of the model, of memory, of another process
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._end(lines[0])
+            self._end(lines[0].removeprefix("linear_step: "))
 
     def _end(self, why: str) -> None:
         done = 0 if self._ledger is None else int(self._ledger.steps)
         self._doubt(f"the ledger ends after {done:,} steps: {why}")
-        self._ended, self._pending, self._buffers = True, None, {}
+        self._ended, self._pending, self._buffers, self._left_at = True, None, {}, {}
         self._wants = self.wants_parts = False
+        if self._ledger is not None and not self.exact and self._judged != done:
+            unknown = torch.full_like(self._ledger.now, torch.nan)
+            self._ledger = self._ledger._replace(now=unknown)
 
     def _doubt(self, text: str) -> None:
         if text not in self.note:
@@ -507,7 +520,10 @@ def _batches(held_out: Any) -> list[Batch]:
     """Return held-out examples in batches, from one or several, each a Batch, tuple or dict."""
     if isinstance(held_out, Batch) or in_memory(held_out):
         return [as_batch(held_out)]
-    return [as_batch(batch) for batch in held_out]
+    batches = [as_batch(batch) for batch in held_out]
+    if not any(len(batch.targets) for batch in batches):
+        raise AuditError("there are no held-out examples")
+    return batches
 
 
 def _names(
