@@ -34,7 +34,7 @@ from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Grads, Hyper, LossFn, Params
 
-CLOSES = 0.01  # of a step: steps that go to and fro leave less than each of them
+_CLOSES = 0.01  # of a step: steps that go to and fro leave less than each of them
 STATISTICS = "statistics"  # what batch normalisation keeps beside the parameters
 
 
@@ -210,7 +210,7 @@ def with_layers(layers: dict[str, Tensor], more: Tensor) -> dict[str, Tensor]:
 
 
 def measured(
-    held: HeldOut, taken: Taken, moves: Params
+    held: HeldOut, taken: Taken, moves: Params, *, closes: float = _CLOSES
 ) -> tuple[Impact, Tensor, Callable[[Params], Tensor]]:
     """Measure the impact of moves that add up to a step.
 
@@ -236,7 +236,7 @@ def measured(
         first,
         last,
         [held.classes],
-        closes=CLOSES,
+        closes=closes,
         end=after.params,
     )
     return impact, now, lambda moves: products(left, moves)
