@@ -1,5 +1,6 @@
 """The audit: each class's share of the gradient and of the optimiser's step, measured."""
 
+from funcloss.audit.behind import make_behind
 from funcloss.audit.gram import Balance, balance
 from funcloss.audit.layer_kinds import LAYERS
 from funcloss.audit.ledger import Ledger, LedgerKeeper, make_ledger
@@ -19,6 +20,7 @@ from funcloss.audit.sampled import SampledKeeper, make_sampled_ledger
 from funcloss.audit.step import StepSpec
 from funcloss.audit.training import StepFindings, make_audit_step
 from funcloss.audit.watch import Watch, watch
+from funcloss.audit.watch_ledger import LedgerOptions
 from funcloss.audit.words import compare, sentences
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Impact",
     "Ledger",
     "LedgerKeeper",
+    "LedgerOptions",
     "LossSpec",
     "Method",
     "SampledKeeper",
@@ -44,6 +47,7 @@ __all__ = [
     "compare",
     "ledger_sentences",
     "make_audit_step",
+    "make_behind",
     "make_ledger",
     "make_sampled_ledger",
     "sentences",

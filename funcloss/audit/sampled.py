@@ -22,6 +22,7 @@ from funcloss.audit.ledger import (
     make_taking,
     measured,
     point_of,
+    with_layers,
 )
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.sampling import (
@@ -66,6 +67,7 @@ def make_sampled_ledger(
     schedule: Schedule | None = None,
     clip_norm: float = 0.0,
     group_by: GroupBy | None = None,
+    by_layer: bool = False,
     per_class: int = _PER_CLASS,
     seed: int = 0,
 ) -> SampledKeeper:
@@ -87,6 +89,7 @@ def make_sampled_ledger(
         schedule: Factor on the learning rate by number of the step.
         clip_norm: Largest norm of the gradient.
         group_by: From a batch to the group of each example.
+        by_layer: Whether the sums are kept for each layer too.
         per_class: Held-out examples of each class that a step is measured on, drawn for each.
         seed: Of what is drawn.
 
@@ -124,7 +127,7 @@ def make_sampled_ledger(
     )  # fmt: skip
 
     def init(state: TrainState) -> Ledger:
-        return begun(held, point_of(state))
+        return begun(held, point_of(state), by_layer=by_layer)
 
     def update(
         ledger: Ledger,
@@ -207,18 +210,33 @@ def with_perhaps(
     if effects:
         taken = taken or take(False)
         generator = drawn(seed, step, _HELD_OUT)
-        found = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
-        for estimate in found:
-            sampling = with_sample(sampling, estimate)
+        estimates = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
+        layers, found = ledger.layers, []
+        for by_layer, statistics in estimates:
+            found.append(torch.cat([by_layer.sum(0), statistics], 1))
+            sampling = with_sample(sampling, found[-1])
+            layers = with_layers(layers, by_layer) if layers else layers
         variance, of_sum = variances(sampling._replace(waiting=waiting))
         ledger = ledger._replace(
             raised=ledger.raised + sum(e.clamp(min=0.0) for e in found),
             lowered=ledger.lowered + sum(e.clamp(max=0.0) for e in found),
             variance=variance,
             variance_of_sum=of_sum,
+            layers=layers,
         )
     sampling = sampling._replace(waiting=waiting)
     return ledger._replace(memory={}, steps=ledger.steps + 1, sampling=sampling)
+
+
+def asks(ledger: Ledger, every: int, *, seed: int = 0) -> tuple[bool, bool]:
+    """Return whether :func:`with_perhaps` will take the next step, and its classes' gradients."""
+    step, sampling = int(ledger.steps), ledger.sampling
+    begins = sampling is None
+    if sampling is None:
+        sampling = no_sample(ledger.steps, torch.zeros_like(ledger.raised), Waiting.none())
+    sampling = in_block(sampling, step, every, drawn(seed, step, _BLOCK))
+    chosen = step == int(sampling.chosen)
+    return begins or chosen or bool((sampling.waiting.due == step).any()), chosen
 
 
 class _Effect(NamedTuple):
@@ -232,8 +250,8 @@ class _Effect(NamedTuple):
 
 def _estimates(
     sampling: Sampling, held: HeldOut, taken: Taken, effects: Sequence[_Effect], step: int
-) -> list[Tensor]:
-    """Return what each effect at a step is an estimate of, by its own impact.
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what each effect at a step is an estimate of, by layer, and that of the statistics.
 
     What decay and batch normalisation do at a step beside the gradient comes with each effect; the
     expected length of the blocks of those that meet at a step is ``1 - r^n`` after ``n`` steps.
@@ -248,8 +266,8 @@ def _estimates(
         matrix = effect.scale * products(moves)
         if taken.split.decay and own:
             decay = products({name: move[None] for name, move in taken.split.decay.items()})
-            matrix[:, -len(OWN_ROWS)] += own * decay[:, 0]
-        found.append(torch.cat([matrix, own * (now - impact.after)[:, None]], 1))
+            matrix[..., -len(OWN_ROWS)] += own * decay[..., 0]
+        found.append((matrix, own * (now - impact.after)[:, None]))
     return found
 
 
@@ -263,4 +281,4 @@ def _of_steps_before(ledger: Ledger, split: SplitStep, generator: torch.Generato
 
 
 def _all_history(ledger: Ledger, split: SplitStep) -> Params:
-    return split.all_history(len(ledger.begin))
+    return split.all_history(ledger.raised.shape[1] - len(OWN_ROWS) - 1)

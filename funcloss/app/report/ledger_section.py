@@ -1,7 +1,9 @@
 """The ledger of a training as a section of a page: its sentences, its matrix, and its course."""
 
+import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from markupsafe import Markup
@@ -68,12 +70,29 @@ class _Recorded(Protocol):
     def note(self) -> str: ...
 
 
-def render(found: _Recorded) -> Markup:
+class ExampleBehind(NamedTuple):
+    """A training example and what it did to a class's loss, to first order."""
+
+    what: str  # where it is: a file, a row
+    effect: float
+    picture: bytes  # PNG; empty: none
+
+
+class Behind(NamedTuple):
+    """The examples of a class that raised another's loss most."""
+
+    loss: str  # the class whose loss
+    by: str  # the class of the examples
+    examples: tuple[ExampleBehind, ...]
+
+
+def render(found: _Recorded, behind: Sequence[Behind] = ()) -> Markup:
     """Return the section: what the weights did over the training, and who paid.
 
     Args:
         found: The ledger of a run. Of more than 24 classes, those with the largest entries are
             shown.
+        behind: The examples behind some of its entries.
 
     Returns:
         The section. Whatever the names of the classes hold, they come out as text.
@@ -93,6 +112,21 @@ def render(found: _Recorded) -> Markup:
             names=[found.classes[k] for k in shown],
             matrix=None if few(ledger) else _matrix(found, shown),
             course=None if few(ledger) else _course(found, spoken, shown),
+            strips=[
+                {
+                    "loss": pair.loss,
+                    "by": pair.by,
+                    "items": [
+                        {
+                            "what": clean(example.what),
+                            "effect": signed(example.effect),
+                            "picture": base64.b64encode(example.picture).decode(),
+                        }
+                        for example in pair.examples
+                    ],
+                }
+                for pair in behind
+            ],
             seconds=found.seconds,
             training_seconds=found.training_seconds,
         )
