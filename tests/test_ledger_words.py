@@ -16,7 +16,6 @@ from funcloss.audit.ledger_words import (
     certain,
     ledger_sentences,
     spoken_columns,
-    weighted_columns,
 )
 
 OTHERS = ("weight decay", "history", "statistics")
@@ -291,7 +290,6 @@ def test_a_thousand_weighted_classes_take_a_bounded_number_of_words():
 
 def test_the_most_unusual_weight_comes_first():
     weights = torch.tensor([1.0, 0.1, 1.0, 5.0, 0.0, 1.0])
-    assert weighted_columns(weights) == [4, 1, 3]
     zeros = ledger_of(torch.zeros(6, 6).tolist())
     assert spoken_columns(zeros, weights, exact=True, most=2) == [4, 1]
     assert spoken_columns(zeros, torch.ones(6), exact=True) == []
