@@ -237,6 +237,7 @@ def measured(
         last,
         [held.classes],
         closes=CLOSES,
+        end=after.params,
     )
     return impact, now, lambda moves: products(left, moves)
 
