@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss.audit.ledger import Ledger
-from funcloss.audit.words import Name, _list, _sentence, _usual
+from funcloss.audit.words import Name, _list, _sentence, unusual
 
 _CLOSES = 0.05  # of the changes of the losses: how much the parts may miss them by
 _ROUNDING = 1e-9  # of what was raised and lowered in a row
@@ -96,7 +96,7 @@ def ledger_sentences(
         ledger.due_to(class_weights),
         exact,
     )
-    weighted = weighted_columns(class_weights)
+    weighted = unusual(class_weights.tolist())
     spoken = spoken_columns(ledger, class_weights, exact=exact, most=most)
     lines = []
     if weighted:
@@ -138,17 +138,6 @@ def closes(ledger: Ledger) -> bool:
     return ledger.residual <= _CLOSES
 
 
-def weighted_columns(class_weights: Float[Tensor, " classes"]) -> list[int]:
-    """Return the classes whose weight is not the most common one, the most unusual first."""
-    weights = class_weights.tolist()
-    usual = _usual(weights)
-
-    def unusual(c: int) -> float:
-        return abs(math.log(weights[c] / usual)) if weights[c] > 0 and usual > 0 else math.inf
-
-    return sorted((c for c, w in enumerate(weights) if w != usual), key=lambda c: (-unusual(c), c))
-
-
 def spoken_columns(
     ledger: Ledger,
     class_weights: Float[Tensor, " classes"],
@@ -157,7 +146,7 @@ def spoken_columns(
     most: int = 4,
 ) -> list[int]:
     """Return the classes to speak of: those weighted, else two that did most to others' losses."""
-    if weighted := weighted_columns(class_weights):
+    if weighted := unusual(class_weights.tolist()):
         return weighted[:most]
     classes = len(class_weights)
     surely = ledger.net.where(certain(ledger, exact=exact), 0.0)

@@ -18,8 +18,8 @@ from funcloss.audit.ledger_words import (
     largest_rows,
     signed,
     spoken_columns,
-    weighted_columns,
 )
+from funcloss.audit.words import unusual
 
 if TYPE_CHECKING:
     from funcloss.app.runs.ledger import KeptLedger
@@ -53,7 +53,7 @@ def _running_table(report: LedgerReport) -> Table:
     ledger, exact, weights = report.ledger, report.exact, report.weights
     net, error, due = ledger.net, ledger.standard_error, ledger.due_to(weights)
     sure, changed = certain(ledger, exact=exact) | exact, ledger.now - ledger.begin
-    spoken = [c for c in weighted_columns(weights)[:_SPOKEN] if weights[c] > 0]
+    spoken = [c for c in unusual(weights.tolist())[:_SPOKEN] if weights[c] > 0]
     own = net.diagonal().clone()
     own[spoken] -= due[spoken, spoken]
     # Of samples: what is missing from the change, whose error is at most the sum of the errors.
