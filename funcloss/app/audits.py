@@ -21,17 +21,22 @@ from funcloss.app.options import AuditOptions
 from funcloss.app.outcome import measured
 from funcloss.app.report.audit_figures import draw_all
 from funcloss.app.report.audit_page import render_page
+from funcloss.app.report.ledger_section import Behind, ExampleBehind
+from funcloss.app.report.ledger_section import render as render_ledger
 from funcloss.app.report.outcome import RunOutcome, of_saved_model
 from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
+from funcloss.app.runs.ledger import KeptLedger, read_ledger
 from funcloss.app.runs.lifecycle import note_on_data
 from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
-from funcloss.app.runs.use import split_of
+from funcloss.app.runs.use import sources_of, split_of
 from funcloss.audit import Audit, AuditSettings, LossSpec, StepSpec, audit
+from funcloss.audit.ledger_words import certain, weighted_columns
+from funcloss.audit.result import write_rows
 from funcloss.audit.training import loss_options
 from funcloss.combinators import couples_examples
 from funcloss.errors import ConfigError, RunError
@@ -40,10 +45,13 @@ from funcloss.typing import Batch, Params
 
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
+_WEIGHTED = 4  # weighted classes whose examples are shown
 _FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
 _BATCHES, _SMALLEST = 8, 32  # batches that standard errors need, examples in each
 _DEFAULTS = AuditOptions()
-_NAMES = ("audit_examples.csv", *(f"audit_{name}.png" for name in _FIGURES))
+_LEDGER = "audit_ledger.csv"
+_LARGEST = 100  # classes of which the table of the ledger has all pairs
+_NAMES = ("audit_examples.csv", _LEDGER, *(f"audit_{name}.png" for name in _FIGURES))
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,8 @@ class RunAudit:
     history: Sequence[dict[str, Any]]  # the audits of the training
     pictures: dict[int, bytes]  # PNG files, by index in the split of the data set
     outcome: RunOutcome | str = ""  # beside the baseline; or why there is none
-    ledger_lines: tuple[str, ...] = ()  # of the whole training, in sentences
-    ledger_section: str = ""  # of the page, rendered
+    ledger: KeptLedger | None = None  # of the training; None: none was kept
+    behind: tuple[Behind, ...] = ()  # the examples behind the largest harm of each weighted class
 
 
 def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudit:
@@ -79,8 +87,9 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     config = folder.read_config(run_dir, allow_import=options.allow_import)
     here = {"data_dir": options.data_dir or config.data_dir, "device": options.device}
     setup = make_setup(replace(config, **here, init="", pretrained=False))  # its weights are there
-    found = audit_training(run_dir, setup, options)
-    return replace(found, outcome=measured(run_dir, config, setup))
+    found, kept = audit_training(run_dir, setup, options), read_ledger(run_dir)
+    behind = () if kept is None else _behind(kept, setup)
+    return replace(found, outcome=measured(run_dir, config, setup), ledger=kept, behind=behind)
 
 
 def audit_training(run_dir: Path, setup: Setup, options: AuditOptions = _DEFAULTS) -> RunAudit:
@@ -196,11 +205,14 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         history=found.history,
         pictures=found.pictures,
         outcome=found.outcome,
-        ledger_section=found.ledger_section,
+        ledger_section="" if found.ledger is None else render_ledger(found.ledger, found.behind),
     )
     write_text(out / "audit.html", page)
     facts = {"about": asdict(found.about), "outcome": jsonable(found.outcome) or None}
     paths = [out / "audit.html", *found.audit.write(out, facts=facts)]
+    if found.ledger is not None:
+        paths.append(out / _LEDGER)
+        write_rows(paths[-1], _ledger_rows(found.ledger))
     with own_style():
         figures = draw_all(found.audit, found.history)
     for name, figure in figures.items():
@@ -283,6 +295,57 @@ def _pictures(found: Audit, dataset: Dataset, split: str) -> dict[int, bytes]:
     index = torch.tensor(sorted(wanted), dtype=torch.int64)
     images = as_pixels(subset(chosen, index.to(chosen.labels.device)))
     return {position: _png(image) for position, image in zip(index.tolist(), images, strict=True)}
+
+
+def _behind(found: KeptLedger, setup: Setup) -> tuple[Behind, ...]:
+    """Return the training examples behind the largest harm that each weighted class surely did."""
+    sure = certain(found.ledger, exact=found.exact)
+    pairs = []
+    for c in weighted_columns(found.weights)[:_WEIGHTED]:
+        harm = found.ledger.net[:, c].where(sure[:, c], 0.0)
+        harm[c] = 0.0
+        k = int(harm.argmax())
+        rows = found.behind(k, c, _PICTURED) if harm[k] > 0 else []
+        if rows:
+            index = torch.tensor([position for position, _ in rows])
+            pairs.append((found.classes[k], found.classes[c], index, [e for _, e in rows]))
+    return tuple(
+        Behind(loss, by, tuple(map(ExampleBehind, *_shown(setup, index, effects))))
+        for loss, by, index, effects in pairs
+    )
+
+
+def _shown(
+    setup: Setup, index: Tensor, effects: list[float]
+) -> tuple[list[str], list[float], list[bytes]]:
+    """Return where training examples are, what they did, and their pictures, if they are images."""
+    train = setup.dataset.train
+    examples = subset(train, index.to(train.labels.device))
+    every = sources_of(setup.config, setup.dataset, "train", train)
+    places = [
+        file if row is None else f"{file}, number {row:,}"
+        for file, row in (every[position] for position in index.tolist())
+    ]
+    pictures = map(_png, as_pixels(examples)) if setup.dataset.has_images else [b""] * len(index)
+    return places, effects, [*pictures]
+
+
+def _ledger_rows(found: KeptLedger) -> Iterator[dict[str, Any]]:
+    """Yield a row per held-out class and part; of very many classes, those of weighted ones."""
+    ledger, error = found.ledger, found.ledger.standard_error
+    columns = range(len(found.parts))
+    if len(found.classes) > _LARGEST:
+        columns = weighted_columns(found.weights)[:_LARGEST]
+    for k, name in enumerate(found.classes):
+        for r in columns:
+            yield {
+                "loss_of": name,
+                "by": found.parts[r],
+                "net": ledger.net[k, r],
+                "standard_error": None if found.exact else error[k, r],
+                "raised": ledger.raised[k, r] if found.exact else None,
+                "lowered": ledger.lowered[k, r] if found.exact else None,
+            }
 
 
 def _png(image: Tensor) -> bytes:

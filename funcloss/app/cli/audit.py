@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they load torch
     from rich.table import Table
 
     from funcloss.app.audits import RunAudit
+    from funcloss.app.runs import KeptLedger
     from funcloss.audit import Audit
 
 _MOST = 24  # classes in the table
@@ -123,6 +124,7 @@ def _train_baseline(run: Path, options: AuditOptions, seeds: int, *, quiet: bool
 
 def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
     """Print outcome, ledger and gradient of an audit, its table, and where its report is."""
+    from funcloss.app.cli.ledger_tables import ledger_table
     from funcloss.app.report.outcome import outcome_sentences
     from funcloss.audit import sentences
 
@@ -135,7 +137,7 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
     )
     told = {
         "Outcome.": outcome_sentences(found.outcome),
-        "Ledger.": found.ledger_lines,
+        "Ledger: what each class's examples did over the training.": _on_ledger(found.ledger),
         "Now: one gradient and one step, a diagnostic of this moment, not of the training.": now,
     }
     for heading, lines in ((heading, lines) for heading, lines in told.items() if lines):
@@ -145,6 +147,9 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
     if quiet:
         return
     out.print()
+    if found.ledger is not None:
+        out.print(ledger_table(found.ledger))
+        out.print()
     out.print(_class_table(audited))
     out.print(
         f"{about.examples:,} examples of {about.dataset}, {about.split}; "
@@ -156,6 +161,18 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
     for note in filter(None, (about.note, *audited.notes)):
         out.print(f"note: {note}")
     out.print(f"report: {files[0]}")
+
+
+def _on_ledger(found: "KeptLedger | None") -> tuple[str, ...]:
+    """Return what a ledger says, in sentences."""
+    from funcloss.audit import ledger_sentences
+
+    if found is None:
+        return ()
+    lines = ledger_sentences(
+        found.classes, found.parts, found.ledger, found.weights, exact=found.exact
+    )
+    return (*lines, f"The ledger is not whole: {found.note}.") if found.note else lines
 
 
 def _class_table(found: "Audit") -> "Table":

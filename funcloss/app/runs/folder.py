@@ -42,9 +42,10 @@ CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 # All that is ever written into the folder of a run or a sweep, and the folders in it.
 _WRITTEN = (
-    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, "folds.safetensors"),
+    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, "folds.safetensors", "ledger.safetensors"),
     *(*FIGURES, "events.out.tfevents.*"),
     *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
+    *("audit_ledger.csv",),
     *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
     *("floor.html", "floor.json", "frontier.png"),
