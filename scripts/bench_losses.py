@@ -8,8 +8,8 @@ Both are reduced by a mean, eager and compiled. The four take turns in one proce
 machine that slows down slows all of them, and the time is that of the processor, so that what else
 runs there counts for little. What tensors free is kept, as a long training run keeps it; otherwise
 rows of 1,000 classes measure how the system maps pages. A ratio is the median over the rounds of
-the ratio within a round, with its quartiles. linear_cross_entropy is measured in processes of its own: its
-time and its peak memory above the inputs against the plain product.
+the ratio within a round, with its quartiles. linear_cross_entropy is measured in processes of its
+own: its time and its peak memory above the inputs against the plain product.
 """
 
 import contextlib
