@@ -123,6 +123,7 @@ class WatchLedger:
         self._ledger: Ledger | None = None
         self._judged = -1  # the step after which the losses of a sampled ledger were measured
         self._pending: _Pending | None = None
+        self._asked = False  # whether this step is measured
         self._remember: tuple[str, ...] = ()  # parameters that have memory, when it began
         self._keeps, self._kept = 0.0, torch.zeros(0, dtype=torch.float64)
         self._spent = self._passed = 0.0  # seconds, of the ledger and in all
@@ -206,12 +207,13 @@ class WatchLedger:
             as_stepped: From a gradient to how the step takes it.
             why: Why there are no parts; empty: none were given.
         """
+        self._pending, self._asked = None, False
         if self._ended:
             return
-        self._pending = None
         skipped = getattr(bare(self._optimizer), "found_inf", None)
         if skipped is not None and bool(skipped):
             return  # a fused kernel takes no step then
+        self._asked = self._wants
 
         def read() -> None:
             if self.wants_parts and why:
@@ -273,22 +275,22 @@ class WatchLedger:
                 0: not farther than rounding, or not known.
         """
         pending, self._pending = self._pending, None
-        world = self._world()
-        if self._ended or pending is None:
+        asked, self._asked = self._asked, False
+        if pending is None and not asked:
             return
-        with self.measuring(self._wants):
-            self._tried(lambda: self._take_in(pending))
-            if apart and self._wants:
-                self._doubt(
-                    f"a step was taken that is not the one told, by {apart:.2g} of its length, "
-                    "and the parts do not add up to it"
-                )
-            if world > 1 and self._wants:
-                self._agree()
-            if self._ended or self._ledger is None:
-                return
-            self._kept = pending.kept_then
-            self._tried(lambda: self._plan(int(self._ledger.steps)) if self._ledger else None)
+        with self.measuring(asked):
+            if pending is not None:
+                self._tried(lambda: self._take_in(pending))
+                if apart and asked:
+                    self._doubt(
+                        f"a step was taken that is not the one told, by {apart:.2g} of its "
+                        "length, and the parts do not add up to it"
+                    )
+            if asked and self._world() > 1:
+                self._agree()  # in each process, whatever happened in it
+            if pending is not None and self._ledger is not None:
+                self._kept, steps = pending.kept_then, int(self._ledger.steps)
+                self._tried(lambda: self._plan(steps))
 
     def _take_in(self, pending: _Pending) -> None:
         ledger, options = self._ledger, self._options
