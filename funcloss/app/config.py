@@ -363,6 +363,9 @@ class TrainConfig:
             ("exact", "sampled", "off"),
         ),
     ] = "sampled"
+    ledger_layers: Annotated[bool, Option("Keep the sums of the ledger for each layer too.")] = (
+        False
+    )
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
     # No option: the power of class_weight balanced, of which a setup makes weights; 0: none.
     balance: float = 0.0
@@ -567,7 +570,10 @@ def with_final_names(config: TrainConfig) -> TrainConfig:
 
 
 def plain_config(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
+    """Return the configuration of plain training: cross-entropy, every class at a cost of 1.
+
+    It keeps no ledger: there is no weight to tell of.
+    """
     return dataclasses.replace(
         config,
         loss="cross_entropy",
@@ -577,6 +583,7 @@ def plain_config(config: TrainConfig) -> TrainConfig:
         reduction="mean",
         floor={},
         ceiling={},
+        ledger="off",
     )
 
 

@@ -1,8 +1,10 @@
 """The audit: each class's share of the gradient and of the optimiser's step, measured."""
 
+from funcloss.audit.behind import make_behind
 from funcloss.audit.gram import Balance, balance
 from funcloss.audit.layer_kinds import LAYERS
 from funcloss.audit.ledger import Ledger, LedgerKeeper, make_ledger
+from funcloss.audit.ledger_words import ledger_sentences
 from funcloss.audit.loss import LossSpec
 from funcloss.audit.measure import AuditSettings, audit
 from funcloss.audit.result import (
@@ -43,7 +45,9 @@ __all__ = [
     "audit",
     "balance",
     "compare",
+    "ledger_sentences",
     "make_audit_step",
+    "make_behind",
     "make_ledger",
     "make_sampled_ledger",
     "sentences",

@@ -22,6 +22,7 @@ from funcloss.audit.ledger import (
     make_taking,
     measured,
     point_of,
+    with_layers,
 )
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.sampling import (
@@ -40,7 +41,8 @@ from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
-_PER_CLASS = 20  # held-out examples of a class that a step is measured on
+_PER_CLASS = 5  # held-out examples of a class that a step is measured on: more steps tell more
+_CLOSES = 0.1  # of a step: far below the errors of the sample
 _BLOCK, _BEFORE, _DELAY, _HELD_OUT = range(4)  # what random numbers are drawn for
 
 
@@ -66,6 +68,7 @@ def make_sampled_ledger(
     schedule: Schedule | None = None,
     clip_norm: float = 0.0,
     group_by: GroupBy | None = None,
+    by_layer: bool = False,
     per_class: int = _PER_CLASS,
     seed: int = 0,
 ) -> SampledKeeper:
@@ -87,6 +90,7 @@ def make_sampled_ledger(
         schedule: Factor on the learning rate by number of the step.
         clip_norm: Largest norm of the gradient.
         group_by: From a batch to the group of each example.
+        by_layer: Whether the sums are kept for each layer too.
         per_class: Held-out examples of each class that a step is measured on, drawn for each.
         seed: Of what is drawn.
 
@@ -124,7 +128,7 @@ def make_sampled_ledger(
     )  # fmt: skip
 
     def init(state: TrainState) -> Ledger:
-        return begun(held, point_of(state))
+        return begun(held, point_of(state), by_layer=by_layer)
 
     def update(
         ledger: Ledger,
@@ -207,15 +211,19 @@ def with_perhaps(
     if effects:
         taken = taken or take(False)
         generator = drawn(seed, step, _HELD_OUT)
-        found = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
-        for estimate in found:
-            sampling = with_sample(sampling, estimate)
+        estimates = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
+        layers, found = ledger.layers, []
+        for by_layer, statistics in estimates:
+            found.append(torch.cat([by_layer.sum(0), statistics], 1))
+            sampling = with_sample(sampling, found[-1])
+            layers = with_layers(layers, by_layer) if layers else layers
         variance, of_sum = variances(sampling._replace(waiting=waiting))
         ledger = ledger._replace(
             raised=ledger.raised + sum(e.clamp(min=0.0) for e in found),
             lowered=ledger.lowered + sum(e.clamp(max=0.0) for e in found),
             variance=variance,
             variance_of_sum=of_sum,
+            layers=layers,
         )
     sampling = sampling._replace(waiting=waiting)
     return ledger._replace(memory={}, steps=ledger.steps + 1, sampling=sampling)
@@ -243,14 +251,14 @@ class _Effect(NamedTuple):
 
 def _estimates(
     sampling: Sampling, held: HeldOut, taken: Taken, effects: Sequence[_Effect], step: int
-) -> list[Tensor]:
-    """Return what each effect at a step is an estimate of, by its own impact.
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what each effect at a step is an estimate of, by layer, and that of the statistics.
 
     What decay and batch normalisation do at a step beside the gradient comes with each effect; the
     expected length of the blocks of those that meet at a step is ``1 - r^n`` after ``n`` steps.
     """
     whole = {name: (taken.after.params[name] - p)[None] for name, p in taken.before.params.items()}
-    impact, now, products = measured(held, taken, whole)
+    impact, now, products = measured(held, taken, whole, closes=_CLOSES)
     reached = 1.0 - taken.split.keeps ** (step - int(sampling.since) + 1)
     found = []
     for effect in effects:
@@ -259,8 +267,8 @@ def _estimates(
         matrix = effect.scale * products(moves)
         if taken.split.decay and own:
             decay = products({name: move[None] for name, move in taken.split.decay.items()})
-            matrix[:, -len(OWN_ROWS)] += own * decay[:, 0]
-        found.append(torch.cat([matrix, own * (now - impact.after)[:, None]], 1))
+            matrix[..., -len(OWN_ROWS)] += own * decay[..., 0]
+        found.append((matrix, own * (now - impact.after)[:, None]))
     return found
 
 

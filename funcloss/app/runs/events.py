@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from funcloss.app.config import TrainConfig
 from funcloss.audit import Ledger
 from funcloss.decisions import Evaluation
@@ -60,6 +62,7 @@ class LedgerReport:
     exact: bool  # every step was measured
     seconds: float  # that it took so far
     training_seconds: float  # that the steps took without it
+    weights: Tensor  # of the classes in the training, (classes,)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from funcloss.app.runs.events import LedgerReport, Note, Show
 from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.options import chosen_loss
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
-from funcloss.audit import Ledger, LossSpec, make_ledger, make_sampled_ledger
+from funcloss.audit import Ledger, LossSpec, make_behind, make_ledger, make_sampled_ledger
 from funcloss.audit.sampling import Sampling, Waiting, every_within
 from funcloss.audit.training import loss_options
 from funcloss.errors import AuditError, ConfigError, RunError
@@ -30,10 +30,14 @@ from funcloss.typing import Batch, Hyper
 
 FILE = "ledger.safetensors"
 _SHARE = 0.1  # of the training's time
-_LITTLE = 2.0  # seconds that it may always take
+# Where classes weigh differently or mistakes have costs: seconds that it may always take, and
+# trainings so short may take as long again.
+_LITTLE, _SHORT = 2.0, 10.0
 _HELD_OUT, _LEAST, _MOST = 2_000, 2, 100  # examples in all, and of each class
 _LARGEST = 2**30  # bytes of what is remembered for each class
 _MATRICES = 100  # classes at most of which the sums after each epoch are kept
+_EXAMPLES = 20_000  # training examples at most whose effects are kept
+_BESIDE = ("weights", "epochs", "nets", "examples", "labels", "effects")  # beside the ledger
 _LOGGED = 20  # classes at most whose sums are a line of metrics.jsonl
 
 
@@ -53,6 +57,21 @@ class KeptLedger:
     samples: int  # steps that were measured
     first: int  # the step that it begins before; 0: the training's first
     note: str  # why it is not of the whole training; empty: it is
+    judged_on: str  # split whose losses they are: validation, or train where there is none
+    examples: Tensor  # (seen,) int64: training examples of weighted classes, by index
+    labels: Tensor  # (seen,) int64: of each
+    effects: Tensor  # (seen, classes): on each class's held-out loss, to first order, summed
+
+    def behind(self, k: int, c: int, most: int = 8) -> list[tuple[int, float]]:
+        """Return the examples of class ``c`` that raised the loss of ``k`` most, with how much.
+
+        To first order, over the steps that were measured, each at its own.
+        """
+        own = (self.labels == c).nonzero()[:, 0]
+        effect = self.effects[own, k]
+        first = effect.argsort(descending=True, stable=True)[:most]
+        rows = zip(self.examples[own[first]].tolist(), effect[first].tolist(), strict=True)
+        return [(index, value) for index, value in rows if value > 0]
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,7 @@ class _Header:
     timed: int  # of these
     measured: int  # steps that were measured in full
     note: str = ""
+    judged_on: str = "validation"
 
 
 class RunLedger:
@@ -84,6 +104,8 @@ class RunLedger:
         self._fastest, self._sampling_took = math.inf, 0.0  # seconds: of a step in full; of samples
         self._left: float | None = None  # when the last step was done with
         self._sums = Thinned()
+        self._effects: dict[int, Tensor] = {}  # of examples of weighted classes, by index
+        self._order = -1, torch.zeros(0, dtype=torch.int64)  # of the examples in an epoch
         self._first = int(state.step)
         self._ledger: Ledger | None = None
         begin = time.perf_counter()
@@ -99,14 +121,17 @@ class RunLedger:
             "model": setup.model,
             "criterion": setup.untrained.criterion,
             "optimizer": make_optimizer(config),
-            "held_out": _held_out(setup),
+            "held_out": _judged(setup),
             "loss": LossSpec(chosen_loss(config), options=loss_options(setup.hyper)),
             "classes": dataset.classes,
             "schedule": make_schedule(config, setup.per_epoch),
             "clip_norm": config.clip_norm,
         }
-        self._exact = make_ledger(**shared)
-        self._sampled = make_sampled_ledger(**shared, seed=config.seed)
+        layers = config.ledger_layers
+        self._exact = make_ledger(**shared, by_layer=layers)
+        self._sampled = make_sampled_ledger(**shared, by_layer=layers, seed=config.seed)
+        self._weighted = class_weights_of(setup) != 1.0
+        self._behind = make_behind(**shared, seed=config.seed) if self._weighted.any() else None
         kept = _read(run_dir / FILE)
         if kept is not None and kept[1].step == int(state.step):
             tensors, header = kept
@@ -117,6 +142,8 @@ class RunLedger:
             self._first, self._note = header.first, header.note
             for number, net in zip(tensors["epochs"].tolist(), tensors["nets"], strict=False):
                 self._sums.add((number, net))
+            rows = zip(tensors["examples"].tolist(), tensors["effects"], strict=True)
+            self._effects = dict(rows)
             return
         if self._first:
             self._note = f"it begins after step {self._first:,} of the training"
@@ -137,9 +164,13 @@ class RunLedger:
             if self._stays_exact(ledger):
                 self._ledger = self._exact.update(ledger, state, seen, hyper, after)
                 self._measured += 1
-            else:
-                every = self._every(ledger)
-                self._ledger = self._sampled.update(ledger, state, seen, hyper, after, every)
+                self._look_behind(state, seen, hyper, 1)
+                return
+            every = self._every(ledger)
+            now = self._sampled.update(ledger, state, seen, hyper, after, every)
+            self._ledger = now
+            if now.sampling is not None and int(now.sampling.chosen) == int(ledger.steps):
+                self._look_behind(state, seen, hyper, int(now.sampling.every))
 
         self._tried(take_in)
         self._left = time.perf_counter()
@@ -149,6 +180,30 @@ class RunLedger:
             self._fastest = min(self._fastest, took)
         else:
             self._sampling_took += took
+
+    def _look_behind(self, state: TrainState, batch: Batch, hyper: Hyper, stands_for: int) -> None:
+        """Add what each example of a weighted class does in a step to what it did in others."""
+        if self._behind is None:
+            return
+        setup, labels = self._setup, batch.targets.cpu()
+        which = self._weighted[labels]
+        try:
+            found = self._behind(state, batch, hyper, which)
+        except (RuntimeError, NotImplementedError):  # without a forward-mode derivative
+            self._behind = None
+            return
+        epoch, place = divmod(int(state.step), setup.per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, setup.order(state.key, epoch).cpu()
+        size = setup.config.batch_size
+        index = self._order[1][place * size :][: len(labels)].tolist()
+        for i, effect in zip(which.nonzero()[:, 0].tolist(), found.T, strict=True):
+            more = stands_for * effect
+            held = self._effects.get(index[i])
+            self._effects[index[i]] = more if held is None else held + more
+        if len(self._effects) > _EXAMPLES:
+            largest = sorted(self._effects.items(), key=lambda row: -float(row[1].abs().max()))
+            self._effects = dict(largest[: _EXAMPLES // 2])
 
     def epoch(self, number: int, state: TrainState) -> dict[str, Any] | None:
         """Keep the sums after an epoch, and return a line for the log."""
@@ -171,6 +226,7 @@ class RunLedger:
                     ledger.sampling is None,
                     self._spent,
                     self._trained,
+                    class_weights_of(self._setup),
                 )
             )
         return {
@@ -199,6 +255,11 @@ class RunLedger:
             tensors["epochs"] = torch.tensor(numbers, dtype=torch.int64)
             nets = [net for _, net in self._sums.items]
             tensors["nets"] = torch.stack(nets) if nets else ledger.net.new_zeros(0, 0, 0)
+            tensors["examples"] = torch.tensor([*self._effects], dtype=torch.int64)
+            none = ledger.net.new_zeros(0, len(ledger.begin))
+            tensors["effects"] = torch.stack([*self._effects.values()]) if self._effects else none
+            held = self._setup.dataset.train.labels.cpu()
+            tensors["labels"] = held[tensors["examples"]]
         header = _Header(
             classes=self._setup.dataset.classes,
             parts=() if ledger is None else self._exact.parts,
@@ -209,6 +270,7 @@ class RunLedger:
             timed=self._timed,
             measured=self._measured,
             note=self._note,
+            judged_on=_split_of(self._setup),
         )
         save_tensors(run_dir / FILE, tensors, dataclasses.asdict(header))
 
@@ -223,7 +285,7 @@ class RunLedger:
         if self._setup.config.ledger == "exact" or not self._timed:
             return True
         if self._timed == 1:  # the first steps are slow on both sides
-            return self._fastest <= self._allowed(ledger) / 4
+            return self._fastest <= self._allowed(ledger) / 10
         return self._spent + self._fastest * self._left_of(ledger) <= self._allowed(ledger)
 
     def _every(self, ledger: Ledger) -> int:
@@ -244,7 +306,8 @@ class RunLedger:
         """Return the seconds that the ledger may take of the whole training."""
         step = self._trained / max(self._timed, 1)
         whole = step * (int(ledger.steps) + self._left_of(ledger))
-        return max(_SHARE * whole, _LITTLE)
+        short = min(max(whole, _LITTLE), _SHORT) if speaks_of_costs(self._setup.config) else 0.0
+        return max(_SHARE * whole, short)
 
     def _samples(self, ledger: Ledger) -> int:
         return self._measured + (0 if ledger.sampling is None else int(ledger.sampling.samples))
@@ -306,6 +369,10 @@ def read_ledger(run_dir: Path) -> KeptLedger | None:
         samples,
         header.first,
         header.note,
+        header.judged_on,
+        tensors["examples"],
+        tensors["labels"],
+        tensors["effects"],
     )
 
 
@@ -333,21 +400,20 @@ def _ledger_of(tensors: dict[str, Tensor], header: _Header, path: Path) -> Ledge
         shapes |= {"sampling/squares_of_sum": row}
         waiting = found.get("sampling/waiting/due", torch.zeros(0)).shape
         shapes |= {f"sampling/waiting/{name}": waiting for name in ("due", "scale", "every")}
-    if (
-        any(n not in tensors for n in ("weights", "epochs", "nets"))
-        or len(tensors["weights"]) != rows
-    ):
+    if any(n not in tensors for n in _BESIDE) or len(tensors["weights"]) != rows:
         raise RunError(f"{path} is damaged: it lacks the weights, or the sums after each epoch")
     for name, shape in shapes.items():
         if name not in found or found[name].shape != shape:
             raise RunError(f"{path} is damaged: it has no {name} of shape {shape}")
+    layers = beneath(found, "layers")
     plain: dict[str, Any] = {name: found[name] for name in shapes if "/" not in name}
     if "sampling/since" not in shapes:
-        return Ledger(**plain, memory=beneath(found, "memory"))
+        return Ledger(**plain, memory=beneath(found, "memory"), layers=layers)
     waits = {name: found[f"sampling/waiting/{name}"] for name in ("due", "scale", "every")}
     waiting = Waiting(**waits, memory=beneath(found, "sampling/waiting/memory"))
     of_sampling = {n: t for n, t in beneath(found, "sampling").items() if "/" not in n}
-    return Ledger(**plain, memory={}, sampling=Sampling(**of_sampling, waiting=waiting))
+    sampling = Sampling(**of_sampling, waiting=waiting)
+    return Ledger(**plain, memory={}, sampling=sampling, layers=layers)
 
 
 def _on(device: str, ledger: Ledger) -> Ledger:
@@ -365,8 +431,6 @@ def _why_not(setup: Setup, state: TrainState) -> str:
     config, dataset = setup.config, setup.dataset
     if dataset.train.costs is not None:
         return f"each example has costs of its own, by which {config.loss} learns"
-    if not len(dataset.validation.labels):
-        return "there is no validation data to hold out"
     if config.amp != "off":
         return f"the training is in {config.amp}, and a ledger in float32 is of another step"
     rows = len(dataset.classes) + 2
@@ -376,9 +440,14 @@ def _why_not(setup: Setup, state: TrainState) -> str:
     return ""
 
 
-def _held_out(setup: Setup) -> Batch:
-    """Return validation examples, at most 100 of a class and about 2,000 in all, drawn once."""
-    held = setup.dataset.validation
+def _split_of(setup: Setup) -> str:
+    """Return the split whose losses are told: never the test set."""
+    return "validation" if len(setup.dataset.validation.labels) else "train"
+
+
+def _judged(setup: Setup) -> Batch:
+    """Return the examples whose losses are told, at most 100 of a class and about 2,000 in all."""
+    held = setup.dataset.splits[_split_of(setup)]
     labels = held.labels.cpu()
     most = min(max(_HELD_OUT // len(setup.dataset.classes), _LEAST), _MOST)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
