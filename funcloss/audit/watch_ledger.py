@@ -32,7 +32,7 @@ from funcloss.audit.torch_steps import (
     split_torch_step,
 )
 from funcloss.errors import AuditError, ConfigError
-from funcloss.typing import Batch, Buffers, Grads, LossFn
+from funcloss.typing import Batch, Grads, LossFn
 
 KINDS = ("sampled", "exact")
 _LITTLE = 2.0  # seconds that a sampled ledger may always take
@@ -128,7 +128,8 @@ class WatchLedger:
         self._keeps, self._kept = 0.0, torch.zeros(0, dtype=torch.float64)
         self._spent = self._passed = 0.0  # seconds, of the ledger and in all
         self._clock: float | None = None
-        self._buffers, self._left_at = self._copied_buffers(), {}
+        self._left = self._copy()  # where the last step ended, or the training began
+        self._followed = False  # whether that was a step
         self._every, self._wants, self.wants_parts = 1, True, True
         self._plan(0)
 
@@ -184,7 +185,7 @@ class WatchLedger:
         self._spent, self._passed, self._clock = spent, passed, None
         self._remember = self._remembered() if len(kept) else ()
         self._plan(int(ledger.steps))
-        self._left_at = {}
+        self._left, self._followed = self._copy(), False
 
     # The step ---
 
@@ -296,6 +297,7 @@ class WatchLedger:
         ledger, options = self._ledger, self._options
         assert ledger is not None
         if not self._wants:
+            self._followed = False
             self._ledger = with_perhaps(
                 ledger, self._held, _unasked, self._every, seed=options.seed
             )
@@ -310,13 +312,15 @@ class WatchLedger:
             kept=self._kept if self._remember else None,
             kept_then=pending.kept_then if self._remember else None,
         )
-        before, now = pending.before, self._now()
-        left = {n: p for n, p in self._left_at.items() if n in before.params}
-        if left and distance(left, before.params) > 0.01 * distance(before.params, now.params):
+        before, now, left = pending.before, self._copy(), self._left
+        common = {n: p for n, p in left.params.items() if n in before.params}
+        length = distance(before.params, now.params)
+        if self._followed and distance(common, before.params) > 0.01 * length:
             self._doubt(
                 "parameters were changed between two steps (by another optimiser, or weights that "
                 "were loaded): what that did is in no column"
             )
+        self._left, self._followed = now, True
         taken = Taken(before, now, split, pending.rows)
         self._ledger = (
             with_step(ledger, self._held, taken)
@@ -357,9 +361,8 @@ class WatchLedger:
             if sampling is None or step >= int(sampling.ends):
                 self._every = self._next_block(step)
             self._wants, self.wants_parts = asks(self._ledger, self._every, seed=self._options.seed)
-        if self._wants:
-            self._buffers = self._copied_buffers()
-            self._left_at = {n: p.detach().clone() for n, p in self._trained().items()}
+        if self._wants and not self._followed:
+            self._left, self._followed = self._copy(), step > 0
 
     def _next_block(self, steps: int) -> int:
         """Return the length of the next block of steps, the same for all processes."""
@@ -409,7 +412,7 @@ class WatchLedger:
     def _end(self, why: str) -> None:
         done = 0 if self._ledger is None else int(self._ledger.steps)
         self._doubt(f"the ledger ends after {done:,} steps: {why}")
-        self._ended, self._pending, self._buffers, self._left_at = True, None, {}, {}
+        self._ended, self._pending, self._left = True, None, Point({}, {})
         self._wants = self.wants_parts = False
         if self._ledger is not None and not self.exact and self._judged != done:
             unknown = torch.full_like(self._ledger.now, torch.nan)
@@ -457,14 +460,23 @@ class WatchLedger:
             {n: b.detach() for n, b in rest.items()},
         )
 
+    def _copy(self) -> Point:
+        params, rest = self._now()
+        buffers = dict(self._model.named_buffers())
+        copied = {n: b.clone() if n in buffers else b for n, b in rest.items()}
+        return Point({n: p.clone() for n, p in params.items()}, copied)
+
     def _before(self) -> Point:
         """Return where the training was before this step, whose forward pass is over."""
-        params, rest = self._now()
-        buffers = {n: b.to(self._device) for n, b in self._buffers.items()}
+        left, (params, rest) = self._left, self._now()
+        if left.params.keys() == params.keys() and all(
+            p.device == left.params[n].device and torch.equal(p, left.params[n])
+            for n, p in params.items()
+        ):
+            return left  # the very tensors: what was measured there is known
+        own = dict(self._model.named_buffers())
+        buffers = {n: b.to(self._device) for n, b in left.buffers.items() if n in own}
         return Point({n: p.clone() for n, p in params.items()}, {**rest, **buffers})
-
-    def _copied_buffers(self) -> Buffers:
-        return {name: b.detach().clone() for name, b in self._model.named_buffers()}
 
     def _moved(self) -> dict[str, nn.Parameter]:
         """Return the parameters on which the predictions depend and that the optimiser moves."""
