@@ -176,7 +176,7 @@ def test_a_lower_weight_that_helps_itself_less_is_told_as_a_fall_held_back():
 def test_a_class_of_weight_0_moved_nothing(exact, when):
     still = [[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.5, 0.0, 0.0]]
     first = told(ledger_of(still, error=0.1), {2: 0.0}, exact=exact).splitlines()[0]
-    assert first.startswith(f"Class k2 (weight 0): its examples moved no held-out loss{when}")
+    assert first.startswith(f"Class k2 (weight 0): its examples moved no loss{when}")
 
 
 def test_weights_of_which_1_is_the_unusual_one_leave_nothing_due():

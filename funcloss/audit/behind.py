@@ -106,7 +106,6 @@ def make_behind(
         model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
         group_by=group_by,
     )  # fmt: skip
-
     apart = not couples(model)
 
     @torch.no_grad()
@@ -118,7 +117,8 @@ def make_behind(
         mean = scaled_rows(1.0 / count.clamp(min=1.0), judged.gradients(point_of(state)))
         split = take(state, batch, hyper, state, False).split
         nothing = {n: torch.zeros_like(m) for n, m in split.all_history(len(names)).items()}
-        along, _ = split.rows(mean, nothing)
+        rows, _ = split.rows(mean, nothing)
+        along = {name: row[: len(names)] for name, row in rows.items()}
         keys = example_keys(state.key, state.step, len(batch.targets))
 
         def predict(params: Params, some: slice | Tensor = slice(None)) -> Tensor:
@@ -143,8 +143,8 @@ def make_behind(
             try:
                 along_each = vmap(slopes)(along)
             except RuntimeError:  # something in the model cannot be mapped over
-                rows = [{n: move[k] for n, move in along.items()} for k in range(len(names))]
-                along_each = torch.stack([slopes(tangents) for tangents in rows])
+                each = [{n: move[k] for n, move in along.items()} for k in range(len(names))]
+                along_each = torch.stack([slopes(tangents) for tangents in each])
         found = (cotangents[some] * along_each).flatten(2).sum(2)
         found = (found if apart else found[:, asked]).cpu().double() / (1.0 - split.keeps)
         return torch.where(count[:, None] > 0, found, torch.nan)

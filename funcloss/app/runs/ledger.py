@@ -62,6 +62,11 @@ class KeptLedger:
     labels: Tensor  # (seen,) int64: of each
     effects: Tensor  # (seen, classes): on each class's held-out loss, to first order, summed
 
+    @property
+    def judged(self) -> str:
+        """Return what the examples are called whose losses they are."""
+        return "held-out" if self.judged_on == "validation" else "training"
+
     def behind(self, k: int, c: int, most: int = 8) -> list[tuple[int, float]]:
         """Return the examples of class ``c`` that raised the loss of ``k`` most, with how much.
 
