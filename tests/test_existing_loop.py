@@ -25,6 +25,8 @@ PACKAGES = {  # that a block imports: what must be installed
 def name_of(block):
     if "def groups" in block:
         return "tokens"
+    if "held_out" in block:
+        return "ledger"
     found = [PACKAGES[name] for name in re.findall(r"^from (\w+)", block, re.M) if name in PACKAGES]
     if found:
         return found[0]
@@ -40,7 +42,7 @@ def numbers(text):
 
 
 def test_the_page_has_a_block_for_each_loop():
-    assert len(BLOCKS) == len(OTHERS) == len(PACKAGES) + 4
+    assert len(BLOCKS) == len(OTHERS) == len(PACKAGES) + 5
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ QUIET = [
 
 
 @pytest.mark.filterwarnings(*QUIET)
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "processes"])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("processes", "ledger")])
 def test_each_block_runs_with_few_lines_added(name, first, tmp_path, monkeypatch, capsys):
     block = BLOCKS[name]
     for package in {*re.findall(r"^from (\w+)", block, re.M)} & {*PACKAGES}:
@@ -87,6 +89,17 @@ def test_each_block_runs_with_few_lines_added(name, first, tmp_path, monkeypatch
     assert 5 <= int(share[1]) <= 200  # expected: 36 %
     assert share[2].strip() == "" or "clipped or scaled, by a factor" in share[2]
     assert added(block) < 10
+
+
+def test_the_ledger_of_the_page_is_what_is_shown(first, capsys):
+    (shown,) = [text for code, text in OTHERS if code == BLOCKS["ledger"]]
+    exec(compile(BLOCKS["ledger"], PAGE.name, "exec"), {**first})
+    said, pattern = capsys.readouterr().out, r"[+-]\d+(?:\.\d)?|[\d.]+%"
+    assert re.sub(pattern, "", said).split() == re.sub(pattern, "", shown).split()
+    for a, b in zip(re.findall(pattern, said), re.findall(pattern, shown), strict=True):
+        assert abs(float(a.strip("%")) - float(b.strip("%"))) <= max(
+            0.1, 0.05 * abs(float(b.strip("%")))
+        )
 
 
 @pytest.mark.slow

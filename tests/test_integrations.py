@@ -380,7 +380,7 @@ def test_a_lightning_callback_can_be_copied_and_pickled(pl):
     callback = lightning(pl.__name__, every=7)
     for again in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert isinstance(again, pl.Callback)
-        assert again._listener._settings.every == 7
+        assert again._listener.settings.every == 7
 
 
 def test_a_module_that_is_copied_or_pickled_leaves_the_hooks_behind(pl):

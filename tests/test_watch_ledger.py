@@ -1,5 +1,7 @@
 """The ledger that a watch keeps of a loop of torch.optim, against that of the pure step."""
 
+import socket
+
 import pytest
 import test_watch_loops as loops
 import torch
@@ -175,8 +177,11 @@ LEDGER_NOTES = {
 
 @pytest.mark.parametrize("make", [net, normed])
 def test_a_sampled_ledger_of_every_step_is_the_exact_one_without_momentum(make):
-    sampled, _ = watched_training(make, PAIRS["sgd"][0], EACH)
-    exact, _ = watched_training(make, PAIRS["sgd"][0])
+    def short(p):  # steps that either takes in one piece
+        return SGD(p, lr=0.002, weight_decay=0.1)
+
+    sampled, _ = watched_training(make, short, EACH)
+    exact, _ = watched_training(make, short)
     assert_close(sampled.ledger.net, exact.ledger.net, rtol=1e-9, atol=1e-12)
     assert_close(sampled.ledger.now, exact.ledger.now)
     assert int(sampled.ledger.sampling.samples) == STEPS
@@ -448,3 +453,56 @@ def test_a_sampled_ledger_keeps_to_its_share_of_the_time(monkeypatch):
     samples = int(watched.ledger.sampling.samples)
     assert 20 <= samples <= 33  # of 300 seconds a tenth, and two that it always has
     assert not watched.ledger_note
+
+
+# Several processes ---
+
+RANKS = 2
+
+
+def rank_ledger(rank, port, into, options, failing):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
+    model = nn.parallel.DistributedDataParallel(made(net))
+    rule = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    watched = watch(model, rule, classes=NAMES, held_out=HELD_OUT, ledger=options, every=4)
+    for number in range(STEPS):
+        if failing and rank == 1 and number == 3:
+            watched._ledger._held = None
+        inputs, labels, *_ = batch_of(number)
+        mine = slice(rank, None, RANKS)
+        values = F.cross_entropy(model(inputs[mine]), labels[mine], reduction="none")
+        rule.zero_grad()
+        watched.backward(WEIGHTS[labels[mine]] * values, labels[mine])
+        rule.step()
+    kept = watched.ledger
+    torch.save((kept.net, kept.now, int(kept.steps), watched.ledger_note), f"{into}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def ranks(tmp_path, options, failing=False):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(rank_ledger, (port, str(tmp_path), options, failing), RANKS)
+    return [torch.load(tmp_path / str(rank)) for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [EXACT, EACH], ids=["exact", "sampled"])
+def test_two_processes_keep_the_ledger_that_one_does(tmp_path, options):
+    first, second = ranks(tmp_path, options)
+    one, _ = watched_training(net, lambda p: SGD(p, lr=0.05, momentum=0.9), options)
+    for net_found, now, steps, note in (first, second):
+        assert (steps, note) == (STEPS, "")
+        assert_close(net_found, one.ledger.net, rtol=1e-6, atol=1e-8)
+        assert_close(now, one.ledger.now)
+    assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.slow
+def test_a_ledger_that_ends_in_one_process_ends_in_all(tmp_path):
+    first, second = ranks(tmp_path, EXACT, failing=True)
+    assert "the ledger ends after" in second[3]
+    assert "in another process" in first[3]

@@ -32,7 +32,7 @@ from funcloss.audit.torch_steps import (
     split_torch_step,
 )
 from funcloss.errors import AuditError, ConfigError
-from funcloss.typing import Batch, Buffers, Grads, LossFn
+from funcloss.typing import Batch, Grads, LossFn
 
 KINDS = ("sampled", "exact")
 _LITTLE = 2.0  # seconds that a sampled ledger may always take
@@ -123,11 +123,13 @@ class WatchLedger:
         self._ledger: Ledger | None = None
         self._judged = -1  # the step after which the losses of a sampled ledger were measured
         self._pending: _Pending | None = None
+        self._asked = False  # whether this step is measured
         self._remember: tuple[str, ...] = ()  # parameters that have memory, when it began
         self._keeps, self._kept = 0.0, torch.zeros(0, dtype=torch.float64)
         self._spent = self._passed = 0.0  # seconds, of the ledger and in all
         self._clock: float | None = None
-        self._buffers, self._left_at = self._copied_buffers(), {}
+        self._left = self._copy()  # where the last step ended, or the training began
+        self._followed = False  # whether that was a step
         self._every, self._wants, self.wants_parts = 1, True, True
         self._plan(0)
 
@@ -183,7 +185,7 @@ class WatchLedger:
         self._spent, self._passed, self._clock = spent, passed, None
         self._remember = self._remembered() if len(kept) else ()
         self._plan(int(ledger.steps))
-        self._left_at = {}
+        self._left, self._followed = self._copy(), False
 
     # The step ---
 
@@ -206,12 +208,13 @@ class WatchLedger:
             as_stepped: From a gradient to how the step takes it.
             why: Why there are no parts; empty: none were given.
         """
+        self._pending, self._asked = None, False
         if self._ended:
             return
-        self._pending = None
         skipped = getattr(bare(self._optimizer), "found_inf", None)
         if skipped is not None and bool(skipped):
             return  # a fused kernel takes no step then
+        self._asked = self._wants
 
         def read() -> None:
             if self.wants_parts and why:
@@ -273,27 +276,28 @@ class WatchLedger:
                 0: not farther than rounding, or not known.
         """
         pending, self._pending = self._pending, None
-        world = self._world()
-        if self._ended or pending is None:
+        asked, self._asked = self._asked, False
+        if pending is None and not asked:
             return
-        with self.measuring(self._wants):
-            self._tried(lambda: self._take_in(pending))
-            if apart and self._wants:
-                self._doubt(
-                    f"a step was taken that is not the one told, by {apart:.2g} of its length, "
-                    "and the parts do not add up to it"
-                )
-            if world > 1 and self._wants:
-                self._agree()
-            if self._ended or self._ledger is None:
-                return
-            self._kept = pending.kept_then
-            self._tried(lambda: self._plan(int(self._ledger.steps)) if self._ledger else None)
+        with self.measuring(asked):
+            if pending is not None:
+                self._tried(lambda: self._take_in(pending))
+                if apart and asked:
+                    self._doubt(
+                        f"a step was taken that is not the one told, by {apart:.2g} of its "
+                        "length, and the parts do not add up to it"
+                    )
+            if asked and self._world() > 1:
+                self._agree()  # in each process, whatever happened in it
+            if pending is not None and self._ledger is not None:
+                self._kept, steps = pending.kept_then, int(self._ledger.steps)
+                self._tried(lambda: self._plan(steps))
 
     def _take_in(self, pending: _Pending) -> None:
         ledger, options = self._ledger, self._options
         assert ledger is not None
         if not self._wants:
+            self._followed = False
             self._ledger = with_perhaps(
                 ledger, self._held, _unasked, self._every, seed=options.seed
             )
@@ -308,13 +312,15 @@ class WatchLedger:
             kept=self._kept if self._remember else None,
             kept_then=pending.kept_then if self._remember else None,
         )
-        before, now = pending.before, self._now()
-        left = {n: p for n, p in self._left_at.items() if n in before.params}
-        if left and distance(left, before.params) > 0.01 * distance(before.params, now.params):
+        before, now, left = pending.before, self._copy(), self._left
+        common = {n: p for n, p in left.params.items() if n in before.params}
+        length = distance(before.params, now.params)
+        if self._followed and distance(common, before.params) > 0.01 * length:
             self._doubt(
                 "parameters were changed between two steps (by another optimiser, or weights that "
                 "were loaded): what that did is in no column"
             )
+        self._left, self._followed = now, True
         taken = Taken(before, now, split, pending.rows)
         self._ledger = (
             with_step(ledger, self._held, taken)
@@ -355,9 +361,8 @@ class WatchLedger:
             if sampling is None or step >= int(sampling.ends):
                 self._every = self._next_block(step)
             self._wants, self.wants_parts = asks(self._ledger, self._every, seed=self._options.seed)
-        if self._wants:
-            self._buffers = self._copied_buffers()
-            self._left_at = {n: p.detach().clone() for n, p in self._trained().items()}
+        if self._wants and not self._followed:
+            self._left, self._followed = self._copy(), step > 0
 
     def _next_block(self, steps: int) -> int:
         """Return the length of the next block of steps, the same for all processes."""
@@ -407,7 +412,7 @@ class WatchLedger:
     def _end(self, why: str) -> None:
         done = 0 if self._ledger is None else int(self._ledger.steps)
         self._doubt(f"the ledger ends after {done:,} steps: {why}")
-        self._ended, self._pending, self._buffers, self._left_at = True, None, {}, {}
+        self._ended, self._pending, self._left = True, None, Point({}, {})
         self._wants = self.wants_parts = False
         if self._ledger is not None and not self.exact and self._judged != done:
             unknown = torch.full_like(self._ledger.now, torch.nan)
@@ -455,14 +460,23 @@ class WatchLedger:
             {n: b.detach() for n, b in rest.items()},
         )
 
+    def _copy(self) -> Point:
+        params, rest = self._now()
+        buffers = dict(self._model.named_buffers())
+        copied = {n: b.clone() if n in buffers else b for n, b in rest.items()}
+        return Point({n: p.clone() for n, p in params.items()}, copied)
+
     def _before(self) -> Point:
         """Return where the training was before this step, whose forward pass is over."""
-        params, rest = self._now()
-        buffers = {n: b.to(self._device) for n, b in self._buffers.items()}
+        left, (params, rest) = self._left, self._now()
+        if left.params.keys() == params.keys() and all(
+            p.device == left.params[n].device and torch.equal(p, left.params[n])
+            for n, p in params.items()
+        ):
+            return left  # the very tensors: what was measured there is known
+        own = dict(self._model.named_buffers())
+        buffers = {n: b.to(self._device) for n, b in left.buffers.items() if n in own}
         return Point({n: p.clone() for n, p in params.items()}, {**rest, **buffers})
-
-    def _copied_buffers(self) -> Buffers:
-        return {name: b.detach().clone() for name, b in self._model.named_buffers()}
 
     def _moved(self) -> dict[str, nn.Parameter]:
         """Return the parameters on which the predictions depend and that the optimiser moves."""

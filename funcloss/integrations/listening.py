@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from funcloss.audit.data import GroupBy
+from funcloss.audit.ledger import Ledger
+from funcloss.audit.loss import LossSpec
 from funcloss.audit.parts import passing
 from funcloss.audit.training import StepFindings
 from funcloss.audit.watch import Watch, watch
+from funcloss.audit.watch_ledger import LedgerOptions
 from funcloss.errors import AuditError
+from funcloss.typing import LossFn
 
 LABELS = ("labels", "label", "targets", "target")  # of a batch that is a dict
 _LOG = logging.getLogger("funcloss.integrations")
+_ENTRIES = 200  # of a ledger that are logged
 _NUMBER = re.compile(r"-?\d[\d.,]*(e[+-]?\d+)?")
 
 
@@ -33,6 +39,15 @@ class Settings:
     class_weights: Tensor | Sequence[float] | None = None
     every: int = 20
     class_dim: int = -1
+    held_out: Any = None
+    held_out_loss: LossFn | LossSpec | None = None
+    group_by: GroupBy | None = None
+    ledger: str | LedgerOptions = "sampled"
+
+    def __post_init__(self) -> None:
+        """Check what holds before any model is known."""
+        if isinstance(self.ledger, str):
+            object.__setattr__(self, "ledger", LedgerOptions(self.ledger))
 
 
 class Listener:
@@ -48,7 +63,7 @@ class Listener:
 
     def __init__(self, settings: Settings) -> None:
         """Keep the settings; :meth:`start` begins."""
-        self._settings = settings
+        self.settings = settings
         self._warned: set[str] = set()
         self._watched: Watch | None = None
         self._on_modules: list[RemovableHandle] = []
@@ -56,6 +71,8 @@ class Listener:
         self._batch: Any = None
         self._taken = False  # whether the backward pass has come to predictions
         self._new = False
+        self._kept: _Kept | None = None  # the ledger of the training before
+        self._saved: Mapping[str, Tensor] = {}  # that of a checkpoint
         self.found: StepFindings | None = None
 
     def start(
@@ -66,6 +83,7 @@ class Listener:
         groups_of: Callable[[Any, Tensor], Tensor],
         wrapped: nn.Module | None = None,
         scaler: Any = None,
+        predicts: Callable[[], nn.Module] | None = None,
     ) -> None:
         """Begin to listen.
 
@@ -75,9 +93,10 @@ class Listener:
             groups_of: From a batch and its predictions to the groups, where the user gave none.
             wrapped: The model in DistributedDataParallel, if it is.
             scaler: The GradScaler, if there is one.
+            predicts: Returns what gives the predictions of held-out inputs; None: the model.
         """
         self.stop()
-        of = self._settings
+        of = self.settings
         self._groups_of, self._scaler = groups_of, scaler
         weights = of.class_weights
         self._weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
@@ -91,6 +110,9 @@ class Listener:
             every=of.every,
             on_step=self._keep,
         )
+        if of.held_out is not None:
+            with self.guarded("no ledger"):
+                self._begin_ledger(self._watched, predicts or (lambda: model))
         self._on_modules = [
             module.register_forward_hook(_Hear(self))
             for module in dict.fromkeys(heard)
@@ -104,8 +126,42 @@ class Listener:
             handle.remove()
         self._on_modules = []
         if self._watched is not None:
+            self._kept = self._ledger_of(self._watched)
             self._watched.close()
             self._watched = None
+
+    def _begin_ledger(self, watched: Watch, predicts: Callable[[], nn.Module]) -> None:
+        of, saved, self._saved = self.settings, self._saved, {}
+        assert isinstance(of.ledger, LedgerOptions)
+        options = of.ledger
+        if options.model is None:
+            options = replace(options, model=PredictionsOf(predicts()))
+        watched.keep_ledger(of.held_out, of.held_out_loss, of.group_by, options)
+        if saved:
+            watched.load_ledger(saved)
+
+    def _ledger_of(self, watched: Watch) -> "_Kept":
+        ledger = watched.ledger
+        if note := watched.ledger_note:
+            self.warn(f"ledger: {note}")
+        return _Kept(ledger, watched.ledger_parts, note, watched.ledger_state())
+
+    @property
+    def kept(self) -> "_Kept":
+        """The ledger so far; of a training that is over, as it was at its end."""
+        if self._watched is not None:
+            return self._ledger_of(self._watched)
+        return self._kept or _Kept(None, (), "", self._saved)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the ledger of a checkpoint in the training to come."""
+        self._saved = state
+
+    def ledger_news(self) -> dict[str, float]:
+        """Return what is logged of the ledger; empty if there is none."""
+        kept = self.kept
+        weights = self.settings.class_weights
+        return {} if kept.ledger is None else ledger_metrics(kept.ledger, kept.parts, weights)
 
     def begin_batch(self, batch: Any) -> None:
         """Take the batch of the forward passes to come; forget those so far."""
@@ -140,13 +196,13 @@ class Listener:
             _LOG.warning("AuditCallback: %s", text)
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, what: str = "not audited") -> Iterator[None]:
         """Make a warning of what fails: the training goes on."""
         try:
             yield
         except Exception as error:  # of the user's function, the framework, the model
             lines = str(error).strip().splitlines() or [""]
-            self.warn(f"not audited: {type(error).__name__}: {lines[0]}")
+            self.warn(f"{what}: {type(error).__name__}: {lines[0]}")
 
     def _keep(self, found: StepFindings) -> None:
         self.found, self._new = found, True
@@ -169,7 +225,7 @@ class Listener:
             return
         self._taken = True  # whatever fails below
         with self.guarded():
-            of = self._settings
+            of = self.settings
             given = (
                 of.groups(self._batch) if of.groups else self._groups_of(self._batch, predictions)
             )
@@ -182,6 +238,31 @@ class Listener:
                 class_weights=self._weights,
                 scaler=self._scaler,
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A ledger as a callback has it."""
+
+    ledger: Ledger | None
+    parts: tuple[str, ...]
+    note: str
+    state: Mapping[str, Tensor]
+
+
+class PredictionsOf(nn.Module):
+    """The predictions in a module's output, as its own output."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Wrap a module."""
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the predictions, or the output if there are none in it."""
+        output = self.inner(*args, **kwargs)
+        found = predictions_in(output)
+        return output if found is None else found
 
 
 class _Hear:
@@ -261,6 +342,28 @@ def metrics(found: StepFindings) -> dict[str, float]:
     }
     named = {f"{kind}/{name}": x for kind, pairs in rows.items() for name, x in pairs}
     return {name: x for name, x in {**named, "audit/moved": found.moved}.items() if isfinite(x)}
+
+
+def ledger_metrics(
+    ledger: Ledger, parts: Sequence[str], weights: Tensor | Sequence[float] | None
+) -> dict[str, float]:
+    """Return what is logged of a ledger: what classes with a weight did, and each to itself.
+
+    ``ledger/A/B`` is what B's examples changed A's held-out mean loss by so far; of a sampled
+    ledger ``ledger_error/A/B`` is its standard error. At most 200 pairs.
+    """
+    number = len(ledger.begin)
+    weighted = [] if weights is None else [c for c, w in enumerate(weights) if float(w) != 1.0]
+    pairs = [(k, c) for c in weighted for k in range(number)] + [(k, k) for k in range(number)]
+    tables = {"ledger": ledger.net}
+    if ledger.sampling is not None:
+        tables["ledger_error"] = ledger.standard_error
+    named = {
+        f"{kind}/{parts[k]}/{parts[c]}": float(table[k, c])
+        for kind, table in tables.items()
+        for k, c in [*dict.fromkeys(pairs)][:_ENTRIES]
+    }
+    return {name: x for name, x in named.items() if isfinite(x)}
 
 
 def missing(framework: str, extra: str) -> ImportError:

@@ -7,8 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from funcloss.audit.data import GroupBy
+from funcloss.audit.ledger import Ledger
+from funcloss.audit.loss import LossSpec
+from funcloss.audit.watch_ledger import LedgerOptions
 from funcloss.errors import AuditError
 from funcloss.integrations.listening import Listener, Settings, labels_of, missing
+from funcloss.typing import LossFn
 
 try:
     _Base: Any = importlib.import_module("transformers").TrainerCallback
@@ -22,7 +27,10 @@ class AuditCallback(_Base):
     ``Trainer(callbacks=[AuditCallback(classes=...)])``. To the Trainer's log go ``share/NAME`` and
     ``expected_share/NAME`` (from weight and count) of the gradient, ``update_share/NAME`` of
     the step, with rows for ``weight decay`` and ``history`` (momentum), and ``audit/moved``, the
-    relative distance of the step taken from the one that was split. The training is the same to
+    relative distance of the step taken from the one that was split. With ``held_out=`` follow the
+    sums of the ledger at the end of each epoch, ``ledger/A/B``: what B's examples changed A's
+    held-out mean loss by, for each B with a weight and for A = B. It begins again where a training
+    is resumed. The training is the same to
     the bit with and without it, and no failure here ends it: a warning is logged once.
 
     Args:
@@ -37,9 +45,16 @@ class AuditCallback(_Base):
         class_weights: That the loss has in it, for the expected shares.
         every: Audit one step in so many.
         class_dim: The classes' axis of the predictions.
+        held_out: Examples for the ledger of the training: what each class's part of every step did
+            to each class's held-out mean loss. Batches with labels, as for :func:`audit.watch`.
+        held_out_loss: Of one held-out example; None: cross-entropy of the predictions.
+        group_by: From a held-out batch to the group of each example, in place of its label.
+        ledger: ``sampled``, for a tenth of the training's time, or ``exact``: every step.
 
     Attributes:
         found: The findings of the last step that was audited; None before the first.
+        ledger: The ledger so far, of ``held_out``; ``ledger_parts`` names its columns and
+            ``ledger_note`` says what is in doubt.
     """
 
     def __init__(
@@ -51,9 +66,16 @@ class AuditCallback(_Base):
         class_weights: Tensor | Sequence[float] | None = None,
         every: int = 20,
         class_dim: int = -1,
+        held_out: Any = None,
+        held_out_loss: LossFn | LossSpec | None = None,
+        group_by: GroupBy | None = None,
+        ledger: str | LedgerOptions = "sampled",
     ) -> None:
         """Keep the settings."""
-        settings = Settings(classes, groups, predictions, class_weights, every, class_dim)
+        settings = Settings(
+            classes, groups, predictions, class_weights, every, class_dim, held_out, held_out_loss,
+            group_by, ledger,
+        )  # fmt: skip
         self._listener = Listener(settings)
         self._trainer: Any = None
 
@@ -61,6 +83,21 @@ class AuditCallback(_Base):
     def found(self) -> Any:
         """The findings of the last step that was audited."""
         return self._listener.found
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger of the training so far; None without ``held_out=``."""
+        return self._listener.kept.ledger
+
+    @property
+    def ledger_parts(self) -> tuple[str, ...]:
+        """Names of the columns of the ledger."""
+        return self._listener.kept.parts
+
+    @property
+    def ledger_note(self) -> str:
+        """Why the ledger ended, or what is in doubt; empty: nothing."""
+        return self._listener.kept.note
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to listen to the model and its optimizer."""
@@ -103,12 +140,21 @@ class AuditCallback(_Base):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log a step that was audited."""
         with self._listener.guarded():
-            if news := self._listener.news():
-                due = control.should_log
-                try:
-                    self._trainer.log(news)  # takes should_log for answered
-                finally:
-                    control.should_log = due
+            self._log(self._listener.news(), control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the ledger so far."""
+        with self._listener.guarded():
+            self._log(self._listener.ledger_news(), control)
+
+    def _log(self, news: dict[str, float], control: Any) -> None:
+        if not news:
+            return
+        due = control.should_log
+        try:
+            self._trainer.log(news)  # takes should_log for answered
+        finally:
+            control.should_log = due
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening."""
