@@ -458,3 +458,4 @@ def test_the_first_sentence_of_the_start_page_agrees_with_the_recalls(seed, tmp_
     words = {True: "raised|is higher", False: "lowered|is lower"}[now > before]
     assert re.search(words, answer), (answer, now, before)
     assert now > before  # the story that the page tells
+    assert "its examples lowered class 9's own loss by " in " ".join(out.split())

@@ -201,10 +201,15 @@ def run_as_shown(block, monkeypatch, capsys):
             assert not end.value.code, capsys.readouterr().err
 
 
+def on_full_mnist(block: str) -> bool:
+    """Whether the commands of a block take the data that a machine may not have."""
+    return "--recipe" in block or "--dataset mnist " in block
+
+
 def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for block in blocks("bash"):
-        if "--recipe" not in block:
+        if not on_full_mnist(block):
             run_as_shown(block, monkeypatch, capsys)
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
@@ -214,13 +219,13 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch, capsys):
 def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUNCLOSS_DATA_DIR", str(data_dir))
-    shown = [block for block in blocks("bash") if "funcloss-train --recipe" in block]
+    shown = [block for block in blocks("bash") if on_full_mnist(block) and "funcloss" in block]
     assert shown
     for block in shown:
         run_as_shown(block, monkeypatch, capsys)
     said = capsys.readouterr().out
-    assert "raised the recall of class 9 from " in said
-    assert "The class weight increases class 9's contribution" in said
+    for part in ("raised the recall of class 9 from ", "and raised that of class 4 (by 19"):
+        assert part in worded(said)
     assert (tmp_path / "runs" / "costly" / "audit.html").exists()
 
 

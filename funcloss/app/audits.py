@@ -47,7 +47,7 @@ from funcloss.typing import Batch, Params
 _FACTS = ("class_counts", "class_prior")  # options of a loss that nobody sets
 _PICTURED = 8  # examples of a class that are shown
 _WEIGHTED = 4  # weighted classes whose examples are shown
-_FIGURES = ("share", "conflict", "impact", "norms", "examples", "history", "elasticity")
+_FIGURES = ("share", "conflict", "impact", "ledger", "norms", "examples", "history", "elasticity")
 _BATCHES, _SMALLEST = 8, 32  # batches that standard errors need, examples in each
 _DEFAULTS = AuditOptions()
 _LEDGER = "audit_ledger.csv"
@@ -215,7 +215,7 @@ def write_report(found: RunAudit, out: str | Path) -> list[Path]:
         paths.append(out / _LEDGER)
         write_rows(paths[-1], _ledger_rows(found.ledger))
     with own_style():
-        figures = draw_all(found.audit, found.history)
+        figures = draw_all(found.audit, found.history, found.ledger)
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         save_figure(figure, paths[-1])

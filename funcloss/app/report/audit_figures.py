@@ -14,20 +14,27 @@ from torch import Tensor
 from funcloss._names import short
 from funcloss.app.report.pages import MOST, thinned
 from funcloss.app.report.run_figures import plain_text
+from funcloss.app.runs.ledger import KeptLedger
+from funcloss.audit.ledger_words import few, largest_rows
 from funcloss.audit.result import Audit, ExampleRows
-from funcloss.audit.words import largest, spoken_of
+from funcloss.audit.words import largest, spoken_of, unusual
 
 _SHARE, _EXPECTED, _GREY = "#0072b2", "#d55e00", "#8a8f98"
 _FOCUS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito
 _HARM_BELOW, _HARM_ABOVE = "RdBu", "RdBu_r"  # red: what hurts
 
 
-def draw_all(audit: Audit, history: Sequence[Mapping[str, Any]] = ()) -> dict[str, Figure]:
+def draw_all(
+    audit: Audit,
+    history: Sequence[Mapping[str, Any]] = (),
+    ledger: KeptLedger | None = None,
+) -> dict[str, Figure]:
     """Return every figure that an audit has the numbers for, by file name without the suffix.
 
     Args:
         audit: The audit.
         history: Records of a training's audits, as in ``metrics.jsonl``.
+        ledger: Of the training; None: none was kept.
     """
     drawn = {"audit_share": shares(audit), "audit_conflict": conflicts(audit)}
     if audit.impact:
@@ -40,6 +47,8 @@ def draw_all(audit: Audit, history: Sequence[Mapping[str, Any]] = ()) -> dict[st
         drawn["audit_history"] = share_history(audit, history)
     if any(_is_matrix(audit, value) for value in audit.elasticities.values()):
         drawn["audit_elasticity"] = matrix_elasticities(audit)
+    if ledger is not None and not few(ledger.ledger):
+        drawn["audit_ledger"] = ledger_matrix(ledger)
     return drawn
 
 
@@ -98,6 +107,28 @@ def impacts(audit: Audit) -> Figure:
         axes.set_xlabel("part of the step of")
         axes.set_ylabel("loss of")
         axes.set_title(_title(audit, f"Who pays, who gains: {part.replace('_', ' ')}"))
+    return figure
+
+
+def ledger_matrix(found: KeptLedger) -> Figure:
+    """What each part of a training's steps did to each class's mean loss, summed."""
+    ledger, own = found.ledger, len(found.classes)
+    shown = largest_rows(ledger, unusual(found.weights.tolist())[:MOST], MOST)
+    others = [r for r in range(own, len(found.parts)) if ledger.net[:, r].nan_to_num(0.0).any()]
+    matrix = ledger.net[shown][:, [*shown, *others]]
+    width, height = _square(len(shown))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    names = [short(found.classes[c]) for c in shown]
+    columns = [
+        name if found.weights[c] == 1 else f"{name} (w {float(found.weights[c]):.3g})"
+        for name, c in zip(names, shown, strict=True)
+    ]
+    named = (names, [*columns, *(found.parts[r] for r in others)])
+    _heat(axes, matrix, named, limit=limit_of(matrix), label="change of the mean loss")
+    axes.set_xlabel("by the examples of")
+    axes.set_ylabel("loss of")
+    axes.set_title("Over the training: who moved whose loss")
     return figure
 
 
@@ -299,7 +330,7 @@ def _heat(
     if len(rows) <= 12:
         for r, c in np.argwhere(np.isfinite(values)):
             color = "white" if abs(values[r, c]) > 0.6 * limit else "black"
-            text = f"{values[r, c]:.1g}"
+            text = f"{values[r, c]:.0f}" if limit >= 10.0 else f"{values[r, c]:.1g}"
             axes.text(c, r, text, ha="center", va="center", color=color, fontsize=7)
 
 

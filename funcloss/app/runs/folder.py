@@ -45,7 +45,7 @@ _WRITTEN = (
     *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, "folds.safetensors", "ledger.safetensors"),
     *(*FIGURES, "events.out.tfevents.*"),
     *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
-    *("audit_ledger.csv",),
+    *("audit_ledger.csv", "audit_ledger.png"),
     *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
     *("floor.html", "floor.json", "frontier.png"),
