@@ -14,6 +14,7 @@ from funcloss.audit.result import (
     StandardErrors,
     StepAudit,
 )
+from funcloss.audit.sampled import SampledKeeper, make_sampled_ledger
 from funcloss.audit.step import StepSpec
 from funcloss.audit.training import StepFindings, make_audit_step
 from funcloss.audit.watch import Watch, watch
@@ -31,6 +32,7 @@ __all__ = [
     "LedgerKeeper",
     "LossSpec",
     "Method",
+    "SampledKeeper",
     "StandardErrors",
     "StepAudit",
     "StepFindings",
@@ -41,6 +43,7 @@ __all__ = [
     "compare",
     "make_audit_step",
     "make_ledger",
+    "make_sampled_ledger",
     "sentences",
     "watch",
 ]

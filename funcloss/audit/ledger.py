@@ -12,38 +12,29 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from funcloss.audit.data import GroupBy, MakeBatches, groups_of, reiterable
-from funcloss.audit.gradients import AuditContext
+from funcloss.audit.data import GroupBy, groups_of
+from funcloss.audit.held_out import HeldOut, Point, make_held_out
 from funcloss.audit.inner import grams, layers_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
-from funcloss.audit.measure import AuditSettings, prepare, probe_of
 from funcloss.audit.parts import Groups, class_parts, groups_in
-from funcloss.audit.state import make_model_state
-from funcloss.audit.step import (
-    OWN_ROWS,
-    class_losses,
-    impact_along,
-    loss_gradients,
-    split_step,
-)
+from funcloss.audit.result import Impact
+from funcloss.audit.sampling import Sampling
+from funcloss.audit.step import OWN_ROWS, SplitStep, impact_along, split_step
 from funcloss.errors import AuditError
 from funcloss.keys import example_keys, keyed_randomness
 from funcloss.objectives import make_forward
-from funcloss.objectives.skeleton import skeleton_of
 from funcloss.objectives.supervised import Criterion, Forward
 from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Grads, Hyper, LossFn, Params
 
-_BATCH = 256  # held-out examples at a time
-_CLOSES = 0.01  # of a step: steps that go to and fro leave less than each of them
+CLOSES = 0.01  # of a step: steps that go to and fro leave less than each of them
 STATISTICS = "statistics"  # what batch normalisation keeps beside the parameters
 
 
@@ -57,15 +48,23 @@ class Ledger(NamedTuple):
 
     raised: Float[Tensor, "classes parts"]  # sum of the entries above 0, float64 on the CPU
     lowered: Float[Tensor, "classes parts"]  # sum of those below 0
+    variance: Float[Tensor, "classes parts"]  # of the entries of ``net``; 0 where all are measured
+    variance_of_sum: Float[Tensor, " classes"]  # of the sums of its rows
     begin: Float[Tensor, " classes"]  # L_k before the first step
-    now: Float[Tensor, " classes"]  # L_k after the last
+    now: Float[Tensor, " classes"]  # L_k after the last, or when it was last measured
     memory: Params  # the optimiser's, in one row for each part
     steps: Int[Tensor, ""]
+    sampling: Sampling | None = None  # of steps; None: each is measured
 
     @property
     def net(self) -> Float[Tensor, "classes parts"]:
         """What each part changed each class's mean loss by."""
         return self.raised + self.lowered
+
+    @property
+    def standard_error(self) -> Float[Tensor, "classes parts"]:
+        """Of ``net``, by the jackknife over the steps measured; 0 where all are."""
+        return self.variance.sqrt()
 
     @property
     def residual(self) -> float:
@@ -82,6 +81,15 @@ class Ledger(NamedTuple):
         """
         weights = class_weights.to(self.net)
         return self.net[:, : len(weights)] * (1.0 - 1.0 / weights)
+
+
+class Taken(NamedTuple):
+    """A step of a training, as a ledger takes it in."""
+
+    before: Point
+    after: Point
+    split: SplitStep
+    gradients: Grads  # of the classes, side by side, unclipped; empty: not asked for
 
 
 class LedgerKeeper(NamedTuple):
@@ -111,7 +119,7 @@ def make_ledger(
     the step's own dropout masks, exact with batch normalisation; each part has its own memory in
     the optimiser. An update costs a backward pass for each class in the batch, and three passes
     over the held-out examples in evaluation mode, more where the step is so long that Simpson's
-    rule does not close within 1 %.
+    rule does not close within 1 %. :func:`make_sampled_ledger` measures some of the steps.
 
     Args:
         model: In the mode that it is trained in; it is not touched.
@@ -150,111 +158,121 @@ def make_ledger(
         (('a', 'b', 'weight decay', 'history', 'statistics'), True)
     """
     names = tuple(map(str, classes))
-    parts = (*names, *OWN_ROWS, STATISTICS)
-    forward = make_forward(model)
-    judged = _judged(model, held_out, as_spec(loss), names, group_by)
+    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
+    take = make_taking(
+        model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
+        group_by=group_by,
+    )  # fmt: skip
 
     @torch.no_grad()
     def init(state: TrainState) -> Ledger:
-        begin, _ = judged.losses(state)
-        none = torch.zeros(len(names), len(parts), dtype=torch.float64)
-        return Ledger(none, none, begin, begin, {}, torch.zeros((), dtype=torch.int64))
+        return begun(held, point_of(state))
 
     @torch.no_grad()
     def update(
         ledger: Ledger, state: TrainState, batch: Batch, hyper: Hyper, after: TrainState
     ) -> Ledger:
-        groups = groups_in(groups_of(batch, group_by), len(names) + 1)
-        gradients = _parts_of_gradient(forward, criterion, state, batch, hyper, groups, len(names))
+        return with_step(ledger, held, take(state, batch, hyper, after, True))
+
+    return LedgerKeeper(init, update, (*names, *OWN_ROWS, STATISTICS))
+
+
+def begun(held: HeldOut, point: Point) -> Ledger:
+    """Return a ledger without a step."""
+    begin, _ = held.losses(point)
+    none = begin.new_zeros(len(begin), len(begin) + len(OWN_ROWS) + 1)
+    steps = torch.zeros((), dtype=torch.int64)
+    return Ledger(none, none, none, none[:, 0], begin, begin, {}, steps)
+
+
+def with_step(ledger: Ledger, held: HeldOut, taken: Taken) -> Ledger:
+    """Return a ledger with one more step, measured in full."""
+    moves, memory = taken.split.split(taken.gradients, ledger.memory or None)
+    impact, now, _ = measured(held, taken, moves)
+    matrix = torch.cat([impact.matrix, (now - impact.after)[:, None]], 1)
+    return ledger._replace(
+        raised=ledger.raised + matrix.clamp(min=0.0),
+        lowered=ledger.lowered + matrix.clamp(max=0.0),
+        now=now,
+        memory=memory,
+        steps=ledger.steps + 1,
+    )
+
+
+def measured(
+    held: HeldOut, taken: Taken, moves: Params
+) -> tuple[Impact, Tensor, Callable[[Params], Tensor]]:
+    """Measure the impact of moves that add up to a step.
+
+    Returns:
+        The impact of the moves, one a column; the losses after the step, with the buffers that it
+        leaves; and from other moves to theirs, by the same gradients.
+    """
+    before, after = taken.before, taken.after
+    there = Point(after.params, before.buffers)
+    (first, count), (last, _) = map(held.losses, (before, there))
+    kept = all(torch.equal(b, after.buffers[name]) for name, b in before.buffers.items())
+    now = last if kept else held.losses(after)[0]
+
+    def products(left: Callable[[range], Grads], moves: Params) -> Tensor:
+        sums = grams(left(held.classes), moves, layers_of(moves)).sum(0)
+        return torch.where(count[:, None] > 0, sums / count[:, None], torch.nan)
+
+    impact, left = impact_along(
+        before.params,
+        {name: after.params[name] - p for name, p in before.params.items()},
+        lambda at: lambda block: held.gradients(Point(at, before.buffers)),
+        lambda left: products(left, moves),
+        first,
+        last,
+        [held.classes],
+        closes=CLOSES,
+    )
+    return impact, now, lambda moves: products(left, moves)
+
+
+def point_of(state: TrainState) -> Point:
+    """Return where a training is."""
+    return Point(state.params, state.buffers)
+
+
+# (state, batch, hyper, state after the step, whether the classes' gradients are asked for) -> Taken
+Taking = Callable[[TrainState, Batch, Hyper, TrainState, bool], Taken]
+
+
+def make_taking(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: Optimizer,
+    classes: int,
+    *,
+    schedule: Schedule | None,
+    clip_norm: float,
+    group_by: GroupBy | None,
+) -> Taking:
+    """Return what takes a step of the pure training to its parts; args as :func:`make_ledger`."""
+    forward = make_forward(model)
+
+    def take(
+        state: TrainState, batch: Batch, hyper: Hyper, after: TrainState, by_class: bool
+    ) -> Taken:
+        groups = groups_in(groups_of(batch, group_by), classes + 1)
+        gradient, parts = _gradients(
+            forward, criterion, state, batch, hyper, groups, classes * by_class
+        )
         rate = hyper["learning_rate"]
         rate = rate if schedule is None else rate * schedule(state.step)
         split, why_not = split_step(
-            optimizer, state.opt_state, state.params, total_of(gradients), rate, clip_norm
+            optimizer, state.opt_state, state.params, gradient, rate, clip_norm
         )
         if split is None:
             raise AuditError(f"ledger: {why_not}")
-        moves, memory = split.split(gradients, ledger.memory or None)
-        moved = state._replace(params=after.params)
-        (before, count), (there, _) = map(judged.losses, (state, moved))
-        kept = all(torch.equal(b, after.buffers[name]) for name, b in state.buffers.items())
-        now = there if kept else judged.losses(after)[0]
+        return Taken(point_of(state), point_of(after), split, parts)
 
-        def products(left: Callable[[range], Grads]) -> Tensor:
-            sums = grams(left(judged.block), moves, layers_of(moves)).sum(0)
-            return torch.where(count[:, None] > 0, sums / count[:, None], torch.nan)
-
-        impact = impact_along(
-            state.params,
-            {name: after.params[name] - p for name, p in state.params.items()},
-            lambda at: lambda block: judged.gradients(state._replace(params=at)),
-            products,
-            before,
-            there,
-            [judged.block],
-            closes=_CLOSES,
-        )
-        matrix = torch.cat([impact.matrix, (now - there)[:, None]], 1)
-        return Ledger(
-            ledger.raised + matrix.clamp(min=0.0),
-            ledger.lowered + matrix.clamp(max=0.0),
-            ledger.begin,
-            now,
-            memory,
-            ledger.steps + 1,
-        )
-
-    return LedgerKeeper(init, update, parts)
+    return take
 
 
-@dataclass(frozen=True, eq=False)
-class _Judged:
-    """The held-out losses of the classes, at any state, in evaluation mode."""
-
-    skeleton: nn.Module
-    forward: Forward
-    context: AuditContext
-    make_batches: MakeBatches
-
-    @property
-    def block(self) -> range:
-        """Return all classes."""
-        return range(self.context.classes)
-
-    def losses(self, state: TrainState) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of each class, and how many examples it has."""
-        return class_losses(self._at(state), self.make_batches, state.params)
-
-    def gradients(self, state: TrainState) -> Grads:
-        """Return the gradient of each class's sum of losses."""
-        return loss_gradients(self._at(state), self.make_batches, self.block)
-
-    def _at(self, state: TrainState) -> AuditContext:
-        there = make_model_state(self.skeleton, state, forward=self.forward)
-        return replace(self.context, state=there)
-
-
-def _judged(
-    model: nn.Module,
-    held_out: Batch | Sequence[Batch],
-    spec: LossSpec,
-    names: tuple[str, ...],
-    group_by: GroupBy | None,
-) -> _Judged:
-    """Choose, at the model's own tensors, how the gradients of held-out losses are measured."""
-    skeleton = skeleton_of(model).eval()
-    forward = make_forward(skeleton)
-    with torch.no_grad():
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        state = make_model_state(skeleton, own, forward=forward)
-        make_batches = reiterable(held_out, state, batch_size=_BATCH, group_by=group_by)
-        settings = AuditSettings(classes=names, per_example=False, group_by=group_by)
-        _, probe = probe_of(make_batches)
-        spec = replace(spec, class_weights=None)
-        context, _ = prepare(state, spec, make_batches, probe, settings, with_step=False)
-    return _Judged(skeleton, forward, replace(context, blocks=(range(len(names)),)), make_batches)
-
-
-def _parts_of_gradient(
+def _gradients(
     forward: Forward,
     criterion: Criterion,
     state: TrainState,
@@ -262,20 +280,24 @@ def _parts_of_gradient(
     hyper: Hyper,
     groups: Groups,
     classes: int,
-) -> Grads:
-    """Return each class's part of a batch's gradient, side by side."""
+) -> tuple[Grads, Grads]:
+    """Return a batch's gradient, and each class's part of it, side by side; of none, nothing."""
     leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
     keys = example_keys(state.key, state.step, len(batch.targets))
     with torch.enable_grad():
         with keyed_randomness(keys):
             predictions, _ = forward(leaves, state.buffers, batch.inputs)
         scalar = criterion(predictions, batch, hyper)
+    if not classes:
+        found = torch.autograd.grad(scalar, [*leaves.values()], allow_unused=True)
+        pairs = zip(leaves.items(), found, strict=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, {}
     (cotangents,) = torch.autograd.grad(scalar, predictions, retain_graph=True)
     rows = {name: p.new_zeros(classes, *p.shape) for name, p in state.params.items()}
     wanted = [group for group in groups.counts if group >= 0]
-    found = class_parts(predictions, cotangents, groups, [*leaves.values()], wanted)
-    for group, of_group in found.items():
+    parts = class_parts(predictions, cotangents, groups, [*leaves.values()], wanted)
+    for group, of_group in parts.items():
         for row, part in zip(rows.values(), of_group, strict=True):
             if part is not None:
                 row[group] = part
-    return rows
+    return total_of(rows), rows

@@ -65,9 +65,34 @@ class SplitStep:
     learning_rate: Tensor
     whole: Params  # u, as the optimiser itself gives it
     # (parts of the gradient, unclipped, side by side; memory) -> (steps, memory), in rows: the
-    # parts and then ``OWN_ROWS``. Without memory, all that the optimiser remembers is history.
-    split: Callable[[Grads, Params | None], tuple[Params, Params]]
+    # parts and then ``OWN_ROWS``; without what decay adds to the step itself
+    rows: Callable[[Grads, Params], tuple[Params, Params]]
+    # memory in rows -> the steps that it makes alone
+    remembered: Callable[[Params], Params]
+    decay: Params  # what decay adds to the step beside the gradient; empty: nothing
+    history: Params  # what the optimiser remembers of earlier steps
+    keeps: float  # what part of the memory a step keeps
     note: str  # what is not known; empty: nothing
+
+    def split(self, parts: Grads, memory: Params | None) -> tuple[Params, Params]:
+        """Return the steps of parts and of ``OWN_ROWS``, and the memory of each after them.
+
+        Args:
+            parts: Of the gradient, unclipped, side by side.
+            memory: Of each row; None: all that the optimiser remembers is history.
+        """
+        number = 0 if not parts else len(next(iter(parts.values())))
+        steps, memory = self.rows(parts, self.all_history(number) if memory is None else memory)
+        for name, move in self.decay.items():
+            steps[name][-len(OWN_ROWS)] += move
+        return steps, memory
+
+    def all_history(self, parts: int) -> Params:
+        """Return the memory of so many parts and ``OWN_ROWS``, where all of it is history."""
+        return {
+            name: torch.cat([m.new_zeros(parts + len(OWN_ROWS) - 1, *m.shape), m[None]])
+            for name, m in self.history.items()
+        }
 
     def of_parts(self, parts: Grads) -> Params:
         """Return the steps of parts of the gradient alone."""
@@ -123,25 +148,33 @@ def split_step(
     added, moved = parting.decay(params, learning_rate)
     gradient = {name: g + added[name] for name, g in clipped.items()} if added else clipped
 
-    def split(parts: Grads, memory: Params | None) -> tuple[Params, Params]:
-        rows = {}
+    def rows(parts: Grads, memory: Params) -> tuple[Params, Params]:
+        with_own = {}
         for name, part in parts.items():
             nothing = torch.zeros_like(params[name])
             own = torch.stack([added.get(name, nothing), nothing])
-            rows[name] = torch.cat([clip.to(part) * part, own])
-        if memory is None:
-            memory = {
-                name: torch.cat([torch.zeros_like(rows[name][:-1]), m[None]])
-                for name, m in remembered.items()
-            }
-        steps, memory = parting.steps(rows, memory, gradient, state, learning_rate)
-        decayed = -len(OWN_ROWS)
-        for name, move in moved.items():
-            steps[name][decayed] += move
-        return steps, memory
+            with_own[name] = torch.cat([clip.to(part) * part, own])
+        return parting.steps(with_own, memory, gradient, state, learning_rate)
+
+    def of_memory(memory: Params) -> Params:
+        nothing = {name: torch.zeros_like(row) for name, row in memory.items()}
+        return parting.steps(nothing, memory, gradient, state, learning_rate)[0]
 
     whole, _ = optimizer.update(clipped, state, params, learning_rate)
-    return SplitStep(clip, learning_rate, whole, split, note), ""
+    return (
+        SplitStep(
+            clip,
+            learning_rate,
+            whole,
+            rows,
+            of_memory,
+            decay=moved,
+            history=remembered,
+            keeps=parting.keeps,
+            note=note,
+        ),
+        "",
+    )
 
 
 def step_and_impact(
@@ -228,7 +261,8 @@ def _impact(
         sums = products(left)
         return torch.where(count[:, None] > 0, sums / count[:, None], torch.nan)
 
-    return impact_along(params, step, sums_at, mean_products, before, after, context.blocks)
+    found, _ = impact_along(params, step, sums_at, mean_products, before, after, context.blocks)
+    return found
 
 
 def impact_along(
@@ -241,7 +275,7 @@ def impact_along(
     blocks: Sequence[range],
     *,
     closes: float = _CLOSES,
-) -> Impact:
+) -> tuple[Impact, Callable[[range], Grads]]:
     """Integrate along a step by Simpson's rule, in as many pieces as it takes to add up.
 
     Args:
@@ -253,9 +287,12 @@ def impact_along(
         after: Those one step on.
         blocks: Of classes.
         closes: Relative distance of the parts from the measured change that ends it.
+
+    Returns:
+        The impact, and the mean gradients along the step that it was found by.
     """
 
-    def along(pieces: int) -> Impact:
+    def along(pieces: int) -> tuple[Impact, Callable[[range], Grads]]:
         def mean_gradients(block: range) -> Grads:
             total: Grads = {}
             for point, weight in enumerate(_simpson(pieces)):
@@ -269,13 +306,13 @@ def impact_along(
                     total = scaled
             return total
 
-        return Impact(products(held(mean_gradients, blocks)), before, after, pieces)
+        along_step = held(mean_gradients, blocks)
+        return Impact(products(along_step), before, after, pieces), along_step
 
-    pieces, found = 1, along(1)
-    while not found.residual <= closes and pieces < _MOST_PIECES:
-        pieces *= 2
-        found = along(pieces)
-    return found
+    found, gradients = along(1)
+    while not found.residual <= closes and found.pieces < _MOST_PIECES:
+        found, gradients = along(2 * found.pieces)
+    return found, gradients
 
 
 def _simpson(pieces: int) -> list[float]:

@@ -33,6 +33,7 @@ class Split(NamedTuple):
     decay: Callable[[Params, Tensor], tuple[Grads, Params]]
     # (parts, their memory, the whole gradient, state, learning_rate) -> (steps, their memory)
     steps: Callable[[Grads, Params, Grads, OptState, Tensor], tuple[Params, Params]]
+    keeps: float = 0.0  # what part of the memory a step keeps, a factor on all of it
 
 
 class Optimizer(NamedTuple):
@@ -124,7 +125,7 @@ def sgd(
         down = -learning_rate
         return {name: down.to(d) * d for name, d in directions.items()}, moved
 
-    split = Split(lambda state: state.velocity, _added_decay(weight_decay), steps)
+    split = Split(lambda state: state.velocity, _added_decay(weight_decay), steps, momentum)
     return Optimizer(init, update, split)
 
 
@@ -176,7 +177,7 @@ def adam(
             grads = {name: g + weight_decay * params[name] for name, g in grads.items()}
         return _adam_update(grads, state, learning_rate, betas, eps)
 
-    split = Split(_adam_memory, _added_decay(weight_decay), _adam_split(betas, eps))
+    split = Split(_adam_memory, _added_decay(weight_decay), _adam_split(betas, eps), betas[0])
     return Optimizer(_adam_init, update, split, scale_invariant=True)
 
 
@@ -226,7 +227,7 @@ def adamw(
         rate = -learning_rate * weight_decay
         return {}, {name: rate.to(p) * p for name, p in params.items()} if weight_decay else {}
 
-    split = Split(_adam_memory, decayed, _adam_split(betas, eps))
+    split = Split(_adam_memory, decayed, _adam_split(betas, eps), betas[0])
     return Optimizer(_adam_init, update, split, scale_invariant=True)
 
 
