@@ -64,7 +64,7 @@ def check_range(name: str, labels: Tensor, classes: int) -> None:
     By a lookup, which refuses a label under ``vmap`` too, where no value can be asked for.
     """
     try:
-        torch.empty(classes, device=labels.device).gather(0, labels.reshape(-1))
+        torch.empty(classes, dtype=torch.int8, device=labels.device).gather(0, labels.reshape(-1))
     except RuntimeError as error:
         raise IndexError(
             f"{name}: labels must be in [0, {classes}); {str(error).splitlines()[0]}; leave an "

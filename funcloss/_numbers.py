@@ -19,10 +19,10 @@ def product(weights: float | Tensor, values: Tensor) -> Tensor:
     return weights * torch.where(lost, 0, values)
 
 
-def finite_at_zero(values: Tensor, weights: Tensor) -> Tensor:
-    """Return ``values``, finite where a weight is 0: there ``0 * inf`` would be NaN.
+def finite_at_zero(logs: Tensor, weights: Tensor) -> Tensor:
+    """Return logarithms, finite where a weight is 0: there ``0 * -inf`` would be NaN.
 
     Unlike :func:`product` it leaves them where they are: the weight has their derivative.
     """
-    most = torch.finfo(values.dtype).max / 2  # the difference of two of these is finite too
-    return torch.where(weights == 0, values.clamp(-most, most), values)
+    least = torch.finfo(logs.dtype).min / 2  # the difference of two of these is finite too
+    return torch.where((weights == 0) & (logs < least), least, logs)

@@ -13,7 +13,7 @@ import torch
 from funcloss.app import data, sweep
 from funcloss.app.cli import app as shell
 from funcloss.app.report import run_figures
-from funcloss.app.runs import Outcome, folder, lifecycle
+from funcloss.app.runs import Outcome, folder, ledger, lifecycle
 from funcloss.app.train import train
 from funcloss.decisions import DecisionRule, score
 
@@ -68,8 +68,12 @@ def _font_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _whatever_the_speed(monkeypatch):
-    """A training within a test saves after every epoch, not when a second has gone by."""
+    """A training within a test saves after every epoch, not when a second has gone by.
+
+    Its ledger takes no more than its share, however short the training is.
+    """
     monkeypatch.setattr(lifecycle, "_SAVED_EVERY", 0.0)
+    monkeypatch.setattr(ledger, "_LITTLE", 0.0)
 
 
 @pytest.fixture(autouse=True)

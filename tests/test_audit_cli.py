@@ -87,6 +87,12 @@ def stopped(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def unweighted(tmp_path_factory):
+    """A finished run without class weights; only read."""
+    return trained(tmp_path_factory.mktemp("cli") / "unweighted", audit_every=0)
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Most tests look at numbers, and drawing takes longer than these do."""
@@ -169,9 +175,15 @@ def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported)
     lines = out.splitlines()
     blank = lines.index("")
     words = lines[:blank]
-    assert 3 <= len(words) <= 12
+    assert 6 <= len(words) <= 16
     assert all(re.match(r"[A-Z].*\.$", line) for line in words), words
-    assert "class 9" in words[0].lower()
+    assert words[0] == "Outcome."
+    assert words[1].startswith("Class 9 (weight 5) has a recall of ")
+    now = next(i for i, line in enumerate(words) if line.startswith("Now: "))
+    assert words[now - 1] == (
+        f"No baseline: what the weight changed in recall is not known; run `funcloss audit {run} "
+        "--baseline`."
+    )
     head = next(i for i, line in enumerate(lines) if i > blank and "expected" in line)
     assert lines[head].split()[0] == "class"
     rows = lines[head + 1 : head + 11]
@@ -196,16 +208,18 @@ def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported)
     assert "\x1b" not in out
 
 
-def test_a_finished_run_says_that_the_step_is_one_more(reported):
+def test_a_finished_run_says_that_the_step_is_like_the_last_one(reported):
     run, out, _ = reported
-    assert (
-        "note: training has finished; the audited step is hypothetical, at the peak learning rate"
-        in out
+    rate = 0.01 * float(optim.one_cycle(steps=31)(torch.tensor(30)))
+    note = (
+        f"the step shown is a step like the last one taken: its learning rate, {rate:.3g}, on the "
+        "mean gradient of 600 examples; the last batch itself is not kept"
     )
+    assert f"note: {note}" in out
     found = read(run)
-    assert found["step"]["learning_rate"] == pytest.approx(0.01)
-    assert any("training has finished" in note for note in found["notes"])
-    assert "training has finished" in (run / "audit.html").read_text(encoding="utf-8")
+    assert found["step"]["learning_rate"] == pytest.approx(rate)
+    assert note in found["notes"]
+    assert "a step like the last one taken" in (run / "audit.html").read_text(encoding="utf-8")
 
 
 def test_quiet_prints_the_words_and_writes_the_report(run, run_cli, no_figures):
@@ -236,13 +250,13 @@ def test_the_uncertainty_that_is_told_covers_what_other_examples_would_tell(fini
         spec = LossSpec(losses.cross_entropy, weights)
         found = audit(model, None, spec, batches, settings=AuditSettings(per_example=False))
         told = " ".join(sentences(found))
-        share, error = re.search(r"class 9 contributes (-?[\d.]+) ± ([\d.]+) %", told).groups()
-        shares.append(float(share))
-        errors.append(float(error))
-        verdicts += re.findall(r"as intended|the opposite of what is intended", told)
+        shares.append(float(found.balance.share[9]))
+        errors.append(float(found.standard_errors.share[9]))
+        verdicts += re.findall(
+            "the class weight (increases|decreases) class 9", told, re.IGNORECASE
+        )
     assert statistics.stdev(shares) <= 1.5 * statistics.median(errors)
-    said = "as intended", "the opposite of what is intended"
-    assert min(verdicts.count(verdict) for verdict in said) <= 1
+    assert min(verdicts.count(verdict) for verdict in ("increases", "decreases")) <= 1
 
 
 # What it writes.
@@ -364,7 +378,13 @@ def test_the_numbers_of_an_example_are_those_of_the_image_at_its_index(reported,
 def test_the_numbers_are_those_of_the_library(reported, finished):
     run, _, _ = reported
     found = audit_run(finished, AuditOptions(examples=600))
-    assert_numbers(without_time(read(run)), without_time(found.audit.to_dict()))
+    written = without_time(read(run))
+    outcome = written.pop("outcome")
+    assert outcome["examples"] == 500
+    assert (
+        outcome["classes"][9]["recall"]["run"]["value"] == found.outcome.classes[9].recall.run.value
+    )
+    assert_numbers(written, without_time(found.audit.to_dict()))
 
 
 def test_a_second_audit_replaces_the_first_and_what_it_does_not_have_is_gone(run, run_cli):
@@ -588,7 +608,8 @@ def test_a_stopped_run_says_its_clipping_and_its_history_in_the_report(
 ):
     code, out, _ = run_cli("audit", stopped, "--examples", "300", "--out", tmp_path)
     assert code == 0
-    assert "training has finished" not in out
+    assert "note: the step shown is the next step: its learning rate" in out
+    assert out.startswith("Outcome.\nThe training is not finished: what its class weights changed")
     found = read(tmp_path)
     assert found["step"]["clip"] < 1
     assert found["about"]["step"] == 13
@@ -633,7 +654,8 @@ def test_a_run_of_no_step_is_audited(tmp_path, run_cli, no_figures):
     code, out, err = run_cli("audit", run, *FEW)
     assert (code, err) == (0, "")
     assert read(run)["about"]["step"] == 0
-    assert "training has finished" in out
+    assert "note: the step shown is the next step: its learning rate, 0.0004" in out
+    assert "No verdict on the shares: the model is at chance (weighted loss" in out
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -652,11 +674,12 @@ def test_a_run_of_every_loss_can_be_audited(tmp_path, loss):
         assert found.linear_in_weights
 
 
-def test_equal_weights_are_said_to_be_equal(tmp_path, run_cli, no_figures):
-    run = trained(tmp_path / "run", audit_every=0)
-    code, out, _ = run_cli("audit", run, *FEW)
+def test_without_weights_the_lowest_recall_is_told(unweighted, tmp_path, run_cli, no_figures):
+    code, out, _ = run_cli("audit", unweighted, *FEW, "--out", tmp_path)
     assert code == 0
-    assert out.startswith("All classes have the same weight.")
+    assert out.startswith("Outcome.\nClass ")
+    assert "has the lowest recall, " in out
+    assert "baseline" not in out
 
 
 # What it refuses.
@@ -670,6 +693,11 @@ REFUSED = [
     (["RUN", "--model", "linear"], 2, "a run says itself what it is: leave out --model"),
     (["RUN", "--class-weight", "9=2"], 2, "leave out --class-weight"),
     (["RUN", "--loss", "nll", "--dataset", "mnist"], 2, "leave out --dataset, --loss"),
+    (["RUN", "--seeds", "2"], 2, "seeds 2 is of --baseline: add it"),
+    (["--checkpoint", "MODEL", "OF", "--baseline"], 2, "a saved model has no training to repeat"),
+    (["PLAIN", "--baseline"], 2, "has no class weights and no costs in its loss"),
+    (["STOPPED", "--baseline"], 2, "is not finished: resume it before you train its baseline"),
+    (["nothing", "--baseline"], 1, "nothing is not a run folder: it has no config.toml"),
     (["RUN", "--memory", "inf"], 2, "memory must be finite, got inf"),
     (["RUN", "--memory", "nan"], 2, "memory must be finite, got nan"),
     (["RUN", "--memory", "0"], 2, "memory must be at least 1, got 0.0"),
@@ -699,7 +727,7 @@ REFUSED = [
 
 
 @pytest.fixture
-def places(finished, tmp_path):
+def places(finished, stopped, unweighted, tmp_path):
     """What the words of the tables above stand for."""
     (tmp_path / "text.safetensors").write_text("no tensors")
     tensors, header = runs.load_tensors(finished / "model.safetensors")
@@ -708,6 +736,8 @@ def places(finished, tmp_path):
     runs.save_tensors(tmp_path / "more.safetensors", {**tensors, "extra": torch.zeros(1)}, header)
     return {
         "RUN": [finished],
+        "PLAIN": [unweighted],
+        "STOPPED": [stopped],
         "MODEL": [finished / "model.safetensors"],
         "STATE": [finished / "checkpoint.safetensors"],
         "PICTURE": [finished / "curves.png"],

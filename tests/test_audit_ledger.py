@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from funcloss import class_weighted, losses, optim
-from funcloss.audit.ledger import STATISTICS, make_ledger
+from funcloss.audit.behind import make_behind
+from funcloss.audit.ledger import STATISTICS, make_ledger, make_taking
 from funcloss.errors import AuditError
 from funcloss.objectives import mean_of, supervised, weighted_mean_of
 from funcloss.training import init_state, make_train_step
@@ -60,7 +61,8 @@ PATHS = {
 }
 
 
-def kept(make, rule, *, weighted=False, loss=losses.cross_entropy, begin=0, rate=0.05, **path):
+def kept(make, rule, *, weighted=False, loss=losses.cross_entropy, begin=0, rate=0.05,
+         by_layer=False, **path):  # fmt: skip
     """Return the ledger of a training, and its states."""
     model, inner = made(make), losses.cross_entropy
     criterion = {
@@ -71,7 +73,9 @@ def kept(make, rule, *, weighted=False, loss=losses.cross_entropy, begin=0, rate
     hyper = {"learning_rate": torch.tensor(rate, dtype=torch.float64)}
     hyper |= {"class_weights": WEIGHTS} if weighted else {}
     train_step = make_train_step(supervised(model, criterion), rule, **path)
-    keeper = make_ledger(model, criterion, rule, HELD_OUT, loss, classes=NAMES, **path)
+    keeper = make_ledger(
+        model, criterion, rule, HELD_OUT, loss, classes=NAMES, by_layer=by_layer, **path
+    )
     state = init_state(model, rule)
     before = copy.deepcopy(model.state_dict())
     ledger, states = None, []
@@ -211,3 +215,45 @@ def test_an_optimiser_that_does_not_say_how_it_steps_is_refused():
     state, hyper = init_state(model, rule), {"learning_rate": torch.tensor(0.1).double()}
     with pytest.raises(AuditError, match="^ledger: this optimiser does not say"):
         keeper.update(keeper.init(state), state, batch_of(0), hyper, state)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("make", [plain_net, random_net])
+def test_what_is_behind_an_entry_is_each_example_s_own_step(make, rule):
+    """The parts of a class's examples add up to the class's own, to first order."""
+    model, optimizer = made(make), RULES[rule]
+    criterion = mean_of(class_weighted(losses.cross_entropy))
+    hyper = {"learning_rate": torch.tensor(0.05).double(), "class_weights": WEIGHTS}
+    shared = (model, criterion, optimizer, HELD_OUT, losses.cross_entropy)
+    behind = make_behind(*shared, classes=NAMES, per_class=100)
+    state, batch = init_state(model, optimizer), batch_of(0)
+    train_step = make_train_step(supervised(model, criterion), optimizer)
+    found = behind(state, batch, hyper)
+    after, _ = train_step(state, batch, hyper)
+    taken = make_taking(
+        model, criterion, optimizer, CLASSES, schedule=None, clip_norm=0.0, group_by=None
+    )(state, batch, hyper, after, True)
+    moves, _ = taken.split.rows(taken.gradients, taken.split.all_history(CLASSES))
+    held_model = made(make).eval()
+    inputs = torch.cat([b.inputs for b in HELD_OUT])
+    labels = torch.cat([b.targets for b in HELD_OUT])
+    values = nn.functional.cross_entropy(held_model(inputs), labels, reduction="none")
+    for k in range(CLASSES):
+        params = dict(held_model.named_parameters())
+        grads = torch.autograd.grad(
+            values[labels == k].mean(), [*params.values()], retain_graph=True
+        )
+        for c in range(CLASSES):
+            direct = sum((g * moves[n][c]).sum() for g, n in zip(grads, params, strict=True)) / (
+                1.0 - taken.split.keeps
+            )
+            assert_close(found[k, batch.targets == c].sum(), direct, rtol=1e-8, atol=1e-12)
+
+
+def test_the_parts_of_the_layers_add_up_to_the_whole():
+    whole, _, _ = kept(random_net, RULES["momentum"], weighted=True)
+    layered, _, _ = kept(random_net, RULES["momentum"], weighted=True, by_layer=True)
+    assert_close(layered.net, whole.net, rtol=1e-12, atol=1e-14)
+    assert set(layered.layers) == {"0", "1", "4"}
+    parts = torch.stack([*layered.layers.values()]).sum(0)
+    assert_close(parts, layered.net[:, :-1], rtol=1e-9, atol=1e-12)

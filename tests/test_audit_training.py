@@ -513,7 +513,7 @@ def test_tensorboard_gets_the_shares(tmp_path):
 FAST = ["--dataset", "mnist-sample", "--model", "linear", "--compile", "off", "--epochs", "1"]
 
 
-def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli, tmp_path):
+def test_the_command_says_how_many_audits_were_recorded_and_prints_none(run_cli, tmp_path):
     code, out, _ = run_cli(
         *FAST, "--audit-every", 10, "--class-weight", "9=5", "--run-dir", tmp_path / "run",
         program=shell.main_train,
@@ -521,23 +521,12 @@ def test_the_command_prints_the_shares_of_an_epoch_and_what_looking_took(run_cli
     assert code == 0
     records = audits(tmp_path / "run")
     assert [r["step"] for r in records[::10]] == [1, 11, 21, 31]
-    told = re.search(r"^4 audits took (\d+\.\d)% of the epoch$", out, re.M)
+    told = re.search(r"^epoch 1/1 .* s  4 audits recorded, (\d+\.\d)% of the time$", out, re.M)
     assert told
     spent = sum(r["seconds"] for r in records[::10])
     epoch = [r for r in [*folder.records_of(tmp_path / "run")] if r["kind"] == "epoch"][-1]
     assert float(told[1]) == pytest.approx(100 * spent / epoch["seconds"], abs=0.06)
-    for title, key in (
-        ("share of the gradient", "share"),
-        ("share of the step", "update_share"),
-        ("weight x count", "expected_share"),
-    ):
-        (line,) = re.findall(rf"^ *{title} +(.*)$", out, re.M)
-        means = [sum(r[key] for r in records if r["class"] == name) / 4 for name in "0123456789"]
-        assert [int(cell.rstrip("%")) for cell in line.split()] == [
-            pytest.approx(100 * mean, abs=0.51) for mean in means
-        ]
-    (head,) = re.findall(r"^ *class +(\d.*)$", out, re.M)
-    assert head.split() == list("0123456789")
+    assert "share" not in out
     assert "\x1b" not in out
 
 
@@ -548,14 +537,13 @@ def test_the_command_audits_once_where_there_are_fewer_steps_and_never_at_0(run_
                                program=shell.main_train)  # fmt: skip
         assert code == 0
         assert [r["step"] for r in audits(run)[::10]] == steps
-        assert ("took" in out) == bool(steps)
-        assert ("share of the gradient" in out) == bool(steps)
+        assert ("recorded" in out) == bool(steps)
 
 
 def test_one_audit_is_told_in_the_singular(run_cli, tmp_path):
     _, out, _ = run_cli(*FAST, "--audit-every", 1000, "--run-dir", tmp_path / "run",
                         program=shell.main_train)  # fmt: skip
-    assert re.search(r"^1 audit took \d+\.\d% of the epoch$", out, re.M)
+    assert re.search(r" 1 audit recorded, \d+\.\d% of the time$", out, re.M)
 
 
 def test_a_quiet_command_audits_without_a_word(run_cli, tmp_path):

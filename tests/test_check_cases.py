@@ -220,14 +220,16 @@ def test_the_cases_are_many_and_each_is_tried():
 
 
 def test_what_a_loss_does_to_torch_is_undone():
-    state = torch.random.get_rng_state()
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
 
     def careless(logits, labels):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads + 1)
         return check_cases.gradients_left_off(logits, labels)
 
     check(adapt(careless).case)
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
+    assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from funcloss.app.choice import words
-from funcloss.app.choice.tested import part_interval, row_of
+from funcloss.app.choice.tested import row_of
 from funcloss.app.config import make_config, plain_config
 from funcloss.app.report.choice import Constraint as Reached
 from funcloss.app.report.choice import Row
@@ -28,7 +28,14 @@ from funcloss.app.sweep.axes import (
 )
 from funcloss.app.sweep.select import baseline_of, chosen_of, faded, misses, order_of, points_of
 from funcloss.constraints.bounds import make_constraints
-from funcloss.decisions import DecisionRule, Interval, cost_interval, make_costs, score
+from funcloss.decisions import (
+    DecisionRule,
+    Interval,
+    cost_interval,
+    make_costs,
+    part_interval,
+    score,
+)
 from funcloss.errors import ConfigError
 
 NINE = Axis("class_weight", "9", (1.0, 2.0, 5.0, 10.0))

@@ -49,7 +49,7 @@ APPLICATION = [
     {"app", "app.addresses", "app.decoding"},
     {"app.config", "app.options", "app.registry", "app.data", "app.report"},
     {"app.runs"},
-    {"app.audits"},
+    {"app.audits", "app.outcome"},
     {"app.choice"},
     {"app.sweep", "app.train"},
     {"app.cli"},

@@ -355,6 +355,17 @@ class TrainConfig:
     audit_every: Annotated[
         int, Option("Steps between two audits of the update by class; 0: none.", low=0, high=1e9)
     ] = 100
+    ledger: Annotated[
+        str,
+        Option(
+            "Sum up what each class's examples did to each class's held-out loss: of every step, "
+            "or of some for a tenth of the time.",
+            ("exact", "sampled", "off"),
+        ),
+    ] = "sampled"
+    ledger_layers: Annotated[bool, Option("Keep the sums of the ledger for each layer too.")] = (
+        False
+    )
     tensorboard: Annotated[bool, Option("Also log for TensorBoard (an extra).")] = False
     # No option: the power of class_weight balanced, of which a setup makes weights; 0: none.
     balance: float = 0.0
@@ -559,7 +570,10 @@ def with_final_names(config: TrainConfig) -> TrainConfig:
 
 
 def plain_config(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of plain training: cross-entropy, every class at a cost of 1."""
+    """Return the configuration of plain training: cross-entropy, every class at a cost of 1.
+
+    It keeps no ledger: there is no weight to tell of.
+    """
     return dataclasses.replace(
         config,
         loss="cross_entropy",
@@ -569,6 +583,7 @@ def plain_config(config: TrainConfig) -> TrainConfig:
         reduction="mean",
         floor={},
         ceiling={},
+        ledger="off",
     )
 
 

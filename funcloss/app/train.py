@@ -13,9 +13,10 @@ from funcloss.app.config import TrainConfig, plain_config
 from funcloss.app.decoding import from_plain
 from funcloss.app.report.choice import Ascent
 from funcloss.app.runs import folder
+from funcloss.app.runs.baseline import PLAIN, trained
 from funcloss.app.runs.constrained import constraints_of
 from funcloss.app.runs.evaluation import evaluated
-from funcloss.app.runs.events import Note, Watcher
+from funcloss.app.runs.events import Watcher
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run
 from funcloss.app.runs.setup import Setup, make_setup, setup_on
 from funcloss.app.runs.summary import ConstrainedSummary
@@ -71,22 +72,23 @@ def train(
             return outcome
         path = str(outcome.folder / folder.SUMMARY)
         from_plain(ConstrainedSummary, outcome.summary, path)
-        baseline = _baseline(outcome, watcher)
+        baseline = _baseline(outcome, config, watcher)
         if not baseline.finished:
             return dataclasses.replace(outcome, finished=False, summary={})
         setup = make_setup(dataclasses.replace(outcome.config, init="", pretrained=False))
         return _compared(outcome, baseline.folder, setup)
 
 
-def _baseline(outcome: Outcome, watcher: Watcher) -> Outcome:
+def _baseline(outcome: Outcome, asked: TrainConfig, watcher: Watcher) -> Outcome:
     """Train without constraints, if that is not done."""
-    run_dir, config = outcome.folder / "plain", outcome.config
-    if (summary := folder.read_summary(run_dir)) is not None:
-        return Outcome(run_dir, True, config, summary)
-    watcher.show(Note(f"training once more without constraints, to compare with, into {run_dir}"))
-    # What the nested folder names is not looked at: it is the same training, less its constraints.
-    there = (run_dir / folder.CONFIG).is_file()
-    return run(plain_config(config), run_dir, resume=there, test_once=True, watcher=watcher)
+    note = "training once more without constraints, to compare with,"
+    # A run that was resumed has forgotten where its first weights are from.
+    config = dataclasses.replace(
+        plain_config(outcome.config),
+        init=outcome.config.init or asked.init,
+        pretrained=outcome.config.pretrained or asked.pretrained,
+    )
+    return trained(config, outcome.folder / PLAIN, watcher, note=note)
 
 
 def _compared(outcome: Outcome, plain_dir: Path, setup: Setup) -> Outcome:

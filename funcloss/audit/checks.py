@@ -67,11 +67,15 @@ def check_update(before: Params, after: Params, parts: Params) -> Check:
     """Compare the sum of the step's parts with what the parameters moved by."""
     moved = {name: after[name] - p for name, p in before.items()}
     length = max(norm_of(moved), 1e-300)
-    eps = torch.finfo(next(iter(before.values())).dtype).eps
-    # A step far shorter than the params is rounded when it is added to them.
-    tolerance = tolerance_of(before) + 2 * eps * norm_of(before) / length
+    tolerance = tolerance_of(before) + rounding_of(before, moved)
     says = "sum of the step's parts against params after less params before"
     return Check("update", distance(parts, moved) / length, tolerance, says)
+
+
+def rounding_of(before: Params, step: Params) -> float:
+    """Return how far a step may be rounded where it is added to params, relative to its length."""
+    eps = torch.finfo(next(iter(before.values())).dtype).eps
+    return 2 * eps * norm_of(before) / max(norm_of(step), 1e-300)
 
 
 def require(checks: Iterable[Check], *, dropout: bool) -> None:

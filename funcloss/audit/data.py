@@ -209,7 +209,7 @@ def check_labels(groups: Tensor, classes: int) -> None:
 
 
 def _source(data: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
-    if isinstance(data, Batch) or _in_memory(data):
+    if isinstance(data, Batch) or in_memory(data):
         batch = as_batch(data)
         n = len(batch.targets)
         return lambda: (
@@ -236,7 +236,7 @@ def _on_tensors(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, batch)
 
 
-def _in_memory(data: Any) -> bool:
+def in_memory(data: Any) -> bool:
     """Return whether ``data`` is one batch, not a tuple or list of batches."""
     if isinstance(data, Mapping):
         return True

@@ -55,6 +55,7 @@ class Ledger(NamedTuple):
     memory: Params  # the optimiser's, in one row for each part
     steps: Int[Tensor, ""]
     sampling: Sampling | None = None  # of steps; None: each is measured
+    layers: dict[str, Tensor] = {}  # ``net`` without statistics, by layer, if that was asked for
 
     @property
     def net(self) -> Float[Tensor, "classes parts"]:
@@ -112,6 +113,7 @@ def make_ledger(
     schedule: Schedule | None = None,
     clip_norm: float = 0.0,
     group_by: GroupBy | None = None,
+    by_layer: bool = False,
 ) -> LedgerKeeper:
     """Return what keeps the ledger of a training by the pure step, beside it.
 
@@ -131,6 +133,7 @@ def make_ledger(
         schedule: Factor on the learning rate by number of the step.
         clip_norm: Largest norm of the gradient; 0 clips nothing.
         group_by: From a batch to the group of each example, in place of its label.
+        by_layer: Whether the sums are kept for each layer too.
 
     Returns:
         The pair; ``init`` takes the state that the ledger begins at.
@@ -166,7 +169,7 @@ def make_ledger(
 
     @torch.no_grad()
     def init(state: TrainState) -> Ledger:
-        return begun(held, point_of(state))
+        return begun(held, point_of(state), by_layer=by_layer)
 
     @torch.no_grad()
     def update(
@@ -177,18 +180,19 @@ def make_ledger(
     return LedgerKeeper(init, update, (*names, *OWN_ROWS, STATISTICS))
 
 
-def begun(held: HeldOut, point: Point) -> Ledger:
-    """Return a ledger without a step."""
+def begun(held: HeldOut, point: Point, *, more: int = 0, by_layer: bool = False) -> Ledger:
+    """Return a ledger without a step, whose gradients have ``more`` parts than the classes'."""
     begin, _ = held.losses(point)
-    none = begin.new_zeros(len(begin), len(begin) + len(OWN_ROWS) + 1)
+    none = begin.new_zeros(len(begin), len(begin) + more + len(OWN_ROWS) + 1)
     steps = torch.zeros((), dtype=torch.int64)
-    return Ledger(none, none, none, none[:, 0], begin, begin, {}, steps)
+    layers = {name: none[:, :-1] for name in layers_of(point.params)} if by_layer else {}
+    return Ledger(none, none, none, none[:, 0], begin, begin, {}, steps, layers=layers)
 
 
 def with_step(ledger: Ledger, held: HeldOut, taken: Taken) -> Ledger:
     """Return a ledger with one more step, measured in full."""
     moves, memory = taken.split.split(taken.gradients, ledger.memory or None)
-    impact, now, _ = measured(held, taken, moves)
+    impact, now, products = measured(held, taken, moves)
     matrix = torch.cat([impact.matrix, (now - impact.after)[:, None]], 1)
     return ledger._replace(
         raised=ledger.raised + matrix.clamp(min=0.0),
@@ -196,7 +200,13 @@ def with_step(ledger: Ledger, held: HeldOut, taken: Taken) -> Ledger:
         now=now,
         memory=memory,
         steps=ledger.steps + 1,
+        layers=with_layers(ledger.layers, products(moves)) if ledger.layers else {},
     )
+
+
+def with_layers(layers: dict[str, Tensor], more: Tensor) -> dict[str, Tensor]:
+    """Return the sums of each layer with more of them, ``(layers, classes, parts)``."""
+    return {name: held + of for (name, held), of in zip(layers.items(), more, strict=True)}
 
 
 def measured(
@@ -206,7 +216,7 @@ def measured(
 
     Returns:
         The impact of the moves, one a column; the losses after the step, with the buffers that it
-        leaves; and from other moves to theirs, by the same gradients.
+        leaves; and from moves to their impact by the same gradients, layer by layer.
     """
     before, after = taken.before, taken.after
     there = Point(after.params, before.buffers)
@@ -215,14 +225,14 @@ def measured(
     now = last if kept else held.losses(after)[0]
 
     def products(left: Callable[[range], Grads], moves: Params) -> Tensor:
-        sums = grams(left(held.classes), moves, layers_of(moves)).sum(0)
+        sums = grams(left(held.classes), moves, layers_of(moves))
         return torch.where(count[:, None] > 0, sums / count[:, None], torch.nan)
 
     impact, left = impact_along(
         before.params,
         {name: after.params[name] - p for name, p in before.params.items()},
         lambda at: lambda block: held.gradients(Point(at, before.buffers)),
-        lambda left: products(left, moves),
+        lambda left: products(left, moves).sum(0),
         first,
         last,
         [held.classes],

@@ -53,6 +53,29 @@ class LinearStep:
 StepFn = Callable[[_Options, Mapping[str, Any], Tensor, Tensor], LinearStep]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What an optimiser remembers of all gradients, in a sum: ``m -> keeps * m + takes * g``.
+
+    Args:
+        name: Of ``m`` in the optimiser's state at a parameter.
+        keeps: What part of it a step keeps.
+        takes: Factor on the gradient, before the sign of ``maximize``.
+        decay: Weight decay that comes with the gradient, ``decay * p``; a tensor of one number
+            on an accelerator.
+        adapted: Whether the gradient is first divided by what the step divides it by.
+    """
+
+    name: str
+    keeps: float
+    takes: float
+    decay: _Number = 0.0
+    adapted: bool = False
+
+
+MemoryFn = Callable[[_Options, Mapping[str, Any]], Memory | None]
+
+
 def bare(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimiser of torch within wrappers of accelerate, Lightning, Fabric and fastai.
 
@@ -143,6 +166,26 @@ def linear_step(
     if known is None or known.enters:
         raise AuditError(f"linear_step: {_not_linear(kind)}")
     return _applied(known.step, group, kind, state, p, grad)
+
+
+def memory_of(group: Mapping[str, Any], kind: type, state: Mapping[str, Any]) -> Memory | None:
+    """Return what an optimiser remembers of all gradients in a sum, or None if it is not known.
+
+    The ``history`` of :func:`linear_step` is linear in it, so that each part of the gradient has
+    a memory of its own.
+
+    Args:
+        group: As in :func:`linear_step`.
+        kind: As in :func:`linear_step`.
+        state: As in :func:`linear_step`.
+
+    Example:
+        >>> memory_of({"betas": (0.75, 0.999), "weight_decay": 0}, torch.optim.Adam, {})
+        Memory(name='exp_avg', keeps=0.75, takes=0.25, decay=0, adapted=False)
+    """
+    known, _ = _read(kind)
+    make = None if known is None else MEMORIES.get(known.base)
+    return None if make is None else make(_options(group), state)
 
 
 def direction(
@@ -317,6 +360,41 @@ def _muon(options: _Options, state: Mapping[str, Any], p: Tensor, grad: Tensor) 
     return _made({**options, "weight_decay": 0}, p, -lr * fresh, history)
 
 
+def _sgd_memory(options: _Options, state: Mapping[str, Any]) -> Memory | None:
+    if options["momentum"] == 0:
+        return None
+    fresh = state.get("momentum_buffer") is None
+    takes = 1.0 if fresh else 1.0 - options["dampening"]
+    return Memory("momentum_buffer", options["momentum"], takes, options["weight_decay"])
+
+
+def _adam_memory(
+    options: _Options, state: Mapping[str, Any], *, decoupled: bool = False
+) -> Memory | None:
+    beta, decoupled = options["betas"][0], options.get("decoupled_weight_decay", decoupled)
+    decay = 0.0 if decoupled else options["weight_decay"]
+    return Memory("exp_avg", float(beta), 1.0 - float(beta), decay)
+
+
+def _rmsprop_memory(options: _Options, state: Mapping[str, Any]) -> Memory | None:
+    if options["momentum"] == 0:
+        return None
+    decay = options["weight_decay"]
+    return Memory("momentum_buffer", options["momentum"], 1.0, decay, adapted=True)
+
+
+# (options, state) -> Memory, or None where there is none; as for ``STEPS``.
+MEMORIES: dict[type, MemoryFn] = {
+    torch.optim.Adam: _adam_memory,
+    torch.optim.AdamW: functools.partial(_adam_memory, decoupled=True),
+    torch.optim.Adamax: _adam_memory,
+    torch.optim.NAdam: _adam_memory,
+    torch.optim.RAdam: _adam_memory,
+    torch.optim.RMSprop: _rmsprop_memory,
+    torch.optim.SGD: _sgd_memory,
+}
+
+
 # (options, state, p, grad) -> LinearStep, pure. ``options`` are those of the parameter's group,
 # where a tensor of one number on the CPU has become a number; ``state`` is the optimiser's own at
 # the parameter before the step, empty before the first; ``p`` and ``grad``, the whole gradient, are
@@ -400,14 +478,9 @@ def _applied(
 ) -> LinearStep:
     """Return the step on detached dense tensors of at least single precision."""
     dtype = p.dtype if p.dtype in (torch.float32, torch.float64) else torch.float32
-    options = {
-        name: tuple(map(_number, option)) if isinstance(option, tuple) else _number(option)
-        for name, option in group.items()
-        if name != "params"
-    }
     with torch.no_grad():
         try:
-            made = step(options, state, p.detach().to(dtype), _dense(grad).to(dtype))
+            made = step(_options(group), state, p.detach().to(dtype), _dense(grad).to(dtype))
         except KeyError as error:
             raise AuditError(
                 f"the step of {kind.__name__} cannot be read: neither its options nor its memory "
@@ -415,6 +488,15 @@ def _applied(
             ) from error
     decay, history = (None if x is None else x.to(dtype) for x in (made.decay, made.history))
     return LinearStep(made.on_gradient.to(dtype), decay, history)
+
+
+def _options(group: _Options) -> dict[str, Any]:
+    """Return the options of a group, with numbers for tensors of one number on the CPU."""
+    return {
+        name: tuple(map(_number, option)) if isinstance(option, tuple) else _number(option)
+        for name, option in group.items()
+        if name != "params"
+    }
 
 
 def _made(

@@ -282,7 +282,7 @@ class Audit:
         """Return :meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
-    def write(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
+    def write(self, folder: str | Path, *, facts: Mapping[str, Any] | None = None) -> list[Path]:
         """Write ``audit.json`` and tidy tables: a row per class, pair of classes, example.
 
         With more than 100 classes ``audit.json`` has nothing per pair of classes, and the table of
@@ -290,7 +290,7 @@ class Audit:
 
         Args:
             folder: An existing folder; each file is written whole or not at all.
-            about: Facts about model and data, for ``audit.json``.
+            facts: What else ``audit.json`` says, by name: of model and data, say.
 
         Returns:
             The files: ``audit.json``, ``audit_classes.csv``, ``audit_pairs.csv`` and, where
@@ -301,11 +301,10 @@ class Audit:
         """
         folder = Path(folder)
         paths = [folder / "audit.json"]
-        facts = {"about": dict(about)} if about else {}
         found = self.to_dict()
         if len(self.classes) > _SQUARE:
             found = _without_pairs(found, len(self.classes))
-        text = json.dumps(facts | found, indent=1, allow_nan=False)
+        text = json.dumps(dict(facts or {}) | found, indent=1, allow_nan=False)
         write_text(paths[0], text + "\n")
         tables = {"classes": self._class_rows(), "pairs": self._pair_rows()}
         if self.examples is not None:

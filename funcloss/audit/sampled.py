@@ -22,6 +22,7 @@ from funcloss.audit.ledger import (
     make_taking,
     measured,
     point_of,
+    with_layers,
 )
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.sampling import (
@@ -66,13 +67,15 @@ def make_sampled_ledger(
     schedule: Schedule | None = None,
     clip_norm: float = 0.0,
     group_by: GroupBy | None = None,
+    by_layer: bool = False,
     per_class: int = _PER_CLASS,
     seed: int = 0,
 ) -> SampledKeeper:
     """Return what keeps the ledger of a training by a sample of its steps.
 
-    ``E[net] = sum_t M_t``, the entries of :func:`make_ledger`; ``standard_error`` is by the jackknife
-    over the steps that were measured. Of ``raised`` and ``lowered`` only the sum is unbiased.
+    ``E[net] = sum_t M_t``, the entries of :func:`make_ledger`; their ``standard_error`` is by the
+    jackknife over the steps that were measured. Of ``raised`` and ``lowered`` the sum alone is
+    unbiased.
 
     A ledger that has measured every step so far may be handed on: from there its steps are drawn.
 
@@ -86,6 +89,7 @@ def make_sampled_ledger(
         schedule: Factor on the learning rate by number of the step.
         clip_norm: Largest norm of the gradient.
         group_by: From a batch to the group of each example.
+        by_layer: Whether the sums are kept for each layer too.
         per_class: Held-out examples of each class that a step is measured on, drawn for each.
         seed: Of what is drawn.
 
@@ -123,7 +127,7 @@ def make_sampled_ledger(
     )  # fmt: skip
 
     def init(state: TrainState) -> Ledger:
-        return begun(held, point_of(state))
+        return begun(held, point_of(state), by_layer=by_layer)
 
     def update(
         ledger: Ledger,
@@ -200,39 +204,54 @@ def with_perhaps(
         else:
             effects.append(_Effect(moves, scale, float(sampling.every)))
     due, waiting = sampling.waiting.at(step)
-    if len(due) or effects:
+    effects += [
+        _Effect(memory, scale, length, remembered=True) for memory, scale, length in due.each()
+    ]
+    if effects:
         taken = taken or take(False)
-        effects += [
-            _Effect(taken.split.remembered(memory), scale, length)
-            for memory, scale, length in due.each()
-        ]
         generator = drawn(seed, step, _HELD_OUT)
-        found = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
-        for estimate in found:
-            sampling = with_sample(sampling, estimate)
+        estimates = _estimates(sampling, held.sample(per_class, generator), taken, effects, step)
+        layers, found = ledger.layers, []
+        for by_layer, statistics in estimates:
+            found.append(torch.cat([by_layer.sum(0), statistics], 1))
+            sampling = with_sample(sampling, found[-1])
+            layers = with_layers(layers, by_layer) if layers else layers
         variance, of_sum = variances(sampling._replace(waiting=waiting))
         ledger = ledger._replace(
             raised=ledger.raised + sum(e.clamp(min=0.0) for e in found),
             lowered=ledger.lowered + sum(e.clamp(max=0.0) for e in found),
             variance=variance,
             variance_of_sum=of_sum,
+            layers=layers,
         )
     sampling = sampling._replace(waiting=waiting)
     return ledger._replace(memory={}, steps=ledger.steps + 1, sampling=sampling)
 
 
+def asks(ledger: Ledger, every: int, *, seed: int = 0) -> tuple[bool, bool]:
+    """Return whether :func:`with_perhaps` will take the next step, and its classes' gradients."""
+    step, sampling = int(ledger.steps), ledger.sampling
+    begins = sampling is None
+    if sampling is None:
+        sampling = no_sample(ledger.steps, torch.zeros_like(ledger.raised), Waiting.none())
+    sampling = in_block(sampling, step, every, drawn(seed, step, _BLOCK))
+    chosen = step == int(sampling.chosen)
+    return begins or chosen or bool((sampling.waiting.due == step).any()), chosen
+
+
 class _Effect(NamedTuple):
     """What a measured step does at a step, and what it stands for."""
 
-    moves: Params  # in rows
+    moves: Params  # in rows; or the memory that makes them
     scale: float  # of them
     every: float  # the length of its block; 0: of none
+    remembered: bool = False
 
 
 def _estimates(
     sampling: Sampling, held: HeldOut, taken: Taken, effects: Sequence[_Effect], step: int
-) -> list[Tensor]:
-    """Return what each effect at a step is an estimate of, by its own impact.
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what each effect at a step is an estimate of, by layer, and that of the statistics.
 
     What decay and batch normalisation do at a step beside the gradient comes with each effect; the
     expected length of the blocks of those that meet at a step is ``1 - r^n`` after ``n`` steps.
@@ -243,11 +262,12 @@ def _estimates(
     found = []
     for effect in effects:
         own = effect.every / reached
-        matrix = effect.scale * products(effect.moves)
+        moves = taken.split.remembered(effect.moves) if effect.remembered else effect.moves
+        matrix = effect.scale * products(moves)
         if taken.split.decay and own:
             decay = products({name: move[None] for name, move in taken.split.decay.items()})
-            matrix[:, -len(OWN_ROWS)] += own * decay[:, 0]
-        found.append(torch.cat([matrix, own * (now - impact.after)[:, None]], 1))
+            matrix[..., -len(OWN_ROWS)] += own * decay[..., 0]
+        found.append((matrix, own * (now - impact.after)[:, None]))
     return found
 
 
@@ -261,4 +281,4 @@ def _of_steps_before(ledger: Ledger, split: SplitStep, generator: torch.Generato
 
 
 def _all_history(ledger: Ledger, split: SplitStep) -> Params:
-    return split.all_history(len(ledger.begin))
+    return split.all_history(ledger.raised.shape[1] - len(OWN_ROWS) - 1)

@@ -32,15 +32,16 @@ class Waiting(NamedTuple):
     @staticmethod
     def of(due: int, scale: float, every: float, memory: Params) -> "Waiting":
         """Return that the memory of one step waits."""
-        numbers = (torch.tensor([x], dtype=torch.float64) for x in (scale, every))
-        return Waiting(torch.tensor([due]), *numbers, {n: m[None] for n, m in memory.items()})
+        held = {name: m[None] for name, m in memory.items()}
+        scales, lengths = torch.tensor([[scale], [every]], dtype=torch.float64)
+        return Waiting(torch.tensor([due]), scales, lengths, held)
 
     def and_(self, other: "Waiting") -> "Waiting":
         """Return what waits in both."""
         held = {n: torch.cat([self.memory[n], m]) if self.memory else m
                 for n, m in other.memory.items()}  # fmt: skip
-        numbers = (torch.cat(both) for both in zip(self[:3], other[:3], strict=True))
-        return Waiting(*numbers, held)
+        due, scale, every = (torch.cat(both) for both in zip(self[:3], other[:3], strict=True))
+        return Waiting(due, scale, every, held)
 
     def at(self, step: int) -> tuple["Waiting", "Waiting"]:
         """Return what is due at a step, and what waits on."""
@@ -157,3 +158,21 @@ def every_for(share: float, spent: float, trained: float, steps: int, samples: i
     one = spent / samples
     room = (spent + one) / share - trained
     return max(1, math.ceil(round(room / (trained / steps), 6)))
+
+
+def every_within(budget: float, cost: float, steps: int) -> int:
+    """Return how long blocks are to be so that measuring takes a number of seconds.
+
+    Args:
+        budget: Seconds that are left for it.
+        cost: Of a sample.
+        steps: That are left.
+
+    Example:
+        >>> every_within(2.0, cost=0.1, steps=400), every_within(-1.0, cost=0.1, steps=400)
+        (20, 40000)
+    """
+    longest = 100 * steps  # most likely none is measured any more
+    if budget * longest <= cost * steps:
+        return longest
+    return max(1, math.ceil(cost * steps / budget))

@@ -96,7 +96,7 @@ def tell_step(
             grad = dense(given).to(torch.promote_types(p.dtype, torch.float32))
             parts = [None if part is None else dense(part) for part in parts_at(i)]
             if not math.isinf(bound):
-                parts = _cut(parts, bound * scale)
+                parts = cut_off(parts, bound * scale)
             found = None
             if (group := group_of.get(p)) is not None and make is not None and not failed:
                 try:
@@ -224,10 +224,10 @@ def _match_of(gram: Tensor, tolerance: float, cut_at: Callable[[], tuple[float, 
         note = "the gradient in .grad is 0, and the class parts are not" if square else ""
         return Match(distance=math.inf if square else 0.0, note=note)
     apart = math.sqrt(max(of_grad - 2.0 * with_grad + square, 0.0) / of_grad)
-    if apart <= tolerance:
-        return Match(distance=apart)
     factor = with_grad / square if square else 0.0
     scaled = math.sqrt(max(of_grad - with_grad * factor, 0.0) / of_grad)
+    if apart <= tolerance:  # rounding, or hardly scaled
+        return Match(factor=factor if scaled < 0.01 * apart else 1.0, distance=apart)
     if factor > 0.0 and scaled <= tolerance:
         what = "clipped or scaled" if factor < 1.0 else "scaled"
         note = f"the gradient was {what}, by a factor of {factor:.3g}, before the step"
@@ -272,10 +272,10 @@ def _sum_of(parts: Iterable[Tensor | None], like: Tensor) -> Tensor:
     return whole
 
 
-def _cut(parts: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
+def cut_off(parts: Sequence[Tensor | None], bound: float) -> list[Tensor | None]:
     """Return parts scaled alike wherever their sum is above a bound."""
     there = [part for part in parts if part is not None]
-    if not there:
+    if not there or math.isinf(bound):
         return [*parts]
     whole = _sum_of(there, there[0]).abs()
     factor = torch.where(whole > bound, bound / whole, torch.ones_like(whole))

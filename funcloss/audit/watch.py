@@ -1,7 +1,7 @@
 """The audit beside a loop that somebody already has: class parts of its own gradient and step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from funcloss.audit.data import number_of
+from funcloss.audit.data import GroupBy, number_of
 from funcloss.audit.gram import balance, cancelled
 from funcloss.audit.inner import distance, norm_of, total_of
+from funcloss.audit.ledger import Ledger
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.optimizers import bare
 from funcloss.audit.parts import (
@@ -30,8 +31,9 @@ from funcloss.audit.parts import (
     passing,
 )
 from funcloss.audit.state import ModelState, check_no_coupling, has_dropout, make_model_state
-from funcloss.audit.taken import Told, tell_step
+from funcloss.audit.taken import Match, Told, tell_step
 from funcloss.audit.training import BatchAudit, StepFindings, make_batch_audit, nothing_found
+from funcloss.audit.watch_ledger import LedgerOptions, WatchLedger
 from funcloss.errors import AuditError, ConfigError
 from funcloss.keys import example_keys
 from funcloss.objectives import make_forward
@@ -73,9 +75,11 @@ class Watch:
         self._every, self._memory, self._on_step = every, memory, on_step
         self._known: dict[tuple[bool, ...], tuple[Forward, BatchAudit]] = {}  # by mode
         self._steps = 0
+        self._within = 0  # calls of step() that are running
         self._doubt: str | None = None  # whether the parts add up to .grad; None: not tried yet
         self._hooks: list[RemovableHandle] = []
         self.found = nothing_found("no step has been audited yet")
+        self._ledger: WatchLedger | None = None
         self._forget()
         stepping = bare(optimizer)
         self._handles = [
@@ -133,7 +137,7 @@ class Watch:
                 (cotangents,) = torch.autograd.grad(total, values, retain_graph=True)
                 return class_parts(values, cotangents, seen, params, wanted)
 
-            parts = self._tried(passes, {})
+            parts = self._passed(passes)
         total.backward(retain_graph=retain_graph)
         if self._steps > steps:
             self.found = nothing_found(_WITHIN)
@@ -223,8 +227,8 @@ class Watch:
         if seen is None:
             return True
         over = replace(seen, of_terms=seen.of_terms.unsqueeze(class_dim)) if wide else seen
-        parts = self._tried(
-            lambda: class_parts(predictions, cotangents, over, params, [*seen.counts]), {}
+        parts = self._passed(
+            lambda: class_parts(predictions, cotangents, over, params, [*seen.counts])
         )
         if parts and all(p is None for own in parts.values() for p in own):
             return False
@@ -267,6 +271,58 @@ class Watch:
         except Exception as error:  # whatever the model does: the training goes on
             return nothing_found(_said(error))
 
+    def keep_ledger(
+        self,
+        held_out: Any,
+        loss: LossFn | LossSpec | None = None,
+        group_by: GroupBy | None = None,
+        options: LedgerOptions | None = None,
+    ) -> None:
+        """Begin a ledger, as ``watch(held_out=)`` does; args as there.
+
+        Raises:
+            ConfigError: the held-out losses cannot be measured.
+        """
+        self._ledger = WatchLedger(
+            self._model,
+            self._optimizer,
+            held_out,
+            self._spec if loss is None else as_spec(loss),
+            self._classes,
+            group_by=group_by,
+            options=options or LedgerOptions(),
+            processes=self._processes,
+        )
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger of the steps so far; None before the first, or without ``held_out=``."""
+        return None if self._ledger is None else self._ledger.ledger
+
+    @property
+    def ledger_parts(self) -> tuple[str, ...]:
+        """Names of the columns of the ledger."""
+        return () if self._ledger is None else self._ledger.parts
+
+    @property
+    def ledger_note(self) -> str:
+        """Why the ledger ended, or what is in doubt; empty: nothing."""
+        return "" if self._ledger is None else self._ledger.note
+
+    def ledger_state(self) -> dict[str, Tensor]:
+        """Return the ledger with what it needs to go on, by name, to be kept with a checkpoint."""
+        return {} if self._ledger is None else self._ledger.state()
+
+    def load_ledger(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with a ledger from :meth:`ledger_state`; load model and optimiser before.
+
+        Raises:
+            ConfigError: the watch keeps no ledger, or another.
+        """
+        if self._ledger is None:
+            raise ConfigError("watch: it keeps no ledger to go on with: give held_out=")
+        self._ledger.load(state)
+
     def close(self) -> None:
         """Stop listening to the optimiser."""
         for handle in (*self._handles, *self._hooks):
@@ -286,8 +342,12 @@ class Watch:
         self._why = ""  # why this step cannot be told
         self._told: tuple[Told, StepFindings] | None = None
 
-    def _due(self) -> bool:
+    def _audited(self) -> bool:
         return self._steps % self._every == 0
+
+    def _due(self) -> bool:
+        """Return whether the parts of this step are asked for."""
+        return self._audited() or (self._ledger is not None and self._ledger.wants_parts)
 
     def _params(self) -> list[nn.Parameter]:
         """Return what is trained by this optimiser, which may be one of several."""
@@ -314,6 +374,7 @@ class Watch:
 
     def _begin(self) -> tuple[list[nn.Parameter], list[Tensor | None]]:
         """Return the step's parameters and copies of their gradients; if all are 0, it begins."""
+        self._within = 0  # whatever became of the last step
         now = self._params()
         grads = [p.grad for p in now if p.grad is not None]
         if not self._due() or not grads or not any(bool(g.any()) for g in map(dense, grads)):
@@ -350,6 +411,13 @@ class Watch:
 
         return self._tried(find, None)
 
+    def _passed(self, make: Callable[[], Parts]) -> Parts:
+        """Return parts by passes, or nothing; time that the ledger alone asks for is counted."""
+        if self._ledger is None or self._audited():
+            return self._tried(make, {})
+        with self._ledger.measuring():
+            return self._tried(make, {})
+
     def _tried(self, make: Callable[[], Any], otherwise: Any) -> Any:
         """Return what is made; a failure is noted, and the loop goes on."""
         if self._why:
@@ -373,6 +441,9 @@ class Watch:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
         """Tell the step; where the gradient is computed in a closure, after that."""
+        self._within += 1
+        if self._within > 1:  # a subclass's step() calls that of its base, which has the hooks too
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tell()
@@ -389,17 +460,22 @@ class Watch:
 
     @torch.no_grad()
     def _tell(self) -> None:
-        if not self._due() or not (self._parts or self._why or self._world() > 1):
-            return
-        if self._world() > 1:
-            try:
-                self._reduce()
-            except Exception as error:  # of a process that is gone, say
-                self._why = self._why or _said(error)
-        told = self._tried(self._split, None)
-        self._told = told
-        if told is None:
-            self.found = nothing_found(self._why)
+        """Tell the step, and let the ledger read it."""
+        if self._due() and (self._parts or self._why or self._world() > 1):
+            if self._world() > 1:
+                try:
+                    self._reduce()
+                except Exception as error:  # of a process that is gone, say
+                    self._why = self._why or _said(error)
+            self._told = self._tried(self._split, None)
+            if self._told is None and self._audited():
+                self.found = nothing_found(self._why)
+        if self._ledger is not None:
+            match = Match() if self._told is None else self._told[0].match
+            self._ledger.before_step(
+                self._parts, self._trained, match, self._scale, self._as_stepped, self._why
+            )
+        self._parts = {}
 
     def _split(self) -> tuple[Told, StepFindings]:
         for group in self._pooled & self._parts.keys():  # of its own in another process
@@ -415,13 +491,12 @@ class Watch:
         told = tell_step(
             self._optimizer,
             params,
-            [self._as_stepped(p.grad) for p in params],
+            [None if p.grad is None else self._as_stepped(p.grad) for p in params],
             lambda i: (self._parts[group][i] for group in ids),
             names,
             scale=self._scale,
             strange=self._strange(),
         )
-        self._parts = {}
         number = number_of(self._classes) or 0
         if number <= _ALL_ROWS and POOLED not in ids:
             every = sorted({*range(number), *ids}, key=lambda g: (g < 0, g))
@@ -448,16 +523,22 @@ class Watch:
         note = "; ".join(filter(None, notes))
         return told, StepFindings(now, count, loss / count, told.step, names, note)
 
-    def _as_stepped(self, grad: Tensor | None) -> Tensor | None:
+    def _as_stepped(self, grad: Tensor) -> Tensor:
         """Return a gradient as the step takes it: a fused kernel takes the scale out itself."""
         scale = getattr(bare(self._optimizer), "grad_scale", None)
-        return grad if scale is None or grad is None else dense(grad) / scale
+        return grad if scale is None else dense(grad) / scale
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Compare the step that was told with the one that was taken."""
-        told, due = self._told, self._due() and (self._told or self._why)
-        if told is not None:
+        self._within = max(self._within - 1, 0)
+        if self._within:
+            return
+        told, due = self._told, self._audited() and (self._told or self._why)
+        if told is not None and self._audited():
             self.found = self._tried(lambda: _compared(*told), told[1])
+        if self._ledger is not None:
+            apart = 0.0 if told is None else self._tried(lambda: _apart(told[0])[0], 0.0)
+            self._ledger.after_step(apart)
         self._steps += 1
         while self._hooks:
             self._hooks.pop().remove()
@@ -541,6 +622,10 @@ def watch(
     every: int = 1,
     memory: float = 2048.0,
     on_step: Callable[[StepFindings], None] | None = None,
+    held_out: Any = None,
+    held_out_loss: LossFn | LossSpec | None = None,
+    group_by: GroupBy | None = None,
+    ledger: str | LedgerOptions = "sampled",
 ) -> Watch:
     """Return what splits the gradients and steps of a loop of ``torch.optim`` by class.
 
@@ -569,6 +654,15 @@ def watch(
         every: Audit one step in so many.
         memory: What the class gradients may take, in MiB; the rarest classes share a row.
         on_step: Takes the findings of each step that was audited, after it.
+        held_out: Examples for a ledger of the steps, ``watched.ledger``: what each class's part
+            of them did to each class's held-out mean loss. A batch ``(inputs, labels)``, a dict
+            or a :class:`~funcloss.typing.Batch`, or several of these. None: no ledger.
+        held_out_loss: Of one held-out example, at weight 1; None: ``loss``, or else
+            cross-entropy of the predictions.
+        group_by: From a held-out batch to the group of each example, in place of its label.
+        ledger: ``exact`` measures every step; ``sampled`` some, drawn at random, for a tenth of
+            the training's time. Either asks for class parts at the steps that it measures,
+            whatever ``every`` is. A :class:`LedgerOptions` says more.
 
     Returns:
         The watch, which listens to the optimiser until ``close()``.
@@ -590,7 +684,8 @@ def watch(
     """
     spec = None if loss is None else as_spec(loss)
     _check(model, optimizer, spec, classes, clip_norm, every, memory)
-    return Watch(
+    options = LedgerOptions(ledger) if isinstance(ledger, str) else ledger
+    watched = Watch(
         model,
         optimizer,
         spec,
@@ -600,6 +695,13 @@ def watch(
         memory=memory,
         on_step=on_step,
     )
+    if held_out is not None:
+        try:
+            watched.keep_ledger(held_out, held_out_loss, group_by, options)
+        except ConfigError:
+            watched.close()
+            raise
+    return watched
 
 
 def _weighted(values: Tensor, groups: Tensor, class_weights: Tensor) -> Tensor:
@@ -656,13 +758,19 @@ def _with_all(told: Told, place: Sequence[int], names: tuple[str, ...]) -> Told:
     return replace(told, gram=gram, step=step)
 
 
+def _apart(told: Told) -> tuple[float, float]:
+    """Return how far the step taken is from the one told, 0 if by rounding; and the distance."""
+    distance, rounding = told.distance()
+    return (distance if distance > 0.01 + 4.0 * rounding else 0.0), distance
+
+
 def _compared(told: Told, found: StepFindings) -> StepFindings:
     """Return findings with the distance of the step that was taken from the one told."""
-    distance, rounding = told.distance()
-    if not distance > 0.01 + 4.0 * rounding:
+    apart, distance = _apart(told)
+    if not apart:
         return replace(found, moved=distance)
     more = (
-        f"the step that was taken is not the one that was told: they differ by {distance:.2g} of "
+        f"the step that was taken is not the one that was told: they differ by {apart:.2g} of "
         "its length"
     )
     return replace(found, moved=distance, note="; ".join(filter(None, (found.note, more))))

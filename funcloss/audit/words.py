@@ -6,12 +6,12 @@ The rules:
   few batches give the error; else the difference "is not significant";
 - a class loses from another when the other's part of the step raises its loss *and* their
   gradients conflict significantly;
-- without standard errors (a single batch) only what was seen is said, "in this batch".
+- where the shares mean nothing, or nobody can tell, there is no verdict: :func:`doubts`.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,11 @@ def sentences(
     *,
     optimizer: str = "",
     scale_invariant: bool = False,
+    log_loss: bool = False,
     name: Name = str,
     most: int = 4,
 ) -> tuple[str, ...]:
-    """Return the first lines of the report: the effect of the class weights, and on which classes.
+    """Return a gradient and a step in sentences: the classes' shares, and who loses by whom.
 
     Args:
         audit: The audit.
@@ -45,11 +46,13 @@ def sentences(
             known.
         scale_invariant: Whether its steps stay when all gradients are scaled, as
             :class:`funcloss.optim.Optimizer` states it.
+        log_loss: Whether the loss is the cross-entropy, see :func:`doubts`.
         name: How a class's name is written.
         most: Classes to speak of, at most.
 
     Returns:
-        One or two plain sentences each.
+        One or two plain sentences each. Where no verdict is possible they say why, and leave the
+        numbers to the table.
     """
     writer = _Writer(audit, audit.balance, name)
     lines = []
@@ -59,30 +62,99 @@ def sentences(
         )
     if not writer.now.share.isfinite().any():
         return (*lines, "The gradient is 0 or not finite on these examples: no class has a share.")
-    if not audit.linear_in_weights:
-        lines.append(
-            "The weights act inside the loss, which couples the examples: the effect of other "
-            "weights takes a new audit."
-        )
-    chosen = spoken_of(audit, most=most)
-    if weighted(audit):
-        for label in chosen:
-            lines += writer.weight(label) + writer.conflicts(label)
-        if more := len(weighted(audit)) - len(chosen):
-            have = "class has its weight" if more == 1 else "classes have their weights"
-            lines.append(f"{more:,} more {have}: see the table.")
+    no_verdict = doubts(audit, log_loss=log_loss, name=name)
+    if no_verdict:
+        lines += [f"No verdict on the shares: {reason}." for reason in no_verdict]
+        lines.append("The table has the numbers.")
     else:
-        lines.append("All classes have the same weight.")
-        for label, extreme in zip(chosen, ("largest", "smallest"), strict=False):
-            lines += [writer.extreme(label, extreme), *writer.conflicts(label)]
+        lines += writer.verdicts(most)
     if audit.step is None:
         lines.append("The optimizer step was not audited: these lines are about the gradient.")
     elif audit.step.note:
         lines.append(f"Optimizer step: {audit.step.note}.".replace("..", "."))
-    lines += writer.options()
+    if not no_verdict:
+        lines += writer.options()
     if optimizer and audit.linear_in_weights:
         lines.append(writer.scale(optimizer, scale_invariant))
     return tuple(lines)
+
+
+def doubts(audit: Audit, *, log_loss: bool = False, name: Name = str) -> list[str]:
+    """Return why nothing can be concluded from the shares of an audit; empty where it can.
+
+    Args:
+        audit: The audit.
+        log_loss: Whether the loss is the cross-entropy: then a model is at chance when its weighted
+            loss is not below the entropy of weight x count; else when its mean recall is not above
+            1 / classes.
+        name: How a class's name is written.
+
+    Returns:
+        Reasons, as the second half of a sentence.
+    """
+    now, errors = audit.balance, audit.standard_errors
+    reasons = []
+    if errors is None:
+        reasons.append("too few batches for standard errors")
+    if chance := _at_chance(audit, log_loss=log_loss):
+        reasons.append(chance)
+    present = [c for c, n in enumerate(audit.count.tolist()) if n]
+    outside = [name(audit.classes[c]) for c in present if not -1 <= float(now.share[c]) <= 2]
+    if outside:
+        one = len(outside) == 1
+        which = f"{'that of class' if one else 'those of classes'} {_list(outside, _NAMED)}"
+        reasons.append(f"{which} {'lies' if one else 'lie'} outside -100 to 200 %")
+    error, norm = _gradient_error(audit), float(now.gradient_norm)
+    # Within two of its standard errors the gradient is not significantly different from 0. The
+    # square of the error is then a quarter of |g|^2 or more, and as much of every share may be
+    # sampling alone, which the jackknife does not show. Few parts that cancel need many examples.
+    if 4 * error**2 > norm**2:
+        left = norm / float(now.norm.sum())
+        reasons.append(
+            f"the class gradients nearly cancel (the norm of their sum is {percent(left)} of their "
+            f"norms together, its standard error {100 * error / norm:.0f} % of it)"
+        )
+    return reasons
+
+
+def _gradient_error(audit: Audit) -> float:
+    """Return ``sqrt(E |g - E g|^2)`` of a mean over examples; 0 where their norms are not known."""
+    examples = audit.examples
+    if examples is None or not examples.norm.isfinite().all():
+        return 0.0
+    now, n = audit.balance, len(examples.norm)
+    # The factor of ``sum_c w_c G_c`` that the reduction leaves.
+    along = float((audit.class_weights @ audit.gram.to(audit.class_weights)) @ audit.class_weights)
+    scale = float(now.gradient_norm) / math.sqrt(along) if along > 0 else 0.0
+    weighted = scale * audit.class_weights[examples.label] * examples.norm
+    mean_square = float(weighted.square().mean())
+    return math.sqrt(max(mean_square - float(now.gradient_norm) ** 2, 0.0) / n)
+
+
+def _at_chance(audit: Audit, *, log_loss: bool) -> str:
+    """Return that a model is not better than the class frequencies, if that is so."""
+    present = audit.count > 0
+    if int(present.sum()) < 2:
+        return ""
+    if log_loss:
+        part = audit.balance.expected_share[present]
+        loss = float(part @ audit.loss[present])
+        entropy = float(-torch.special.xlogy(part, part).sum())
+        if loss < entropy:
+            return ""
+        return f"the model is at chance (weighted loss {loss:.3g}, that of the prior {entropy:.3g})"
+    examples = audit.examples
+    if examples is None or examples.margin.isnan().any():
+        return ""
+    right = torch.zeros(len(audit.count), dtype=torch.float64)
+    right = right.index_add(0, examples.label, (examples.margin > 0).double())[present]
+    count = audit.count[present].double()
+    recall, classes = right / count, len(count)
+    mean = float(recall.mean())
+    error = float((recall * (1 - recall) / count).sum().sqrt()) / classes
+    if mean - 1 / classes > 2 * error:
+        return ""
+    return f"the model is at chance (mean recall {mean:.1%} of {classes} classes)"
 
 
 def compare(audit: Audit, plain: Audit, *, name: Name = str, most: int = _MOST) -> tuple[str, ...]:
@@ -145,15 +217,8 @@ def spoken_of(audit: Audit, *, most: int = 4) -> list[int]:
     Where all classes weigh the same: the one with the largest share relative to the expected one,
     then the one with the smallest.
     """
-    own = weighted(audit)
-    if own:
-        usual = _usual(audit.class_weights.tolist())
-
-        def unusual(label: int) -> float:
-            weight = float(audit.class_weights[label])
-            return abs(math.log(weight / usual)) if weight and usual else math.inf
-
-        return sorted(own, key=lambda c: (-unusual(c), c))[:most]
+    if own := unusual(audit.class_weights.tolist()):
+        return own[:most]
     now = audit.balance
     ratio = (now.share / now.expected_share).tolist()
     ranked = sorted((c for c, r in enumerate(ratio) if math.isfinite(r)), key=lambda c: -ratio[c])
@@ -171,9 +236,24 @@ def largest(audit: Audit, most: int = _MOST) -> list[int]:
 
 def weighted(audit: Audit) -> list[int]:
     """Return the classes whose weight is not the most common one."""
-    weights = audit.class_weights.tolist()
+    return sorted(unusual(audit.class_weights.tolist()))
+
+
+def unusual(weights: Sequence[float]) -> list[int]:
+    """Return the positions of weights that are not the most common one, the most unusual first.
+
+    Example:
+        >>> unusual([1.0, 1.0, 0.5, 5.0])
+        [3, 2]
+    """
     usual = _usual(weights)
-    return [c for c, weight in enumerate(weights) if weight != usual]
+
+    def distance(label: int) -> float:
+        weight = weights[label]
+        return abs(math.log(weight / usual)) if weight and usual else math.inf
+
+    own = [c for c, weight in enumerate(weights) if weight != usual]
+    return sorted(own, key=lambda c: (-distance(c), c))
 
 
 def conflicting(audit: Audit, conflict: Tensor, a: int, b: int) -> bool:
@@ -208,12 +288,6 @@ class _Writer:
         names = [self.name(self.audit.classes[label]) for label in labels]
         return f"{'class' if len(labels) == 1 else 'classes'} {_list(names, most)}"
 
-    def where(self, error: float = math.nan) -> str:
-        """Return where a number without a standard error holds, as the beginning of a sentence."""
-        if not math.isnan(error):
-            return ""
-        return "In this batch " if self.audit.standard_errors is None else "On these examples "
-
     def error_of_share(self, label: int) -> float:
         errors = self.audit.standard_errors
         return math.nan if errors is None else float(errors.share[label])
@@ -222,8 +296,40 @@ class _Writer:
         """Return whether two parts differ significantly, and by more than rounding."""
         return abs(a - b) >= max(_certain(self.audit) * error, 1e-9)
 
+    def verdicts(self, most: int) -> list[str]:
+        """Say what the shares and the step show of the classes to speak of."""
+        audit, lines = self.audit, []
+        if not audit.linear_in_weights:
+            lines.append(
+                "The weights act inside the loss, which couples the examples: the effect of other "
+                "weights takes a new audit."
+            )
+        chosen = spoken_of(audit, most=most)
+        if not weighted(audit):
+            lines.append("All classes have the same weight.")
+            for label, extreme in zip(chosen, ("largest", "smallest"), strict=False):
+                lines += self.doubt(label) or [
+                    self.extreme(label, extreme),
+                    *self.conflicts(label),
+                ]
+            return lines
+        for label in chosen:
+            lines += self.doubt(label) or [*self.weight(label), *self.conflicts(label)]
+        if more := len(weighted(audit)) - len(chosen):
+            have = "class has its weight" if more == 1 else "classes have their weights"
+            lines.append(f"{more:,} more {have}: see the table.")
+        return lines
+
+    def doubt(self, label: int) -> list[str]:
+        """Say that nothing can be concluded from the share of a class, if that is so."""
+        share, error = float(self.now.share[label]), self.error_of_share(label)
+        if not self.audit.count[label] or error <= abs(share):
+            return []
+        why = "its standard error is not known" if math.isnan(error) else "its error exceeds it"
+        return [f"No verdict on the share of {self.classes([label])}: {why}; see the table."]
+
     def weight(self, label: int) -> list[str]:
-        """Say whether the weight of a class has the effect that it is for."""
+        """Say how the weight of a class changes its share."""
         audit, who = self.audit, self.classes([label])
         weight = float(audit.class_weights[label])
         if not audit.count[label]:
@@ -232,24 +338,13 @@ class _Writer:
         share, error = float(self.now.share[label]), self.error_of_share(label)
         numbers = f"{who} contributes {percent(share, error)} of the gradient"
         if not audit.linear_in_weights:
-            return [_sentence(f"{self.where(error)}{numbers}.")]
+            return [_sentence(f"{numbers}.")]
         equal = float(audit.reweighted(torch.ones_like(audit.class_weights)).share[label])
-        verb = "increases" if share > equal else "decreases"
-        effect = f"the class weight {verb} {who}'s contribution to the"
-        meant = (weight > _usual(audit.class_weights.tolist())) == (share > equal)
-        if share == equal:
-            verdict = f"{self.where(error)}the class weight does not change {who}'s contribution."
-        elif math.isnan(error):
-            verdict = f"{self.where(error)}{effect} gradient."
-        elif not self.differ(share, equal, error):
-            verdict = (
-                f"{who}'s share does not differ significantly from unweighted. "
-                "This does not say whether recall changed: see evaluate."
-            )
-        elif meant:
-            verdict = f"{effect} current gradient, as intended."
+        if self.differ(share, equal, error):
+            verb = "increases" if share > equal else "decreases"
+            verdict = f"the class weight {verb} {who}'s contribution to the current gradient."
         else:
-            verdict = f"{effect} current gradient, the opposite of what is intended."
+            verdict = f"{who}'s share does not differ significantly from unweighted."
         same = f"for the same model with all weights 1, {percent(equal)}."
         return [
             _sentence(verdict),
@@ -260,22 +355,20 @@ class _Writer:
     def expected(self, label: int) -> str:
         """Say how the share of a class compares with what its weight and count suggest."""
         share, expected = float(self.now.share[label]), float(self.now.expected_share[label])
-        error = self.error_of_share(label)
         told = f"Expected from weight x count: {percent(expected)}"
-        if not math.isnan(error) and not self.differ(share, expected, error):
+        if not self.differ(share, expected, self.error_of_share(label)):
             return f"{told}; the difference is not significant."
-        more = "higher" if share > expected else "lower"
-        return f"{told}; {self.where(error).lower()}the actual share is {more}."
+        return f"{told}; the actual share is {'higher' if share > expected else 'lower'}."
 
     def extreme(self, label: int, extreme: str) -> str:
         """Say how the share of a class compares with its frequency, where all weigh the same."""
         share, expected = float(self.now.share[label]), float(self.now.expected_share[label])
         error = self.error_of_share(label)
         line = (
-            f"{self.where(error)}{self.classes([label])} has the {extreme} gradient share relative "
+            f"{self.classes([label])} has the {extreme} gradient share relative "
             f"to its frequency: {percent(share, error)}, expected {percent(expected)}"
         )
-        doubtful = not math.isnan(error) and not self.differ(share, expected, error)
+        doubtful = not self.differ(share, expected, error)
         return _sentence(f"{line}{'; the difference is not significant' if doubtful else ''}.")
 
     def conflicts(self, label: int) -> list[str]:
@@ -295,7 +388,7 @@ class _Writer:
             return [
                 _sentence(f"{who}'s gradient points against the optimizer step ({percent(share)}).")
             ]
-        line = f"Of the next step, {percent(share)} comes from {who}'s current gradient"
+        line = f"Of the step, {percent(share)} comes from {who}'s current gradient"
         past = dict(zip(step.rows, step.share.tolist(), strict=True)).get("history", 0.0)
         return [f"{line} and {percent(past)} from momentum." if abs(past) >= _SAME else f"{line}."]
 
@@ -307,12 +400,10 @@ class _Writer:
         rise = audit.impact["train"].matrix[:, label].tolist()
         raised = [k for k, r in enumerate(rise) if k != label and r > 0]  # a NaN is no rise
         raised.sort(key=lambda k: -rise[k])
-        its, where = f"{self.classes([label])}'s part of the step", self.where()
+        its = f"{self.classes([label])}'s part of the step"
         if not raised:
-            return [f"{where}{its} raises no other class's loss."]
+            return [f"On these examples {its} raises no other class's loss."]
         listed = self.classes(raised, _NAMED)
-        if audit.standard_errors is None:
-            return [f"{where}{its} raises the loss of {listed}."]
         certain = [k for k in raised if conflicting(audit, self.now.conflict, label, k)]
         if not certain:
             return [
@@ -337,14 +428,15 @@ class _Writer:
             return []
         others.sort(key=lambda k: row[k])
         errors, who = self.audit.standard_errors, self.classes([label])
+        assert errors is not None  # else there is no verdict
 
         def cosine(k: int) -> str:
-            error = math.nan if errors is None else float(errors.conflict[label, k])
+            error = float(errors.conflict[label, k])
             return f"{row[k]:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
         lowest = f"with {self.classes(others[:1])}, is {cosine(others[0])}"
         if "±" not in lowest:
-            return [f"{self.where()}the lowest cosine similarity of {who}, {lowest}."]
+            return [f"On these examples the lowest cosine similarity of {who}, {lowest}."]
         certain = [k for k in others if conflicting(self.audit, self.now.conflict, label, k)]
         if certain:
             named = _list([f"{self.classes([k])} ({cosine(k)})" for k in certain], _NAMED)
@@ -407,7 +499,7 @@ def _certain(audit: Audit) -> float:
     return 2.0 if errors is None else _STUDENT.get(errors.left_out, 2.0)
 
 
-def _usual(weights: list[float]) -> float:
+def _usual(weights: Sequence[float]) -> float:
     """Return the most common weight; of equally common ones, the one nearest to 1."""
     seen = Counter(weights)
     return max(seen, key=lambda w: (seen[w], -abs(math.log(w)) if w > 0 else -math.inf, -w))

@@ -9,8 +9,11 @@ from funcloss.decisions.intervals import (
     cost_interval,
     fold_interval,
     mean_interval,
+    paired_interval,
+    part_interval,
     seed_interval,
     student,
+    widened_by_seeds,
     wilson,
 )
 from funcloss.decisions.metrics import Metrics, Reliability, make_metrics, reliability
@@ -66,6 +69,8 @@ __all__ = [
     "mean_interval",
     "min_cost_decisions",
     "pair_thresholds",
+    "paired_interval",
+    "part_interval",
     "posterior_shift",
     "ratio_sensitivity",
     "read_cost_matrix",
@@ -73,5 +78,6 @@ __all__ = [
     "score",
     "seed_interval",
     "student",
+    "widened_by_seeds",
     "wilson",
 ]

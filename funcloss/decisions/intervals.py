@@ -198,6 +198,37 @@ def _of_examples(
     return list(zip(variance.tolist(), (number - 1).clamp(min=1).tolist(), strict=True))
 
 
+def paired_interval(gained: float, lost: float, n: int) -> Interval:
+    """Return the difference of two fractions of the same examples, with an interval at 95 %.
+
+    An adjusted Wald interval: with one more example of either kind, ``p = (gained + 1) / (n + 2)``
+    and ``q = (lost + 1) / (n + 2)``, it is ``p - q -+ z sqrt((p + q - (p - q)^2) / (n + 2))``. It
+    has a width also where no example changed.
+
+    Args:
+        gained: Examples that the second alone gets right; over several models, their mean number.
+        lost: Examples that the first alone gets right.
+        n: Examples; 0 gives NaN.
+
+    Returns:
+        ``(gained - lost) / n`` and its interval, within [-1, 1].
+
+    Example:
+        >>> value, low, high = paired_interval(5, 0, 50)
+        >>> value, round(low, 3), round(high, 3)
+        (0.1, -0.0, 0.192)
+
+    References:
+        Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial
+        proportions based on paired data", 2012.
+    """
+    if not n:
+        return Interval(math.nan)
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = _Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return Interval((gained - lost) / n, max(p - q - half, -1.0), min(p - q + half, 1.0))
+
+
 def seed_interval(values: list[float], *, within: tuple[float, float] = _ANY) -> Interval:
     """Return the mean of a value a seed with Student's interval; NaN bounds for a single one.
 
@@ -222,6 +253,53 @@ def seed_interval(values: list[float], *, within: tuple[float, float] = _ANY) ->
     variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     half = student(len(values) - 1) * math.sqrt(variance / len(values))
     return Interval(mean, max(mean - half, within[0]), min(mean + half, within[1]))
+
+
+def widened_by_seeds(
+    of_examples: Interval, of_seed: Sequence[float], *, within: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
+    """Return an interval over examples moved out by the spread of the seeds.
+
+    The squares of the two distances from the mean add up.
+
+    Args:
+        of_examples: The mean over the seeds, with an interval over the examples alone.
+        of_seed: The value of each seed; a single one changes nothing.
+        within: Least and largest mean there can be; the interval ends there.
+
+    Returns:
+        The mean, with an interval over examples and seeds.
+
+    Example:
+        >>> low_and_high = widened_by_seeds(Interval(0.5, 0.4, 0.6), [0.5, 0.5])[1:]
+        >>> [round(end, 6) for end in low_and_high]
+        [0.4, 0.6]
+    """
+    value, low, high = of_examples
+    spread = value - seed_interval(list(of_seed)).low if len(of_seed) > 1 else 0.0
+    low, high = value - math.hypot(value - low, spread), value + math.hypot(high - value, spread)
+    return Interval(value, max(low, within[0]), min(high, within[1]))
+
+
+def part_interval(parts: Sequence[float], n: int) -> Interval:
+    """Return the mean of parts of the same ``n`` examples over seeds, with an interval at 95 %.
+
+    Wilson's bounds for the examples, moved out by the spread of the seeds.
+
+    Args:
+        parts: One per seed.
+        n: Out of how many examples each.
+
+    Returns:
+        Mean and interval, within [0, 1].
+
+    Example:
+        >>> part_interval([1.0, 1.0], 100)
+        Interval(value=1.0, low=0.963..., high=1.0)
+    """
+    mean = sum(parts) / len(parts)
+    low, high = wilson(torch.tensor(mean * n), torch.tensor(float(n)))
+    return widened_by_seeds(Interval(mean, float(low), float(high)), parts)
 
 
 def fold_interval(

@@ -13,13 +13,18 @@ from funcloss.laws.case import Batch, Broken, LossCase, NotApplicable, shown
 
 @contextlib.contextmanager
 def left_as_found() -> Iterator[None]:
-    """Try a loss in torch's usual state, and put back whatever of it the loss changes."""
-    dtype = torch.get_default_dtype()
+    """Try a loss in torch's usual state, and put back whatever of it the loss changes.
+
+    On one thread: the batches are so small that several would mostly wait for each other.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
 
 
 def raised(error: BaseException, where: str = "") -> str:

@@ -125,12 +125,14 @@ def ordered(case: LossCase, batch: Batch) -> bool:
 
 def class_pairs(classes: int, without: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
     """Return pairs of different classes, neighbours always among them; all where they are few."""
-    pairs = [(i, j) for i in range(classes) for j in range(classes) if i != j and i not in without]
     if classes * (classes - 1) > _MOST_PAIRS:
         drawn = torch.randperm(classes, generator=Generator().manual_seed(0)).tolist()
         some = [0, classes - 1, *(i for i in drawn if i not in without)][: _MOST_PAIRS // 3]
         steps = (1, classes - 1, classes // 2)
         pairs = [(i, (i + step) % classes) for i in some if i not in without for step in steps]
+    else:
+        every = range(classes)
+        pairs = [(i, j) for i in every for j in every if i != j and i not in without]
     first, second = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(-1)
     return first, second
 

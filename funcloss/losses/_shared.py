@@ -18,6 +18,7 @@ from funcloss._numbers import wide_dtype
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 
+LEAST = 1e-20  # a plain number below it stands for 0, which float32 may round it to
 SMALL = 1e-2  # below it a quotient of small numbers is left for its series
 
 
@@ -148,6 +149,8 @@ def box_cox(log_values: Tensor, power: float | Tensor) -> Tensor:
 
     Smooth in both arguments. With ``power = 1 - t`` it is the tempered logarithm ``log_t(x)``.
     """
+    if not isinstance(power, Tensor):
+        return (power * log_values).expm1() / power if abs(power) > LEAST else log_values
     power = as_tensor(power, log_values)
     exponent = power * log_values
     small = exponent.abs() < SMALL

@@ -33,17 +33,18 @@ def _entropy(z: Tensor, yes: Tensor, no: Tensor, both: float | Tensor = 1.0) -> 
 
     A weight of 0 times infinity is 0.
     """
-    size, wrong = _sides(z, yes, no)
-    small = F.logsigmoid(size)
+    low, wrong = _sides(z, yes, no)
+    small = F.softplus(low)
     small = small if isinstance(both, float) else both * small
-    return wrong * finite_at_zero(size, wrong) - small
+    return small - wrong * finite_at_zero(low, wrong)
 
 
 def _sides(z: Tensor, yes: Tensor, no: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``|z|``, and what the less likely side counts: there the loss is ``|z|`` larger."""
+    """Return ``-|z|``, and what the less likely side counts: there the loss is ``|z|`` larger."""
     negative = z < 0
     # Unlike that of abs, its slope at 0 is that of one side, so the loss has its own there.
-    return torch.where(negative, -z, z), torch.where(negative, yes, no)
+    sign = torch.where(negative, 1.0, -1.0).to(z.dtype)
+    return sign * z, torch.where(negative, yes, no)
 
 
 def _focused(log_factor: Tensor, values: Tensor) -> Tensor:
@@ -275,18 +276,18 @@ def sigmoid_focal(
     examples, columns = tuple(z.shape), z.shape[-1] if z.dim() else None
     gamma = option_of(name, "gamma", gamma, examples, columns=columns, low=0)
     t = _smoothed(name, t, label_smoothing)
-    size, wrong = _sides(z, t, 1 - t)
-    small, costly = F.logsigmoid(size), wrong
+    low, wrong = _sides(z, t, 1 - t)
+    small, costly = F.softplus(low), wrong
     entropy = small
     if alpha is not None:
         alpha = option_of(name, "alpha", alpha, examples, columns=columns, low=0, high=1)
         weight = alpha * t + (1 - alpha) * (1 - t)
         costly, entropy = weight * wrong, weight * small
-    entropy = costly * finite_at_zero(size, costly) - entropy
+    entropy = entropy - costly * finite_at_zero(low, costly)
     # 1 - p_t is (wrong + (1 - wrong) exp(-|z|)) / (1 + exp(-|z|)); as a power it has no finite
     # derivative where p_t rounds to 1.
-    mixed = torch.where(wrong > 0, wrong + (1 - wrong) * (-size).exp(), 1)
-    log_wrong = torch.where(wrong > 0, mixed.log(), -finite_at_zero(size, wrong)) + small
+    mixed = torch.where(wrong > 0, wrong + (1 - wrong) * low.exp(), 1)
+    log_wrong = torch.where(wrong > 0, mixed.log(), finite_at_zero(low, wrong)) - small
     return finished(_focused(gamma * log_wrong, entropy), where, logits)
 
 

@@ -212,7 +212,7 @@ def cosine_embedding(
     pair, like = _pairs("cosine_embedding", where, signs, 1, first=first, second=second)
     margin = option_of("cosine_embedding", "margin", margin, tuple(like.shape), low=-1, high=1)
     (one, a), (other, b) = (_bounded(vectors) for vectors in pair)
-    sizes = (one.square().sum(-1) + _EPS / a**2) * (other.square().sum(-1) + _EPS / b**2)
+    sizes = (one.square().sum(-1) + _EPS * a**2) * (other.square().sum(-1) + _EPS * b**2)
     cosine = (one * other).sum(-1) / sizes.sqrt()
     loss = torch.where(like > 0, 1 - cosine, (cosine - margin).clamp(min=0))
     return finished(loss, where, first)
@@ -407,28 +407,22 @@ def _norm(vectors: Tensor, p: float | Tensor) -> Tensor:
 
 
 def _bounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors without an entry above 1, and what each was divided by: 1 or its largest.
+    """Return vectors without an entry above 1, and their scale: 1, or 1 over its largest entry.
 
-    Their squares do not overflow. The divisor is constant in a derivative: a cosine does not depend
-    on it.
+    Their squares do not overflow. The scale is constant in a derivative: neither a cosine nor a
+    length, divided by it, depends on it.
     """
-    largest = vectors.detach().abs().amax(-1).clamp(min=1)
-    return vectors / largest.unsqueeze(-1), largest
+    largest = vectors.detach().abs().amax(-1).clamp(1, torch.finfo(vectors.dtype).max)
+    scale = 1 / largest
+    return scale.unsqueeze(-1) * vectors, scale
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Return the length of each vector; that of a zero vector has gradient 0.
-
-    Where the squares would overflow they are those of a fraction of the vector.
-    """
-    most = torch.finfo(vectors.dtype).max
-    fraction = most**-0.5 / 4
-    squares = vectors.square().sum(-1)
-    reduced = (fraction * vectors).square().sum(-1)
-    large, some = squares > most / 64, squares > 0
-    near = torch.where(some & ~large, squares, 1.0).sqrt()
-    far = torch.where(large, reduced, 1.0).sqrt() / fraction
-    return torch.where(large, far, torch.where(some, near, 0.0))
+    """Return the length of each vector; that of a zero vector has gradient 0."""
+    bounded, scale = _bounded(vectors)
+    squares = bounded.square().sum(-1)
+    some = squares > 0
+    return torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0) / scale
 
 
 def _unit(vectors: Tensor, eps: float | Tensor = 1e-8) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from funcloss._checks import check_floating, check_number, option_of
 from funcloss._numbers import product, wide_dtype
 from funcloss.losses._shared import (
+    LEAST,
     SMALL,
     as_tensor,
     box_cox,
@@ -18,8 +19,10 @@ from funcloss.losses._shared import (
 )
 
 
-def _inverse_log(depths: Tensor, rate: Tensor) -> Tensor:
+def _inverse_log(depths: Tensor, rate: float | Tensor) -> Tensor:
     """Return ``log(1 + rate * depth) / rate``, smooth at ``rate = 0``, where it is the depth."""
+    if not isinstance(rate, Tensor):
+        return (rate * depths).log1p() / rate if rate > LEAST else depths
     x = rate * depths
     small = x.abs() < SMALL
     near = torch.where(small, x, 0.0)
@@ -255,9 +258,10 @@ def _tempered_log_softmax(scores: Tensor, t: float | Tensor, iterations: int) ->
     it seeks, ``(sum_k p_k)^(1 - t)``, is concave and increasing; at ``t = 1`` it needs one step.
     """
     scores = scores - scores.detach().amax(-1, keepdim=True)
-    rate = as_tensor(t, scores) - 1
+    rate = as_tensor(t, scores) - 1 if isinstance(t, Tensor) else t - 1
+    fixed = rate.detach() if isinstance(rate, Tensor) else rate
 
-    def step(level: Tensor, scores: Tensor, rate: Tensor) -> Tensor:
+    def step(level: Tensor, scores: Tensor, rate: float | Tensor) -> Tensor:
         log_p = -_inverse_log(level - scores, rate)
         total = log_p.logsumexp(-1, keepdim=True)
         slope = ((1 + rate) * log_p).logsumexp(-1, keepdim=True)
@@ -265,7 +269,7 @@ def _tempered_log_softmax(scores: Tensor, t: float | Tensor, iterations: int) ->
 
     level = torch.zeros_like(scores[..., :1])
     for _ in range(iterations):
-        level = step(level, scores.detach(), rate.detach())
+        level = step(level, scores.detach(), fixed)
     # From the root one differentiable step gives the first derivative of the implicit function,
     # two give the second and the third.
     for _ in range(2):

@@ -13,8 +13,8 @@ from funcloss.decisions import (
     Metrics,
     cost_interval,
     mean_interval,
-    seed_interval,
-    wilson,
+    part_interval,
+    widened_by_seeds,
 )
 
 
@@ -72,7 +72,7 @@ def row_of(
     prior, costs = evaluation.prior if known_prior else None, evaluation.rule.costs.matrix
     least, largest = evaluation.possible_costs
     confusion = torch.stack([s.confusion.double() for s in scores]).mean(0)
-    cost = _over_seeds(
+    cost = widened_by_seeds(
         cost_interval(confusion, costs, prior),
         [s.expected_cost.value for s in scores],
         within=(least, largest),
@@ -88,7 +88,7 @@ def row_of(
         )
     of_seed = [s.accuracy.value for s in scores]
     accuracy = (
-        _over_seeds(cost_interval(confusion, torch.eye(*costs.shape), prior), of_seed)
+        widened_by_seeds(cost_interval(confusion, torch.eye(*costs.shape), prior), of_seed)
         if known_prior
         else part_interval(of_seed, len(labels))
     )
@@ -104,37 +104,3 @@ def row_of(
         ),
         difference=difference,
     )
-
-
-def part_interval(parts: Sequence[float], n: int) -> Interval:
-    """Return the mean of parts of the same ``n`` examples over seeds, with an interval at 95 %.
-
-    Wilson's bounds for the examples, moved out by the spread of the seeds.
-
-    Args:
-        parts: One a seed.
-        n: Out of how many examples each.
-
-    Returns:
-        Mean and interval, within [0, 1].
-
-    Example:
-        >>> part_interval([1.0, 1.0], 100)
-        Interval(value=1.0, low=0.963..., high=1.0)
-    """
-    mean = sum(parts) / len(parts)
-    low, high = wilson(torch.tensor(mean * n), torch.tensor(float(n)))
-    return _over_seeds(Interval(mean, float(low), float(high)), parts)
-
-
-def _over_seeds(
-    of_examples: Interval, of_seed: Sequence[float], *, within: tuple[float, float] = (0.0, 1.0)
-) -> Interval:
-    """Return an interval over examples moved out by the spread of the seeds.
-
-    The squares of the two distances from the mean add up.
-    """
-    value, low, high = of_examples
-    spread = value - seed_interval(list(of_seed)).low if len(of_seed) > 1 else 0.0
-    low, high = value - math.hypot(value - low, spread), value + math.hypot(high - value, spread)
-    return Interval(value, max(low, within[0]), min(high, within[1]))

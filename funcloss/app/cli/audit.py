@@ -1,11 +1,14 @@
-"""``funcloss audit``: each class's share of the updates of a run, and what its weights do."""
+"""``funcloss audit``: what a run's class weights changed, and each class's share of its updates."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from funcloss.app.cli.output import say, unheard
+from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.table import given_of, parsed, with_table
 from funcloss.app.cli.tables import make_console, make_table, number
 from funcloss.app.config import fields, make_config
@@ -16,6 +19,7 @@ if TYPE_CHECKING:  # they load torch
     from rich.table import Table
 
     from funcloss.app.audits import RunAudit
+    from funcloss.app.runs import KeptLedger
     from funcloss.audit import Audit
 
 _MOST = 24  # classes in the table
@@ -43,12 +47,30 @@ def audit(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report.", show_default="the run folder")
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline",
+            help="Train the baseline first (all class weights 1, the same seed and batches), into "
+            "RUN/plain, unless it is there.",
+        ),
+    ] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Pairs of run and baseline for --baseline to train: the run's own seed, and the "
+            "next ones into RUN/seed-N.",
+            min=1,
+        ),
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary only.")] = False,
     **typed: Any,
 ) -> None:
-    """Report each class's share of a run's gradient and step, and what its class weights do.
+    """Report what a run's class weights changed, and each class's share of gradient and step.
 
-    Prints a summary and a table, and writes audit.html, audit.json, CSV tables and figures.
+    First the outcome: recall, precision and expected cost beside a baseline with all class weights
+    1. Then the gradient and the step at the end of the training. Writes audit.html, audit.json, CSV
+    tables and figures.
     """
     given = parsed(given_of(typed), _ROWS)
     described = {name: given.pop(name) for name in _CHECKPOINT if name in given}
@@ -60,11 +82,17 @@ def audit(
         raise ConfigError(f"a run says itself what it is: leave out {flags}")
     if checkpoint is not None and out is None:
         raise ConfigError("say with --out where the report of a --checkpoint goes")
+    if checkpoint is not None and baseline:
+        raise ConfigError("a saved model has no training to repeat: leave out --baseline")
+    if seeds > 1 and not baseline:
+        raise ConfigError(f"seeds {seeds} is of --baseline: add it")
     config = make_config(described)
 
     from funcloss.app import audits
 
     if run is not None:
+        if baseline:
+            _train_baseline(run, options, seeds, quiet=quiet)
         found = audits.audit_run(run, options)
     else:
         assert checkpoint is not None
@@ -74,18 +102,54 @@ def audit(
     _print_audit(found, audits.write_report(found, folder), quiet=quiet)
 
 
+def _train_baseline(run: Path, options: AuditOptions, seeds: int, *, quiet: bool) -> None:
+    """Train what a run is compared with, to its end or to the signal that stops it."""
+    from funcloss.app.cli.console import TrainingConsole
+    from funcloss.app.outcome import train_baseline
+
+    stop = StopOnSignal()
+    with TrainingConsole(quiet=quiet) as console, stop:
+        finished = train_baseline(
+            run, options, seeds=seeds, show=console.show, should_stop=stop.asked
+        )
+    if finished:
+        return
+    with unheard():
+        more = f" --seeds {seeds}" if seeds > 1 else ""
+        again = f"funcloss audit {shlex.quote(str(run))} --baseline{more}"
+        say(f"stopped and saved; go on with: {again}")
+        print(end="", flush=True)
+    raise typer.Exit(INTERRUPTED)
+
+
 def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
-    """Print the summary of an audit, its table, and where its report is."""
+    """Print outcome, ledger and gradient of an audit, its table, and where its report is."""
+    from funcloss.app.cli.ledger_tables import ledger_table
+    from funcloss.app.report.outcome import outcome_sentences
     from funcloss.audit import sentences
 
     out, about, audited = make_console(), found.about, found.audit
-    for line in sentences(
-        audited, optimizer=about.optimizer, scale_invariant=about.scale_invariant
-    ):
-        out.print(line)
+    now = sentences(
+        audited,
+        optimizer=about.optimizer,
+        scale_invariant=about.scale_invariant,
+        log_loss=about.log_loss,
+    )
+    told = {
+        "Outcome.": outcome_sentences(found.outcome),
+        "Ledger: what each class's examples did over the training.": _on_ledger(found.ledger),
+        "Now: one gradient and one step, a diagnostic of this moment, not of the training.": now,
+    }
+    for heading, lines in ((heading, lines) for heading, lines in told.items() if lines):
+        out.print(heading)
+        for line in lines:
+            out.print(line)
     if quiet:
         return
     out.print()
+    if found.ledger is not None:
+        out.print(ledger_table(found.ledger))
+        out.print()
     out.print(_class_table(audited))
     out.print(
         f"{about.examples:,} examples of {about.dataset}, {about.split}; "
@@ -97,6 +161,18 @@ def _print_audit(found: "RunAudit", files: list[Path], *, quiet: bool) -> None:
     for note in filter(None, (about.note, *audited.notes)):
         out.print(f"note: {note}")
     out.print(f"report: {files[0]}")
+
+
+def _on_ledger(found: "KeptLedger | None") -> tuple[str, ...]:
+    """Return what a ledger says, in sentences."""
+    from funcloss.audit import ledger_sentences
+
+    if found is None:
+        return ()
+    lines = ledger_sentences(
+        found.classes, found.parts, found.ledger, found.weights, exact=found.exact
+    )
+    return (*lines, f"The ledger is not whole: {found.note}.") if found.note else lines
 
 
 def _class_table(found: "Audit") -> "Table":

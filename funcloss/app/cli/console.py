@@ -1,7 +1,7 @@
 """What trainings and sweeps show: progress on a terminal, plain lines when piped, tables."""
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -11,6 +11,7 @@ from rich.table import Table
 from funcloss import decisions, training
 from funcloss._names import printable
 from funcloss.app import runs, sweep
+from funcloss.app.cli.ledger_tables import running_lines
 from funcloss.app.cli.output import say, unheard
 from funcloss.app.cli.stopping import INTERRUPTED, StopOnSignal
 from funcloss.app.cli.tables import between, make_console, make_table, number
@@ -20,13 +21,7 @@ from funcloss.app.report.choice import Choice
 from funcloss.app.runs.folds import OUT_OF_FOLD
 from funcloss.decisions import Interval
 
-_SHOWN = 10  # classes side by side
 _ANY_TWO = ("one", "two")  # classes, whose names costs of 1 do not speak
-_SHARES = {
-    "share": "share of the gradient",
-    "update_share": "share of the step",
-    "expected_share": "weight x count",
-}
 
 
 def watched(start: Callable[..., runs.Outcome], *, again: str, quiet: bool) -> None:
@@ -60,8 +55,8 @@ class TrainingConsole:
     def __init__(self, *, quiet: bool) -> None:
         """Show everything, or, when ``quiet``, warnings only."""
         self._quiet = quiet
-        self._audits: list[list[dict[str, Any]]] = []  # of the epoch
-        self._audit_seconds = self._epoch_seconds = 0.0  # since an epoch was shown
+        self._audits = 0  # since an epoch was shown, as the seconds
+        self._audit_seconds = self._epoch_seconds = 0.0
         self._log_every, self._early = 1, False  # as the run that started has it
         self._before = self._of_seed = 0  # steps of a sweep: before this seed, and of each
         self._out = make_console()
@@ -111,9 +106,15 @@ class TrainingConsole:
                     self._bar.update(task, completed=done, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
                 if not self._out.is_terminal and not (self._early and step % self._log_every):
                     self._print(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} examples/s")
-            case runs.Audited(_, seconds, rows):
-                self._audits.append(rows)
+            case runs.Audited(seconds=seconds):
+                self._audits += 1
                 self._audit_seconds += seconds
+            case runs.LedgerReport():
+                if not self._quiet and (not self._early or _is_round(event.epoch)):
+                    line, table = running_lines(event)
+                    self._out.print(line)
+                    if table is not None:
+                        self._out.print(table)
             case runs.EpochReport():
                 self._epoch_seconds += event.seconds
                 if not self._early or _is_round(event.number):
@@ -146,17 +147,15 @@ class TrainingConsole:
             for name, scores in report.evaluations.items()
         )
         of = "" if self._early else f"/{report.epochs}"
+        audits = ""
+        if self._audits:
+            took = self._audit_seconds / max(self._epoch_seconds, 1e-9)
+            audits = f"  {_count(self._audits, 'audit')} recorded, {took:.1%} of the time"
         self._print(
             f"epoch {report.number}{of}  training loss {report.loss:.4f}  {parts}  "
-            f"{report.seconds:.1f} s"
+            f"{report.seconds:.1f} s{audits}"
         )
-        if self._audits and not self._quiet:
-            self._out.print(_shares_table(self._audits))
-            took = self._audit_seconds / max(self._epoch_seconds, 1e-9)
-            audits = _count(len(self._audits), "audit")
-            what = "of these epochs" if self._early else "of the epoch"
-            self._print(f"{audits} took {took:.1%} {what}")
-        self._audits, self._audit_seconds, self._epoch_seconds = [], 0.0, 0.0
+        self._audits, self._audit_seconds, self._epoch_seconds = 0, 0.0, 0.0
 
     def _begin(self, name: str, total: int | None, done: int) -> None:
         """Begin a bar, in the place of one that has ended."""
@@ -277,26 +276,6 @@ def _hints(summary: dict[str, Any], run: str, allowed: str) -> list[str]:
 def _is_round(number: int) -> bool:
     """Return whether a number is 1 to 9, or 10, 20 and so on, or 100, 200 and so on."""
     return len(str(number).rstrip("0")) == 1
-
-
-def _shares_table(audits: list[list[dict[str, Any]]]) -> Table:
-    """Return mean and expected share of each class over some audits, a column per class."""
-    names = [row["class"] for row in audits[0]]
-    means = {key: [_mean(rows[c][key] for rows in audits) for c in range(len(names))]
-             for key in _SHARES}  # fmt: skip
-    order = sorted(range(len(names)), key=lambda c: -(means["share"][c] or 0.0))
-    shown = sorted(order[:_SHOWN])
-    rows = [("class", *(names[c] for c in shown))]
-    for key, title in _SHARES.items():
-        rows.append((title, *(number(means[key][c], ".0%") for c in shown)))
-    table = make_table([""] * (1 + len(shown)), rows, left=0)
-    table.show_header = False
-    return table
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _constrained(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from funcloss._json import jsonable
 from funcloss._names import short
 from funcloss.app.report.audit_figures import columns_of, history_lines, limit_of, subsample
+from funcloss.app.report.outcome import RunOutcome, outcome_sentences
 from funcloss.app.report.pages import (
     MOST,
     About,
@@ -41,6 +42,8 @@ def render_page(
     history: Sequence[Mapping[str, Any]] = (),
     pictures: Mapping[int, bytes] | None = None,
     before: Markup = _NOTHING,
+    outcome: RunOutcome | str = "",
+    ledger_section: str = "",
 ) -> str:
     """Return an audit as one HTML page that works without a network, and without scripts.
 
@@ -50,6 +53,8 @@ def render_page(
         history: Records of a training's audits, as in ``metrics.jsonl``: the share over the steps.
         pictures: PNG files of examples, by position in the data.
         before: Sections that come before the audit's own, already rendered.
+        outcome: What the class weights changed in recall, or why that is not known.
+        ledger_section: What the ledger of the training says, already rendered.
 
     Returns:
         The page. Whatever the names of the classes hold, they come out as text.
@@ -62,6 +67,9 @@ def render_page(
         .render(
             about=about,
             before=before,
+            outcome=outcome if isinstance(outcome, RunOutcome) else None,
+            outcome_lines=outcome_sentences(outcome, name=isolated),
+            ledger_section=Markup(ledger_section),
             audit=audit,
             names=[audit.classes[c] for c in shown],
             name_width=max(len(short(audit.classes[c], 14)) for c in shown) + 2,
@@ -71,6 +79,7 @@ def render_page(
                 audit,
                 optimizer=about.optimizer,
                 scale_invariant=about.scale_invariant,
+                log_loss=about.log_loss,
                 name=isolated,
             ),
             rows=_class_rows(audit, shown),

@@ -37,6 +37,7 @@ class About:
     command: str  # that made it
     versions: dict[str, str]
     made: str  # ISO time
+    log_loss: bool = False  # whether the loss is the cross-entropy
 
 
 # Numbers and names

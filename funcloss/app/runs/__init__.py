@@ -7,12 +7,14 @@ from funcloss.app.runs.events import (
     Constrained,
     EpochReport,
     Event,
+    LedgerReport,
     Note,
     Started,
     Watcher,
 )
 from funcloss.app.runs.export import ExportReport, export_run
 from funcloss.app.runs.folds import FoldReport, OutOfFold, read_folds
+from funcloss.app.runs.ledger import KeptLedger, read_ledger
 from funcloss.app.runs.lifecycle import Outcome, kept_model, load_checkpoint, run, write_run
 from funcloss.app.runs.model import TrainedModel
 from funcloss.app.runs.use import (
@@ -34,6 +36,8 @@ __all__ = [
     "Event",
     "ExportReport",
     "FoldReport",
+    "KeptLedger",
+    "LedgerReport",
     "Note",
     "OutOfFold",
     "Outcome",
@@ -51,6 +55,7 @@ __all__ = [
     "load_tensors",
     "predict_files",
     "read_folds",
+    "read_ledger",
     "restore",
     "run",
     "save_tensors",

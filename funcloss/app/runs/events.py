@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from funcloss.app.config import TrainConfig
+from funcloss.audit import Ledger
 from funcloss.decisions import Evaluation
 from funcloss.training.loop import Progress
 
@@ -48,6 +51,20 @@ class Audited:
     rows: list[dict[str, Any]]  # one per class
 
 
+@dataclass(frozen=True, eq=False)
+class LedgerReport:
+    """The sums of the ledger after an epoch."""
+
+    epoch: int
+    classes: tuple[str, ...]
+    parts: tuple[str, ...]  # names of the columns
+    ledger: Ledger
+    exact: bool  # every step was measured
+    seconds: float  # that it took so far
+    training_seconds: float  # that the steps took without it
+    weights: Tensor  # of the classes in the training, (classes,)
+
+
 @dataclass(frozen=True)
 class Constrained:
     """A measurement of the constraints, after ``step`` steps."""
@@ -56,7 +73,7 @@ class Constrained:
     record: dict[str, Any]
 
 
-Event = Note | Started | Progress | EpochReport | Audited | Constrained
+Event = Note | Started | Progress | EpochReport | Audited | LedgerReport | Constrained
 Show = Callable[[Any], None]
 
 

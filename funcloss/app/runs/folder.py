@@ -42,9 +42,10 @@ CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 MODEL, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 # All that is ever written into the folder of a run or a sweep, and the folders in it.
 _WRITTEN = (
-    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, "folds.safetensors"),
+    *(CONFIG, METRICS, SUMMARY, MODEL, CHECKPOINT, "folds.safetensors", "ledger.safetensors"),
     *(*FIGURES, "events.out.tfevents.*"),
     *("audit.html", "audit.json", "audit_classes.csv", "audit_pairs.csv", "audit_examples.csv"),
+    *("audit_ledger.csv",),
     *("audit_share.png", "audit_conflict.png", "audit_impact.png", "audit_norms.png"),
     *("audit_examples.png", "audit_history.png", "audit_elasticity.png"),
     *("floor.html", "floor.json", "frontier.png"),
@@ -52,7 +53,7 @@ _WRITTEN = (
     *("seed-[0-9]*.safetensors", "folds-[0-9]*.safetensors"),
 )
 SIGNS = {"run": CONFIG, "sweep": "sweep.toml"}  # what tells such a folder
-_FOLDERS = ("plain", "chosen", "tensorboard")
+_FOLDERS = ("plain", "chosen", "tensorboard", "seed-[0-9]*")
 _NAMED = 5  # files in an error
 
 
@@ -115,7 +116,7 @@ def foreign(path: Path) -> list[str]:
         if HALF.fullmatch(name):  # what a kill left
             continue
         if item.is_dir() and not item.is_symlink():
-            own = name in _FOLDERS
+            own = any(fnmatchcase(name, pattern) for pattern in _FOLDERS)
             found += [f"{name}/{n}" for n in foreign(item)] if own else [f"{name}/"]
         elif not any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
             found.append(name)

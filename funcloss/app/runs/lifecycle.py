@@ -36,6 +36,7 @@ from funcloss.app.runs.early import (
 from funcloss.app.runs.evaluation import calibrated, evaluate, rescored
 from funcloss.app.runs.events import Constrained, EpochReport, Note, Show, Started, Watcher
 from funcloss.app.runs.folds import FILE, OUT_OF_FOLD, cross_validated, make_folds, read_done
+from funcloss.app.runs.ledger import RunLedger
 from funcloss.app.runs.log import keep_lines, lines_of, metrics_line, with_steps_before
 from funcloss.app.runs.model import Header, TrainedModel, save_model, weights_of
 from funcloss.app.runs.opening import announce
@@ -456,6 +457,11 @@ def _run_from(job: _Job, begin: _Begin, watcher: Watcher) -> Outcome:
     over = job.is_over(done, memory)
     watcher.show(Started(job.run_dir, config, done, setup.steps))
     audit = None if over else step_auditor(setup, watcher.show)
+    ledger = (
+        None
+        if over or config.ledger == "off"
+        else RunLedger(setup, watcher.show, state, job.run_dir)
+    )
     saved = time.monotonic()
     with report.scalars(job.run_dir, config.tensorboard) as add_scalars:
         log = _Log(job, begin, watcher.show, add_scalars)
@@ -482,12 +488,16 @@ def _run_from(job: _Job, begin: _Begin, watcher: Watcher) -> Outcome:
                     watcher.show(audited)
             done += 1
             log.taking(state, hyper)
-            state, metrics = job.train_step(state, batch, hyper)
+            after, metrics = job.train_step(state, batch, hyper)
+            if ledger is not None:
+                ledger.update(state, batch, hyper, after)
             log.losses.append(metrics["loss"])
-            return state, metrics
+            return after, metrics
 
         def save() -> None:
             _save(job, _Begin(state, memory, (), tuple(log.losses), log.seconds))
+            if ledger is not None:
+                ledger.save(job.run_dir, int(state.step))
 
         evaluations: dict[str, Evaluation] = {}
         if done == 0 and not log.records:
@@ -510,6 +520,8 @@ def _run_from(job: _Job, begin: _Begin, watcher: Watcher) -> Outcome:
                 evaluations = evaluate(setup.trained(state), setup.dataset, job.splits)
                 loss, seconds = report.of_epoch(log.records, epoch.number)
                 line = {"epoch": epoch.number, "step": epoch.step, "examples": epoch.examples}
+                if ledger is not None and (summed := ledger.epoch(epoch.number, state)):
+                    log.record(summed | {"epoch": epoch.number, "step": epoch.step})
                 log.epoch(line | {"loss": loss, "seconds": seconds}, evaluations)
                 watcher.show(EpochReport(epoch.number, setup.epochs, loss, seconds, evaluations))
                 if isinstance(memory, Best):
@@ -543,6 +555,8 @@ def _run_from(job: _Job, begin: _Begin, watcher: Watcher) -> Outcome:
         evaluations = {OUT_OF_FOLD: held_out, **evaluations}
     model = calibrated(model, held_out, cut=setup.dataset.cut, on=on)
     _save(job, _Begin(state, memory), model)
+    if ledger is not None:
+        ledger.save(job.run_dir, int(state.step), finished=True)
     evaluations = rescored(model, evaluations)
     if folds is not None:
         over = folds.over_folds(evaluations[OUT_OF_FOLD])

@@ -79,6 +79,18 @@ AuditLine = TypedDict(
 )
 
 
+class LedgerLine(TypedDict):
+    """The ledger after an epoch."""
+
+    kind: Literal["ledger"]
+    epoch: Count
+    step: Count
+    exact: bool
+    samples: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    net: list[list[Number]] | None  # a row per held-out class; None of many classes
+
+
 class ConstraintsLine(TypedDict):
     """A measurement of the constraints."""
 
@@ -99,6 +111,7 @@ _LINES: dict[str, Any] = {
     "step": StepLine,
     "epoch": EpochLine,
     "audit": AuditLine,
+    "ledger": LedgerLine,
     "constraints": ConstraintsLine,
 }
 Lost = Callable[[str], None]  # called with a sentence if lines were lost

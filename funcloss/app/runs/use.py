@@ -138,11 +138,11 @@ def evaluate_run(run_dir: str | Path, options: EvaluateOptions = _DEFAULTS) -> E
         dataset=fitted.name,
         split=split,
         note="; ".join(filter(None, (fitted.note, rule_caveat(config)))),
-        sources=_sources(_asked(run.config, options), fitted, split, examples) * found.repeats,
+        sources=sources_of(_asked(run.config, options), fitted, split, examples) * found.repeats,
     )
 
 
-def _sources(
+def sources_of(
     asked: TrainConfig, data: Dataset, split: str, examples: Examples
 ) -> list[tuple[str, int | None]]:
     """Return where each example is: its file, a table and its row, or its number in the split."""

@@ -1,0 +1,123 @@
+"""The training examples behind an entry of a ledger: whose gradients raise a class's loss."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from funcloss.audit.data import GroupBy
+from funcloss.audit.held_out import make_held_out
+from funcloss.audit.inner import scaled_rows
+from funcloss.audit.ledger import make_taking, point_of
+from funcloss.audit.loss import LossSpec, as_spec
+from funcloss.audit.sampling import drawn
+from funcloss.keys import example_keys, keyed_randomness
+from funcloss.objectives import make_forward
+from funcloss.objectives.supervised import Criterion
+from funcloss.optim import Optimizer, Schedule
+from funcloss.training import TrainState
+from funcloss.transforms import quiet_jvp
+from funcloss.typing import Batch, Hyper, LossFn, Params
+
+# (state before the step, batch, hyper) -> (classes, examples of the batch)
+Behind = Callable[[TrainState, Batch, Hyper], Float[Tensor, "classes batch"]]
+
+
+def make_behind(
+    model: nn.Module,
+    criterion: Criterion,
+    optimizer: Optimizer,
+    held_out: Batch | Sequence[Batch],
+    loss: LossFn | LossSpec,
+    *,
+    classes: Sequence[str],
+    schedule: Schedule | None = None,
+    clip_norm: float = 0.0,
+    group_by: GroupBy | None = None,
+    per_class: int = 20,
+    seed: int = 0,
+) -> Behind:
+    """Return what tells how each example of a batch moves each class's held-out loss.
+
+    To first order, ``<grad L_k, u_i>``, with ``u_i`` the step of the example's own part of the
+    gradient, ``J_i^T dL/dz_i``, and of all that the optimiser's memory makes of it later, at the
+    step's own rate and scale. One forward-mode pass for each class, along the step that its
+    gradient would be: ``a * grad L_k``, where the optimiser makes ``a * g`` of a gradient ``g``.
+
+    Args:
+        model: As for :func:`make_ledger`, and all that follow.
+        criterion: What the training minimises of predictions.
+        optimizer: What takes the steps.
+        held_out: Examples that the losses are of.
+        loss: Of one held-out example, at weight 1.
+        classes: Names of the classes.
+        schedule: Factor on the learning rate by number of the step.
+        clip_norm: Largest norm of the gradient.
+        group_by: From a batch to the group of each example.
+        per_class: Held-out examples of each class, drawn for each step.
+        seed: Of what is drawn.
+
+    Returns:
+        The function; below 0: the example lowers the loss.
+
+    Raises:
+        AuditError: as :func:`make_ledger`.
+
+    Example:
+        >>> from funcloss import losses, models, optim
+        >>> from funcloss.objectives import mean_of
+        >>> from funcloss.training import init_state
+        >>> _ = torch.manual_seed(0)
+        >>> model, optimizer = models.linear((1, 2, 2), 2), optim.sgd()
+        >>> batch = Batch(torch.rand(6, 1, 2, 2), torch.tensor([0, 1, 0, 1, 0, 1]))
+        >>> behind = make_behind(
+        ...     model, mean_of(losses.cross_entropy), optimizer, batch, losses.cross_entropy,
+        ...     classes=("a", "b"))
+        >>> state, hyper = init_state(model, optimizer), {"learning_rate": torch.tensor(0.1)}
+        >>> effect = behind(state, batch, hyper)
+        >>> effect.shape, bool((effect[0, [0, 2, 4]] < 0).all())
+        (torch.Size([2, 6]), True)
+
+    References:
+        Pruthi, Liu, Kale and Sundararajan, "Estimating training data influence by tracing gradient
+        descent", 2020.
+    """
+    names = tuple(map(str, classes))
+    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
+    forward = make_forward(model)
+    take = make_taking(
+        model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
+        group_by=group_by,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def behind(state: TrainState, batch: Batch, hyper: Hyper) -> Tensor:
+        judged = held.sample(per_class, drawn(seed, int(state.step), 0))
+        _, count = judged.losses(point_of(state))
+        mean = scaled_rows(1.0 / count.clamp(min=1.0), judged.gradients(point_of(state)))
+        split = take(state, batch, hyper, state, False).split
+        nothing = {n: torch.zeros_like(m) for n, m in split.all_history(len(names)).items()}
+        along, _ = split.rows(mean, nothing)
+        keys = example_keys(state.key, state.step, len(batch.targets))
+
+        def predict(params: Params) -> Tensor:
+            with keyed_randomness(keys), sdpa_kernel(SDPBackend.MATH):
+                return forward(params, state.buffers, batch.inputs)[0]
+
+        with torch.enable_grad():
+            predictions = predict(state.params).detach().requires_grad_()
+            scalar = criterion(predictions, batch, hyper)
+        (cotangents,) = torch.autograd.grad(scalar, predictions)
+        effects = []
+        for k in range(len(names)):
+            tangents = {name: move[k] for name, move in along.items()}
+            with quiet_jvp():
+                slopes = jvp(predict, (state.params,), (tangents,))[1]
+            effects.append((cotangents * slopes).flatten(1).sum(1))
+        found = torch.stack(effects).cpu().double() / (1.0 - split.keeps)
+        return torch.where(count[:, None] > 0, found, torch.nan)
+
+    return behind
