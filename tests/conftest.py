@@ -73,7 +73,7 @@ def _whatever_the_speed(monkeypatch):
     Its ledger takes no more than its share, however short the training is.
     """
     monkeypatch.setattr(lifecycle, "_SAVED_EVERY", 0.0)
-    monkeypatch.setattr(ledger, "_LITTLE", 0.0)
+    monkeypatch.setattr(ledger, "_SHORT", 0.0)
 
 
 @pytest.fixture(autouse=True)

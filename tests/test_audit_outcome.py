@@ -165,6 +165,8 @@ def test_a_stopped_baseline_goes_on_and_further_seeds_are_pairs(paired, copy, se
     assert "Means over 2 seeds; the intervals are over examples and seeds." in outcome_sentences(
         found
     )
+    shutil.rmtree(copy / PLAIN)  # pairs of other seeds alone are of other runs
+    assert outcome_of(copy, setup).seeds == 0
 
 
 def test_ctrl_c_in_the_baseline_says_how_to_go_on(run, tmp_path, run_cli, monkeypatch):

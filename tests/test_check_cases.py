@@ -117,6 +117,7 @@ BROKEN = {
     "a_value_per_logit": ({}, "map over examples", "not one value per example"),
     "mean_then_mask": (NINE, "cost effect", "scales whole batches"),
     "divided_by_weights": (NINE, "cost effect", "divided out by the sum of the weights"),
+    "mean_of_torch": ({}, "cost effect", "alone it does nothing"),
     "class_three_dropped": ({}, "cost effect", "class 3 weighs 0"),
     "only_the_nine": ({}, "cost effect", "classes 0, 1, 2, 3, 4 ... weigh 0"),
     "weighted_by_prediction": ({}, "cost effect", "not by what is predicted"),

@@ -50,6 +50,7 @@ def kept_of(
         "seconds": 1.5,
         "training_seconds": 20.0,
         "note": "",
+        "judged": "held-out",
     }
     values |= changes
     return SimpleNamespace(parts=(*values["classes"], *EXTRA), **values)

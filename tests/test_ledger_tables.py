@@ -85,6 +85,8 @@ def test_the_rows_of_the_running_table_add_up(weights):
         parts = [row[k] for name, row in values.items() if name not in ("class", "in all")]
         assert sum(parts) == pytest.approx(float(net[k].sum()), abs=2.0)  # rounded to about 0.5
         assert values["in all"][k] == pytest.approx(float(net[k].sum()), abs=0.5)
+        own = float(net[k, k]) / (weights.get(k) or 1.0)  # the rest is due to the weight
+        assert values["own examples"][k] == pytest.approx(own, abs=0.5)
         for c in due:
             part = float(net[k, c]) * (1 - 1 / weights[c])
             assert values[f"class {c}'s weight"][k] == pytest.approx(part, abs=0.5)

@@ -219,6 +219,7 @@ def test_what_the_readme_shows_of_full_mnist_runs(data_dir, tmp_path, monkeypatc
     for block in shown:
         run_as_shown(block, monkeypatch, capsys)
     said = capsys.readouterr().out
+    assert "raised the recall of class 9 from " in said
     assert "The class weight increases class 9's contribution" in said
     assert (tmp_path / "runs" / "costly" / "audit.html").exists()
 

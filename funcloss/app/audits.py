@@ -35,9 +35,10 @@ from funcloss.app.runs.network import set_tensors
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule, make_setup
 from funcloss.app.runs.use import sources_of, split_of
 from funcloss.audit import Audit, AuditSettings, LossSpec, StepSpec, audit
-from funcloss.audit.ledger_words import certain, weighted_columns
+from funcloss.audit.ledger_words import certain
 from funcloss.audit.result import write_rows
 from funcloss.audit.training import loss_options
+from funcloss.audit.words import unusual
 from funcloss.combinators import couples_examples
 from funcloss.errors import ConfigError, RunError
 from funcloss.training import TrainState
@@ -301,7 +302,7 @@ def _behind(found: KeptLedger, setup: Setup) -> tuple[Behind, ...]:
     """Return the training examples behind the largest harm that each weighted class surely did."""
     sure = certain(found.ledger, exact=found.exact)
     pairs = []
-    for c in weighted_columns(found.weights)[:_WEIGHTED]:
+    for c in unusual(found.weights.tolist())[:_WEIGHTED]:
         harm = found.ledger.net[:, c].where(sure[:, c], 0.0)
         harm[c] = 0.0
         k = int(harm.argmax())
@@ -335,7 +336,7 @@ def _ledger_rows(found: KeptLedger) -> Iterator[dict[str, Any]]:
     ledger, error = found.ledger, found.ledger.standard_error
     columns = range(len(found.parts))
     if len(found.classes) > _LARGEST:
-        columns = weighted_columns(found.weights)[:_LARGEST]
+        columns = unusual(found.weights.tolist())[:_LARGEST]
     for k, name in enumerate(found.classes):
         for r in columns:
             yield {

@@ -100,8 +100,8 @@ def train_baseline(
     if changed := note_on_data(run_dir, setup):
         raise RunError(f"{changed}: a baseline would be trained on other data; put it back")
     del setup
-    # Audits on the way change no step, and nobody reads those of a baseline.
-    quiet = dataclasses.replace(config, audit_every=0)
+    # Audits and ledgers change no step, and nobody reads those of what a run is compared with.
+    quiet = dataclasses.replace(config, audit_every=0, ledger="off")
     return train_pairs(quiet, run_dir, seeds, Watcher(show, should_stop))
 
 
@@ -148,6 +148,8 @@ def measured(run_dir: Path, config: TrainConfig, setup: Setup) -> RunOutcome | s
         rule_cost=None,
     )
     pairs, note = _pairs(run_dir, config) if focus else ([], "")
+    if pairs and pairs[0][0] != run_dir:  # those of other seeds alone are of other runs
+        pairs = []
     swept = _swept(run_dir) if focus else []
     if len(swept) > len(pairs):
         return _of_sweep(dataclasses.replace(outcome, note=note), swept, weights, config)

@@ -1,12 +1,14 @@
 """The training examples behind an entry of a ledger: whose gradients raise a class's loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from funcloss.audit.data import GroupBy
 from funcloss.audit.held_out import make_held_out
@@ -14,6 +16,7 @@ from funcloss.audit.inner import scaled_rows
 from funcloss.audit.ledger import make_taking, point_of
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.sampling import drawn
+from funcloss.audit.state import couples
 from funcloss.keys import example_keys, keyed_randomness
 from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion
@@ -22,8 +25,19 @@ from funcloss.training import TrainState
 from funcloss.transforms import quiet_jvp
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
-# (state before the step, batch, hyper) -> (classes, examples of the batch)
-Behind = Callable[[TrainState, Batch, Hyper], Float[Tensor, "classes batch"]]
+
+class Behind(Protocol):
+    """What tells how examples move the losses."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        hyper: Hyper,
+        which: Bool[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "classes examples"]:
+        """Return what examples do in the step that begins at a state: all of them, or ``which``."""
+        ...
 
 
 def make_behind(
@@ -37,7 +51,7 @@ def make_behind(
     schedule: Schedule | None = None,
     clip_norm: float = 0.0,
     group_by: GroupBy | None = None,
-    per_class: int = 20,
+    per_class: int = 5,
     seed: int = 0,
 ) -> Behind:
     """Return what tells how each example of a batch moves each class's held-out loss.
@@ -92,32 +106,47 @@ def make_behind(
         model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
         group_by=group_by,
     )  # fmt: skip
+    apart = not couples(model)
 
     @torch.no_grad()
-    def behind(state: TrainState, batch: Batch, hyper: Hyper) -> Tensor:
+    def behind(
+        state: TrainState, batch: Batch, hyper: Hyper, which: Tensor | None = None
+    ) -> Tensor:
         judged = held.sample(per_class, drawn(seed, int(state.step), 0))
         _, count = judged.losses(point_of(state))
         mean = scaled_rows(1.0 / count.clamp(min=1.0), judged.gradients(point_of(state)))
         split = take(state, batch, hyper, state, False).split
         nothing = {n: torch.zeros_like(m) for n, m in split.all_history(len(names)).items()}
-        along, _ = split.rows(mean, nothing)
+        rows, _ = split.rows(mean, nothing)
+        along = {name: row[: len(names)] for name, row in rows.items()}
         keys = example_keys(state.key, state.step, len(batch.targets))
 
-        def predict(params: Params) -> Tensor:
-            with keyed_randomness(keys), sdpa_kernel(SDPBackend.MATH):
-                return forward(params, state.buffers, batch.inputs)[0]
+        def predict(params: Params, some: slice | Tensor = slice(None)) -> Tensor:
+            inputs = tree_map(lambda x: x[some] if isinstance(x, Tensor) else x, batch.inputs)
+            with keyed_randomness(keys[some]), sdpa_kernel(SDPBackend.MATH):
+                return forward(params, state.buffers, inputs)[0]
 
         with torch.enable_grad():
             predictions = predict(state.params).detach().requires_grad_()
             scalar = criterion(predictions, batch, hyper)
         (cotangents,) = torch.autograd.grad(scalar, predictions)
-        effects = []
-        for k in range(len(names)):
-            tangents = {name: move[k] for name, move in along.items()}
-            with quiet_jvp():
-                slopes = jvp(predict, (state.params,), (tangents,))[1]
-            effects.append((cotangents * slopes).flatten(1).sum(1))
-        found = torch.stack(effects).cpu().double() / (1.0 - split.keeps)
+        every = torch.ones_like(keys, dtype=torch.bool)
+        asked = (every if which is None else which.to(keys.device)).nonzero()[:, 0]
+        some = asked if apart else every.nonzero()[:, 0]  # others may move an example's prediction
+        if not len(asked):
+            return torch.zeros(len(names), 0, dtype=torch.float64)
+
+        def slopes(tangents: Params) -> Tensor:
+            return jvp(lambda params: predict(params, some), (state.params,), (tangents,))[1]
+
+        with quiet_jvp():
+            try:
+                along_each = vmap(slopes)(along)
+            except RuntimeError:  # something in the model cannot be mapped over
+                each = [{n: move[k] for n, move in along.items()} for k in range(len(names))]
+                along_each = torch.stack([slopes(tangents) for tangents in each])
+        found = (cotangents[some] * along_each).flatten(2).sum(2)
+        found = (found if apart else found[:, asked]).cpu().double() / (1.0 - split.keeps)
         return torch.where(count[:, None] > 0, found, torch.nan)
 
     return behind

@@ -34,7 +34,7 @@ from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Grads, Hyper, LossFn, Params
 
-CLOSES = 0.01  # of a step: steps that go to and fro leave less than each of them
+_CLOSES = 0.005  # of a step: steps that go to and fro leave less than each of them
 STATISTICS = "statistics"  # what batch normalisation keeps beside the parameters
 
 
@@ -121,7 +121,7 @@ def make_ledger(
     the step's own dropout masks, exact with batch normalisation; each part has its own memory in
     the optimiser. An update costs a backward pass for each class in the batch, and three passes
     over the held-out examples in evaluation mode, more where the step is so long that Simpson's
-    rule does not close within 1 %. :func:`make_sampled_ledger` measures some of the steps.
+    rule does not close within 0.5 %. :func:`make_sampled_ledger` measures some of the steps.
 
     Args:
         model: In the mode that it is trained in; it is not touched.
@@ -210,7 +210,7 @@ def with_layers(layers: dict[str, Tensor], more: Tensor) -> dict[str, Tensor]:
 
 
 def measured(
-    held: HeldOut, taken: Taken, moves: Params
+    held: HeldOut, taken: Taken, moves: Params, *, closes: float = _CLOSES
 ) -> tuple[Impact, Tensor, Callable[[Params], Tensor]]:
     """Measure the impact of moves that add up to a step.
 
@@ -236,7 +236,8 @@ def measured(
         first,
         last,
         [held.classes],
-        closes=CLOSES,
+        closes=closes,
+        end=after.params,
     )
     return impact, now, lambda moves: products(left, moves)
 

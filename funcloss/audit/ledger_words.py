@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from funcloss.audit.ledger import Ledger
-from funcloss.audit.words import Name, _list, _sentence, _usual
+from funcloss.audit.words import Name, _list, _sentence, unusual
 
 _CLOSES = 0.05  # of the changes of the losses: how much the parts may miss them by
 _ROUNDING = 1e-9  # of what was raised and lowered in a row
@@ -34,6 +34,7 @@ def ledger_sentences(
     class_weights: Float[Tensor, " classes"],
     *,
     exact: bool,
+    judged: str = "held-out",
     name: Name = str,
     most: int = 4,
 ) -> tuple[str, ...]:
@@ -47,6 +48,7 @@ def ledger_sentences(
         ledger: The sums over a training.
         class_weights: Of the training, shape ``(classes)``.
         exact: Whether each step was measured, not a sample of them.
+        judged: Which examples the losses are of, ``held-out`` or ``training``.
         name: How a class's name is written.
         most: Weighted classes to speak of, at most.
 
@@ -76,7 +78,7 @@ def ledger_sentences(
     if not int(ledger.steps):
         return ("No step was measured: the ledger is empty.",)
     if not _changes(ledger).isfinite().any():
-        return ("No class has a finite loss on held-out examples: the ledger cannot tell.",)
+        return ("No class has a finite loss: the ledger cannot tell.",)
     if exact and not closes(ledger):
         return (
             "The parts do not add up to the measured changes of the losses: they miss them by "
@@ -95,8 +97,9 @@ def ledger_sentences(
         class_weights.tolist(),
         ledger.due_to(class_weights),
         exact,
+        judged,
     )
-    weighted = weighted_columns(class_weights)
+    weighted = unusual(class_weights.tolist())
     spoken = spoken_columns(ledger, class_weights, exact=exact, most=most)
     lines = []
     if weighted:
@@ -138,17 +141,6 @@ def closes(ledger: Ledger) -> bool:
     return ledger.residual <= _CLOSES
 
 
-def weighted_columns(class_weights: Float[Tensor, " classes"]) -> list[int]:
-    """Return the classes whose weight is not the most common one, the most unusual first."""
-    weights = class_weights.tolist()
-    usual = _usual(weights)
-
-    def unusual(c: int) -> float:
-        return abs(math.log(weights[c] / usual)) if weights[c] > 0 and usual > 0 else math.inf
-
-    return sorted((c for c, w in enumerate(weights) if w != usual), key=lambda c: (-unusual(c), c))
-
-
 def spoken_columns(
     ledger: Ledger,
     class_weights: Float[Tensor, " classes"],
@@ -157,7 +149,7 @@ def spoken_columns(
     most: int = 4,
 ) -> list[int]:
     """Return the classes to speak of: those weighted, else two that did most to others' losses."""
-    if weighted := weighted_columns(class_weights):
+    if weighted := unusual(class_weights.tolist()):
         return weighted[:most]
     classes = len(class_weights)
     surely = ledger.net.where(certain(ledger, exact=exact), 0.0)
@@ -215,13 +207,14 @@ class _Writer:
     weights: Sequence[float]
     due: Float[Tensor, "classes classes"]
     exact: bool
+    judged: str
 
     def weighted(self, c: int) -> list[str]:
         """Say what the examples of a weighted class did, who paid, and what the weight added."""
         who = f"{_sentence(self.names[c])} (weight {self.weights[c]:.4g})"
         if not self.net[:, c].nan_to_num(0.0).any():
             when = "" if self.exact else " in the steps that were measured"
-            return [f"{who}: its examples moved no held-out loss{when}."]
+            return [f"{who}: its examples moved no loss{when}."]
         losers = self.moved_by(c, up=True)
         deeds = []
         if self.sure[c, c]:
@@ -272,7 +265,7 @@ class _Writer:
         others = self.net[:, c].clone()
         others[c] = math.nan
         if not others.isfinite().any():
-            return ["No other class has a finite loss on held-out examples."]
+            return ["No other class has a finite loss."]
         if not self.exact:
             return ["The samples show no other class's loss raised by them."]
         by_more = " by more than the parts miss the changes by" if (others > 0).any() else ""
@@ -324,12 +317,12 @@ class _Writer:
         lines = []
         if unknown:
             have = "has" if len(unknown) == 1 else "have"
-            lines.append(f"{_sentence(_list(unknown, _NAMED))} {have} no held-out examples.")
+            lines.append(f"{_sentence(_list(unknown, _NAMED))} {have} no {self.judged} examples.")
         if lost:
             lines.append(f"No finite loss at the end: {_list(lost, _NAMED)}.")
         lines.append(
-            "A loss here is the mean over a class's held-out examples, each at weight 1 (in nats "
-            "where it is a cross-entropy); an entry adds up what all steps changed it by."
+            f"A loss here is the mean over a class's {self.judged} examples, each at weight 1 (in "
+            "nats where it is a cross-entropy); an entry adds up what all steps changed it by."
         )
         changed = _changes(self.ledger)
         changed = changed[changed.isfinite()].abs().max()

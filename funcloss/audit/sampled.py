@@ -41,7 +41,8 @@ from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
 from funcloss.typing import Batch, Hyper, LossFn, Params
 
-_PER_CLASS = 20  # held-out examples of a class that a step is measured on
+_PER_CLASS = 5  # held-out examples of a class that a step is measured on: more steps tell more
+_CLOSES = 0.1  # of a step: far below the errors of the sample
 _BLOCK, _BEFORE, _DELAY, _HELD_OUT = range(4)  # what random numbers are drawn for
 
 
@@ -257,7 +258,7 @@ def _estimates(
     expected length of the blocks of those that meet at a step is ``1 - r^n`` after ``n`` steps.
     """
     whole = {name: (taken.after.params[name] - p)[None] for name, p in taken.before.params.items()}
-    impact, now, products = measured(held, taken, whole)
+    impact, now, products = measured(held, taken, whole, closes=_CLOSES)
     reached = 1.0 - taken.split.keeps ** (step - int(sampling.since) + 1)
     found = []
     for effect in effects:

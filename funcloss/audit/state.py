@@ -126,6 +126,15 @@ def _drops(module: nn.Module) -> bool:
     return any(isinstance(p, float) and p > 0 for p in given)
 
 
+def couples(model: nn.Module) -> bool:
+    """Return whether the model has a layer that couples the examples of a batch."""
+    try:
+        check_no_coupling(model)
+    except AuditError:
+        return True
+    return False
+
+
 def check_no_coupling(model: nn.Module) -> None:
     """Raise ``AuditError`` if the model has a layer that couples the examples of a batch."""
     for name, module in model.named_modules():

@@ -287,6 +287,7 @@ def impact_along(
     blocks: Sequence[range],
     *,
     closes: float = _CLOSES,
+    end: Params | None = None,
 ) -> tuple[Impact, Callable[[range], Grads]]:
     """Integrate along a step by Simpson's rule, in as many pieces as it takes to add up.
 
@@ -299,6 +300,7 @@ def impact_along(
         after: Those one step on.
         blocks: Of classes.
         closes: Relative distance of the parts from the measured change that ends it.
+        end: After the step, as the next one begins; None: their sum.
 
     Returns:
         The impact, and the mean gradients along the step that it was found by.
@@ -308,8 +310,10 @@ def impact_along(
         def mean_gradients(block: range) -> Grads:
             total: Grads = {}
             for point, weight in enumerate(_simpson(pieces)):
-                at = {name: p + point / (2 * pieces) * step[name] for name, p in params.items()}
-                found = sums_at(at if point else params)(block)
+                part = point / (2 * pieces)
+                at = {0.0: params, 1.0: end}.get(part)
+                at = at or {name: p + part * step[name] for name, p in params.items()}
+                found = sums_at(at)(block)
                 factors = torch.full((len(block),), weight, dtype=torch.float64)
                 scaled = scaled_rows(factors, found)
                 if total:

@@ -11,6 +11,7 @@ _PATTERNS = 8  # how many settings of the logits every class is seen in
 _DRAWS = 64  # random batches
 _MANY = 16  # classes; of more than these, few are measured, and in fewer batches
 _FEW = 5
+_DIVIDED = "the cost is divided out by the sum of the weights: alone it does nothing"
 _CLOSE = 0.01  # relative: the draws of two classes share their batches, so little is noise
 
 
@@ -45,9 +46,10 @@ class CostEffect:
             off = off | varying
             named = [i for i, k in enumerate(self.classes) if k in self.named and off[i]]
             worst = named[0] if named else int(distance.argmax())  # what was asked about first
-            if self.stated is None:
-                raise NotApplicable(f"{self.cause()}: see map over examples")
-            raise Broken(f"{self.of_class(self.classes[worst])}; {self.cause()}")
+            cause = self.cause()
+            if self.stated is None and cause != _DIVIDED:
+                raise NotApplicable(f"{cause}: see map over examples")
+            raise Broken(f"{self.of_class(self.classes[worst])}; {cause}")
         apart = (self.within - 1).abs() > _CLOSE
         if not apart.any():
             return "every class weighs 1.00"
@@ -69,7 +71,7 @@ class CostEffect:
                 "so it does not do what it says"
             )
         if self._equal(self.alone, torch.ones_like(self.alone)):
-            return "the cost is divided out by the sum of the weights: alone it does nothing"
+            return _DIVIDED
         return "what a class weighs depends on the rest of its batch"
 
     def _varying(self) -> Tensor:

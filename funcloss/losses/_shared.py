@@ -73,23 +73,26 @@ def paired_inputs(
 
     ``axes`` is how many of the last axes belong to an example: 0 for values, 1 for distributions.
     """
-    tensors = dict(zip(names, (predictions, targets), strict=True))
-    first, second = alike_inputs(name, where, axes, **tensors)
+    first, second = alike_inputs(name, where, axes, names, predictions, targets)
     return first, second
 
 
-def alike_inputs(name: str, where: Tensor | None, axes: int, **tensors: Tensor) -> list[Tensor]:
-    """Check floating tensors of one shape, by name; return them masked and wide."""
-    (head, first), *others = tensors.items()
+def alike_inputs(
+    name: str, where: Tensor | None, axes: int, names: tuple[str, ...], *tensors: Tensor
+) -> list[Tensor]:
+    """Check floating tensors of one shape, named in turn; return them masked and wide."""
+    # Tuples alone: what a dict of keywords takes is checked again in each call of a compiled loss.
+    head, first = names[0], tensors[0]
     shape = tuple(first.shape)
-    for what, tensor in tensors.items():
+    for what, tensor in zip(names, tensors, strict=True):
         check_floating(name, what, tensor)
     if len(shape) < axes:
         raise ValueError(f"{name}: {head} must have {axes} axes or more, got shape {shape}")
-    for what, tensor in others:
+    for what, tensor in zip(names[1:], tensors[1:], strict=True):
         check_shape(name, what, tensor, shape, f"{head} {shape}")
     check_where(name, where, shape[: len(shape) - axes])
-    return [masked(tensor, where).to(wide_dtype(first)) for tensor in tensors.values()]
+    wide = wide_dtype(first)
+    return [masked(tensor, where).to(wide) for tensor in tensors]
 
 
 def signed_inputs(

@@ -101,8 +101,11 @@ def soft_cross_entropy(
     """
     names = ("logits", "targets")
     scores, probs = paired_inputs("soft_cross_entropy", logits, targets, where, axes=1, names=names)
-    log_probs = finite_at_zero(scores.log_softmax(-1), probs)
-    return finished(-(probs * log_probs).sum(-1), where, logits)
+    log_probs, log_sum = _unnormalised(scores)
+    loss = -(probs * finite_at_zero(log_probs, probs)).sum(-1)
+    if isinstance(log_sum, Tensor):
+        loss = log_sum * probs.sum(-1) + loss
+    return finished(loss, where, logits)
 
 
 @states(probabilities="softmax")

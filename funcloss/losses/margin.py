@@ -208,7 +208,7 @@ def multi_margin(
         raise ValueError(f"multi_margin: p must be 1 or 2, got {p}")
     scores, labels, spoiled = class_inputs("multi_margin", logits, labels, where)
     margin = option_of("multi_margin", "margin", margin, tuple(labels.shape), axes=1, low=0)
-    slack = (margin + scores - of_label(scores, labels).unsqueeze(-1)).relu()
+    slack = (scores + (margin - of_label(scores, labels).unsqueeze(-1))).relu()
     label = one_hot(labels, scores.shape[-1])
     loss = torch.where(label, 0, slack if p == 1 else slack.square()).mean(-1)
     if class_weights is not None:

@@ -170,7 +170,12 @@ def _on_ledger(found: "KeptLedger | None") -> tuple[str, ...]:
     if found is None:
         return ()
     lines = ledger_sentences(
-        found.classes, found.parts, found.ledger, found.weights, exact=found.exact
+        found.classes,
+        found.parts,
+        found.ledger,
+        found.weights,
+        exact=found.exact,
+        judged=found.judged,
     )
     return (*lines, f"The ledger is not whole: {found.note}.") if found.note else lines
 

@@ -18,8 +18,8 @@ from funcloss.audit.ledger_words import (
     largest_rows,
     signed,
     spoken_columns,
-    weighted_columns,
 )
+from funcloss.audit.words import unusual
 
 if TYPE_CHECKING:
     from funcloss.app.runs.ledger import KeptLedger
@@ -44,16 +44,16 @@ def running_lines(report: LedgerReport) -> tuple[str, Table | None]:
         return f"{head}; the parts do not add up (off by {ledger.residual:.0%})", None
     if few(ledger):
         return f"{head}; too few of its steps were drawn so far to tell", None
-    head += "; change of each class's mean held-out loss since the first step"
+    head += "; change of each class's mean loss since the first step"
     return (head if exact else f"{head} ({_UNSURE}: not significant)"), _running_table(report)
 
 
 def _running_table(report: LedgerReport) -> Table:
-    """Return a column per class: which parts changed its held-out loss by how much."""
+    """Return a column per class: which parts changed its loss by how much."""
     ledger, exact, weights = report.ledger, report.exact, report.weights
     net, error, due = ledger.net, ledger.standard_error, ledger.due_to(weights)
     sure, changed = certain(ledger, exact=exact) | exact, ledger.now - ledger.begin
-    spoken = [c for c in weighted_columns(weights)[:_SPOKEN] if weights[c] > 0]
+    spoken = [c for c in unusual(weights.tolist())[:_SPOKEN] if weights[c] > 0]
     own = net.diagonal().clone()
     own[spoken] -= due[spoken, spoken]
     # Of samples: what is missing from the change, whose error is at most the sum of the errors.
@@ -85,7 +85,7 @@ def _running_table(report: LedgerReport) -> Table:
 
 
 def ledger_table(found: "KeptLedger") -> Table:
-    """Return a row per class: its held-out loss before and after, and what moved it, in between.
+    """Return a row per class: its loss before and after, and what moved it, in between.
 
     At most 80 columns wide: the classes spoken of have a column each, as many as there is room for.
     Of more than 24 classes, those with the largest entries. Of too few samples, the losses only.

@@ -69,6 +69,9 @@ class _Recorded(Protocol):
     @property
     def note(self) -> str: ...
 
+    @property
+    def judged(self) -> str: ...
+
 
 class ExampleBehind(NamedTuple):
     """A training example and what it did to a class's loss, to first order."""
@@ -104,7 +107,13 @@ def render(found: _Recorded, behind: Sequence[Behind] = ()) -> Markup:
     return Markup(
         section.render(
             lines=ledger_sentences(
-                found.classes, found.parts, ledger, found.weights, exact=exact, name=isolated
+                found.classes,
+                found.parts,
+                ledger,
+                found.weights,
+                exact=exact,
+                judged=found.judged,
+                name=isolated,
             ),
             note=found.note,
             exact=exact,

@@ -18,7 +18,7 @@ PLAIN = "plain"  # the folder of a baseline, in that of its run
 # (or, of floors, that a baseline has none of).
 _APART = {
     *("data_dir", "stream", "workers", "device", "threads", "compile", "check"),
-    *("log_every", "audit_every", "ledger", "tensorboard", "floor_every"),
+    *("log_every", "audit_every", "ledger", "ledger_layers", "tensorboard", "floor_every"),
 }
 
 

@@ -30,7 +30,9 @@ from funcloss.typing import Batch, Hyper
 
 FILE = "ledger.safetensors"
 _SHARE = 0.1  # of the training's time
-_LITTLE = 2.0  # seconds that it may always take
+# Where classes weigh differently or mistakes have costs: seconds that it may always take, and
+# trainings so short may take as long again.
+_LITTLE, _SHORT = 2.0, 10.0
 _HELD_OUT, _LEAST, _MOST = 2_000, 2, 100  # examples in all, and of each class
 _LARGEST = 2**30  # bytes of what is remembered for each class
 _MATRICES = 100  # classes at most of which the sums after each epoch are kept
@@ -55,9 +57,15 @@ class KeptLedger:
     samples: int  # steps that were measured
     first: int  # the step that it begins before; 0: the training's first
     note: str  # why it is not of the whole training; empty: it is
+    judged_on: str  # split whose losses they are: validation, or train where there is none
     examples: Tensor  # (seen,) int64: training examples of weighted classes, by index
     labels: Tensor  # (seen,) int64: of each
     effects: Tensor  # (seen, classes): on each class's held-out loss, to first order, summed
+
+    @property
+    def judged(self) -> str:
+        """Return what the examples are called whose losses they are."""
+        return "held-out" if self.judged_on == "validation" else "training"
 
     def behind(self, k: int, c: int, most: int = 8) -> list[tuple[int, float]]:
         """Return the examples of class ``c`` that raised the loss of ``k`` most, with how much.
@@ -84,6 +92,7 @@ class _Header:
     timed: int  # of these
     measured: int  # steps that were measured in full
     note: str = ""
+    judged_on: str = "validation"
 
 
 class RunLedger:
@@ -117,7 +126,7 @@ class RunLedger:
             "model": setup.model,
             "criterion": setup.untrained.criterion,
             "optimizer": make_optimizer(config),
-            "held_out": _held_out(setup),
+            "held_out": _judged(setup),
             "loss": LossSpec(chosen_loss(config), options=loss_options(setup.hyper)),
             "classes": dataset.classes,
             "schedule": make_schedule(config, setup.per_epoch),
@@ -182,8 +191,9 @@ class RunLedger:
         if self._behind is None:
             return
         setup, labels = self._setup, batch.targets.cpu()
+        which = self._weighted[labels]
         try:
-            found = self._behind(state, batch, hyper)
+            found = self._behind(state, batch, hyper, which)
         except (RuntimeError, NotImplementedError):  # without a forward-mode derivative
             self._behind = None
             return
@@ -192,8 +202,8 @@ class RunLedger:
             self._order = epoch, setup.order(state.key, epoch).cpu()
         size = setup.config.batch_size
         index = self._order[1][place * size :][: len(labels)].tolist()
-        for i in self._weighted[labels].nonzero()[:, 0].tolist():
-            more = stands_for * found[:, i]
+        for i, effect in zip(which.nonzero()[:, 0].tolist(), found.T, strict=True):
+            more = stands_for * effect
             held = self._effects.get(index[i])
             self._effects[index[i]] = more if held is None else held + more
         if len(self._effects) > _EXAMPLES:
@@ -265,6 +275,7 @@ class RunLedger:
             timed=self._timed,
             measured=self._measured,
             note=self._note,
+            judged_on=_split_of(self._setup),
         )
         save_tensors(run_dir / FILE, tensors, dataclasses.asdict(header))
 
@@ -279,7 +290,7 @@ class RunLedger:
         if self._setup.config.ledger == "exact" or not self._timed:
             return True
         if self._timed == 1:  # the first steps are slow on both sides
-            return self._fastest <= self._allowed(ledger) / 4
+            return self._fastest <= self._allowed(ledger) / 10
         return self._spent + self._fastest * self._left_of(ledger) <= self._allowed(ledger)
 
     def _every(self, ledger: Ledger) -> int:
@@ -300,7 +311,8 @@ class RunLedger:
         """Return the seconds that the ledger may take of the whole training."""
         step = self._trained / max(self._timed, 1)
         whole = step * (int(ledger.steps) + self._left_of(ledger))
-        return max(_SHARE * whole, _LITTLE)
+        short = min(max(whole, _LITTLE), _SHORT) if speaks_of_costs(self._setup.config) else 0.0
+        return max(_SHARE * whole, short)
 
     def _samples(self, ledger: Ledger) -> int:
         return self._measured + (0 if ledger.sampling is None else int(ledger.sampling.samples))
@@ -362,6 +374,7 @@ def read_ledger(run_dir: Path) -> KeptLedger | None:
         samples,
         header.first,
         header.note,
+        header.judged_on,
         tensors["examples"],
         tensors["labels"],
         tensors["effects"],
@@ -423,8 +436,6 @@ def _why_not(setup: Setup, state: TrainState) -> str:
     config, dataset = setup.config, setup.dataset
     if dataset.train.costs is not None:
         return f"each example has costs of its own, by which {config.loss} learns"
-    if not len(dataset.validation.labels):
-        return "there is no validation data to hold out"
     if config.amp != "off":
         return f"the training is in {config.amp}, and a ledger in float32 is of another step"
     rows = len(dataset.classes) + 2
@@ -434,9 +445,14 @@ def _why_not(setup: Setup, state: TrainState) -> str:
     return ""
 
 
-def _held_out(setup: Setup) -> Batch:
-    """Return validation examples, at most 100 of a class and about 2,000 in all, drawn once."""
-    held = setup.dataset.validation
+def _split_of(setup: Setup) -> str:
+    """Return the split whose losses are told: never the test set."""
+    return "validation" if len(setup.dataset.validation.labels) else "train"
+
+
+def _judged(setup: Setup) -> Batch:
+    """Return the examples whose losses are told, at most 100 of a class and about 2,000 in all."""
+    held = setup.dataset.splits[_split_of(setup)]
     labels = held.labels.cpu()
     most = min(max(_HELD_OUT // len(setup.dataset.classes), _LEAST), _MOST)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
