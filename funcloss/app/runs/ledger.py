@@ -36,6 +36,7 @@ _LITTLE, _SHORT = 2.0, 10.0
 _HELD_OUT, _LEAST, _MOST = 2_000, 2, 100  # examples in all, and of each class
 _LARGEST = 2**30  # bytes of what is remembered for each class
 _MATRICES = 100  # classes at most of which the sums after each epoch are kept
+_THIRD = 3  # one drawn step in so many tells of its examples too, and stands for the others
 _EXAMPLES = 20_000  # training examples at most whose effects are kept
 _BESIDE = ("weights", "epochs", "nets", "examples", "labels", "effects")  # beside the ledger
 _LOGGED = 20  # classes at most whose sums are a line of metrics.jsonl
@@ -105,6 +106,7 @@ class RunLedger:
         """Begin at a state, or go on with the ledger that the run folder has up to there."""
         self._setup, self._show, self._note = setup, show, ""
         self._spent = self._trained = 0.0  # seconds of the ledger, and of the steps without it
+        self._drawn = 0  # steps that were drawn since the training began or went on
         self._timed = self._measured = 0  # steps that were timed, and that were measured in full
         self._fastest, self._sampling_took = math.inf, 0.0  # seconds: of a step in full; of samples
         self._left: float | None = None  # when the last step was done with
@@ -175,7 +177,9 @@ class RunLedger:
             now = self._sampled.update(ledger, state, seen, hyper, after, every)
             self._ledger = now
             if now.sampling is not None and int(now.sampling.chosen) == int(ledger.steps):
-                self._look_behind(state, seen, hyper, int(now.sampling.every))
+                self._drawn += 1
+                if self._drawn % _THIRD == 1:
+                    self._look_behind(state, seen, hyper, _THIRD * int(now.sampling.every))
 
         self._tried(take_in)
         self._left = time.perf_counter()
