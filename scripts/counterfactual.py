@@ -6,7 +6,9 @@ classes' mean losses on test digits, at the weight minus at weight 1, at the end
 weighted training says beside it what was due to the weight, `Ledger.due_to`, and the table has the
 rank correlation of the two over the other classes.
 
-    FUNCLOSS_DATA_DIR=../shared/data python scripts/counterfactual.py --out trainings.jsonl
+    export FUNCLOSS_DATA_DIR=../shared/data
+    python scripts/counterfactual.py --network mlp --steps 234 --out trainings.jsonl
+    python scripts/counterfactual.py --network article-cnn --every 16 --held-out 1000
     python scripts/counterfactual.py --quick
 
 Each finished training is a line of the file that --out names, and is not repeated. The correlation
@@ -91,6 +93,7 @@ def main(
         for label in WEIGHTED:
             cells = compared(*columns(found, label))
             print(f"| {name} | {label}={weight:g} | {' | '.join(cells)} |", flush=True)
+    for name, found in rows.items():
         residuals = [r["residual"] for r in found if r.get("residual") is not None]
         of_ledgers = f", residuals up to {max(residuals):.2%}" if residuals else ""
         print(f"{name}: {sum(r['seconds'] for r in found):.0f} seconds{of_ledgers}")
