@@ -344,6 +344,7 @@ SCRIPTS = [
     pytest.param("floors.py --recipe fast --seeds 1 --floor 9=0.9", marks=pytest.mark.long),
     "long_tail.py --seeds 1 --epochs 1 --only focal --out {out}/tail",
     "ledger.py --steps 2 --held-out 40 --only linear",
+    "counterfactual.py --quick --out {out}/trainings.jsonl",
     pytest.param("bench_watch.py --only many --rounds 3", marks=pytest.mark.long),
     pytest.param(
         "costs_table.py --quick --cache {out}/cache --json {out}/figures.json",
