@@ -218,3 +218,27 @@ def test_a_ledger_takes_its_share_of_the_time(tmp_path, monkeypatch, cost):
     assert taken <= 10.0 + 2 * cost
     if cost < 30.0:
         assert taken >= 4.0
+
+
+def test_what_a_sample_costs_is_known_again_when_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "_SHARE", 5.0)  # of a training of milliseconds: some samples
+    config = make_config(OPTIONS | {"epochs": 4, "ledger": "sampled"})
+    train(config, tmp_path / "run", should_stop=iter([False] * 30 + [True]).__next__)
+    before = kept._read(tmp_path / "run" / kept.FILE)[1]
+    ours = kept.RunLedger(
+        setup := make_setup(runs.folder.read_config(tmp_path / "run")),
+        lambda event: None,
+        runs.load_checkpoint(tmp_path / "run", setup)[0],
+        tmp_path / "run",
+    )
+    assert (ours._fastest, ours._sampling_took) == (before.fastest, before.sampling_seconds)
+    assert before.fastest > 0
+
+
+def test_weights_that_follow_constraints_have_no_ledger(tmp_path):
+    shown = []
+    options = {name: value for name, value in OPTIONS.items() if name != "class_weight"}
+    train(make_config(options | {"floor": {"9": 0.5}}), tmp_path / "run", show=shown.append)
+    said = [e.text for e in shown if isinstance(e, runs.Note) and e.warning]
+    assert any(text.startswith("no ledger is kept: class weights that follow") for text in said)
+    assert read_ledger(tmp_path / "run") is None

@@ -1,7 +1,6 @@
 """The ledger of a run: kept beside its training, for a share of the time, and in its folder."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +91,8 @@ class _Header:
     training_seconds: float
     timed: int  # of these
     measured: int  # steps that were measured in full
+    fastest: float  # seconds of the fastest of these; 0: none
+    sampling_seconds: float  # of the samples
     note: str = ""
     judged_on: str = "validation"
 
@@ -108,7 +109,7 @@ class RunLedger:
         self._spent = self._trained = 0.0  # seconds of the ledger, and of the steps without it
         self._drawn = 0  # steps that were drawn since the training began or went on
         self._timed = self._measured = 0  # steps that were timed, and that were measured in full
-        self._fastest, self._sampling_took = math.inf, 0.0  # seconds: of a step in full; of samples
+        self._fastest = self._sampling_took = 0.0  # seconds: of a step in full; of all samples
         self._left: float | None = None  # when the last step was done with
         self._sums = Thinned()
         self._effects: dict[int, Tensor] = {}  # of examples of weighted classes, by index
@@ -146,6 +147,7 @@ class RunLedger:
             self._ledger = _on(setup.config.device, self._ledger)
             self._spent, self._trained = header.seconds, header.training_seconds
             self._timed, self._measured = header.timed, header.measured
+            self._fastest, self._sampling_took = header.fastest, header.sampling_seconds
             self._first, self._note = header.first, header.note
             for number, net in zip(tensors["epochs"].tolist(), tensors["nets"], strict=False):
                 self._sums.add((number, net))
@@ -186,7 +188,7 @@ class RunLedger:
         took = self._left - begin
         self._spent += took
         if ledger.sampling is None:
-            self._fastest = min(self._fastest, took)
+            self._fastest = min(self._fastest or took, took)
         else:
             self._sampling_took += took
 
@@ -278,6 +280,8 @@ class RunLedger:
             training_seconds=self._trained,
             timed=self._timed,
             measured=self._measured,
+            fastest=self._fastest,
+            sampling_seconds=self._sampling_took,
             note=self._note,
             judged_on=_split_of(self._setup),
         )
@@ -335,10 +339,7 @@ class RunLedger:
 
 def speaks_of_costs(config: TrainConfig) -> bool:
     """Return whether a training was given weights or costs, so that its ledger is shown."""
-    return bool(
-        config.class_weight or config.class_cost or config.cost or config.cost_matrix
-        or config.floor or config.ceiling
-    )  # fmt: skip
+    return bool(config.class_weight or config.class_cost or config.cost or config.cost_matrix)
 
 
 def class_weights_of(setup: Setup) -> Tensor:
@@ -438,6 +439,8 @@ def _on(device: str, ledger: Ledger) -> Ledger:
 def _why_not(setup: Setup, state: TrainState) -> str:
     """Return why a training has no ledger, or nothing if it can have one."""
     config, dataset = setup.config, setup.dataset
+    if config.floor or config.ceiling:
+        return "class weights that follow constraints are others at each step"
     if dataset.train.costs is not None:
         return f"each example has costs of its own, by which {config.loss} learns"
     if config.amp != "off":
