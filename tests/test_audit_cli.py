@@ -39,6 +39,7 @@ SMALL = {
     "epochs": 1,
     "compile": "off",
     "audit_every": 10,
+    "ledger": "exact",
 }
 FEW = ("--examples", "600")
 FILES = [
@@ -50,6 +51,8 @@ FILES = [
     "audit_examples.png",
     "audit_history.png",
     "audit_impact.png",
+    "audit_ledger.csv",
+    "audit_ledger.png",
     "audit_norms.png",
     "audit_pairs.csv",
     "audit_share.png",
@@ -175,12 +178,15 @@ def test_plain_words_come_first_then_a_table_the_checks_and_the_report(reported)
     lines = out.splitlines()
     blank = lines.index("")
     words = lines[:blank]
-    assert 6 <= len(words) <= 16
+    assert 6 <= len(words) <= 24
     assert all(re.match(r"[A-Z].*\.$", line) for line in words), words
     assert words[0] == "Outcome."
     assert words[1].startswith("Class 9 (weight 5) has a recall of ")
-    now = next(i for i, line in enumerate(words) if line.startswith("Now: "))
-    assert words[now - 1] == (
+    ledger, _ = (
+        next(i for i, line in enumerate(words) if line.startswith(head))
+        for head in ("Ledger: ", "Now: ")
+    )
+    assert words[ledger - 1] == (
         f"No baseline: what the weight changed in recall is not known; run `funcloss audit {run} "
         "--baseline`."
     )
@@ -396,7 +402,8 @@ def test_a_second_audit_replaces_the_first_and_what_it_does_not_have_is_gone(run
     assert read(run)["about"]["split"] == "validation"
     assert len(rows_of(run / "audit_examples.csv")) == 300
     changed = {name for name, content in listing(run).items() if content != first[name]}
-    assert changed == set(FILES) - {"audit_history.png"}  # which is of the training
+    of_the_training = {"audit_history.png", "audit_ledger.csv", "audit_ledger.png"}
+    assert changed == set(FILES) - of_the_training
     assert run_cli("audit", run, "--examples", "300", "--method", "backward")[0] == 0
     assert read(run)["classes"][0]["agreement"] is None
     assert not (run / "audit_norms.png").exists()

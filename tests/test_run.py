@@ -69,6 +69,7 @@ def test_a_run_leaves_all_of_it_in_its_folder(finished):
         "config.toml",
         "confusion.png",
         "curves.png",
+        "ledger.safetensors",
         "metrics.jsonl",
         "model.safetensors",
         "predictions.png",

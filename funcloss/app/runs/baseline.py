@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from funcloss._folders import holding
-from funcloss.app.config import TrainConfig, plain_config
+from funcloss.app.config import TrainConfig, code_in, option_values, plain_config
 from funcloss.app.runs import folder
 from funcloss.app.runs.events import Note, Watcher
 from funcloss.app.runs.lifecycle import Outcome, run
@@ -56,9 +56,10 @@ def differing(config: TrainConfig, run_dir: Path) -> list[str]:
     Raises:
         RunError: the folder's configuration cannot be read.
     """
-    # Nothing is imported here; an address of code that differs is a difference.
-    kept = folder.read_config(run_dir, allow_import=True, used=())
-    names = [field.name for field in fields(config) if field.name not in {*_APART, "refused_code"}]
+    # Nothing is imported here, and what names code is not looked at.
+    kept = folder.read_config(run_dir, used=())
+    apart = {*_APART, "refused_code", *code_in(option_values(kept))}
+    names = [field.name for field in fields(config) if field.name not in apart]
     return [name for name in names if getattr(config, name) != getattr(kept, name)]
 
 
