@@ -70,10 +70,11 @@ def _font_cache(tmp_path_factory):
 def _whatever_the_speed(monkeypatch):
     """A training within a test saves after every epoch, not when a second has gone by.
 
-    Its ledger takes no more than its share, however short the training is.
+    Its ledger takes no more than its share, however short the training is, of few examples.
     """
     monkeypatch.setattr(lifecycle, "_SAVED_EVERY", 0.0)
     monkeypatch.setattr(ledger, "_SHORT", 0.0)
+    monkeypatch.setattr(ledger, "_HELD_OUT", 50)
 
 
 @pytest.fixture(autouse=True)

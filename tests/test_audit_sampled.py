@@ -96,7 +96,7 @@ def test_the_true_entries_lie_within_two_standard_errors(kind):
 
 def test_the_true_entries_lie_within_two_standard_errors_of_a_linear_model():
     rule = optim.sgd(momentum=0.5)
-    training = Training(whole.linear_net, rule, steps=24, loss=whole.score)
+    training = Training(whole.linear_net, rule, steps=16, loss=whole.score)
     found = [training.sampled(2, per_class=3, seed=seed) for seed in range(SEEDS)]
     _check(found, training.ledgers[-1])
 

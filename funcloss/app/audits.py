@@ -28,7 +28,7 @@ from funcloss.app.report.pages import About
 from funcloss.app.report.run_figures import own_style, save_figure
 from funcloss.app.runs import folder, load_checkpoint, load_tensors
 from funcloss.app.runs.auditing import loss_of
-from funcloss.app.runs.ledger import KeptLedger, read_ledger
+from funcloss.app.runs.ledger import KeptLedger, read_ledger, why_no_ledger
 from funcloss.app.runs.lifecycle import note_on_data
 from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.network import set_tensors
@@ -90,6 +90,9 @@ def audit_run(run_dir: str | Path, options: AuditOptions = _DEFAULTS) -> RunAudi
     setup = make_setup(replace(config, **here, init="", pretrained=False))  # its weights are there
     found, kept = audit_training(run_dir, setup, options), read_ledger(run_dir)
     behind = () if kept is None else _behind(kept, setup)
+    if kept is None:
+        notes = (*found.audit.notes, why_no_ledger(run_dir))
+        found = replace(found, audit=replace(found.audit, notes=notes))
     return replace(found, outcome=measured(run_dir, config, setup), ledger=kept, behind=behind)
 
 

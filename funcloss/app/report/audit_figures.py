@@ -12,9 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from funcloss._names import short
+from funcloss.app.report.kept_ledger import KeptLedger
 from funcloss.app.report.pages import MOST, thinned
 from funcloss.app.report.run_figures import plain_text
-from funcloss.app.runs.ledger import KeptLedger
 from funcloss.audit.ledger_words import few, largest_rows
 from funcloss.audit.result import Audit, ExampleRows
 from funcloss.audit.words import largest, spoken_of, unusual

@@ -3,13 +3,13 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from funcloss._names import clean
+from funcloss.app.report.kept_ledger import KeptLedger
 from funcloss.app.report.pages import (
     MOST,
     isolated,
@@ -20,7 +20,6 @@ from funcloss.app.report.pages import (
     thinned,
     zero_axis,
 )
-from funcloss.audit import Ledger
 from funcloss.audit.ledger_words import (
     certain,
     few,
@@ -34,43 +33,6 @@ _LINES = 24  # in a figure, four of them in colour
 _COLOURS = 4
 _POINTS = 200  # of a line
 _TOLD = 20  # epochs in the table below a figure
-
-
-class _Recorded(Protocol):
-    """A run's ledger, as :class:`funcloss.app.runs.ledger.KeptLedger` has it."""
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-
-    @property
-    def weights(self) -> Tensor: ...
-
-    @property
-    def exact(self) -> bool: ...
-
-    @property
-    def ledger(self) -> Ledger: ...
-
-    @property
-    def epochs(self) -> Tensor: ...
-
-    @property
-    def nets(self) -> Tensor: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def training_seconds(self) -> float: ...
-
-    @property
-    def note(self) -> str: ...
-
-    @property
-    def judged(self) -> str: ...
 
 
 class ExampleBehind(NamedTuple):
@@ -89,7 +51,7 @@ class Behind(NamedTuple):
     examples: tuple[ExampleBehind, ...]
 
 
-def render(found: _Recorded, behind: Sequence[Behind] = ()) -> Markup:
+def render(found: KeptLedger, behind: Sequence[Behind] = ()) -> Markup:
     """Return the section: what the weights did over the training, and who paid.
 
     Args:
@@ -153,7 +115,7 @@ class _Cell:
     strength: float  # of its colour, 0 to 1
 
 
-def _matrix(found: _Recorded, shown: list[int]) -> dict[str, Any]:
+def _matrix(found: KeptLedger, shown: list[int]) -> dict[str, Any]:
     """Return the rows of the classes shown, by the parts that changed their loss."""
     ledger, classes = found.ledger, len(found.classes)
     net, errors = ledger.net, ledger.standard_error
@@ -204,7 +166,7 @@ def _matrix(found: _Recorded, shown: list[int]) -> dict[str, Any]:
     }
 
 
-def _course(found: _Recorded, spoken: list[int], shown: list[int]) -> dict[str, Any] | None:
+def _course(found: KeptLedger, spoken: list[int], shown: list[int]) -> dict[str, Any] | None:
     """Return the sums of the columns spoken of after each epoch, a line per class moved."""
     if not len(found.epochs) or not len(found.nets) or not spoken:
         return None
