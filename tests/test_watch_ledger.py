@@ -129,7 +129,9 @@ def test_the_ledger_is_that_of_the_pure_step(make, name, clip, entry):
     assert found.residual < 0.02
 
 
-@pytest.mark.parametrize("options", [EXACT, EACH], ids=["exact", "sampled"])
+@pytest.mark.parametrize(
+    "options", [EXACT, pytest.param(EACH, marks=pytest.mark.slow)], ids=["exact", "sampled"]
+)
 @pytest.mark.parametrize(
     ("loop", "notes"), loops.LOOPS, ids=[loop.__name__ for loop, _ in loops.LOOPS]
 )
