@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from funcloss import class_weighted, losses, optim
 from funcloss.audit.behind import make_behind
-from funcloss.audit.ledger import STATISTICS, make_ledger, make_taking
+from funcloss.audit.ledger import STATISTICS, make_course, make_ledger
 from funcloss.errors import AuditError
 from funcloss.objectives import mean_of, supervised, weighted_mean_of
 from funcloss.training import init_state, make_train_step
@@ -230,9 +230,8 @@ def test_what_is_behind_an_entry_is_each_example_s_own_step(make, rule):
     train_step = make_train_step(supervised(model, criterion), optimizer)
     found = behind(state, batch, hyper)
     after, _ = train_step(state, batch, hyper)
-    taken = make_taking(
-        model, criterion, optimizer, CLASSES, schedule=None, clip_norm=0.0, group_by=None
-    )(state, batch, hyper, after, True)
+    course = make_course(*shared, classes=NAMES)
+    taken = course.take(state, batch, hyper, after, True)
     moves, _ = taken.split.rows(taken.gradients, taken.split.all_history(CLASSES))
     held_model = made(make).eval()
     inputs = torch.cat([b.inputs for b in HELD_OUT])

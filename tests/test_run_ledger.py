@@ -163,7 +163,7 @@ def test_a_ledger_that_fails_ends_no_training(tmp_path, monkeypatch):
     def fails(*args, **more):
         raise RuntimeError("CUDA error: out of luck\nand more")
 
-    monkeypatch.setattr(kept, "make_ledger", fails)
+    monkeypatch.setattr(kept, "make_course", fails)
     outcome = train(make_config(OPTIONS), tmp_path / "run", show=shown.append)
     assert outcome.finished
     said = [e.text for e in shown if isinstance(e, runs.Note) and e.warning]

@@ -11,14 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from funcloss.audit.data import GroupBy
-from funcloss.audit.held_out import make_held_out
 from funcloss.audit.inner import scaled_rows
-from funcloss.audit.ledger import make_taking, point_of
-from funcloss.audit.loss import LossSpec, as_spec
+from funcloss.audit.ledger import Course, make_course, point_of
+from funcloss.audit.loss import LossSpec
 from funcloss.audit.sampling import drawn
 from funcloss.audit.state import couples
 from funcloss.keys import example_keys, keyed_randomness
-from funcloss.objectives import make_forward
 from funcloss.objectives.supervised import Criterion
 from funcloss.optim import Optimizer, Schedule
 from funcloss.training import TrainState
@@ -99,42 +97,44 @@ def make_behind(
         Pruthi, Liu, Kale and Sundararajan, "Estimating training data influence by tracing gradient
         descent", 2020.
     """
-    names = tuple(map(str, classes))
-    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
-    forward = make_forward(model)
-    take = make_taking(
-        model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
-        group_by=group_by,
+    course = make_course(
+        model, criterion, optimizer, held_out, loss, classes=classes, schedule=schedule,
+        clip_norm=clip_norm, group_by=group_by,
     )  # fmt: skip
-    apart = not couples(model)
+    return behind_of(model, course, per_class=per_class, seed=seed)
+
+
+def behind_of(model: nn.Module, course: Course, *, per_class: int = 5, seed: int = 0) -> Behind:
+    """Return what tells of the examples of a course of training, as :func:`make_behind`."""
+    held, rows, apart = course.held, len(course.held.classes), not couples(model)
 
     @torch.no_grad()
     def behind(
         state: TrainState, batch: Batch, hyper: Hyper, which: Tensor | None = None
     ) -> Tensor:
         judged = held.sample(per_class, drawn(seed, int(state.step), 0))
-        _, count = judged.losses(point_of(state))
+        count = judged.counts
         mean = scaled_rows(1.0 / count.clamp(min=1.0), judged.gradients(point_of(state)))
-        split = take(state, batch, hyper, state, False).split
-        nothing = {n: torch.zeros_like(m) for n, m in split.all_history(len(names)).items()}
-        rows, _ = split.rows(mean, nothing)
-        along = {name: row[: len(names)] for name, row in rows.items()}
+        split = course.take(state, batch, hyper, state, False).split
+        nothing = {n: torch.zeros_like(m) for n, m in split.all_history(rows).items()}
+        moves, _ = split.rows(mean, nothing)
+        along = {name: move[:rows] for name, move in moves.items()}
         keys = example_keys(state.key, state.step, len(batch.targets))
 
         def predict(params: Params, some: slice | Tensor = slice(None)) -> Tensor:
             inputs = tree_map(lambda x: x[some] if isinstance(x, Tensor) else x, batch.inputs)
             with keyed_randomness(keys[some]), sdpa_kernel(SDPBackend.MATH):
-                return forward(params, state.buffers, inputs)[0]
+                return course.forward(params, state.buffers, inputs)[0]
 
         with torch.enable_grad():
             predictions = predict(state.params).detach().requires_grad_()
-            scalar = criterion(predictions, batch, hyper)
+            scalar = course.criterion(predictions, batch, hyper)
         (cotangents,) = torch.autograd.grad(scalar, predictions)
         every = torch.ones_like(keys, dtype=torch.bool)
         asked = (every if which is None else which.to(keys.device)).nonzero()[:, 0]
         some = asked if apart else every.nonzero()[:, 0]  # others may move an example's prediction
         if not len(asked):
-            return torch.zeros(len(names), 0, dtype=torch.float64)
+            return torch.zeros(rows, 0, dtype=torch.float64)
 
         def slopes(tangents: Params) -> Tensor:
             return jvp(lambda params: predict(params, some), (state.params,), (tangents,))[1]
@@ -143,7 +143,7 @@ def make_behind(
             try:
                 along_each = vmap(slopes)(along)
             except RuntimeError:  # something in the model cannot be mapped over
-                each = [{n: move[k] for n, move in along.items()} for k in range(len(names))]
+                each = [{n: move[k] for n, move in along.items()} for k in range(rows)]
                 along_each = torch.stack([slopes(tangents) for tangents in each])
         found = (cotangents[some] * along_each).flatten(2).sum(2)
         found = (found if apart else found[:, asked]).cpu().double() / (1.0 - split.keeps)

@@ -1,8 +1,8 @@
 """The held-out losses of the classes and their gradients, wherever a training is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ class HeldOut:
     groups: Tensor  # what each counts for; -1: nothing
     group_by: GroupBy | None
     make_batches: MakeBatches
-    # The last point and the gradients there: where a step ends, the next one begins.
-    last: list[tuple[Point, Grads]] = field(default_factory=list)
+    # The last points and what was found there: where a step ends, the next one begins.
+    last: dict[str, tuple[Point, Any]] = field(default_factory=dict)
 
     @property
     def classes(self) -> range:
@@ -51,27 +51,42 @@ class HeldOut:
 
     def losses(self, point: Point) -> tuple[Tensor, Tensor]:
         """Return the mean loss of each class, and how many examples it has."""
-        return class_losses(self._at(point), self.make_batches, point.params)
+        return self._once(
+            "losses",
+            point,
+            lambda: class_losses(self._at(point), self.make_batches, point.params),
+        )
 
     def gradients(self, point: Point) -> Grads:
         """Return the gradient of each class's sum of losses."""
-        if not (self.last and _same(self.last[0][0], point)):
-            found = loss_gradients(self._at(point), self.make_batches, self.classes)
-            self.last[:] = [(point, found)]
-        return self.last[0][1]
+        return self._once(
+            "gradients",
+            point,
+            lambda: loss_gradients(self._at(point), self.make_batches, self.classes),
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """Return how many examples each class has, in float64 on the CPU."""
+        groups = self.groups.cpu()
+        return groups[groups >= 0].bincount(minlength=len(self.classes)).double()
 
     def sample(self, most: int, generator: torch.Generator) -> "HeldOut":
         """Return the losses on at most so many examples of each class, drawn at random."""
-        groups = self.groups.cpu()
-        shuffled = torch.randperm(len(groups), generator=generator)
-        of_class = [shuffled[groups[shuffled] == c][:most] for c in self.classes]
-        index = torch.cat(of_class).sort().values.to(self.groups.device)
-        if len(index) == int((groups >= 0).sum()):
+        index = some_of_each(self.groups.cpu(), len(self.classes), most, generator)
+        index = index.to(self.groups.device)
+        if len(index) == int(self.counts.sum()):
             return self
         batch = tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, self.batch)
         make_batches = _batches(batch, self.context.state, self.group_by)
         groups = self.groups[index]
-        return replace(self, batch=batch, groups=groups, make_batches=make_batches, last=[])
+        return replace(self, batch=batch, groups=groups, make_batches=make_batches, last={})
+
+    def _once(self, what: str, point: Point, find: Callable[[], Any]) -> Any:
+        """Return what is found at a point, as it was if that was the last one."""
+        if what not in self.last or not _same(self.last[what][0], point):
+            self.last[what] = point, find()
+        return self.last[what][1]
 
     def _at(self, point: Point) -> AuditContext:
         at = {**point.params, **point.buffers}
@@ -116,6 +131,13 @@ def make_held_out(
     context = replace(context, blocks=(range(len(names)),))
     groups = groups_of(batch, group_by)
     return HeldOut(skeleton, forward, context, batch, groups, group_by, make_batches)
+
+
+def some_of_each(groups: Tensor, number: int, most: int, generator: torch.Generator) -> Tensor:
+    """Return the places of at most so many of each of a number of groups, drawn; ascending."""
+    shuffled = torch.randperm(len(groups), generator=generator)
+    of_each = [shuffled[groups[shuffled] == c][:most] for c in range(number)]
+    return torch.cat(of_each).sort().values
 
 
 def _same(a: Point, b: Point) -> bool:

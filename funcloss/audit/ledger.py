@@ -11,8 +11,8 @@ References:
     tracing gradient descent", 2020 (by example, to first order).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from funcloss.audit.inner import grams, layers_of, total_of
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.parts import Groups, class_parts, groups_in
 from funcloss.audit.result import Impact
-from funcloss.audit.sampling import Sampling
+from funcloss.audit.sampling import Sampling, Waiting
 from funcloss.audit.step import OWN_ROWS, SplitStep, impact_along, split_step
 from funcloss.errors import AuditError
 from funcloss.keys import example_keys, keyed_randomness
@@ -82,6 +82,28 @@ class Ledger(NamedTuple):
         """
         weights = class_weights.to(self.net)
         return self.net[:, : len(weights)] * (1.0 - 1.0 / weights)
+
+
+def ledger_from(tensors: Mapping[str, Tensor], device: torch.device | str) -> Ledger:
+    """Return a ledger from its tensors by path, what is remembered of gradients on a device.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    tree: dict[str, Any] = {}
+    for path, tensor in tensors.items():
+        *above, last = path.split("/")
+        inner = tree
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = tensor.to(device) if "memory" in above else tensor.cpu()
+    missing = [n for n in Ledger._fields if n not in (*tree, "memory", *Ledger._field_defaults)]
+    if missing:
+        raise KeyError(missing[0])
+    if "sampling" in tree:
+        waiting = Waiting(**{"memory": {}, **tree["sampling"]["waiting"]})
+        tree["sampling"] = Sampling(**{**tree["sampling"], "waiting": waiting})
+    return Ledger(**{"memory": {}, **tree})
 
 
 class Taken(NamedTuple):
@@ -160,12 +182,16 @@ def make_ledger(
         >>> keeper.parts, ledger.residual < 1e-3
         (('a', 'b', 'weight decay', 'history', 'statistics'), True)
     """
-    names = tuple(map(str, classes))
-    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
-    take = make_taking(
-        model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
-        group_by=group_by,
+    course = make_course(
+        model, criterion, optimizer, held_out, loss, classes=classes, schedule=schedule,
+        clip_norm=clip_norm, group_by=group_by,
     )  # fmt: skip
+    return exact_keeper(course, by_layer=by_layer)
+
+
+def exact_keeper(course: "Course", *, by_layer: bool = False) -> LedgerKeeper:
+    """Return what keeps the ledger of a course of training, as :func:`make_ledger`."""
+    held, take = course.held, course.take
 
     @torch.no_grad()
     def init(state: TrainState) -> Ledger:
@@ -177,7 +203,7 @@ def make_ledger(
     ) -> Ledger:
         return with_step(ledger, held, take(state, batch, hyper, after, True))
 
-    return LedgerKeeper(init, update, (*names, *OWN_ROWS, STATISTICS))
+    return LedgerKeeper(init, update, course.parts)
 
 
 def begun(held: HeldOut, point: Point, *, more: int = 0, by_layer: bool = False) -> Ledger:
@@ -251,26 +277,39 @@ def point_of(state: TrainState) -> Point:
 Taking = Callable[[TrainState, Batch, Hyper, TrainState, bool], Taken]
 
 
-def make_taking(
+class Course(NamedTuple):
+    """How a training by the pure step goes, and the losses that its ledger is of."""
+
+    held: HeldOut
+    forward: Forward
+    criterion: Criterion
+    take: Taking
+    parts: tuple[str, ...]  # names of the columns of its ledger
+
+
+def make_course(
     model: nn.Module,
     criterion: Criterion,
     optimizer: Optimizer,
-    classes: int,
+    held_out: Batch | Sequence[Batch],
+    loss: LossFn | LossSpec,
     *,
-    schedule: Schedule | None,
-    clip_norm: float,
-    group_by: GroupBy | None,
-) -> Taking:
-    """Return what takes a step of the pure training to its parts; args as :func:`make_ledger`."""
+    classes: Sequence[str],
+    schedule: Schedule | None = None,
+    clip_norm: float = 0.0,
+    group_by: GroupBy | None = None,
+) -> Course:
+    """Return what all that keeps a ledger of a training looks at; args as :func:`make_ledger`."""
+    names = tuple(map(str, classes))
+    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
     forward = make_forward(model)
 
     def take(
         state: TrainState, batch: Batch, hyper: Hyper, after: TrainState, by_class: bool
     ) -> Taken:
-        groups = groups_in(groups_of(batch, group_by), classes + 1)
-        gradient, parts = _gradients(
-            forward, criterion, state, batch, hyper, groups, classes * by_class
-        )
+        groups = groups_in(groups_of(batch, group_by), len(names) + 1)
+        rows = len(names) if by_class else 0
+        gradient, parts = _gradients(forward, criterion, state, batch, hyper, groups, rows)
         rate = hyper["learning_rate"]
         rate = rate if schedule is None else rate * schedule(state.step)
         split, why_not = split_step(
@@ -280,7 +319,7 @@ def make_taking(
             raise AuditError(f"ledger: {why_not}")
         return Taken(point_of(state), point_of(after), split, parts)
 
-    return take
+    return Course(held, forward, criterion, take, (*names, *OWN_ROWS, STATISTICS))
 
 
 def _gradients(

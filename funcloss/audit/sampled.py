@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from funcloss.audit.data import GroupBy
-from funcloss.audit.held_out import HeldOut, Point, make_held_out
+from funcloss.audit.held_out import HeldOut, Point
 from funcloss.audit.ledger import (
-    STATISTICS,
+    Course,
     Ledger,
     Taken,
     begun,
-    make_taking,
+    make_course,
     measured,
     point_of,
     with_layers,
 )
-from funcloss.audit.loss import LossSpec, as_spec
+from funcloss.audit.loss import LossSpec
 from funcloss.audit.sampling import (
     Sampling,
     Waiting,
@@ -120,12 +120,18 @@ def make_sampled_ledger(
         >>> ledger.sampling.samples > 5, ledger.standard_error.shape
         (tensor(True), torch.Size([2, 5]))
     """
-    names = tuple(map(str, classes))
-    held = make_held_out(model, held_out, as_spec(loss), names, group_by)
-    take = make_taking(
-        model, criterion, optimizer, len(names), schedule=schedule, clip_norm=clip_norm,
-        group_by=group_by,
+    course = make_course(
+        model, criterion, optimizer, held_out, loss, classes=classes, schedule=schedule,
+        clip_norm=clip_norm, group_by=group_by,
     )  # fmt: skip
+    return sampled_keeper(course, by_layer=by_layer, per_class=per_class, seed=seed)
+
+
+def sampled_keeper(
+    course: Course, *, by_layer: bool = False, per_class: int = _PER_CLASS, seed: int = 0
+) -> SampledKeeper:
+    """Return what keeps the ledger of a course of training, as :func:`make_sampled_ledger`."""
+    held, take = course.held, course.take
 
     def init(state: TrainState) -> Ledger:
         return begun(held, point_of(state), by_layer=by_layer)
@@ -154,7 +160,7 @@ def make_sampled_ledger(
         torch.no_grad()(init),
         torch.no_grad()(update),
         torch.no_grad()(judge),
-        (*names, *OWN_ROWS, STATISTICS),
+        course.parts,
     )
 
 

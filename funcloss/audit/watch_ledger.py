@@ -16,12 +16,12 @@ from funcloss._trees import flatten
 from funcloss.audit.data import GroupBy, as_batch, groups_of, in_memory, number_of
 from funcloss.audit.held_out import Point, make_held_out
 from funcloss.audit.inner import distance
-from funcloss.audit.ledger import STATISTICS, Ledger, Taken, begun, with_step
+from funcloss.audit.ledger import STATISTICS, Ledger, Taken, begun, ledger_from, with_step
 from funcloss.audit.loss import LossSpec, as_spec
 from funcloss.audit.optimizers import bare, memory_of
 from funcloss.audit.parts import POOLED, Parts, dense
 from funcloss.audit.sampled import asks, judged, with_perhaps
-from funcloss.audit.sampling import Sampling, Waiting, every_for
+from funcloss.audit.sampling import every_for
 from funcloss.audit.step import OWN_ROWS
 from funcloss.audit.taken import REST, Match
 from funcloss.audit.torch_steps import (
@@ -170,7 +170,10 @@ class WatchLedger:
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         device = next(self._model.parameters()).device
         try:
-            ledger = _ledger_of(own, device)
+            ledger = ledger_from(own, device)
+            waits = {} if ledger.sampling is None else ledger.sampling.waiting.memory
+            if SURVIVES in waits:
+                waits[SURVIVES] = waits[SURVIVES].cpu()
             spent, passed = tensors["seconds"].tolist()
             kept, keeps = tensors["kept"].cpu(), float(tensors["keeps"])
         except KeyError as error:
@@ -550,29 +553,3 @@ def _names(
     if number is None:
         number = 1 + max(int(groups_of(b, group_by).max()) for b in batches if len(b.targets))
     return tuple(map(str, range(number)))
-
-
-def _ledger_of(tensors: Mapping[str, Tensor], device: torch.device) -> Ledger:
-    """Return a ledger from its tensors by path, its memory on a device.
-
-    Raises:
-        KeyError: one is missing.
-    """
-    tree: dict[str, Any] = {}
-    for path, tensor in tensors.items():
-        *above, last = path.split("/")
-        inner = tree
-        for name in above:
-            inner = inner.setdefault(name, {})
-        inner[last] = tensor.to(device) if "memory" in above else tensor.cpu()
-    missing = [n for n in Ledger._fields if n not in (*tree, "memory", *Ledger._field_defaults)]
-    if missing:
-        raise KeyError(missing[0])
-    if "sampling" in tree:
-        waiting = tree["sampling"]["waiting"]
-        kept = waiting.get("memory", {})
-        if SURVIVES in kept:
-            kept[SURVIVES] = kept[SURVIVES].cpu()
-        tree["sampling"] |= {"waiting": Waiting(**{**waiting, "memory": kept})}
-        tree["sampling"] = Sampling(**tree["sampling"])
-    return Ledger(**{"memory": {}, **tree})

@@ -21,8 +21,12 @@ from funcloss.app.runs.events import LedgerReport, Note, Show
 from funcloss.app.runs.log import Thinned
 from funcloss.app.runs.options import chosen_loss
 from funcloss.app.runs.setup import Setup, make_optimizer, make_schedule
-from funcloss.audit import Ledger, LossSpec, make_behind, make_ledger, make_sampled_ledger
-from funcloss.audit.sampling import Sampling, Waiting, every_within
+from funcloss.audit import Ledger, LossSpec
+from funcloss.audit.behind import behind_of
+from funcloss.audit.held_out import some_of_each
+from funcloss.audit.ledger import exact_keeper, ledger_from, make_course
+from funcloss.audit.sampled import sampled_keeper
+from funcloss.audit.sampling import Waiting, every_within
 from funcloss.audit.training import loss_options
 from funcloss.errors import AuditError, ConfigError, RunError
 from funcloss.training import TrainState
@@ -88,26 +92,26 @@ class RunLedger:
         config, dataset = setup.config, setup.dataset
         if why := _why_not(setup, state):
             raise AuditError(why)
-        shared: dict[str, Any] = {
-            "model": setup.model,
-            "criterion": setup.untrained.criterion,
-            "optimizer": make_optimizer(config),
-            "held_out": _judged(setup),
-            "loss": LossSpec(chosen_loss(config), options=loss_options(setup.hyper)),
-            "classes": dataset.classes,
-            "schedule": make_schedule(config, setup.per_epoch),
-            "clip_norm": config.clip_norm,
-        }
-        layers = config.ledger_layers
-        self._exact = make_ledger(**shared, by_layer=layers)
-        self._sampled = make_sampled_ledger(**shared, by_layer=layers, seed=config.seed)
+        course = make_course(
+            setup.model,
+            setup.untrained.criterion,
+            make_optimizer(config),
+            _judged(setup),
+            LossSpec(chosen_loss(config), options=loss_options(setup.hyper)),
+            classes=dataset.classes,
+            schedule=make_schedule(config, setup.per_epoch),
+            clip_norm=config.clip_norm,
+        )
+        layers, seed = config.ledger_layers, config.seed
+        self._exact = exact_keeper(course, by_layer=layers)
+        self._sampled = sampled_keeper(course, by_layer=layers, seed=seed)
         self._weighted = class_weights_of(setup) != 1.0
-        self._behind = make_behind(**shared, seed=config.seed) if self._weighted.any() else None
+        weighted = bool(self._weighted.any())
+        self._behind = behind_of(setup.model, course, seed=seed) if weighted else None
         kept = _read(run_dir / FILE)
         if kept is not None and kept[1].step == int(state.step):
             tensors, header = kept
-            self._ledger = _ledger_of(tensors, header, run_dir / FILE)
-            self._ledger = _on(setup.config.device, self._ledger)
+            self._ledger = _ledger_of(tensors, header, run_dir / FILE, config.device)
             self._spent, self._trained = header.seconds, header.training_seconds
             self._timed, self._measured = header.timed, header.measured
             self._fastest, self._sampling_took = header.fastest, header.sampling_seconds
@@ -359,7 +363,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header] | None:
     return load_record(path, _Header) if path.exists() else None
 
 
-def _ledger_of(tensors: dict[str, Tensor], header: _Header, path: Path) -> Ledger:
+def _ledger_of(
+    tensors: dict[str, Tensor], header: _Header, path: Path, device: str = "cpu"
+) -> Ledger:
     """Return a ledger from the tensors of its file.
 
     Raises:
@@ -384,25 +390,7 @@ def _ledger_of(tensors: dict[str, Tensor], header: _Header, path: Path) -> Ledge
     for name, shape in shapes.items():
         if name not in found or found[name].shape != shape:
             raise RunError(f"{path} is damaged: it has no {name} of shape {shape}")
-    layers = beneath(found, "layers")
-    plain: dict[str, Any] = {name: found[name] for name in shapes if "/" not in name}
-    if "sampling/since" not in shapes:
-        return Ledger(**plain, memory=beneath(found, "memory"), layers=layers)
-    waits = {name: found[f"sampling/waiting/{name}"] for name in ("due", "scale", "every")}
-    waiting = Waiting(**waits, memory=beneath(found, "sampling/waiting/memory"))
-    of_sampling = {n: t for n, t in beneath(found, "sampling").items() if "/" not in n}
-    sampling = Sampling(**of_sampling, waiting=waiting)
-    return Ledger(**plain, memory={}, sampling=sampling, layers=layers)
-
-
-def _on(device: str, ledger: Ledger) -> Ledger:
-    """Return a ledger with what is remembered on a device."""
-    moved = {name: m.to(device) for name, m in ledger.memory.items()}
-    if ledger.sampling is None:
-        return ledger._replace(memory=moved)
-    waiting = ledger.sampling.waiting
-    waiting = waiting._replace(memory={n: m.to(device) for n, m in waiting.memory.items()})
-    return ledger._replace(sampling=ledger.sampling._replace(waiting=waiting))
+    return ledger_from(found, device)
 
 
 def _why_not(setup: Setup, state: TrainState) -> str:
@@ -431,9 +419,6 @@ def _judged(setup: Setup) -> Batch:
     held = setup.dataset.splits[_split_of(setup)]
     labels = held.labels.cpu()
     most = min(max(_HELD_OUT // len(setup.dataset.classes), _LEAST), _MOST)
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = labels.bincount(minlength=len(setup.dataset.classes))
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    index = by_class[place < most].sort().values
+    drawn = torch.Generator().manual_seed(0)
+    index = some_of_each(labels, len(setup.dataset.classes), most, drawn)
     return get_batch(setup.dataset, held, index.to(held.labels.device))
